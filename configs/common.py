@@ -1,0 +1,160 @@
+"""What all experiments share: defaults, the phases of a run, and the rule lists.
+
+Every key is declared here; a config file sets what makes it itself. Rules are ordered (regex, value) pairs over parameter
+paths such as `decoder/stack/blocks/attn/q`; the first that is found wins.
+"""
+
+from ml_collections import ConfigDict
+
+# What never decays: gates, norms, biases, embeddings, latents and other tables.
+DECAY = (
+    (r"(gate|mlp_gate|scale|latents|recency|position)$", False),
+    (r"(^|/)(item|items|embed)$", False),
+    (r"(^|/)features/", False),
+    (r".*", True),
+)
+
+# The axes of the mesh that split each parameter; leading axes (layers) stay whole.
+SHARDING = (
+    (r"attn/(q|k|v)$|cross/(q|k|v)$|layers/\d+/(q|k|v)$", ("fsdp", "tensor", None)),
+    (r"attn/o$|cross/o$|layers/\d+/o$", ("tensor", None, "fsdp")),
+    (r"mlp/(gate_proj|up)$", ("fsdp", "tensor")),
+    (r"mlp/down$", ("tensor", "fsdp")),
+    (r"(^|/)(item|items|embed)$", ("tensor", "fsdp")),
+    (r"(^|/)(project|item_head|head|attn_gate)$|blocks/mlp_gate$", ("fsdp", "tensor")),
+    (r".*", ()),
+)
+
+# The strategies of contextualization: what trains. More are added as rule lists, not as code.
+FULL = ((r"^encoder/heads/", False), (r".*", True))
+
+# Where each part of a contextualized LLM starts from.
+LOAD = (
+    (r"^encoder/", "pretrain_encoder"),
+    (r"^decoder/stack/cross/", "fresh"),
+    (r"^decoder/", "pretrain_lm"),
+    (r".*", "fresh"),
+)
+
+
+def block(width: int, heads: int, mlp_width: int, *, dropout: float) -> dict:
+    """One transformer layer, `nn.transformer.BlockConfig`."""
+    return {
+        "width": width, "heads": heads, "kv_heads": heads, "head_dim": width // heads, "mlp_width": mlp_width,
+        "rope_theta": 10_000.0, "activation": "silu", "norm_eps": 1e-6, "qk_norm": False, "residual_gate": False,
+        "dropout": dropout,
+    }  # fmt: skip
+
+
+def optimizer(learning_rate: float, **changes) -> dict:
+    """AdamW, `training.optimizer.OptimizerConfig`."""
+    return {
+        "learning_rate": learning_rate, "warmup_steps": 100, "schedule": "constant", "weight_decay": 0.01, "clip_norm": 1.0,
+        "b1": 0.9, "b2": 0.98, "trainable": ((r".*", True),), "lr_multiplier": ((r".*", 1.0),), "decay": DECAY,
+    } | changes  # fmt: skip
+
+
+def loop(total_steps: int, eval_steps: int, *, monitor: str, mode: str = "max", patience_evals: int = 0) -> dict:
+    """How long and how often, `training.loop.LoopConfig`."""
+    return {
+        "total_steps": total_steps, "eval_steps": eval_steps, "save_steps": eval_steps, "log_steps": 20, "monitor": monitor,
+        "mode": mode, "patience_evals": patience_evals, "dtype": "float32", "sharding": SHARDING,
+    }  # fmt: skip
+
+
+def base() -> ConfigDict:
+    """Data, mesh and models; phases are added by each config in the order in which they run."""
+    return ConfigDict({
+        "seed": 0,
+        "phases": (),
+        "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+        "data": {
+            "source": "movielens",  # or `synthetic`, which needs no dir
+            "dir": "",  # any MovieLens release: a directory, a zip, or the release's name to download it
+            "ties": "hashed",
+            "min_events": 5,
+            "split": "leave_last_out",
+            "synthetic": {"users": 1000, "items": 300, "events_per_user": 60},
+        },
+        "encoder": {
+            "features": ("item", "rating", "genres", "gap"),
+            "feature_width": 32,
+            "positions": "rotary",
+            "max_events": 200,
+            "num_layers": 2,
+            "dropout": 0.2,
+            "heads": (),
+            "unroll": True,
+            "block": block(128, 2, 256, dropout=0.2),
+        },
+        "llm": {
+            "checkpoint": "",  # a Hugging Face directory; empty to train a small one in phase pretrain_lm
+            "vocab_size": 2048,
+            "num_layers": 4,
+            "unroll": True,
+            "block": block(128, 4, 384, dropout=0.1),
+        },
+    })
+
+
+def pretrain_encoder(*, total_steps: int, eval_steps: int, **changes) -> ConfigDict:
+    """Phase 1: the encoder, by next-event prediction over packed histories."""
+    return ConfigDict({
+        "task": "pretrain_encoder",
+        "batch": {"window": 200, "rows": 15, "row_length": 200},
+        "loss": {"head_weights": {}, "negatives": 0, "chunk": 512},
+        "eval": {"max_events": 200, "batch_size": 64, "validation_users": 2000},
+        "optimizer": optimizer(1e-3),
+        "loop": loop(total_steps, eval_steps, monitor="ndcg@10", patience_evals=15),
+    } | changes)  # fmt: skip
+
+
+def pretrain_lm(*, total_steps: int, eval_steps: int, **changes) -> ConfigDict:
+    """Phase 0: a small decoder on the catalogue's titles and genres, where no checkpoint is given."""
+    return ConfigDict({
+        "task": "pretrain_lm",
+        "batch": {"rows": 16, "row_length": 128},
+        "loss": {"chunk": 512},
+        "eval": {"batches": 4},
+        "optimizer": optimizer(2e-3, schedule="cosine", weight_decay=0.1),
+        "loop": loop(total_steps, eval_steps, monitor="loss", mode="min"),
+    } | changes)  # fmt: skip
+
+
+def contextualize(method: str, *, total_steps: int, eval_steps: int, **changes) -> ConfigDict:
+    """Phase 2: the LLM attends to its user's events by cross-attention in every second layer."""
+    return ConfigDict({
+        "task": "contextualize",
+        "method": method,
+        "batch_size": 16,
+        "examples": {"max_events": 200, "targets_per_history": 8, "text_items": 0},
+        "prompt": {"instruction": "The next film this user watches:", "max_tokens": 40, "max_title_tokens": 24},
+        "cross": {"every": 2, "heads": 4, "head_dim": 32, "seat": "after_attention"},
+        "resampler": {"num_latents": 16, "heads": 4, "head_dim": 32, "mlp_width": 256, "num_layers": 1, "recency_buckets": 8},
+        "load": LOAD,
+        "loss": {"catalogue": 1.0, "text": 0.2, "chunk": 512},
+        "eval": {"batch_size": 64, "validation_users": 1000, "generate_users": 0, "beams": 10},
+        "optimizer": optimizer(1e-3, trainable=FULL, lr_multiplier=((r"^encoder/", 0.1), (r"gate$", 10.0), (r".*", 1.0))),
+        "loop": loop(total_steps, eval_steps, monitor="ndcg@10", patience_evals=8),
+    } | changes)  # fmt: skip
+
+
+def text_prompt(items: int, *, total_steps: int, eval_steps: int, max_tokens: int, **changes) -> ConfigDict:
+    """The baseline: the same decoder reads the last `items` titles as text; no encoder."""
+    return contextualize(
+        f"text_prompt_{items}",
+        total_steps=total_steps,
+        eval_steps=eval_steps,
+        examples={"max_events": 0, "targets_per_history": 1, "text_items": items},
+        prompt={"instruction": "Films this user watched, in order:", "max_tokens": max_tokens, "max_title_tokens": 24},
+        optimizer=optimizer(1e-3),
+        **changes,
+    )
+
+
+def full_size_encoder(config: ConfigDict) -> None:
+    """Size the encoder for MovieLens-20M on one TPU host: 6 layers as in the paper (second-hand), bf16."""
+    config.encoder.update(num_layers=6, unroll=False, block=block(256, 4, 768, dropout=0.1))
+    phase = pretrain_encoder(total_steps=60_000, eval_steps=1000, batch={"window": 200, "rows": 128, "row_length": 512})
+    phase.loop.dtype = "bfloat16"
+    config.pretrain_encoder = phase

@@ -1,0 +1,152 @@
+"""Ranks, metrics, rows and breakdowns, against answers by brute force and by hand."""
+
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from user_llm.data.timelines import Timelines
+from user_llm.evals.ranking import (
+    boundary_ties,
+    breakdown,
+    by_history_length,
+    ranking_metrics,
+    result_rows,
+    target_ranks,
+)
+
+
+def oracle_rank(scores, target, exclude, valid):
+    """Average the target's place over the best and the worst order of its ties, by sorting."""
+    candidates = [i for i in range(1, len(scores)) if valid[i] and i not in exclude]
+    if target not in candidates:
+        return np.inf
+    ordered = sorted((scores[i] for i in candidates), reverse=True)
+    places = [place for place, score in enumerate(ordered, 1) if score == scores[target]]
+    return (places[0] + places[-1]) / 2
+
+
+@pytest.mark.parametrize("levels", [2, 5, 1000])
+@pytest.mark.parametrize("filtered", [False, True])
+def test_ranks_equal_brute_force_with_many_ties(levels, filtered):
+    rng = np.random.default_rng(levels)
+    rows, columns = 64, 40
+    scores = rng.integers(levels, size=(rows, columns)).astype(np.float32)
+    targets = rng.integers(0, columns, rows)
+    exclude = rng.integers(0, columns, (rows, 12))
+    exclude[:, 6:] = 0
+    valid = rng.random(columns) < 0.8
+    ranks = jax.jit(target_ranks)(scores, targets, exclude if filtered else None, valid)
+    seen = [set(row) if filtered else set() for row in exclude]
+    expected = [oracle_rank(scores[i], targets[i], seen[i], valid) for i in range(rows)]
+    np.testing.assert_array_equal(ranks, expected)
+    assert np.isinf(ranks).any() and np.isfinite(ranks).any()
+
+
+def test_constant_scores_give_no_recall():
+    ranks = target_ranks(jnp.zeros((5, 101)), jnp.arange(1, 6), None, jnp.ones(101, bool))
+    np.testing.assert_array_equal(ranks, 50.5)
+    metrics = ranking_metrics(ranks)
+    assert metrics["recall@10"] == metrics["ndcg@10"] == 0
+
+
+def test_pad_and_invalid_columns_never_compete():
+    scores = jnp.array([[9.0, 1.0, 2.0, 8.0]])
+    valid = jnp.array([True, True, True, False])
+    assert target_ranks(scores, jnp.array([1]), None, valid) == 2
+    assert target_ranks(scores, jnp.array([3]), None, valid) == jnp.inf
+    assert target_ranks(scores, jnp.array([0]), None, valid) == jnp.inf
+
+
+def test_history_is_removed_and_a_target_within_it_is_a_miss():
+    scores = jnp.array([[0.0, 3.0, 2.0, 1.0]] * 2)
+    ranks = target_ranks(
+        scores, jnp.array([3, 1]), jnp.array([[1, 1, 0], [1, 2, 0]]), jnp.ones(4, bool)
+    )
+    np.testing.assert_array_equal(ranks, [2, np.inf])
+
+
+def test_nan_never_helps():
+    scores = jnp.array([[0.0, jnp.nan, 1.0, 0.5]] * 2)
+    ranks = target_ranks(scores, jnp.array([1, 2]), None, jnp.ones(4, bool))
+    np.testing.assert_array_equal(ranks, [np.inf, 2])
+
+
+def test_metrics_by_hand():
+    metrics = ranking_metrics(np.array([1, 3, 5.5, 20, np.inf]))
+    assert metrics == pytest.approx({
+        "recall@1": 0.2,
+        "recall@5": 0.4,
+        "recall@10": 0.6,
+        "ndcg@10": (1 + 0.5 + 1 / np.log2(6.5)) / 5,
+        "mrr": (1 + 1 / 3 + 1 / 5.5 + 1 / 20) / 5,
+    })  # fmt: skip
+
+
+def test_no_targets_is_an_error():
+    with pytest.raises(ValueError, match="min_events"):
+        ranking_metrics(np.array([]))
+
+
+@pytest.fixture
+def ranks():
+    return SimpleNamespace(
+        users=np.array([0, 1, 2]),
+        positions=np.array([2, 3, 60]),
+        everything=np.array([1.0, 20.0, 4.0]),
+        unseen=np.array([1.0, 9.0, np.inf]),
+    )
+
+
+def timelines(**columns):
+    return Mock(spec=Timelines, columns=columns, offsets=np.array([0, 3, 7, 68]))
+
+
+def test_rows_hold_every_metric_with_both_filters(ranks):
+    facts = {"dataset": "toy", "seed": 3, "split": "leave_last_out", "config_hash": "abc"}
+    rows = result_rows(ranks, method="encoder", **facts)
+    values = {row["metric"]: row["value"] for row in rows}
+    assert len(values) == len(rows) == 10
+    assert values["recall@10"] == values["recall@10/unseen"] == pytest.approx(2 / 3)
+    assert values["recall@5"] == pytest.approx(2 / 3)
+    assert values["recall@5/unseen"] == pytest.approx(1 / 3)
+    for row in rows:
+        assert row.items() >= {"task": "next_item", "method": "encoder", "n": 3, **facts}.items()
+
+
+def test_buckets_of_history_length(ranks):
+    ranks.positions = np.array([10, 11, 501])
+    parts = by_history_length(ranks)
+    assert [(p["from"], p["to"], p["n"]) for p in parts] == [
+        (0, 10, 1),
+        (11, 20, 1),
+        (501, None, 1),
+    ]
+    assert [p["recall@10"] for p in parts] == [1, 0, 1]
+    assert [p["recall@10/unseen"] for p in parts] == [1, 1, 0]
+
+
+def test_breakdown_tells_tied_targets_from_the_rest(ranks):
+    timestamp = np.arange(68)
+    timestamp[6] = timestamp[5]  # User 1: the target at position 3 and the event before it.
+    timestamp[1] = timestamp[0]  # User 0: a tie, but not at the boundary.
+    data = timelines(timestamp=timestamp)
+    np.testing.assert_array_equal(
+        boundary_ties(data, ranks.users, ranks.positions), [False, True, False]
+    )
+    found = breakdown("encoder", ranks, data)["boundary_tie"]
+    assert (found["tied"]["n"], found["untied"]["n"]) == (1, 2)
+    assert (found["tied"]["recall@10"], found["untied"]["recall@10"]) == (0, 1)
+
+
+def test_first_event_has_nothing_to_tie_with(ranks):
+    data = timelines(timestamp=np.zeros(68, int))
+    tied = boundary_ties(data, ranks.users, np.zeros(3, int))
+    assert not tied.any()
+
+
+def test_events_without_times_have_no_tie_groups(ranks):
+    assert breakdown("encoder", ranks, timelines())["boundary_tie"] == {}

@@ -1,0 +1,129 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from user_llm.nn.attention import (
+    Attention,
+    AttentionConfig,
+    KVCache,
+    apply_rope,
+    attention,
+    cache_mask,
+    causal_mask,
+    rope_frequencies,
+    segment_mask,
+)
+
+
+def _qkv(queries=5, keys=5, heads=4, kv_heads=2, dim=8, batch=2):
+    shapes = (batch, queries, heads, dim), (batch, keys, kv_heads, dim), (batch, keys, kv_heads, dim)
+    return [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
+
+
+def _textbook(q, k, v, mask):
+    """Attention with repeated key/value heads and jax.nn.softmax; needs at least one visible key."""
+    k, v = (jnp.repeat(a, q.shape[2] // a.shape[2], axis=2) for a in (k, v))
+    logits = jnp.einsum("BTNH,BSNH->BNTS", q, k) / np.sqrt(q.shape[-1])
+    weights = jax.nn.softmax(jnp.where(mask[:, None], logits, -jnp.inf), axis=-1)
+    return jnp.einsum("BNTS,BSNH->BTNH", weights, v)
+
+
+def test_answer_by_hand():
+    # One head of width 1: the logits are 0 and ln 3, hence the weights 1/4 and 3/4.
+    q, k = jnp.ones((1, 1, 1, 1)), jnp.array([0.0, np.log(3)]).reshape(1, 2, 1, 1)
+    v = jnp.array([4.0, 8.0]).reshape(1, 2, 1, 1)
+    np.testing.assert_allclose(attention(q, k, v).item(), 7.0, rtol=1e-6)
+    only_first = jnp.array([[[True, False]]])
+    assert attention(q, k, v, mask=only_first).item() == 4.0
+    # A bias of ln 3 on the first key makes the logits equal.
+    bias = jnp.array([np.log(3), 0.0]).reshape(1, 1, 1, 2)
+    np.testing.assert_allclose(attention(q, k, v, bias=bias).item(), 6.0, rtol=1e-6)
+
+
+def test_query_without_visible_key_gets_exactly_zero():
+    q, k, v = _qkv()
+    mask = jnp.ones((2, 5, 5), bool).at[0, 2].set(False).at[1].set(False)
+    out = attention(q, k, v, mask=mask)
+    assert (out[0, 2] == 0).all() and (out[1] == 0).all()
+    assert (out[0, 3] != 0).all()
+    grads = jax.grad(lambda *qkv: attention(*qkv, mask=mask).sum(), argnums=(0, 1, 2))(q, k, v)
+    assert all(jnp.isfinite(g).all() for g in grads)
+    assert all((g[1] == 0).all() for g in grads)
+
+
+def test_values_and_gradients_equal_the_textbook():
+    # Under a causal mask the first query sees one key: there the softmax's sum is exactly 1.
+    q, k, v = _qkv()
+    mask = causal_mask(jnp.ones((2, 5), bool))
+    np.testing.assert_allclose(attention(q, k, v, mask=mask), _textbook(q, k, v, mask), atol=1e-6)
+    loss = lambda f: lambda *qkv: (f(*qkv) ** 2).sum()  # noqa: E731
+    ours = jax.grad(loss(lambda *qkv: attention(*qkv, mask=mask)), argnums=(0, 1, 2))(q, k, v)
+    theirs = jax.grad(loss(lambda *qkv: _textbook(*qkv, mask)), argnums=(0, 1, 2))(q, k, v)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_softmax_is_float32_in_bfloat16():
+    q, k, v = (a.astype(jnp.bfloat16) for a in _qkv())
+    mask = causal_mask(jnp.ones((2, 5), bool))
+    out = attention(q, k, v, mask=mask)
+    assert out.dtype == jnp.bfloat16
+    wide = [a.astype(jnp.float32) for a in (q, k, v)]
+    np.testing.assert_allclose(out.astype(np.float32), _textbook(*wide, mask), atol=0.03)
+
+
+def _drawn(*rows):
+    return np.array([[c == "1" for c in row.split()] for row in rows])[None]
+
+
+def test_masks_are_as_drawn():
+    expected = _drawn("1 . . .", "1 1 . .", "1 1 1 .", "1 1 1 .")
+    np.testing.assert_array_equal(causal_mask(jnp.array([[True, True, True, False]])), expected)
+    expected = _drawn("1 . . . .", "1 1 . . .", ". . 1 . .", ". . 1 1 .", ". . . . .")
+    np.testing.assert_array_equal(segment_mask(jnp.array([[1, 1, 2, 2, 0]])), expected)
+    expected = _drawn("1 1 1 . .", "1 . . . .")
+    np.testing.assert_array_equal(cache_mask(jnp.array([[2, 0]]), 5), expected)
+
+
+def test_rope_turns_by_position_times_frequency_and_scores_by_distance():
+    frequencies = rope_frequencies(4, 100.0)
+    np.testing.assert_allclose(frequencies, [1.0, 0.1], rtol=1e-6)
+    x = jnp.array([1.0, 1.0, 0.0, 0.0]).reshape(1, 1, 1, 4)  # pairs (0, 2) and (1, 3)
+    turned = apply_rope(x, jnp.array([[3]]), frequencies)[0, 0, 0]
+    np.testing.assert_allclose(turned, [np.cos(3), np.cos(0.3), np.sin(3), np.sin(0.3)], rtol=1e-5)
+
+    q, k, _ = _qkv(queries=1, keys=1, heads=1, kv_heads=1, batch=1)
+    frequencies = rope_frequencies(8, 10_000.0)
+    score = lambda at_q, at_k: (  # noqa: E731
+        apply_rope(q, jnp.array([[at_q]]), frequencies) * apply_rope(k, jnp.array([[at_k]]), frequencies)
+    ).sum()
+    np.testing.assert_allclose(score(7, 4), score(103, 100), rtol=1e-4)
+    assert abs(score(7, 4) - score(7, 5)) > 1e-3
+
+
+def test_cache_write_puts_each_row_at_its_own_slots():
+    cache = KVCache(jnp.zeros((2, 4, 1, 1)), jnp.zeros((2, 4, 1, 1)))
+    k = jnp.arange(1.0, 5.0).reshape(2, 2, 1, 1)
+    cache = cache.write(k, -k, jnp.array([[0, 1], [3, 2]]))
+    np.testing.assert_array_equal(cache.k[..., 0, 0], [[1, 2, 0, 0], [0, 0, 4, 3]])
+    np.testing.assert_array_equal(cache.v, -cache.k)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_slots_of_the_cache_are_free_of_positions(qk_norm):
+    layer = Attention(AttentionConfig(width=16, heads=4, kv_heads=2, head_dim=8, qk_norm=qk_norm), rngs=nnx.Rngs(params=0))
+    x = jax.random.normal(jax.random.key(1), (2, 3, 16))
+    positions = jnp.broadcast_to(jnp.arange(3), (2, 3))
+    expected, _ = layer(x, mask=causal_mask(jnp.ones((2, 3), bool)), positions=positions)
+    slots = jnp.array([[5, 0, 3], [2, 4, 1]])
+    mask = (slots[:, :, None, None] == jnp.arange(6)) & causal_mask(jnp.ones((2, 3), bool))[:, :, :, None].swapaxes(1, 2)
+    cache = KVCache(jnp.full((2, 6, 2, 8), 9.0), jnp.full((2, 6, 2, 8), 9.0))
+    out, _ = layer(x, mask=mask.any(1), positions=positions, cache=cache, slots=slots)
+    np.testing.assert_allclose(out, expected, atol=1e-6)
+
+
+def test_uneven_head_groups_are_refused():
+    with pytest.raises(ValueError, match="4 heads cannot be shared evenly by 3"):
+        Attention(AttentionConfig(width=16, heads=4, kv_heads=3, head_dim=8), rngs=nnx.Rngs(params=0))

@@ -1,0 +1,195 @@
+"""The report: tables, spread over seeds, repeated seeds, published figures, plots, command line."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from user_llm import report as report_module
+from user_llm.report import PUBLISHED, PUBLISHED_HEADER, write_report
+
+
+def part(n, value):
+    return {"n": n, "recall@10": value, "recall@10/unseen": value + 0.1, "ndcg@10": value / 2}
+
+
+def make_run(directory, *, seed=0, dataset="toy", values=None, split="leave_last_out", width=8):
+    """Write a finished run; `values` maps methods to recall@10."""
+    phase = directory / "user_llm"
+    phase.mkdir(parents=True)
+    values = values or {"popularity": 0.1, "user_llm": 0.5}
+    facts = {"dataset": dataset, "task": "next_item", "seed": seed, "split": split, "n": 30}
+    rows = [
+        {**facts, "method": method, "metric": metric, "value": value * scale, "config_hash": "abc"}
+        for method, value in values.items()
+        for metric, scale in (("mrr", 0.3), ("recall@10", 1), ("recall@10/unseen", 1.1))
+    ]
+    config = {
+        "config_hash": "abc",
+        "command": ["/somewhere/main.py", "--config=a b.py"],
+        "versions": {"jax": "0.10.2"},
+        "config": {"seed": seed, "width": width},
+    }
+    metrics = [
+        {"step": 0, "kind": "eval", "recall@10": 0.0},
+        {"step": 10, "kind": "train", "loss": 3.0, "gate/0": 0.01, "gate/1": -0.02},
+        {"step": 20, "kind": "train", "loss": None, "gate/0": 0.02, "gate/1": -0.03},
+        {"step": 20, "kind": "eval", "recall@10": 0.5},
+    ]
+    lengths = [{"from": 0, "to": 10, **part(10, 0.4)}, {"from": 501, "to": None, **part(20, 0.6)}]
+    ties = {"tied": part(5, 0.7), "untied": part(25, 0.5)}
+    breakdown = {"method": "user_llm", "history_length": lengths, "boundary_tie": ties}
+    (directory / "results.json").write_text(json.dumps(rows))
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "audit.json").write_text(json.dumps({"tie_share": 0.25, "users": 30}))
+    (phase / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+    (phase / "breakdown.json").write_text(json.dumps(breakdown))
+    return directory
+
+
+def test_one_run(tmp_path):
+    path = write_report(make_run(tmp_path / "run"))
+    assert path == tmp_path / "run" / "report.md"
+    report = path.read_text()
+    for line in (
+        "## toy: next_item (leave_last_out)",
+        "| method | recall@10 | mrr | n | seeds |",
+        "| user_llm | 0.5000 | 0.1500 | 30 | 0 |",
+        "| user_llm | 0.5500 | 30 | 0 |",
+        "`run`: config `abc`, seed `0`, jax `0.10.2`",
+        "python -m user_llm.main '--config=a b.py'",
+        "| tie_share | 0.2500 |",
+        "| users | 30 |",
+        "| method | 0-10 events | 501+ events |",
+        "| user_llm | 0.4000 (10) | 0.6000 (20) |",
+        "| user_llm | tied | 5 | 0.7000 | 0.8000 | 0.3500 |",
+    ):
+        assert line in report.splitlines(), line
+    assert "±" not in report
+    assert report.index("Nothing filtered") < report.index("History removed")
+    for plot in ("loss.png", "gates.png", "history_length.png"):
+        assert f"({plot})" in report
+        assert (path.parent / plot).read_bytes().startswith(b"\x89PNG")
+
+
+def test_seeds_give_mean_and_sample_spread(tmp_path):
+    values = (0.4, 0.5, 0.9)
+    runs = [
+        make_run(tmp_path / f"s{seed}", seed=seed, values={"encoder": value})
+        for seed, value in enumerate(values)
+    ]
+    report = write_report(*runs, out=tmp_path / "all").read_text()
+    # Mean 0.6, sample standard deviation sqrt((0.04 + 0.01 + 0.09) / 2).
+    assert "| encoder | 0.6000 ± 0.2646 | 0.1800 ± 0.0794 | 30 | 0, 1, 2 |" in report
+    assert "| user_llm | 0.4000 (30) | 0.6000 (60) |" in report
+    assert not (tmp_path / "s0" / "report.md").exists()
+    assert (tmp_path / "all" / "loss.png").exists()
+
+
+def test_a_repeated_seed_counts_once_and_is_told(tmp_path):
+    runs = [make_run(tmp_path / name) for name in ("a", "b")]
+    report = write_report(*runs, runs[0]).read_text()
+    assert "| user_llm | 0.5000 | 0.1500 | 30 | 0 |" in report
+    assert "±" not in report
+    assert f"`{runs[1]}` repeats 6 rows of `{runs[0]}` (same seed): counted once." in report
+    assert "| user_llm | 0.4000 (10) | 0.6000 (20) |" in report
+
+
+def test_a_baseline_shared_by_two_runs_counts_once(tmp_path):
+    first = make_run(tmp_path / "a", values={"popularity": 0.1, "encoder": 0.2})
+    second = make_run(tmp_path / "b", values={"popularity": 0.1, "user_llm": 0.3})
+    report = write_report(first, second).read_text()
+    for method, value in (("popularity", 0.1), ("encoder", 0.2), ("user_llm", 0.3)):
+        assert f"| {method} | {value:.4f} | {value * 0.3:.4f} | 30 | 0 |" in report
+    assert "repeats 3 rows" in report
+
+
+def test_one_seed_with_two_values_is_refused(tmp_path):
+    first = make_run(tmp_path / "a")
+    second = make_run(tmp_path / "b", values={"popularity": 0.1, "user_llm": 0.6})
+    (first / "report.md").write_text("earlier")
+    with pytest.raises(ValueError, match=r"differ for seed 0 in user_llm mrr .* one run per seed"):
+        write_report(first, second)
+    assert (first / "report.md").read_text() == "earlier"
+
+
+@pytest.mark.parametrize(
+    ("dataset", "split", "shown"),
+    [
+        ("ml-20m", "leave_last_out", True),
+        ("ml-1m", "leave_last_out", True),
+        ("ml-20m", "global_time", False),
+        ("ml-latest-small", "leave_last_out", False),
+        ("toy", "leave_last_out", False),
+    ],
+)
+def test_published_figures_only_beside_their_own_dataset(tmp_path, dataset, split, shown):
+    report = write_report(make_run(tmp_path / "run", dataset=dataset, split=split)).read_text()
+    assert ("Published on" in report) == shown
+    assert ("HSTU-large" in report) == shown
+    assert ("0.1540" in report) == (dataset == "ml-20m" and shown)  # User-LLM as SeqLLM cites it.
+
+
+def test_every_published_figure_has_its_source():
+    for rows in PUBLISHED.values():
+        for row in rows:
+            assert len(row) == len(PUBLISHED_HEADER)
+            assert "arXiv" in row[-1] or "github.com" in row[-1]
+
+
+@pytest.mark.parametrize("width", [8, 16])
+def test_runs_of_different_configs_are_told(tmp_path, width):
+    first = make_run(tmp_path / "a", seed=0)
+    second = make_run(tmp_path / "b", seed=1, width=width)
+    report = write_report(first, second).read_text()
+    assert ("differ in more than the seed" in report) == (width != 8)
+
+
+def test_datasets_are_not_pooled(tmp_path):
+    runs = [make_run(tmp_path / name, dataset=name) for name in ("x", "y")]
+    report = write_report(*runs).read_text()
+    assert "## x: next_item" in report and "## y: next_item" in report
+    assert "| x: user_llm | 0.4000 (10) | 0.6000 (20) |" in report
+
+
+def test_results_alone_are_enough(tmp_path):
+    run = make_run(tmp_path / "run")
+    for path in [*run.glob("user_llm/*"), run / "config.json", run / "audit.json"]:
+        path.unlink()
+    report = write_report(run).read_text()
+    assert "| user_llm | 0.5000" in report
+    assert "png" not in report and "## Data audit" not in report
+
+
+def test_a_run_without_gates_has_no_gate_plot(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "user_llm" / "metrics.jsonl").write_text('{"step": 1, "kind": "train", "loss": 1.0}\n')
+    assert "gates.png" not in write_report(run).read_text()
+
+
+def test_bad_input_is_named(tmp_path):
+    with pytest.raises(ValueError, match="holds no results.json"):
+        write_report(tmp_path)
+    run = make_run(tmp_path / "run")
+    (run / "results.json").write_text('[{"dataset": "toy", "task": "next_item"}]')
+    with pytest.raises(ValueError, match="row 1: no 'method'"):
+        write_report(run)
+    (run / "results.json").write_text('[{"dataset":\n')
+    with pytest.raises(ValueError, match=r"results\.json, line 2: not JSON"):
+        write_report(run)
+
+
+def test_command_line(tmp_path):
+    runs = [str(make_run(tmp_path / f"s{seed}", seed=seed)) for seed in (0, 1)]
+    command = [sys.executable, "-m", "user_llm.report", *runs, f"--out={tmp_path / 'all'}"]
+    subprocess.run(command, check=True, capture_output=True)
+    assert "| user_llm | 0.5000 ± 0.0000" in (tmp_path / "all" / "report.md").read_text()
+
+
+def test_command_line_fails_with_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(report_module.flags, "FLAGS", SimpleNamespace(out=None))
+    with pytest.raises(SystemExit, match="^error: .* holds no results.json") as stop:
+        report_module.main(["report", str(tmp_path)])
+    assert stop.value.__suppress_context__

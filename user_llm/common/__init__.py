@@ -1,0 +1,1 @@
+"""Trees, meshes, checkpoints and metric logs. Knows nothing of users or text."""

@@ -1,0 +1,71 @@
+"""The device mesh and where arrays live on it.
+
+Three axes: `data` (replicas of the parameters), `fsdp` (batch and parameters both split) and `tensor` (heads, mlp and catalogue
+split). Without an accelerator the mesh is whatever CPU devices there are; all code above is the same on 1 and on 512 chips.
+"""
+
+import math
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from user_llm.common import trees
+from user_llm.common.trees import Params, Rules
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """Return a mesh over all devices; at most one axis may be -1 and takes what the others leave.
+
+    Raises:
+      ValueError: sizes that do not multiply to the number of devices.
+    """
+    sizes, devices = [data, fsdp, tensor], jax.device_count()
+    known = math.prod(size for size in sizes if size != -1)
+    if sizes.count(-1) == 1 and known > 0 and devices % known == 0:
+        sizes[sizes.index(-1)] = devices // known
+    if math.prod(sizes) != devices or min(sizes) < 1:
+        raise ValueError(f"A mesh of data={data}, fsdp={fsdp}, tensor={tensor} does not fit {devices} devices.")
+    # Auto: shardings propagate from arguments and constraints. (jax.make_mesh has defaulted to Explicit since 0.9.)
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def shardings(rules: Rules, tree: Params, mesh: Mesh) -> Params:
+    """Return the sharding of each array of `tree`: rule values are tuples of axis names (or None), one per dimension.
+
+    A tuple shorter than the rank leaves the leading dimensions whole, so that one rule serves stacked and single layers. A
+    dimension that its axis does not divide stays whole.
+    """
+
+    def sharding(leaf, spec) -> NamedSharding:
+        spec = (None,) * (leaf.ndim - len(spec)) + tuple(spec)
+        if len(spec) != leaf.ndim:
+            raise ValueError(f"Sharding rule {spec} has more entries than an array of shape {leaf.shape} has dimensions.")
+        fits = [axis if axis and dim % mesh.shape[axis] == 0 else None for axis, dim in zip(spec, leaf.shape, strict=True)]
+        return NamedSharding(mesh, PartitionSpec(*fits))
+
+    specs = trees.match(rules, tree)
+    return jax.tree.map(sharding, tree, specs)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of something that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Put each process's rows on its devices; the leading axis is split over `data` and `fsdp`.
+
+    Raises:
+      ValueError: a batch size that the devices do not divide.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    for name, array in batch.items():
+        rows = array.shape[0] * jax.process_count()
+        if rows % shards:
+            raise ValueError(f"Batch {name!r} has {rows} rows, which {shards} devices (data x fsdp) cannot share evenly.")
+    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}

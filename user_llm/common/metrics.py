@@ -1,0 +1,161 @@
+"""What a phase tells while it runs: metrics.jsonl, TensorBoard events, and a line of progress.
+
+On a terminal, progress is a bar with ETA, events/s and loss; elsewhere a plain log line at each
+logging interval. Only process 0 writes and shows anything; every process checks that its losses
+are finite. Histograms and images are left out.
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, Self
+
+import jax
+from absl import logging
+from etils import epath
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+
+class MetricsLog:
+    """Logs one phase; a context manager.
+
+    Each line of metrics.jsonl is {"step", "kind": "train" | "eval", name: number, ...}; a number
+    that is not finite is null. A run resumed at `step` drops the lines beyond it (all lines, if it
+    starts at 0), so that its file has the same steps as that of an uninterrupted run; TensorBoard
+    drops them too, and spells names in its own way (`recall_10`).
+
+    Args:
+      workdir: the phase's directory, made if missing.
+      name: of the phase, for messages.
+      step: the step that training starts or resumes at.
+      total_steps: for the ETA.
+    """
+
+    def __init__(self, workdir: epath.PathLike, name: str, *, step: int = 0, total_steps: int):
+        self._name, self._total = name, total_steps
+        self._checked = self._first_step = step
+        self._since = time.monotonic()
+        self._file = self._board = self._bar = None
+        if jax.process_index() != 0:
+            return
+        directory = epath.Path(workdir)
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / "metrics.jsonl"
+        _truncate(path, step)
+        self._file = path.open("a")
+        # The suffix keeps a quick restart within the same second from overwriting the file before.
+        self._board = SummaryWriter(
+            str(directory / "tensorboard"),
+            purge_step=step + 1 if step else 0,
+            filename_suffix=f".{step}",
+        )
+        # disable=None: no bar where stderr is no terminal.
+        self._bar = tqdm(
+            total=total_steps, initial=step, desc=name, unit=" steps", disable=None, file=sys.stderr
+        )
+
+    def train(self, step: int, scalars: Mapping[str, Any], *, events_per_s: float) -> None:
+        """Log training scalars, means over the steps since the last call.
+
+        Raises:
+          FloatingPointError: a loss or the gradient norm is NaN or infinite.
+        """
+        scalars = {name: float(value) for name, value in scalars.items()}
+        self.check_finite(
+            step, {k: v for k, v in scalars.items() if k.endswith("loss") or k == "grad_norm"}
+        )
+        self._write("train", step, {**scalars, "events_per_s": events_per_s})
+        if self._bar is None:
+            return
+        facts = f"loss {scalars['loss']:.4g}, {events_per_s:,.0f} events/s"
+        if self._bar.disable:
+            remaining = (
+                (self._total - step)
+                * (time.monotonic() - self._since)
+                / max(step - self._first_step, 1)
+            )
+            eta = tqdm.format_interval(remaining)
+            logging.info("%s: step %d/%d, %s, ETA %s", self._name, step, self._total, facts, eta)
+        else:
+            self._bar.set_postfix_str(facts, refresh=False)
+            self._bar.update(step - self._bar.n)
+
+    def eval(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Log validation metrics."""
+        scalars = {name: float(value) for name, value in scalars.items()}
+        self._write("eval", step, scalars)
+        if self._bar is not None:
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in scalars.items())
+            with tqdm.external_write_mode(
+                file=sys.stderr
+            ):  # Clears the bar, if any, and draws it again below the line.
+                logging.info("%s: step %d, validation %s", self._name, step, shown)
+
+    def check_finite(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Refuse to go on with a NaN or infinite scalar, naming phase, steps and metric.
+
+        Raises:
+          FloatingPointError: with one sentence for the user.
+        """
+        first, self._checked = min(self._checked + 1, step), step
+        for name, value in scalars.items():
+            if not math.isfinite(value):
+                steps = f"step {step}" if first == step else f"steps {first} to {step}"
+                raise FloatingPointError(
+                    f"{self._name}: {name} became {value} in {steps}; lower the learning "
+                    "rate or compute in float32, and run again."
+                )
+
+    def close(self) -> None:
+        """Flush and close everything; harmless when repeated."""
+        for part in (self._bar, self._board, self._file):
+            if part is not None:
+                part.close()
+        self._file = self._board = self._bar = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def _write(self, kind: str, step: int, scalars: dict[str, float]) -> None:
+        if self._file is None:
+            return
+        finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+        self._file.write(json.dumps({"step": step, "kind": kind, **finite}) + "\n")
+        self._file.flush()
+        for name, value in scalars.items():
+            self._board.add_scalar(f"{kind}/{name}", value, step)
+
+
+def read_metrics(path: epath.PathLike) -> list[dict]:
+    """Read a metrics.jsonl; a last line that a kill cut short is left out.
+
+    Raises:
+      ValueError: another line is not JSON.
+    """
+    lines = epath.Path(path).read_text().splitlines()
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(
+                    f"{path}, line {number}: not a line of metrics; delete it, or the file."
+                ) from error
+    return rows
+
+
+def _truncate(path: epath.Path, step: int) -> None:
+    """Drop the rows beyond `step`, at step 0 all; replaces the file whole, so no kill harms it."""
+    if not path.exists():
+        return
+    rows = [row for row in read_metrics(path) if row["step"] <= step] if step else []
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    temporary.replace(path)

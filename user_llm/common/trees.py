@@ -1,0 +1,84 @@
+"""Parameter trees and the one rule form of the project.
+
+A module is split once into `graphdef, params`; `params` is a nested dict of arrays, and everything above the models sees only
+that. Rules are an ordered list of `(regex, value)` over paths such as `encoder/stack/blocks/attn/q`: the first regex found in
+the path wins, and a parameter that no rule covers is an error (the form of google-research/big_vision). Rules say what is
+trainable, its learning-rate multiplier and weight decay, how it is sharded, and what to load from a checkpoint.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from flax import nnx, traverse_util
+
+Params = dict[str, Any]
+Rules = Sequence[tuple[str, Any]]
+
+
+def split(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:
+    """Split a module into its static structure and its parameters."""
+    graphdef, state = nnx.split(module)
+    return graphdef, jax.tree.map(lambda a: a, nnx.to_pure_dict(state))
+
+
+def merge(graphdef: nnx.GraphDef, params: Params) -> Any:
+    """Put `params` back into the module that `split` took apart."""
+    return nnx.merge(graphdef, params)
+
+
+def abstract(create: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, Params]:
+    """Return the structure and the shapes of a module without computing a single weight."""
+    return split(nnx.eval_shape(create))
+
+
+def flatten(tree: Params) -> dict[str, Any]:
+    """Return {"a/b/c": leaf} in a stable order."""
+    flat = {"/".join(map(str, path)): leaf for path, leaf in traverse_util.flatten_dict(tree).items()}
+    return dict(sorted(flat.items()))
+
+
+def match(rules: Rules, tree: Params) -> Params:
+    """Return a tree of the same form holding, for each leaf, the value of the first rule found in its path.
+
+    Raises:
+      ValueError: a parameter that no rule covers, or a rule that is no valid regex.
+    """
+
+    def value(path: tuple) -> Any:
+        name = "/".join(map(str, path))
+        for pattern, found in rules:
+            if re.search(pattern, name):
+                return found
+        raise ValueError(f"No rule covers parameter {name!r}; rules: {[pattern for pattern, _ in rules]}.")
+
+    return traverse_util.unflatten_dict({path: value(path) for path in traverse_util.flatten_dict(tree)})
+
+
+def partition(mask: Params, tree: Params) -> tuple[Params, Params]:
+    """Split a tree in two by a tree of booleans: what is True there, and the rest; `combine` undoes it."""
+    flat_mask = traverse_util.flatten_dict(mask)
+    flat = traverse_util.flatten_dict(tree)
+    chosen = {path: leaf for path, leaf in flat.items() if flat_mask[path]}
+    rest = {path: leaf for path, leaf in flat.items() if not flat_mask[path]}
+    return traverse_util.unflatten_dict(chosen), traverse_util.unflatten_dict(rest)
+
+
+def combine(first: Params, second: Params) -> Params:
+    """Merge two trees with no leaf in common."""
+    return traverse_util.unflatten_dict({**traverse_util.flatten_dict(first), **traverse_util.flatten_dict(second)})
+
+
+def subtree(tree: Params, prefix: str) -> Params:
+    """Return the subtree at a path such as `decoder/stack`; "" is the whole."""
+    for part in filter(None, prefix.split("/")):
+        if part not in tree:
+            raise ValueError(f"No subtree {part!r} of {prefix!r}: there are {', '.join(map(str, tree))}.")
+        tree = tree[part]
+    return tree
+
+
+def count(tree: Params) -> int:
+    """Return the number of scalars in a tree of arrays or shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,1 @@
+"""From raw files to batches: numpy in, dicts of arrays out."""

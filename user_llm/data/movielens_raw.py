@@ -1,0 +1,166 @@
+"""Reads every published layout of MovieLens (Harper and Konstan 2015) into one table.
+
+| layout | releases | ratings | movies |
+|---|---|---|---|
+| csv | ml-latest, ml-latest-small, ml-20m, ml-25m, ml-32m | ratings.csv | movies.csv |
+| dat | ml-1m, ml-10m | ratings.dat, `::` | movies.dat, `::`, latin-1 or utf-8 |
+| tab | ml-100k | u.data | u.item with one column per genre, latin-1 |
+"""
+
+import csv
+import dataclasses
+import io
+import re
+from collections.abc import Callable
+
+import numpy as np
+from etils import epath
+from jaxtyping import Float, Int
+
+NO_GENRES = "(no genres listed)"
+RATINGS_FILES = {"ratings.csv": ",", "ratings.dat": "::", "u.data": "\t"}
+
+
+@dataclasses.dataclass(frozen=True)
+class RawMovieLens:
+    """The publisher's table, rows in file order, with the publisher's own ids.
+
+    Attributes:
+      titles, genres: by movie id, of every movie in the movies file.
+    """
+
+    user: Int[np.ndarray, "N"]
+    movie: Int[np.ndarray, "N"]
+    rating: Float[np.ndarray, "N"]
+    timestamp: Int[np.ndarray, "N"]
+    titles: dict[int, str]
+    genres: dict[int, list[str]]
+
+
+def find_layout(directory: epath.Path) -> epath.Path:
+    """Return the ratings file in `directory` or in the one folder that a release's zip holds.
+
+    Raises:
+      ValueError: no layout that we know.
+    """
+    for folder in (directory, *sorted(path for path in directory.iterdir() if path.is_dir())):
+        for name in RATINGS_FILES:
+            if (folder / name).exists():
+                return folder / name
+    raise ValueError(f"No MovieLens release in {directory}: it needs one of {', '.join(RATINGS_FILES)}.")
+
+
+def read(directory: epath.PathLike) -> RawMovieLens:
+    """Read a release from its directory.
+
+    Raises:
+      ValueError: a missing or empty file, or a bad row, named by file and line.
+    """
+    ratings = find_layout(epath.Path(directory))
+    separator = RATINGS_FILES[ratings.name]
+    table = _read_ratings(ratings, separator)
+    movies = ratings.parent / {",": "movies.csv", "::": "movies.dat", "\t": "u.item"}[separator]
+    if not movies.exists():
+        raise ValueError(f"{movies} is missing: titles and genres are read from it.")
+    rows = {",": _csv_movies, "::": _dat_movies, "\t": _tab_movies}[separator](movies)
+    titles, genres = {}, {}
+    for movie, title, names in rows:
+        titles[movie] = readable_title(title)
+        genres[movie] = [name for name in names if name and name != NO_GENRES]
+    movie = table[:, 1].astype(np.int64)
+    unknown = ~np.isin(movie, np.fromiter(titles, np.int64, len(titles)))
+    if unknown.any():
+        row = int(np.flatnonzero(unknown)[0])
+        line = row + 1 + (separator == ",")
+        raise ValueError(f"{ratings}, line {line}: movie {movie[row]} is not in {movies.name}; use files of one release.")
+    return RawMovieLens(
+        table[:, 0].astype(np.int64), movie, table[:, 2], table[:, 3].astype(np.int64), titles, genres
+    )
+
+
+def readable_title(title: str) -> str:
+    """Turn "Matrix, The (1999)" into "The Matrix (1999)"; other titles only lose stray spaces."""
+    title = " ".join(title.split())
+    return re.sub(r"^(.*), (The|A|An|Les?|La|Il|El|Das|Der|Die)( \(.*)?$", r"\2 \1\3", title)
+
+
+def _read_ratings(path: epath.Path, separator: str) -> Float[np.ndarray, "N 4"]:
+    """Return user, movie, rating, timestamp as float64 (exact for ids and seconds up to 2^53)."""
+    text = path.read_text()
+    header = separator == ","
+    if separator == "::":
+        text = text.replace("::", "\t")
+    lines = io.StringIO(text)
+    try:
+        table = np.loadtxt(lines, delimiter="," if header else "\t", skiprows=int(header), ndmin=2, usecols=(0, 1, 2, 3))
+    except ValueError:
+        table = None
+    if table is None or not table.size or not np.isfinite(table).all() or not _plausible(table).all():
+        raise ValueError(_first_fault(path, text.splitlines(), "," if header else "\t", header))
+    return table
+
+
+def _plausible(table: Float[np.ndarray, "N 4"]) -> np.ndarray:
+    user, movie, rating, timestamp = table.T
+    half_steps = (rating * 2 == np.round(rating * 2)) & (rating >= 0.5) & (rating <= 5)
+    return (user > 0) & (movie > 0) & half_steps & (timestamp >= 0)
+
+
+def _first_fault(path: epath.Path, lines: list[str], separator: str, header: bool) -> str:
+    """Say what is wrong with the first bad line."""
+    if len(lines) <= int(header):
+        return f"{path} holds no ratings: download the release again."
+    for number, line in enumerate(lines[int(header) :], 1 + int(header)):
+        fields = line.split(separator)
+        if len(fields) < 4:
+            return f"{path}, line {number}: {len(fields)} columns where user, movie, rating and timestamp are needed."
+        try:
+            row = np.array([[float(field) for field in fields[:4]]])
+        except ValueError:
+            return f"{path}, line {number}: {line[:80]!r} does not hold four numbers; mend or delete the line."
+        if not np.isfinite(row).all() or not _plausible(row).all():
+            return f"{path}, line {number}: {line[:80]!r} is out of range; ids are positive, ratings 0.5 to 5, times not negative."
+    return f"{path} cannot be read: download the release again."
+
+
+def _decoded(path: epath.Path) -> str:
+    """Read text that is utf-8 (ml-10m) or latin-1 (ml-1m, ml-100k)."""
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return data.decode("latin-1")
+
+
+def _movie_rows(path: epath.Path, rows, parse: Callable[[list[str]], tuple[int, str, list[str]]]):
+    count = 0
+    for number, row in rows:
+        try:
+            yield parse(row)
+        except (ValueError, IndexError):
+            raise ValueError(f"{path}, line {number}: {row!r} is no id, title and genres; mend or delete the line.") from None
+        count += 1
+    if not count:
+        raise ValueError(f"{path} holds no movies: download the release again.")
+
+
+def _csv_movies(path: epath.Path):
+    rows = csv.reader(io.StringIO(path.read_text()))
+    next(rows, None)
+    return _movie_rows(path, enumerate(rows, 2), lambda row: (int(row[0]), row[1], row[2].split("|")))
+
+
+def _dat_movies(path: epath.Path):
+    rows = enumerate((line.split("::") for line in _decoded(path).splitlines()), 1)
+    return _movie_rows(path, rows, lambda row: (int(row[0]), row[1], row[2].split("|")))
+
+
+def _tab_movies(path: epath.Path):
+    names = [line.split("|")[0] for line in _decoded(path.parent / "u.genre").splitlines() if line]
+    rows = enumerate((line.split("|") for line in _decoded(path).splitlines()), 1)
+
+    def parse(row: list[str]) -> tuple[int, str, list[str]]:
+        flags = row[5 : 5 + len(names)]
+        return int(row[0]), row[1], [name for name, flag in zip(names, flags, strict=True) if flag == "1" and name != "unknown"]
+
+    return _movie_rows(path, rows, parse)

@@ -1,0 +1,264 @@
+"""From timelines to batches: windows cut on the fly, shuffled by seed, sharded by process, packed, resumable (grain).
+
+A window is a stretch of one user's usable events, cut when it is asked for; nothing is expanded on disk. Long histories are cut
+by a grid that moves at random from epoch to epoch, so that over time every event is seen with every amount of context.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import grain
+import numpy as np
+from jaxtyping import Int
+
+from user_llm.data.prompts import NextItemPrompts, TextRow, pad_rows
+from user_llm.data.timelines import Timelines
+
+Batch = dict[str, np.ndarray]
+
+# Rows filled side by side, in batches: the more, the fuller each gets.
+PACKING_BINS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """Events [start, stop) of a user as input; each has a next event, the last one's is at `stop`."""
+
+    user: int
+    start: int
+    stop: int
+    epoch: int
+    slot: int
+
+
+class Windows(grain.MapDataset):
+    """All windows of at most `length` inputs over the usable events of every user.
+
+    Element i of epoch e is slot i; a user of n usable events has n - 1 inputs, thus one slot, or where that is more than
+    `length`, one slot per cell of a grid shifted by a random amount that depends on seed, epoch and user. A cell that the
+    shift leaves empty is None, which grain drops.
+    """
+
+    def __init__(self, stops: Int[np.ndarray, "U"], length: int, seed: int):
+        super().__init__()
+        inputs = np.maximum(stops - 1, 0)
+        slots = np.where(inputs <= length, np.minimum(inputs, 1), -(-inputs // length) + 1)
+        self._users = np.repeat(np.arange(len(stops)), slots)
+        self._cells = np.arange(len(self._users)) - np.repeat(np.cumsum(slots) - slots, slots)
+        self._inputs, self._length, self._seed = inputs, length, seed
+
+    def __len__(self) -> int:
+        return len(self._users)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        epoch, slot = divmod(int(index), len(self))
+        user, cell = int(self._users[slot]), int(self._cells[slot])
+        inputs, length = int(self._inputs[user]), self._length
+        if inputs <= length:
+            return Window(user, 0, inputs, epoch, slot)
+        shift = int(np.random.default_rng((self._seed, epoch, user)).integers(length))
+        start, stop = max(cell * length - shift, 0), min((cell + 1) * length - shift, inputs)
+        return Window(user, start, stop, epoch, slot) if start < stop else None
+
+    @property
+    def total_inputs(self) -> int:
+        """Number of (event, next event) pairs in one epoch."""
+        return int(self._inputs.sum())
+
+
+def packed_windows(
+    timelines: Timelines,
+    stops: Int[np.ndarray, "U"],
+    *,
+    window: int,
+    rows: int,
+    row_length: int,
+    seed: int,
+    process: tuple[int, int] = (0, 1),
+) -> grain.IterDataset:
+    """Return endless batches for encoder pretraining, several windows packed into each row.
+
+    Each batch has `events` and `next` int32 [rows, row_length, A], `segments` and `positions` int32 [rows, row_length];
+    segment 0 is padding. `process` = (index, count): each process reads its own share of the windows.
+    """
+    if row_length < window:
+        raise ValueError(f"Rows of {row_length} events cannot hold windows of {window}: raise row_length to at least that.")
+
+    def cut(w: Window) -> Batch:
+        events = timelines.events(w.user, w.start, w.stop + 1)
+        return {"events": events[:-1], "next": events[1:]}
+
+    windows = _stream(Windows(stops, window, seed), seed, process).map(cut)
+    return _pack(windows, "events", rows, row_length, seed)
+
+
+def packed_text(
+    lines: Sequence[Int[np.ndarray, "T"]],
+    *,
+    rows: int,
+    row_length: int,
+    seed: int,
+    process: tuple[int, int] = (0, 1),
+) -> grain.IterDataset:
+    """Return endless batches for language modelling, several tokenised lines packed into each row.
+
+    Each batch has `tokens`, `next`, `segments` and `positions`, all int32 [rows, row_length].
+    """
+
+    def cut(line: Int[np.ndarray, "T"]) -> Batch:
+        line = line[: row_length + 1]
+        return {"tokens": line[:-1], "next": line[1:]}
+
+    return _pack(_stream(grain.MapDataset.source(lines), seed, process).map(cut), "tokens", rows, row_length, seed)
+
+
+def _pack(dataset: grain.IterDataset, name: str, rows: int, row_length: int, seed: int) -> grain.IterDataset:
+    """Pack elements {name, next} several to a row; adds `segments` (0 = padding) and `positions` within the segment."""
+
+    def tidy(batch: Batch) -> Batch:
+        renamed = {
+            name: batch[name],
+            "next": batch["next"],
+            "segments": batch[f"{name}_segment_ids"],
+            "positions": batch[f"{name}_positions"],
+        }
+        return {key: array.astype(np.int32) for key, array in renamed.items()}
+
+    packed = grain.experimental.FirstFitPackIterDataset(
+        dataset, length_struct={name: row_length, "next": row_length}, num_packing_bins=PACKING_BINS * rows, seed=seed
+    )
+    return packed.batch(rows, drop_remainder=True).map(tidy)
+
+
+def _stream(dataset: grain.MapDataset, seed: int, process: tuple[int, int]) -> grain.IterDataset:
+    """Shuffle anew each epoch, repeat without end, and keep this process's share."""
+    index, count = process
+    dataset = dataset.shuffle(seed).repeat()
+    return dataset[index::count].to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=64))
+
+
+@dataclasses.dataclass(frozen=True)
+class HistoryBatch:
+    """Histories that end right before a target, for evaluation. Rows beyond `count` are padding.
+
+    Attributes:
+      users, targets: the user and the target's item id of each row.
+      events: [B, E, A] right-padded; lengths: number of real events in each row.
+      seen: item ids of the *whole* history, however much of it `events` holds, 0-padded.
+    """
+
+    users: Int[np.ndarray, "B"]
+    targets: Int[np.ndarray, "B"]
+    events: Int[np.ndarray, "B E A"]
+    lengths: Int[np.ndarray, "B"]
+    seen: Int[np.ndarray, "B X"]
+    positions: Int[np.ndarray, "B"]
+    count: int
+
+
+def history_batches(
+    timelines: Timelines,
+    users: Int[np.ndarray, "n"],
+    positions: Int[np.ndarray, "n"],
+    *,
+    max_events: int,
+    batch_size: int,
+    bucket: int = 50,
+) -> Iterator[tuple[np.ndarray, HistoryBatch]]:
+    """Yield (indices into `users`, batch) with users of like length together, padded to a multiple of `bucket` events.
+
+    Sorting by length keeps padding small, rounding keeps the number of compiled shapes small.
+    """
+    lengths = np.minimum(positions, max_events)
+    order = np.argsort(lengths, kind="stable")
+    for begin in range(0, len(order), batch_size):
+        indices = order[begin : begin + batch_size]
+        rows = np.pad(indices, (0, batch_size - len(indices)), mode="edge")
+        padded = int(-(-max(lengths[rows].max(), 1) // bucket) * bucket)
+        seen_width = int(2 ** np.ceil(np.log2(max(positions[rows].max(), 1))))
+        width = timelines.events(0, 0, 0).shape[1]
+        events = np.zeros((batch_size, padded, width), np.int32)
+        seen = np.zeros((batch_size, seen_width), np.int32)
+        targets = np.zeros(batch_size, np.int32)
+        for i, row in enumerate(rows):
+            user, position, length = int(users[row]), int(positions[row]), int(lengths[row])
+            events[i, :length] = timelines.events(user, position - length, position)
+            first = timelines.offsets[user]
+            seen[i, :position] = timelines.item[first : first + position]
+            targets[i] = timelines.item[first + position]
+        yield indices, HistoryBatch(users[rows], targets, events, lengths[rows], seen, positions[rows], len(indices))
+
+
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleConfig:
+    """How histories and targets become training examples of contextualization.
+
+    Attributes:
+      max_events: longest history given to the encoder; 0 for none (text prompts only).
+      targets_per_history: K ends of each history that are predicted, each from the events before it. The encoder runs once
+        for all of them.
+      text_items: how many of the most recent items stand in the prompt as text.
+    """
+
+    max_events: int
+    targets_per_history: int
+    text_items: int
+
+
+def contextual_examples(
+    timelines: Timelines,
+    stops: Int[np.ndarray, "U"],
+    prompts: NextItemPrompts,
+    config: ExampleConfig,
+    *,
+    batch_size: int,
+    seed: int,
+    process: tuple[int, int] = (0, 1),
+) -> grain.IterDataset:
+    """Return endless batches for contextualization.
+
+    Each batch of B histories with K ends has `events` [B, E, A] and `lengths` [B] (absent without an encoder), `prefix` [B, K]
+    (events before each end), `text` [B, K, T] and `text_lengths` [B, K], `answers` and `items` [B, K, P] (positions in the
+    text and the items to predict there; item 0 = none).
+
+    With an encoder each end is one row with one answer. Without, a row is a stretch of `text_items` titles and every title in
+    it after the first is an answer: a causal decoder learns from all of them at the cost of one.
+    """
+    window = config.max_events or config.text_items
+    answers = 1 if config.max_events else config.text_items
+    ends = config.targets_per_history if config.max_events else 1
+
+    def cut(w: Window) -> Batch:
+        items = timelines.items(w.user, w.start, w.stop + 1)
+        if not config.max_events:
+            return {"prefix": np.zeros(1, np.int32), **_text_arrays([prompts.row(items, 1)], prompts.max_tokens, answers)}
+        rng = np.random.default_rng((seed, w.epoch, w.slot))
+        count = w.stop - w.start
+        chosen = np.sort(rng.permutation(np.arange(1, count + 1))[:ends])
+        rows = [prompts.row(items[max(end - config.text_items, 0) : end + 1], min(end, config.text_items)) for end in chosen]
+        events = timelines.events(w.user, w.start, w.stop)
+        padded = np.zeros((config.max_events, events.shape[1]), np.int32)
+        padded[:count] = events
+        text = _text_arrays(rows, prompts.max_tokens, answers)
+        return {
+            "events": padded,
+            "lengths": np.int32(count),
+            **{name: np.pad(a, [(0, ends - len(chosen))] + [(0, 0)] * (a.ndim - 1)) for name, a in text.items()},
+            "prefix": np.pad(chosen.astype(np.int32), (0, ends - len(chosen))),
+        }
+
+    windows = Windows(stops, window, seed)
+    return _stream(windows, seed, process).map(cut).batch(batch_size, drop_remainder=True)
+
+
+def _text_arrays(rows: list[TextRow], length: int, answers: int) -> Batch:
+    return {
+        "text": pad_rows([row.ids for row in rows], length),
+        "text_lengths": np.array([len(row.ids) for row in rows], np.int32),
+        "answers": pad_rows([row.answers for row in rows], answers),
+        "items": pad_rows([row.items for row in rows], answers),
+    }

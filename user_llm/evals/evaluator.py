@@ -1,0 +1,106 @@
+"""Ranks every test user's target among the whole catalogue with any scorer (DESIGN section 4)."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from user_llm.data.pipeline import HistoryBatch, history_batches
+from user_llm.data.splits import Split
+from user_llm.data.timelines import Timelines
+from user_llm.evals.ranking import both_metrics, target_ranks
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """The target's rank for each user of a split part; infinite where it can never be found.
+
+    Attributes:
+      users, positions: the targets.
+      everything: rank with nothing filtered.
+      unseen: rank with the items of the user's history removed.
+    """
+
+    users: Int[np.ndarray, "n"]
+    positions: Int[np.ndarray, "n"]
+    everything: Float[np.ndarray, "n"]
+    unseen: Float[np.ndarray, "n"]
+
+    def metrics(self) -> dict[str, float]:
+        """Return recall, NDCG and MRR, with nothing filtered and `/unseen`."""
+        return both_metrics(self.everything, self.unseen)
+
+
+def train_counts(timelines: Timelines, split: Split) -> Int[np.ndarray, "V"]:
+    """Count each item's events in training; index 0 is PAD."""
+    position = np.arange(len(timelines.item)) - np.repeat(timelines.offsets[:-1], timelines.lengths)
+    used = position < np.repeat(split.train_stop, timelines.lengths)
+    return np.bincount(timelines.item[used], minlength=timelines.schema.num_items + 1)
+
+
+_ranks = jax.jit(target_ranks)
+
+
+def rank_targets(
+    scorer: Callable[[HistoryBatch], Float[Array, "B V"]],
+    timelines: Timelines,
+    split: Split,
+    part: str,
+    *,
+    max_events: int,
+    batch_size: int,
+    limit: int | None = None,
+) -> Ranks:
+    """Rank the targets of `part` (`validation` or `test`) by a scorer of all items; the first `limit` users only, if given.
+
+    A target without a single event in training is a miss: no trained scorer can know it, and its untrained score is noise.
+    """
+    counts = train_counts(timelines, split)
+
+    def rank(batch: HistoryBatch) -> tuple[np.ndarray, np.ndarray]:
+        scores = scorer(batch)
+        valid = np.zeros(scores.shape[1], bool)
+        valid[1 : len(counts)] = True
+        everything, unseen = (np.asarray(_ranks(scores, batch.targets, exclude, valid)) for exclude in (None, batch.seen))
+        known = counts[batch.targets] > 0
+        return np.where(known, everything, np.inf), np.where(known, unseen, np.inf)
+
+    return _rank_all(rank, timelines, split, part, max_events, batch_size, limit)
+
+
+def rank_listed(
+    proposer: Callable[[HistoryBatch], Int[np.ndarray, "B X"]],
+    timelines: Timelines,
+    split: Split,
+    part: str,
+    *,
+    max_events: int,
+    batch_size: int,
+    limit: int | None = None,
+) -> Ranks:
+    """Rank the targets by their place in a list of item ids, best first, 0 = none; what is not listed is a miss."""
+
+    def rank(batch: HistoryBatch) -> tuple[np.ndarray, np.ndarray]:
+        listed = proposer(batch)
+        hit = listed == batch.targets[:, None]
+        fresh = (listed > 0) & ~(listed[:, :, None] == batch.seen[:, None, :]).any(-1)
+        found, found_unseen = hit.any(1), (hit & fresh).any(1)
+        place = hit.argmax(1)
+        # Its rank among the listed items that are not in the history.
+        place_unseen = np.cumsum(fresh, axis=1)[np.arange(len(listed)), place]
+        return np.where(found, place + 1.0, np.inf), np.where(found_unseen, place_unseen, np.inf)
+
+    return _rank_all(rank, timelines, split, part, max_events, batch_size, limit)
+
+
+def _rank_all(rank, timelines, split, part, max_events, batch_size, limit) -> Ranks:
+    """Collect (everything, unseen) ranks of all batches in the order of the targets."""
+    users, positions = (array[:limit] for array in split.targets[part])
+    everything, unseen = np.full(len(users), np.inf), np.full(len(users), np.inf)
+    batches = history_batches(timelines, users, positions, max_events=max_events, batch_size=batch_size)
+    for indices, batch in batches:
+        for ranks, found in zip((everything, unseen), rank(batch), strict=True):
+            ranks[indices] = found[: batch.count]
+    return Ranks(users, positions, everything, unseen)

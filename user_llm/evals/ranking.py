@@ -1,0 +1,154 @@
+"""Ranks of targets in the full catalogue, their metrics, and the rows that end in results.json.
+
+A target that ties with others gets the mean of the ranks that they take together, so that a
+constant scorer earns no recall. Left out on purpose: sampled metrics (Krichene and Rendle 2020).
+"""
+
+from typing import Protocol, runtime_checkable
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from user_llm.data.timelines import Timelines
+
+CUTOFFS = (1, 5, 10)
+HISTORY_LENGTHS = (
+    10,
+    20,
+    50,
+    100,
+    200,
+    500,
+)  # Upper ends of the buckets; 10, 50, 100 and 200 are the paper's lengths.
+
+
+@runtime_checkable
+class Ranked(Protocol):
+    """What rows and breakdowns need of `evaluator.Ranks`: the targets and both ranks of each."""
+
+    users: Int[np.ndarray, "n"]
+    positions: Int[np.ndarray, "n"]
+    everything: Float[np.ndarray, "n"]
+    unseen: Float[np.ndarray, "n"]
+
+
+def target_ranks(
+    scores: Float[Array, "B V"],
+    targets: Int[Array, "B"],
+    exclude: Int[Array, "B X"] | None,
+    valid: Bool[Array, "V"],
+) -> Float[Array, "B"]:
+    """Return each target's rank among the candidates: 1 + #(better) + #(equal others) / 2.
+
+    Candidates are the `valid` columns without PAD 0 and, if given, without the row's `exclude` ids
+    (0-padded, repeats allowed). A target that is no candidate itself, or whose score is NaN, has
+    rank infinity; another's NaN counts as better.
+    """
+    rows = jnp.arange(scores.shape[0])
+    candidate = jnp.broadcast_to(valid & (jnp.arange(scores.shape[1]) > 0), scores.shape)
+    if exclude is not None:
+        candidate = candidate.at[rows[:, None], exclude].set(False)
+    own = scores[rows, targets][:, None]
+    better = jnp.sum(candidate & ~(scores <= own), axis=1)
+    equal_others = jnp.sum(candidate & (scores == own), axis=1) - 1
+    found = candidate[rows, targets] & ~jnp.isnan(own[:, 0])
+    return jnp.where(found, 1 + better + 0.5 * equal_others, jnp.inf)
+
+
+def ranking_metrics(ranks: Float[np.ndarray, "n"]) -> dict[str, float]:
+    """Return recall@1/5/10, NDCG@10 and MRR: means over targets, to which rank infinity adds 0.
+
+    With one relevant item NDCG@10 is 1 / log2(1 + rank) up to rank 10. MRR is not cut off.
+
+    Raises:
+      ValueError: no ranks at all.
+    """
+    ranks = np.asarray(ranks, np.float64)
+    if not len(ranks):
+        raise ValueError(
+            "No target to rank: no user has enough events; lower the split's min_events."
+        )
+    gains = np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0.0)
+    recalls = {f"recall@{k}": float(np.mean(ranks <= k)) for k in CUTOFFS}
+    return {**recalls, "ndcg@10": float(gains.mean()), "mrr": float(np.mean(1 / ranks))}
+
+
+def both_metrics(
+    everything: Float[np.ndarray, "n"], unseen: Float[np.ndarray, "n"]
+) -> dict[str, float]:
+    """Return each metric for both kinds of ranks, those with the history removed as `/unseen`."""
+    removed = {f"{name}/unseen": value for name, value in ranking_metrics(unseen).items()}
+    return {**ranking_metrics(everything), **removed}
+
+
+def result_rows(
+    ranks: Ranked,
+    *,
+    dataset: str,
+    method: str,
+    seed: int,
+    split: str,
+    config_hash: str,
+    task: str = "next_item",
+) -> list[dict]:
+    """Return a row for results.json per metric and filter; n is the number of targets."""
+    return [
+        {
+            "dataset": dataset,
+            "task": task,
+            "method": method,
+            "metric": metric,
+            "value": value,
+            "n": len(ranks.everything),
+            "seed": seed,
+            "split": split,
+            "config_hash": config_hash,
+        }
+        for metric, value in both_metrics(ranks.everything, ranks.unseen).items()
+    ]
+
+
+def boundary_ties(
+    timelines: Timelines, users: Int[np.ndarray, "n"], positions: Int[np.ndarray, "n"]
+) -> Bool[np.ndarray, "n"] | None:
+    """Say which targets share their timestamp with the event before; None without times."""
+    if "timestamp" not in timelines.columns:
+        return None
+    timestamp = timelines.columns["timestamp"]
+    target = timelines.offsets[users] + positions
+    return (positions > 0) & (timestamp[target] == timestamp[np.maximum(target - 1, 0)])
+
+
+def by_history_length(ranks: Ranked) -> list[dict]:
+    """Return the metrics for each bucket of history length: `from` to `to` events, None = no end.
+
+    A history's length is its target's position; buckets without users are left out.
+    """
+    bucket = np.searchsorted(HISTORY_LENGTHS, ranks.positions)
+    starts = (0, *(end + 1 for end in HISTORY_LENGTHS))
+    ends = (*HISTORY_LENGTHS, None)
+    return [
+        {"from": starts[b], "to": ends[b], **_part(ranks, bucket == b)} for b in np.unique(bucket)
+    ]
+
+
+def breakdown(method: str, ranks: Ranked, timelines: Timelines) -> dict:
+    """Return a phase's breakdown.json: metrics by history length and by tie at the split boundary.
+
+    `boundary_tie` has the groups `tied` and `untied`; a group without users is left out, and both
+    are for events without times.
+    """
+    tied = boundary_ties(timelines, ranks.users, ranks.positions)
+    groups = {} if tied is None else {"tied": tied, "untied": ~tied}
+    return {
+        "method": method,
+        "history_length": by_history_length(ranks),
+        "boundary_tie": {
+            name: _part(ranks, chosen) for name, chosen in groups.items() if chosen.any()
+        },
+    }
+
+
+def _part(ranks: Ranked, chosen: Bool[np.ndarray, "n"]) -> dict:
+    return {"n": int(chosen.sum()), **both_metrics(ranks.everything[chosen], ranks.unseen[chosen])}

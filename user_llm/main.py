@@ -1,0 +1,121 @@
+"""Run an experiment: `python -m user_llm.main --config=configs/quickstart.py --workdir=runs/quickstart`.
+
+    raw files -> timelines -> split, audit -> phases (each: task -> loop -> result rows) -> results.json, report.md
+
+Finished phases are skipped and interrupted ones resumed, so the same command goes on where it was stopped.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import subprocess
+import sys
+
+import jax
+from absl import app, flags, logging
+from etils import epath
+from ml_collections import ConfigDict, config_flags
+
+from user_llm.common import mesh as meshes
+from user_llm.data import audits, movielens, synthetic
+from user_llm.data.splits import Split, make_split
+from user_llm.data.timelines import Timelines
+from user_llm.evals.popularity import popularity_ranks
+from user_llm.evals.ranking import result_rows
+from user_llm.report import write_report
+from user_llm.tasks import contextualize, pretrain_encoder, pretrain_lm
+from user_llm.tasks.context import Context
+from user_llm.training import loop
+from user_llm.training.loop import LoopConfig
+from user_llm.training.optimizer import OptimizerConfig
+
+BUILDERS = {
+    "pretrain_lm": pretrain_lm.build,
+    "pretrain_encoder": pretrain_encoder.build,
+    "contextualize": contextualize.build,
+}
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment to run.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; runs/<config name> by default.")
+
+
+def load_data(config: ConfigDict, workdir: epath.Path) -> tuple[Timelines, Split]:
+    """Read or prepare the dataset and split it.
+
+    Raises:
+      ValueError: no data given, bad data, or a leak between the parts of the split.
+    """
+    data, directory = config.data, config.data.dir
+    if data.source == "synthetic":
+        directory = workdir / "synthetic"
+        if not directory.exists():
+            synthetic.write_movielens(directory, seed=config.seed, **data.synthetic)
+    elif not directory:
+        raise ValueError(
+            "No data: name a MovieLens directory, zip or release by --config.data.dir=..., or run configs/quickstart.py, "
+            "which makes its own."
+        )
+    timelines = movielens.load(
+        directory, workdir / "data", ties=data.ties, seed=config.seed, min_events=data.min_events
+    )
+    return timelines, make_split(timelines, data.split)
+
+
+def run(config: ConfigDict, workdir: epath.Path) -> list[dict]:
+    """Run all phases of `config` in `workdir` and return the result rows."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    config_hash = save_config(config, workdir)
+    timelines, split = load_data(config, workdir)
+    audit = audits.audit(timelines, split)
+    (workdir / "audit.json").write_text(json.dumps(audit, indent=1))
+    facts = {"dataset": timelines.name, "seed": config.seed, "split": split.name, "config_hash": config_hash}
+    rows = result_rows(popularity_ranks(timelines, split, "test"), method="popularity", **facts)
+    mesh = meshes.make_mesh(**config.mesh)
+    with jax.set_mesh(mesh):
+        context = Context(config, timelines, split, mesh, workdir, facts)
+        for name in config.phases:
+            phase = config[name]
+            task = BUILDERS[phase.task](config, name, context)
+            _, found = loop.run(
+                task, LoopConfig(**phase.loop), OptimizerConfig(**phase.optimizer), mesh, workdir / name, config.seed
+            )
+            rows += found
+    if jax.process_index() == 0:
+        (workdir / "results.json").write_text(json.dumps(rows, indent=1))
+        write_report(workdir)
+        logging.info("Report: %s", workdir / "report.md")
+    return rows
+
+
+def save_config(config: ConfigDict, workdir: epath.Path) -> str:
+    """Write config.json with versions and git hash; return the hash of the config.
+
+    Raises:
+      ValueError: the directory holds a run of another config.
+    """
+    resolved = json.loads(config.to_json_best_effort())
+    config_hash = hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:12]
+    path = workdir / "config.json"
+    if path.exists():
+        earlier = json.loads(path.read_text())["config_hash"]
+        if earlier != config_hash:
+            raise ValueError(f"{workdir} holds a run of another config ({earlier}, not {config_hash}): choose another --workdir.")
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    facts = {"config_hash": config_hash, "command": sys.argv, "git": git, "versions": versions, "config": resolved}
+    path.write_text(json.dumps(facts, indent=1))
+    return config_hash
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}")
+    flag = flags.FLAGS["config"]
+    name = epath.Path(flag.config_filename).stem if hasattr(flag, "config_filename") else "run"
+    run(_CONFIG.value, epath.Path(_WORKDIR.value or f"runs/{name}"))
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main)

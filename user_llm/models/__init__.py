@@ -1,0 +1,1 @@
+"""The user encoder, the decoder LLM, and the two joined."""

@@ -1,0 +1,106 @@
+"""The decoder LLM (Llama family): embedding inputs, a key/value cache, and cross-attention to its user (section 3 of the paper).
+
+Weights come from `models/pretrained.py` or from training. The parts that a user contextualizes live inside: user K/V are an
+argument of each call, computed once per user by `user_kv`, and no state is kept on the module. Left out: quantisation, rotary
+scaling, sliding windows.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from user_llm.nn.attention import KVCache
+from user_llm.nn.cross_attention import CrossAttentionConfig, UserKV
+from user_llm.nn.layers import RMSNorm, embedding_param, linear_param
+from user_llm.nn.transformer import BlockConfig, Stack
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes of a decoder.
+
+    Attributes:
+      block: every layer; its width is that of the embeddings.
+      tie_embeddings: whether the embedding table is also the output table.
+      cross: where and how the decoder attends to its user; None for a bare LLM.
+      unroll: inline the layers instead of scanning them (faster on CPU, slower to compile).
+    """
+
+    vocab_size: int
+    num_layers: int
+    block: BlockConfig
+    tie_embeddings: bool
+    cross: CrossAttentionConfig | None = None
+    unroll: bool = False
+
+
+class Decoder(nnx.Module):
+    """Parameters: embed [V, D], stack, norm, and head [D, V] where the embeddings are not tied."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        c = self.config = config
+        width = c.block.width
+        self.embed = embedding_param(rngs, (c.vocab_size, width))
+        self.stack = Stack(c.block, c.num_layers, cross=c.cross, unroll=c.unroll, rngs=rngs)
+        self.norm = RMSNorm(width, eps=c.block.norm_eps)
+        if not c.tie_embeddings:
+            self.head = linear_param(rngs, (width, c.vocab_size), fan_in=width)
+
+    def embed_tokens(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Return the input embeddings of tokens; a soft prompt is placed among these."""
+        return self.embed[...][ids]
+
+    def __call__(
+        self,
+        inputs: Float[Array, "B T D"],
+        *,
+        mask: Bool[Array, "B T S"],
+        positions: Int[Array, "B T"],
+        cache: KVCache | None = None,
+        slots: Int[Array, "B T"] | None = None,
+        user: UserKV | None = None,
+        key: Array | None = None,
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        """Return the hidden states after the final norm, and the cache with `inputs` written to it.
+
+        Args:
+          inputs: embeddings, of tokens or not.
+          mask: True where the query may see the key; S = T, or with a cache its number of slots.
+          positions: rotary positions.
+          cache: from `init_cache`.
+          slots: cache slots that `inputs` are written to; None for their positions.
+          user: from `user_kv`; None leaves cross-attention out.
+          key: dropout key; None for evaluation.
+        """
+        if user is not None:
+            self._require_cross()
+        x, cache = self.stack(inputs, mask=mask, positions=positions, cache=cache, slots=slots, user=user, key=key)
+        return self.norm(x), cache
+
+    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """Return unnormalised log-probabilities of the next token, accumulated in float32."""
+        if self.config.tie_embeddings:
+            return jnp.einsum("...D,VD->...V", hidden, self.embed[...], preferred_element_type=jnp.float32)
+        return jnp.einsum("...D,DV->...V", hidden, self.head[...], preferred_element_type=jnp.float32)
+
+    def output_table(self) -> Float[Array, "V D"]:
+        """Return the output vector of every token, for losses that never hold all logits at once."""
+        return self.embed[...] if self.config.tie_embeddings else self.head[...].T
+
+    def init_cache(self, batch: int, slots: int, dtype: DTypeLike = jnp.float32) -> KVCache:
+        """Return an empty cache, arrays [L, B, S, K, H]; `dtype` is best that of the computation."""
+        c = self.config
+        shape = (c.num_layers, batch, slots, c.block.kv_heads, c.block.head_dim)
+        return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    def user_kv(self, tokens: Float[Array, "B M U"], mask: Bool[Array, "B M"]) -> UserKV:
+        """Project user tokens to the K/V of all cross-attention layers; `mask` all False in a row is a user without events."""
+        self._require_cross()
+        return self.stack.user_kv(tokens, mask)
+
+    def _require_cross(self) -> None:
+        if self.config.cross is None:
+            raise ValueError("This decoder has no cross-attention to a user: set `cross` in its DecoderConfig.")

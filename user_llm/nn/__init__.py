@@ -1,0 +1,1 @@
+"""Building blocks: arrays in, arrays out. No users, no text, no files."""

@@ -1,0 +1,97 @@
+"""The Perceiver resampler: any number of event states becomes M user tokens (section 3 of the paper; Jaegle et al. 2021).
+
+M learned latents attend to the events' states and to themselves, then pass an MLP, `num_layers` times. The order of events is
+already in the states; how long ago each was is not, so each latent may learn a bias over log-spaced recency.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from user_llm.nn.attention import attention
+from user_llm.nn.layers import MLP, RMSNorm, embedding_param, linear_param
+
+
+@dataclasses.dataclass(frozen=True)
+class ResamplerConfig:
+    """Sizes of the resampler.
+
+    Attributes:
+      num_latents: M, the number of user tokens.
+      input_width: of the event states; the user tokens have the same.
+      heads, head_dim, mlp_width, num_layers: of the transformer over latents.
+      recency_buckets: number of log2-spaced distances from the end of the history that have a bias of their own; 0 for the
+        plain Perceiver.
+    """
+
+    num_latents: int
+    input_width: int
+    heads: int
+    head_dim: int
+    mlp_width: int
+    num_layers: int = 1
+    recency_buckets: int = 8
+    norm_eps: float = 1e-6
+
+
+def recency_bucket(distance: Int[Array, "..."], buckets: int) -> Int[Array, "..."]:
+    """Return floor(log2(1 + distance)), at most buckets - 1: 0 | 1 2 | 3..6 | 7..14 | ..."""
+    log = jnp.floor(jnp.log2(1.0 + jnp.maximum(distance, 0))).astype(jnp.int32)
+    return jnp.minimum(log, buckets - 1)
+
+
+class ResamplerLayer(nnx.Module):
+    """Latents attend to concat(events, latents), then an MLP. Parameters: q, k, v, o, mlp, norms, recency [M, N, buckets]."""
+
+    def __init__(self, config: ResamplerConfig, *, rngs: nnx.Rngs):
+        c = self.config = config
+        self.event_norm = RMSNorm(c.input_width, eps=c.norm_eps)
+        self.latent_norm = RMSNorm(c.input_width, eps=c.norm_eps)
+        self.mlp_norm = RMSNorm(c.input_width, eps=c.norm_eps)
+        shape = (c.input_width, c.heads, c.head_dim)
+        self.q = linear_param(rngs, shape, fan_in=c.input_width)
+        self.k = linear_param(rngs, shape, fan_in=c.input_width)
+        self.v = linear_param(rngs, shape, fan_in=c.input_width)
+        self.o = linear_param(rngs, (c.heads, c.head_dim, c.input_width), fan_in=c.heads * c.head_dim)
+        self.mlp = MLP(c.input_width, c.mlp_width, activation="silu", rngs=rngs)
+        if c.recency_buckets:
+            self.recency = nnx.Param(jnp.zeros((c.num_latents, c.heads, c.recency_buckets), jnp.float32))
+
+    def __call__(
+        self, latents: Float[Array, "B M D"], states: Float[Array, "B E D"], event_mask: Bool[Array, "B E"]
+    ) -> Float[Array, "B M D"]:
+        c = self.config
+        own, events = self.latent_norm(latents), self.event_norm(states)
+        q = jnp.einsum("BMD,DNH->BMNH", own, self.q[...])
+        # Events and latents are projected apart: under `vmap` over several ends of one history, events only once.
+        k = jnp.concatenate([jnp.einsum("BSD,DNH->BSNH", x, self.k[...]) for x in (events, own)], axis=1)
+        v = jnp.concatenate([jnp.einsum("BSD,DNH->BSNH", x, self.v[...]) for x in (events, own)], axis=1)
+        mask = jnp.concatenate([event_mask, jnp.ones(own.shape[:2], bool)], axis=1)
+        bias = None
+        if c.recency_buckets:
+            # Distance of each event from the last real one; padding beyond it is masked anyway.
+            distance = event_mask.sum(-1, keepdims=True) - 1 - jnp.arange(states.shape[1])
+            by_event = self.recency[...][:, :, recency_bucket(distance, c.recency_buckets)]  # M N B E
+            bias = jnp.pad(jnp.transpose(by_event, (2, 1, 0, 3)), ((0, 0), (0, 0), (0, 0), (0, own.shape[1])))
+        out = attention(q, k, v, mask=mask[:, None, :], bias=bias)
+        latents = latents + jnp.einsum("BMNH,NHD->BMD", out, self.o[...])
+        return latents + self.mlp(self.mlp_norm(latents))
+
+
+class Resampler(nnx.Module):
+    """Parameters: latents [M, D], layers, norm."""
+
+    def __init__(self, config: ResamplerConfig, *, rngs: nnx.Rngs):
+        # Equal latents would get equal gradients and never separate, hence a random start.
+        self.latents = embedding_param(rngs, (config.num_latents, config.input_width))
+        self.layers = nnx.List([ResamplerLayer(config, rngs=rngs) for _ in range(config.num_layers)])
+        self.norm = RMSNorm(config.input_width, eps=config.norm_eps)
+
+    def __call__(self, states: Float[Array, "B E D"], event_mask: Bool[Array, "B E"]) -> Float[Array, "B M D"]:
+        """Resample event states to user tokens; `event_mask` is True at real events, which come first."""
+        latents = jnp.broadcast_to(self.latents[...], (states.shape[0], *self.latents.shape)).astype(states.dtype)
+        for layer in self.layers:
+            latents = layer(latents, states, event_mask)
+        return self.norm(latents)

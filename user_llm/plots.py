@@ -1,0 +1,89 @@
+"""Plots of a report: curves per phase, gates by layer, recall by history length. No display."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+Curves = Sequence[
+    tuple[str, dict[str, list[dict]]]
+]  # For each run its label and, by phase, its metrics.jsonl.
+
+
+def plot_losses(path: Path, runs: Curves) -> None:
+    """Draw the training loss of each phase; below, recall@10 (else loss) on validation."""
+    phases = list(dict.fromkeys(phase for _, metrics in runs for phase in metrics))
+    figure = Figure(figsize=(4 * len(phases), 6), layout="constrained")
+    grid = figure.subplots(2, len(phases), squeeze=False)
+    for column, phase in enumerate(phases):
+        chosen = [(label, metrics[phase]) for label, metrics in runs if phase in metrics]
+        ranked = any("recall@10" in row for _, rows in chosen for row in rows)
+        for label, rows in chosen:
+            grid[0, column].plot(*_series(rows, "train", "loss"), label=label)
+            watched = _series(rows, "eval", "recall@10" if ranked else "loss")
+            grid[1, column].plot(*watched, marker=".", label=label)
+        grid[0, column].set(title=f"{phase}: training loss", xlabel="step")
+        grid[1, column].set(title=f"validation {'recall@10' if ranked else 'loss'}", xlabel="step")
+        if len(chosen) > 1:
+            grid[0, column].legend()
+    figure.savefig(path, dpi=100)
+
+
+def plot_gates(path: Path, runs: Curves) -> bool:
+    """Draw tanh(gate) by step, one colour per layer; return False where no phase has gates."""
+    gated = {
+        phase: _gate_names(rows)
+        for _, metrics in runs
+        for phase, rows in metrics.items()
+        if _gate_names(rows)
+    }
+    if not gated:
+        return False
+    figure = Figure(figsize=(5 * len(gated), 4), layout="constrained")
+    grid = figure.subplots(1, len(gated), squeeze=False)[0]
+    for axes, (phase, names) in zip(grid, gated.items(), strict=True):
+        for layer, name in enumerate(names):
+            for _, metrics in runs:
+                axes.plot(*_series(metrics.get(phase, []), "train", name), color=f"C{layer}")
+            axes.plot([], color=f"C{layer}", label=f"layer {name.removeprefix('gate/')}")
+        axes.axhline(0, color="gray", linewidth=0.5)
+        axes.set(title=f"{phase}: tanh(gate)", xlabel="step")
+        axes.legend()
+    figure.savefig(path, dpi=100)
+    return True
+
+
+def plot_lengths(path: Path, labels: list[str], methods: dict[str, list[dict | None]]) -> None:
+    """Draw recall@10 by bucket of history length.
+
+    A method's list has an entry for each label, None where there is no user.
+    """
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    grid = figure.subplots(1, 2, sharey=True)
+    for axes, metric in zip(grid, ("recall@10", "recall@10/unseen"), strict=True):
+        for method, parts in methods.items():
+            values = [part[metric] if part else float("nan") for part in parts]
+            axes.plot(range(len(labels)), values, marker="o", label=method)
+        axes.set(title=metric, xlabel="events in the history")
+        axes.set_xticks(range(len(labels)), labels)
+    grid[0].set_ylim(
+        bottom=0
+    )  # Shared, and only now: set before the last curve it would stop the scaling.
+    grid[0].legend()
+    figure.savefig(path, dpi=100)
+
+
+def _gate_names(rows: list[dict]) -> list[str]:
+    """Return the names of all gates in the order of their layers."""
+    names = {name for row in rows for name in row if name.startswith("gate/")}
+    return sorted(names, key=lambda name: (len(name), name))
+
+
+def _series(rows: list[dict], kind: str, name: str) -> tuple[list[int], list[Any]]:
+    points = [
+        (row["step"], row[name])
+        for row in rows
+        if row["kind"] == kind and row.get(name) is not None
+    ]
+    return [step for step, _ in points], [value for _, value in points]

@@ -1,0 +1,350 @@
+"""From what runs left to report.md: results beside published figures, data audit, plots.
+
+    python -m user_llm.report RUN [RUN...] [--out=DIR]
+
+Runs with other seeds give mean and spread. `read_run` says what a run's folder may hold; only
+results.json must be there.
+"""
+
+import dataclasses
+import json
+import shlex
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import app, flags, logging
+
+from user_llm import plots
+from user_llm.common.metrics import read_metrics
+
+ROW_KEYS = ("dataset", "task", "method", "metric", "value", "n", "seed", "split", "config_hash")
+METRICS = ("recall@1", "recall@5", "recall@10", "ndcg@10", "mrr")
+BREAKDOWN_METRICS = ("recall@10", "recall@10/unseen", "ndcg@10")
+FILTERS = {"": "Nothing filtered", "unseen": "History removed from the candidates (`unseen`)"}
+
+# Printed beside results on the same dataset alone, so that no figure of a large set ever stands
+# beside results on a small one.
+_SEQLLM = (
+    "candidates restricted, origin of baselines unclear",
+    "SeqLLM, arXiv 2608.03063, table 4",
+)
+_HSTU = "README of github.com/meta-recsys/generative-recommenders"
+_ESASREC = "README of github.com/blondered/transformer_benchmark"
+_PLUS = f"arXiv 2309.07602 by the {_ESASREC}"
+_GSASREC = f"arXiv 2308.07192 by the {_ESASREC}"
+PUBLISHED = {
+    "ml-20m": [
+        ("sequence model alone", 0.152, "", "", *_SEQLLM),
+        ("history as text", 0.140, "", "", *_SEQLLM),
+        ("User-LLM", 0.154, "", "", *_SEQLLM),
+        ("SeqLLM (8B)", 0.174, "", "", *_SEQLLM),
+        ("SASRec, full cross-entropy", "", 0.2983, "", "", _PLUS),
+        ("SASRec, sampled softmax", "", 0.2889, 0.1621, "", _HSTU),
+        ("BERT4Rec", "", 0.2816, 0.1703, "", _HSTU),
+        ("eSASRec", "", 0.3289, 0.1966, "", _ESASREC),
+        ("HSTU", "", 0.3273, 0.1895, "", _HSTU),
+        ("HSTU-large", "", 0.3556, 0.2098, "", _HSTU),
+    ],
+    "ml-1m": [
+        ("SASRec, full cross-entropy", "", 0.3152, "", "", _PLUS),
+        ("SASRec, sampled softmax", "", 0.2853, 0.1603, "", _HSTU),
+        ("BERT4Rec", "", 0.2843, 0.1537, "", _HSTU),
+        ("gSASRec", "", 0.3000, "", "history removed (`unseen`)", _GSASREC),
+        ("eSASRec", "", 0.3133, 0.1772, "", _ESASREC),
+        ("HSTU", "", 0.3097, 0.1720, "", _HSTU),
+        ("HSTU-large", "", 0.3294, 0.1893, "", _HSTU),
+    ],
+}
+PUBLISHED_PROTOCOL = ("next_item", "leave_last_out")  # Task and split of all of them.
+PUBLISHED_HEADER = ("method", "recall@5", "recall@10", "ndcg@10", "remark", "source")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What one run left; all but `rows` may be empty."""
+
+    directory: Path
+    rows: list[dict]
+    config: dict
+    audit: dict
+    metrics: dict[str, list[dict]]
+    breakdowns: list[dict]
+
+
+def read_run(workdir: str | PathLike) -> Run:
+    """Read results.json, config.json (as `main` writes it), audit.json (numbers by name), and
+    from each phase's folder metrics.jsonl and breakdown.json.
+
+    Raises:
+      ValueError: results.json is missing, a file is cut short, or a row lacks a column.
+    """
+    directory = Path(workdir)
+    if not (directory / "results.json").exists():
+        raise ValueError(f"{directory} holds no results.json: run its command again until it ends.")
+    rows = _read_json(directory / "results.json")
+    for number, row in enumerate(rows, 1):
+        if missing := [key for key in ROW_KEYS if key not in row]:
+            where = f"{directory / 'results.json'}, row {number}"
+            raise ValueError(f"{where}: no {missing[0]!r}; run the evaluation again.")
+    optional = {name: directory / f"{name}.json" for name in ("config", "audit")}
+    return Run(
+        directory=directory,
+        rows=rows,
+        **{name: _read_json(path) if path.exists() else {} for name, path in optional.items()},
+        metrics={
+            path.parent.name: read_metrics(path)
+            for path in sorted(directory.glob("*/metrics.jsonl"))
+        },
+        breakdowns=[_read_json(path) for path in sorted(directory.glob("*/breakdown.json"))],
+    )
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}, line {error.lineno}: not JSON; delete the file and run the command again."
+        ) from error
+
+
+class Seen(NamedTuple):
+    """A measured value with its number of targets and the run that holds it."""
+
+    value: float
+    n: int
+    run: Path
+
+
+Group = tuple[str, str, str]  # Dataset, task, split.
+Cells = dict[Group, dict[tuple[str, str], dict[int, Seen]]]  # (method, metric) -> seed -> value.
+
+
+def merge_rows(runs: Sequence[Run]) -> tuple[Cells, list[Run], list[str]]:
+    """Gather rows by everything but the seed.
+
+    Returns:
+      The cells, the runs that added something, and a note for each run that repeats a seed of
+      another run with the same values, which counts once.
+
+    Raises:
+      ValueError: two rows for one seed with different values.
+    """
+    cells: Cells = {}
+    kept, notes = [], []
+    for run in runs:
+        repeated: Counter[Path] = Counter()
+        for row in run.rows:
+            group = cells.setdefault((row["dataset"], row["task"], row["split"]), {})
+            seeds = group.setdefault((row["method"], row["metric"]), {})
+            new = Seen(row["value"], row["n"], run.directory)
+            old = seeds.setdefault(row["seed"], new)
+            if old[:2] != new[:2]:
+                raise ValueError(
+                    f"{old.run} and {new.run} differ for seed {row['seed']} in {row['method']} "
+                    f"{row['metric']} ({old.value} and {new.value}): give one run per seed, or "
+                    "report them apart."
+                )
+            if old is not new:
+                repeated[old.run] += 1
+        notes += [
+            f"`{run.directory}` repeats {count} rows of `{other}` (same seed): counted once."
+            for other, count in repeated.items()
+        ]
+        if repeated.total() < len(run.rows) or not run.rows:
+            kept.append(run)
+    return cells, kept, notes
+
+
+def write_report(*workdirs: str | PathLike, out: str | PathLike | None = None) -> Path:
+    """Write report.md and its plots into `out` (default: the first run) and return its path."""
+    runs = [read_run(path) for path in dict.fromkeys(Path(w).absolute() for w in workdirs)]
+    cells, runs, notes = merge_rows(runs)
+    out = Path(out or workdirs[0])
+    out.mkdir(parents=True, exist_ok=True)
+    sections = [
+        "# Report",
+        *_run_section(runs, notes),
+        *_result_sections(cells),
+        *_breakdown_sections(runs, out),
+        *_audit_section(runs),
+        *_training_section(runs, out),
+    ]
+    temporary = out / "report.md.tmp"
+    temporary.write_text("\n\n".join(sections) + "\n")
+    return temporary.replace(out / "report.md")
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    def show(cell: Any) -> str:
+        text = f"{cell:.4f}" if isinstance(cell, float) else str(cell)
+        return text.replace("|", "\\|")
+
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(show, line)) + " |" for line in lines)
+
+
+def _run_section(runs: list[Run], notes: list[str]) -> list[str]:
+    sections = ["## Runs"]
+    for run in runs:
+        facts = {
+            "config": ", ".join(sorted({str(row["config_hash"]) for row in run.rows})),
+            "seed": ", ".join(sorted({str(row["seed"]) for row in run.rows})),
+        }
+        config = {**run.config, **run.config.get("versions", {})}
+        for name, value in config.items():
+            if name not in ("command", *ROW_KEYS) and isinstance(value, str | float | int):
+                facts[name] = str(value)
+        shown = ", ".join(f"{name} `{value}`" for name, value in facts.items())
+        sections.append(f"`{run.directory.name}`: {shown}")
+        if "command" in run.config:
+            command = shlex.join(["python", "-m", "user_llm.main", *run.config["command"][1:]])
+            sections.append(f"```\n{command}\n```")
+    configs = [{**run.config["config"], "seed": None} for run in runs if "config" in run.config]
+    if any(config != configs[0] for config in configs):
+        notes = [*notes, "The configs of these runs differ in more than the seed."]
+    return sections + notes
+
+
+def _result_sections(cells: Cells) -> list[str]:
+    sections = []
+    for (dataset, task, split), group in cells.items():
+        sections.append(f"## {dataset}: {task} ({split})")
+        if any(len(seeds) > 1 for seeds in group.values()):
+            sections.append("Mean over seeds ± sample standard deviation.")
+        metrics = sorted({metric for _, metric in group}, key=_metric_order)
+        suffixes = {metric.partition("/")[2] for metric in metrics}
+        for suffix in [*FILTERS, *sorted(suffixes - set(FILTERS))]:
+            chosen = [metric for metric in metrics if metric.partition("/")[2] == suffix]
+            if chosen:
+                sections += [f"{FILTERS.get(suffix, suffix)}:", _result_table(group, chosen)]
+        if dataset in PUBLISHED and (task, split) == PUBLISHED_PROTOCOL:
+            sections += [
+                f"Published on {dataset}; filter, preprocessing and order of ties differ:",
+                _table(PUBLISHED_HEADER, PUBLISHED[dataset]),
+            ]
+    return sections
+
+
+def _metric_order(metric: str) -> tuple[int, str]:
+    base = metric.partition("/")[0]
+    return (METRICS.index(base) if base in METRICS else len(METRICS)), metric
+
+
+def _result_table(group: dict[tuple[str, str], dict[int, Seen]], metrics: list[str]) -> str:
+    rows = []
+    for method in dict.fromkeys(method for method, _ in group):
+        cells = [group.get((method, metric), {}) for metric in metrics]
+        if any(cells):
+            targets = sorted({seen.n for seeds in cells for seen in seeds.values()})
+            seeds = sorted({seed for seeds in cells for seed in seeds})
+            numbers = ("/".join(map(str, targets)), ", ".join(map(str, seeds)))
+            rows.append([method, *map(_mean_and_spread, cells), *numbers])
+    return _table(["method", *(m.partition("/")[0] for m in metrics), "n", "seeds"], rows)
+
+
+def _mean_and_spread(seeds: dict[int, Seen]) -> str:
+    values = [seen.value for seen in seeds.values()]
+    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.4f}{spread}" if values else ""
+
+
+def _pool(keyed: Iterable[tuple[Any, dict]]) -> dict[Any, dict]:
+    """Pool the parts with equal keys: n is their sum, each metric the mean weighted by n."""
+    groups: dict[Any, list[dict]] = {}
+    for key, part in keyed:
+        groups.setdefault(key, []).append(part)
+    pooled = {}
+    for key, parts in groups.items():
+        total = sum(part["n"] for part in parts)
+        means = {m: sum(part[m] * part["n"] for part in parts) / total for m in BREAKDOWN_METRICS}
+        pooled[key] = {"n": total, **means}
+    return pooled
+
+
+def _breakdown_sections(runs: list[Run], out: Path) -> list[str]:
+    datasets = {row["dataset"] for run in runs for row in run.rows}
+    entries = []
+    for run in runs:
+        prefix = f"{run.rows[0]['dataset']}: " if run.rows and len(datasets) > 1 else ""
+        entries += [{**entry, "method": prefix + entry["method"]} for entry in run.breakdowns]
+    lengths = _pool(
+        ((entry["method"], part["from"], part["to"]), part)
+        for entry in entries
+        for part in entry["history_length"]
+    )
+    ties = _pool(
+        ((entry["method"], name), part)
+        for entry in entries
+        for name, part in entry["boundary_tie"].items()
+    )
+    sections = []
+    if lengths:
+        buckets = sorted({(start, end) for _, start, end in lengths}, key=lambda bucket: bucket[0])
+        labels = [f"{start}+" if end is None else f"{start}-{end}" for start, end in buckets]
+        methods = {m: [lengths.get((m, *bucket)) for bucket in buckets] for m, _, _ in lengths}
+        plots.plot_lengths(out / "history_length.png", labels, methods)
+        sections += [
+            "## By history length",
+            "![recall@10 by history length](history_length.png)",
+            "recall@10, nothing filtered (targets, over all seeds):",
+            _table(
+                ["method", *(f"{label} events" for label in labels)],
+                [
+                    [m, *(f"{p['recall@10']:.4f} ({p['n']})" if p else "" for p in parts)]
+                    for m, parts in methods.items()
+                ],
+            ),
+        ]
+    if ties:
+        names = ("n", *BREAKDOWN_METRICS)
+        sections += [
+            "## Ties at the split boundary",
+            "Tied: the target shares its timestamp with the event before it.",
+            _table(
+                ["method", "targets", *names],
+                ([*key, *(part[name] for name in names)] for key, part in ties.items()),
+            ),
+        ]
+    return sections
+
+
+def _audit_section(runs: list[Run]) -> list[str]:
+    audits: list[dict] = []
+    for run in runs:
+        if run.audit and run.audit not in audits:
+            audits.append(run.audit)
+    tables = [_table(["number", "value"], audit.items()) for audit in audits]
+    return ["## Data audit", *tables] if tables else []
+
+
+def _training_section(runs: list[Run], out: Path) -> list[str]:
+    curves = [(run.directory.name, run.metrics) for run in runs if run.metrics]
+    if not curves:
+        return []
+    plots.plot_losses(out / "loss.png", curves)
+    sections = ["## Training", "![training loss and validation](loss.png)"]
+    if plots.plot_gates(out / "gates.png", curves):
+        sections.append("![gates by layer](gates.png)")
+    return sections
+
+
+def main(argv: list[str]) -> None:
+    """Write the report of the runs named on the command line."""
+    if len(argv) < 2:
+        raise app.UsageError("name at least one run folder")
+    try:
+        path = write_report(*argv[1:], out=flags.FLAGS.out)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+    logging.info("wrote %s", path)
+
+
+if __name__ == "__main__":
+    # Defined here so that importing this module adds no flag to another program.
+    flags.DEFINE_string("out", None, "Folder of the merged report; the first run's by default.")
+    app.run(main)

@@ -1,0 +1,200 @@
+"""Phase 2: contextualize the LLM with user tokens, and its text-prompt baseline (sections 3 and 4 of the paper).
+
+One loss for all variants: at each answer position the next item is ranked against the full catalogue (`catalogue`), and its
+title is written token by token (`text`). What differs is in the config: an encoder or none, how many titles the prompt holds,
+which parameters train.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
+
+from user_llm.common import trees
+from user_llm.common.trees import Params
+from user_llm.data.pipeline import ExampleConfig, HistoryBatch, contextual_examples, history_batches
+from user_llm.data.prompts import NextItemPrompts, pad_rows
+from user_llm.evals.evaluator import Ranks, rank_listed, rank_targets
+from user_llm.evals.ranking import result_rows
+from user_llm.models.decoder import DecoderConfig
+from user_llm.models.generate import Trie, beam_search
+from user_llm.models.pretrained import decoder_config as pretrained_config
+from user_llm.models.pretrained import load_decoder
+from user_llm.models.user_encoder import UserEncoderConfig
+from user_llm.models.user_llm import UserLLM, UserLLMConfig
+from user_llm.nn.cross_attention import CrossAttentionConfig
+from user_llm.nn.losses import chunked_cross_entropy
+from user_llm.nn.resampler import ResamplerConfig
+from user_llm.tasks.context import Context
+from user_llm.tasks.pretrain_encoder import encoder_config
+from user_llm.tasks.pretrain_lm import decoder_config, text_loss
+from user_llm.training.task import Batch, Task
+
+
+def model_config(config: ConfigDict, name: str, context: Context, vocab_size: int) -> UserLLMConfig:
+    """Put the parts together: with an encoder if the phase encodes events, else for text prompts alone."""
+    phase = config[name]
+    llm = config.llm
+    base = pretrained_config(llm.checkpoint, unroll=llm.unroll) if llm.checkpoint else decoder_config(llm, vocab_size)
+    encoder = encoder_config(config.encoder, context.timelines.schema)
+    shared = {"num_items": encoder.schema.num_items, "table_rows": encoder.table_rows, "item_width": encoder.block.width}
+    if not phase.examples.max_events:
+        return UserLLMConfig(decoder=base, **shared)
+    cross = CrossAttentionConfig(user_width=encoder.block.width, **phase.cross)
+    return UserLLMConfig(
+        decoder=dataclasses.replace(base, cross=cross),
+        encoder=encoder,
+        resampler=ResamplerConfig(input_width=encoder.block.width, **phase.resampler),
+        **shared,
+    )
+
+
+def contextual_loss(
+    model: UserLLM, batch: Batch, key: Array | None, *, catalogue: float, text: float, chunk: int
+) -> tuple[Array, dict[str, Array]]:
+    """Return catalogue * (cross entropy of the items) + text * (cross entropy of what follows the first answer position)."""
+    encoder_key, decoder_key = (None, None) if key is None else jax.random.split(key)
+    tokens = batch["text"].reshape(-1, batch["text"].shape[-1])
+    lengths, answers, items = (batch[k].reshape(len(tokens), -1) for k in ("text_lengths", "answers", "items"))
+    user = None
+    if model.config.encoder is not None:
+        states = model.encode(batch["events"], batch["lengths"], key=encoder_key)
+        user = model.user_kv(states, batch["prefix"])
+    hidden = model.hidden(tokens, lengths[:, 0], user=user, key=decoder_key)
+
+    query = model.item_query(jnp.take_along_axis(hidden, answers[..., None], axis=1))
+    wanted = (items > 0).reshape(-1).astype(jnp.float32)
+    wanted /= jnp.maximum(wanted.sum(), 1)
+    query = query.reshape(-1, query.shape[-1])
+    item_loss = chunked_cross_entropy(query, model.item_table, items.reshape(-1), wanted, model.valid_items(), chunk)
+
+    position = jnp.arange(tokens.shape[1] - 1)
+    predicted = (position >= answers[:, :1]) & (position + 1 < lengths) & (items[:, :1] > 0)
+    rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])
+    token_loss = text_loss(
+        model.decoder, rows, tokens[:, 1:].reshape(-1), predicted.reshape(-1).astype(jnp.float32), chunk
+    )
+    scalars = {"item_loss": item_loss, "text_loss": token_loss}
+    if model.config.encoder is not None:
+        gates = jnp.tanh(model.decoder.stack.cross.gate[...])
+        scalars |= {f"gate/{layer}": gates[layer] for layer in range(gates.shape[0])}
+    return catalogue * item_loss + text * token_loss, scalars
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def user_kv(graphdef: nnx.GraphDef, params: Params, events: Int[Array, "B E A"], lengths: Int[Array, "B"]):
+    """Return the user K/V of whole histories: what a server stores per user."""
+    model = trees.merge(graphdef, params)
+    return model.user_kv(model.encode(events, lengths), lengths[:, None])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def score_catalogue(graphdef: nnx.GraphDef, params: Params, text: Array, lengths: Array, user=None) -> Float[Array, "B V"]:
+    """Score all items at the end of each right-padded prompt."""
+    model = trees.merge(graphdef, params)
+    hidden = model.hidden(text, lengths, user=user)
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    return model.score(model.item_query(last))
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranker:
+    """Ranks a split part with a contextualized LLM, by catalogue or by writing titles."""
+
+    graphdef: nnx.GraphDef
+    context: Context
+    prompts: NextItemPrompts
+    examples: ExampleConfig
+    batch_size: int
+
+    def prompt_batch(self, batch: HistoryBatch) -> tuple[np.ndarray, np.ndarray]:
+        """Return right-padded prompts and their lengths; the padded length is the same for a given number of titles."""
+        count = self.examples.text_items
+        histories = [seen[max(p - count, 0) : p] for seen, p in zip(batch.seen, batch.positions, strict=True)]
+        rows = [self.prompts.prompt(history.tolist()) for history in histories]
+        lengths = np.array([len(row) for row in rows], np.int32)
+        longest = self.prompts.max_tokens if count else int(lengths.max())
+        return pad_rows(rows, min(longest, -(-int(lengths.max()) // 64) * 64)), lengths
+
+    def user(self, params: Params, batch: HistoryBatch):
+        """Return the K/V of the batch's users, or None without an encoder."""
+        if not self.examples.max_events:
+            return None
+        return user_kv(self.graphdef, params, batch.events, batch.lengths)
+
+    def by_catalogue(self, params: Params, part: str, limit: int | None = None) -> Ranks:
+        """Rank by the item head."""
+
+        def score(batch: HistoryBatch) -> Array:
+            text, lengths = self.prompt_batch(batch)
+            return score_catalogue(self.graphdef, params, text, lengths, self.user(params, batch))
+
+        return rank_targets(
+            score, self.context.timelines, self.context.split, part,
+            max_events=max(self.examples.max_events, 1), batch_size=self.batch_size, limit=limit,
+        )  # fmt: skip
+
+    def by_generation(self, params: Params, part: str, *, beams: int, limit: int | None) -> Ranks:
+        """Rank by beam search over the titles of the catalogue; what is not among the beams is not found."""
+        trie = Trie(self.prompts.targets())
+
+        def propose(batch: HistoryBatch) -> np.ndarray:
+            text, lengths = self.prompt_batch(batch)
+            decoder_def, decoder_params = trees.split(trees.merge(self.graphdef, params).decoder)
+            items, _ = beam_search(
+                decoder_def, decoder_params, trie, text, lengths, beams=beams, user=self.user(params, batch)
+            )
+            return np.asarray(items)
+
+        return rank_listed(
+            propose, self.context.timelines, self.context.split, part,
+            max_events=max(self.examples.max_events, 1), batch_size=self.batch_size, limit=limit,
+        )  # fmt: skip
+
+
+def build(config: ConfigDict, name: str, context: Context) -> Task:
+    """Build the task of phase `name`."""
+    phase = config[name]
+    tokenizer = context.tokenizer()
+    timelines = context.timelines.select(tuple(config.encoder.features))
+    context = dataclasses.replace(context, timelines=timelines)
+    examples = ExampleConfig(**phase.examples)
+    prompts = NextItemPrompts(tokenizer, timelines.catalogue.titles, **phase.prompt)
+    full = model_config(config, name, context, tokenizer.vocab_size)
+    create = lambda: UserLLM(full, rngs=nnx.Rngs(params=context.seed))  # noqa: E731
+    graphdef, _ = trees.abstract(create)
+    ranker = Ranker(graphdef, context, prompts, examples, phase.eval.batch_size)
+
+    def init() -> Params:
+        params = context.load(trees.split(create())[1], phase.load)
+        if config.llm.checkpoint:
+            weights = load_decoder(config.llm.checkpoint, full.decoder)
+            params["decoder"] = merge_trees(params["decoder"], weights)
+        return params
+
+    def results(params: Params) -> list[dict]:
+        ranks = ranker.by_catalogue(params, "test")
+        context.save_breakdown(name, phase.method, ranks)
+        rows = result_rows(ranks, **context.row_facts, method=phase.method)
+        if phase.eval.generate_users:
+            written = ranker.by_generation(params, "test", beams=phase.eval.beams, limit=phase.eval.generate_users)
+            rows += result_rows(written, **context.row_facts, method=f"{phase.method}/generate")
+        return rows
+
+    return Task(
+        name=name,
+        init=init,
+        loss=lambda params, batch, key: contextual_loss(trees.merge(graphdef, params), batch, key, **phase.loss),
+        train_data=contextual_examples(
+            timelines, context.split.train_stop, prompts, examples,
+            batch_size=phase.batch_size, seed=context.seed, process=context.process,
+        ),
+        count_events=lambda batch: int((batch["items"] > 0).sum()),
+        evaluate=lambda params: ranker.by_catalogue(params, "validation", phase.eval.validation_users).metrics(),
+        results=results,
+    )  # fmt: skip

@@ -1,0 +1,87 @@
+"""Phase 0, where no open checkpoint is given: train a small decoder LLM on the catalogue's titles and genres.
+
+It is no substitute for a real LLM; it makes the whole method run from nothing, and gives the text-prompt baselines and User-LLM
+one decoder that knows how titles are written.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array
+from ml_collections import ConfigDict
+
+from user_llm.common import trees
+from user_llm.common.trees import Params
+from user_llm.data.pipeline import packed_text
+from user_llm.models.decoder import Decoder, DecoderConfig
+from user_llm.nn.attention import segment_mask
+from user_llm.nn.losses import chunked_cross_entropy
+from user_llm.nn.transformer import BlockConfig
+from user_llm.tasks.context import Context, catalogue_lines
+from user_llm.training.task import Batch, Task
+
+
+def decoder_config(config: ConfigDict, vocab_size: int) -> DecoderConfig:
+    """Turn a config's `llm` section into a decoder that is trained from scratch."""
+    return DecoderConfig(
+        vocab_size=vocab_size, num_layers=config.num_layers, block=BlockConfig(**config.block),
+        tie_embeddings=True, unroll=config.unroll,
+    )  # fmt: skip
+
+
+def text_loss(
+    decoder: Decoder, hidden: Array, tokens: Array, weights: Array, chunk: int
+) -> Array:
+    """Return the mean cross entropy of predicting `tokens` [R] from `hidden` [R, D], over rows of weight 1."""
+    table = decoder.output_table()
+    total = chunked_cross_entropy(hidden, table, tokens, weights, jnp.ones(table.shape[0], bool), chunk)
+    return total / jnp.maximum(weights.sum(), 1)
+
+
+def lm_loss(decoder: Decoder, batch: Batch, key: Array | None, chunk: int) -> tuple[Array, dict[str, Array]]:
+    """Return the mean cross entropy of each next token within its line."""
+    hidden, _ = decoder(
+        decoder.embed_tokens(batch["tokens"]), mask=segment_mask(batch["segments"]), positions=batch["positions"], key=key
+    )
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    weights = (batch["segments"] > 0).reshape(-1).astype(jnp.float32)
+    loss = text_loss(decoder, rows, batch["next"].reshape(-1), weights, chunk)
+    return loss, {"perplexity": jnp.exp(loss)}
+
+
+def build(config: ConfigDict, name: str, context: Context) -> Task:
+    """Build the task; a twentieth of the lines, chosen by seed, is held out for validation."""
+    phase = config[name]
+    tokenizer = context.tokenizer()
+    lines = [np.array(tokenizer.encode(line), np.int32) for line in catalogue_lines(context.timelines)]
+    held_out = np.random.default_rng(context.seed).random(len(lines)) < 0.05
+    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    lines = [np.array([*start, *line], np.int32) for line in lines]
+    model_config = decoder_config(config.llm, tokenizer.vocab_size)
+    create = lambda: Decoder(model_config, rngs=nnx.Rngs(params=context.seed))  # noqa: E731
+    graphdef, _ = trees.abstract(create)
+
+    def stream(chosen: np.ndarray, process: tuple[int, int]):
+        picked = [line for line, keep in zip(lines, chosen, strict=True) if keep]
+        return packed_text(picked, rows=phase.batch.rows, row_length=phase.batch.row_length, seed=context.seed, process=process)
+
+    def loss(params: Params, batch: Batch, key: Array | None):
+        return lm_loss(trees.merge(graphdef, params), batch, key, phase.loss.chunk)
+
+    validation_loss = jax.jit(lambda params, batch: loss(params, batch, None)[0])
+
+    def evaluate(params: Params) -> dict[str, float]:
+        data = iter(stream(held_out, (0, 1)))
+        losses = [float(validation_loss(params, next(data))) for _ in range(phase.eval.batches)]
+        return {"loss": float(np.mean(losses)), "perplexity": float(np.exp(np.mean(losses)))}
+
+    return Task(
+        name=name,
+        init=lambda: trees.split(create())[1],
+        loss=loss,
+        train_data=stream(~held_out, context.process),
+        count_events=lambda batch: int((batch["segments"] > 0).sum()),
+        evaluate=evaluate,
+        results=lambda params: [],
+    )

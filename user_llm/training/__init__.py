@@ -1,0 +1,1 @@
+"""State, optimizer, step and the one train loop."""

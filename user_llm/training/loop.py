@@ -1,0 +1,183 @@
+"""The one train loop of the house, for every phase of every config.
+
+Order: resume -> {evaluate if due -> save if due -> next batch -> step -> log if due} -> final evaluation, save, results.
+A checkpoint holds the state, the data iterator and the progress record, so that a run killed at any step and started again
+gives the same numbers, bit for bit, as one that was left alone.
+"""
+
+import dataclasses
+import json
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from etils import epath
+from jax.sharding import Mesh
+
+from user_llm.common import mesh as meshes
+from user_llm.common import trees
+from user_llm.common.checkpoint import Checkpointer, abstract_like, load_params, save_params
+from user_llm.common.metrics import MetricsLog
+from user_llm.common.trees import Params, Rules
+from user_llm.training.optimizer import OptimizerConfig, make_optimizer, partition_trainable
+from user_llm.training.step import TrainState, make_train_step
+from user_llm.training.task import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """How long to train and how often to look.
+
+    Attributes:
+      total_steps, eval_steps, save_steps, log_steps: in optimizer steps. Saves also happen after each evaluation.
+      monitor, mode: the validation metric that chooses the best parameters, and whether `max` or `min` is best.
+      patience_evals: stop after this many evaluations without a new best; 0 never stops early.
+      dtype: of the computation; parameters and optimizer are float32.
+      sharding: rules to tuples of mesh axes.
+    """
+
+    total_steps: int
+    eval_steps: int
+    save_steps: int
+    log_steps: int
+    monitor: str
+    mode: str
+    patience_evals: int
+    dtype: str
+    sharding: Rules
+
+
+@dataclasses.dataclass
+class Progress:
+    """What the loop remembers besides arrays; saved with every checkpoint."""
+
+    best_step: int = -1
+    best_value: float = float("-inf")
+    stale_evals: int = 0
+    evaluated_step: int = -1
+
+
+class Preempted(SystemExit):
+    """SIGTERM arrived; everything is saved and the same command goes on from here."""
+
+
+@contextmanager
+def sigterm_flag() -> Iterator[list[bool]]:
+    """Turn SIGTERM into a flag that the loop reads between steps."""
+    flag = [False]
+
+    def handler(signum, frame):
+        flag[0] = True
+
+    previous = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield flag
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def run(
+    task: Task, config: LoopConfig, optimizer_config: OptimizerConfig, mesh: Mesh, directory: epath.Path, seed: int
+) -> tuple[Params, list[dict]]:
+    """Train `task` in `directory`, or return at once what a finished run left there.
+
+    Returns:
+      The best parameters by the monitored metric, and the result rows measured with them.
+
+    Raises:
+      FloatingPointError: the loss became NaN or infinite.
+      Preempted: after SIGTERM, once everything is saved; exits with code 0.
+    """
+    directory = epath.Path(directory)
+    finished = directory / "results.json"
+    params = task.init()
+    params = jax.device_put(params, meshes.shardings(config.sharding, params, mesh))
+    if finished.exists():
+        logging.info("%s: finished earlier, reusing %s", task.name, directory)
+        return load_params(directory / "params", abstract_like(params)), json.loads(finished.read_text())
+
+    trainable, frozen = partition_trainable(optimizer_config, params)
+    optimizer = make_optimizer(optimizer_config, trainable, config.total_steps)
+    step_fn = make_train_step(task, optimizer, seed=seed, dtype=jnp.dtype(config.dtype))
+    _log_summary(task.name, trainable, frozen)
+    opt_state = jax.tree.map(
+        lambda a: jax.device_put(a, meshes.replicated(mesh)) if a.ndim == 0 else a, jax.jit(optimizer.init)(trainable)
+    )
+    step_zero = jax.device_put(jnp.zeros((), jnp.int32), meshes.replicated(mesh))
+    state = TrainState(step_zero, trainable, frozen, opt_state)
+    data = iter(task.train_data)
+    progress = Progress()
+    checkpoints = Checkpointer(directory / "checkpoints")
+    step = checkpoints.latest_step() or 0
+    if step:
+        state, record = checkpoints.restore(step, state, data)
+        progress = Progress(**record)
+        logging.info("%s: resuming at step %d", task.name, step)
+
+    with MetricsLog(directory, task.name, step=step, total_steps=config.total_steps) as log, sigterm_flag() as stop:
+        pending, events, since = [], 0, time.monotonic()
+        saved_step = step
+        while True:
+            last = step >= config.total_steps
+            if (step % config.eval_steps == 0 or last) and progress.evaluated_step != step:
+                _evaluate(task, config, state, step, progress, log)
+            stalled = 0 < config.patience_evals <= progress.stale_evals
+            due = step % config.save_steps == 0 or progress.evaluated_step == step or stop[0]
+            if due and saved_step != step:
+                if pending:
+                    log.check_finite(step, {k: float(pending[-1][k]) for k in ("loss", "grad_norm")})
+                metric = progress.best_value if progress.best_step == step else None
+                checkpoints.save(step, state, dataclasses.asdict(progress), data, metric)
+                saved_step = step
+            if stop[0]:
+                checkpoints.close()
+                raise Preempted(0)
+            if last or stalled:
+                break
+            batch = next(data)
+            state, scalars = step_fn(state, meshes.put_batch(batch, mesh))
+            step += 1
+            pending.append(scalars)
+            events += task.count_events(batch)
+            if step % config.log_steps == 0 or step == config.total_steps:
+                means = {k: float(jnp.mean(jnp.stack([s[k] for s in pending]))) for k in pending[0]}
+                now = time.monotonic()
+                log.train(step, means, events_per_s=events / (now - since))
+                pending, events, since = [], 0, now
+
+    best = checkpoints.restore_state(progress.best_step, state) if progress.best_step not in (-1, step) else state
+    checkpoints.close()
+    params = best.params
+    rows = task.results(params)
+    save_params(directory / "params", params)
+    # Written last: its presence says that the phase is complete.
+    temporary = directory / "results.json.tmp"
+    temporary.write_text(json.dumps(rows, indent=1))
+    temporary.rename(finished)
+    return params, rows
+
+
+def _evaluate(
+    task: Task, config: LoopConfig, state: TrainState, step: int, progress: Progress, log: MetricsLog
+) -> None:
+    """Measure on validation and update `progress`, in which larger is always better."""
+    metrics = task.evaluate(state.params)
+    log.eval(step, metrics)
+    if config.monitor not in metrics:
+        raise ValueError(f"{task.name} cannot monitor {config.monitor!r}: it reports {', '.join(metrics)}.")
+    value = metrics[config.monitor] * (1 if config.mode == "max" else -1)
+    progress.evaluated_step = step
+    if value > progress.best_value:
+        progress.best_step, progress.best_value, progress.stale_evals = step, value, 0
+    else:
+        progress.stale_evals += 1
+
+
+def _log_summary(name: str, trainable: Params, frozen: Params) -> None:
+    """Say how much is trained; both halves of Adam's state are float32 like the parameters."""
+    moving, fixed = trees.count(trainable), trees.count(frozen)
+    logging.info("%s: %s of %s parameters trainable, optimizer state %.1f MB", name, f"{moving:,}", f"{moving + fixed:,}", moving * 8e-6)

@@ -1,0 +1,54 @@
+"""The state of training and the one jitted step that changes it."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from user_llm.common import trees
+from user_llm.common.trees import Params
+from user_llm.training.task import Batch, Task
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that a step reads and writes; the dropout key is derived from the seed and `step`."""
+
+    step: jax.Array
+    trainable: Params
+    frozen: Params
+    opt_state: Any
+
+    @property
+    def params(self) -> Params:
+        """The whole parameter tree."""
+        return trees.combine(self.trainable, self.frozen)
+
+
+def cast(tree: Params, dtype: jnp.dtype) -> Params:
+    """Cast floating-point leaves for computation; the float32 originals stay with the optimizer."""
+    return jax.tree.map(lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree)
+
+
+def make_train_step(
+    task: Task, optimizer: optax.GradientTransformation, *, seed: int, dtype: jnp.dtype
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """Return the jitted (state, batch) -> (state, scalars); the state given is donated."""
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+
+        def loss(trainable: Params):
+            return task.loss(cast(trees.combine(trainable, state.frozen), dtype), batch, key)
+
+        (value, scalars), grads = jax.value_and_grad(loss, has_aux=True)(state.trainable)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        scalars = {"loss": value, "grad_norm": optax.tree.norm(grads), **scalars}
+        trainable = optax.apply_updates(state.trainable, updates)
+        return TrainState(state.step + 1, trainable, state.frozen, opt_state), scalars
+
+    return jax.jit(train_step, donate_argnums=0)

@@ -1,0 +1,36 @@
+"""What the loop needs to know of a task: a frozen record of functions, no base class."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+
+from user_llm.common.trees import Params
+
+Batch = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One phase of a run.
+
+    Attributes:
+      name: names the phase's directory and log lines.
+      init: () -> parameters, fresh or loaded.
+      loss: (params, batch, dropout key) -> (mean loss, scalars to log). Traced; must not depend on anything mutable.
+      train_data: endless batches for this process.
+      count_events: batch -> number of real training targets in it, for events/s.
+      evaluate: params -> validation metrics.
+      results: params -> rows for results.json, measured on the test split.
+    """
+
+    name: str
+    init: Callable[[], Params]
+    loss: Callable[[Params, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+    train_data: grain.IterDataset
+    count_events: Callable[[dict[str, np.ndarray]], int]
+    evaluate: Callable[[Params], dict[str, float]]
+    results: Callable[[Params], list[dict]]
