@@ -28,6 +28,9 @@ SHARDING = (
 # The strategies of contextualization: what trains. More are added as rule lists, not as code.
 FULL = ((r"^encoder/heads/", False), (r".*", True))
 
+# The pretrained encoder moves slowly, the gates, which start shut, quickly.
+CONTEXTUAL_LEARNING_RATES = ((r"^encoder/", 0.1), (r"cross/gate$", 10.0), (r".*", 1.0))
+
 # Where each part of a contextualized LLM starts from.
 LOAD = (
     (r"^encoder/", "pretrain_encoder"),
@@ -134,7 +137,7 @@ def contextualize(method: str, *, total_steps: int, eval_steps: int, **changes) 
         "load": LOAD,
         "loss": {"catalogue": 1.0, "text": 0.2, "chunk": 512},
         "eval": {"batch_size": 64, "validation_users": 1000, "generate_users": 0, "beams": 10},
-        "optimizer": optimizer(1e-3, trainable=FULL, lr_multiplier=((r"^encoder/", 0.1), (r"gate$", 10.0), (r".*", 1.0))),
+        "optimizer": optimizer(1e-3, trainable=FULL, lr_multiplier=CONTEXTUAL_LEARNING_RATES),
         "loop": loop(total_steps, eval_steps, monitor="ndcg@10", patience_evals=8),
     } | changes)  # fmt: skip
 
@@ -147,14 +150,26 @@ def text_prompt(items: int, *, total_steps: int, eval_steps: int, max_tokens: in
         eval_steps=eval_steps,
         examples={"max_events": 0, "targets_per_history": 1, "text_items": items},
         prompt={"instruction": "Films this user watched, in order:", "max_tokens": max_tokens, "max_title_tokens": 24},
-        optimizer=optimizer(1e-3),
-        **changes,
+        **({"optimizer": optimizer(1e-3)} | changes),
     )
 
 
-def full_size_encoder(config: ConfigDict) -> None:
-    """Size the encoder for MovieLens-20M on one TPU host: 6 layers as in the paper (second-hand), bf16."""
+def small(config: ConfigDict) -> None:
+    """Size encoder and LLM for 2 CPU cores and some 2,000 users: about 33 passes over the events at most."""
+    config.pretrain_encoder = pretrain_encoder(total_steps=3300, eval_steps=100)
+    config.pretrain_lm = pretrain_lm(total_steps=600, eval_steps=200)
+
+
+def full_size(config: ConfigDict) -> None:
+    """Size encoder and LLM for MovieLens-20M on one TPU host: 6 encoder layers as in the paper (second-hand)."""
     config.encoder.update(num_layers=6, unroll=False, block=block(256, 4, 768, dropout=0.1))
-    phase = pretrain_encoder(total_steps=60_000, eval_steps=1000, batch={"window": 200, "rows": 128, "row_length": 512})
-    phase.loop.dtype = "bfloat16"
-    config.pretrain_encoder = phase
+    config.llm.update(vocab_size=8192, num_layers=12, unroll=False, block=block(512, 8, 1536, dropout=0.1))
+    batch = {"window": 200, "rows": 128, "row_length": 512}
+    config.pretrain_encoder = pretrain_encoder(total_steps=60_000, eval_steps=1000, batch=batch)
+    config.pretrain_lm = pretrain_lm(total_steps=5000, eval_steps=500, batch={"rows": 64, "row_length": 512})
+
+
+def use_bfloat16(config: ConfigDict) -> None:
+    """Compute all phases in bfloat16; parameters and optimizers stay float32."""
+    for name in config.phases:
+        config[name].loop.dtype = "bfloat16"

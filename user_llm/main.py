@@ -8,6 +8,7 @@ Finished phases are skipped and interrupted ones resumed, so the same command go
 import hashlib
 import importlib.metadata
 import json
+import logging as standard_logging
 import subprocess
 import sys
 
@@ -108,7 +109,14 @@ def save_config(config: ConfigDict, workdir: epath.Path) -> str:
     return config_hash
 
 
+def quiet_orbax(record) -> bool:
+    """Keep orbax's running commentary out of the log, but not its warnings."""
+    return "orbax" not in record.pathname or record.levelno >= standard_logging.WARNING
+
+
 def main(argv: list[str]) -> None:
+    logging.set_verbosity(logging.INFO)
+    logging.get_absl_handler().addFilter(quiet_orbax)
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}")
     flag = flags.FLAGS["config"]

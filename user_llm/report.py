@@ -36,7 +36,7 @@ _HSTU = "README of github.com/meta-recsys/generative-recommenders"
 _ESASREC = "README of github.com/blondered/transformer_benchmark"
 _PLUS = f"arXiv 2309.07602 by the {_ESASREC}"
 _GSASREC = f"arXiv 2308.07192 by the {_ESASREC}"
-PUBLISHED = {
+PUBLISHED: dict[str, Any] = {
     "ml-20m": [
         ("sequence model alone", 0.152, "", "", *_SEQLLM),
         ("history as text", 0.140, "", "", *_SEQLLM),

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from user_llm.common import trees
 from user_llm.nn.attention import (
     Attention,
     AttentionConfig,
@@ -19,7 +20,8 @@ from user_llm.nn.attention import (
 
 def _qkv(queries=5, keys=5, heads=4, kv_heads=2, dim=8, batch=2):
     shapes = (batch, queries, heads, dim), (batch, keys, kv_heads, dim), (batch, keys, kv_heads, dim)
-    return [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
 
 
 def _textbook(q, k, v, mask):
@@ -111,17 +113,18 @@ def test_cache_write_puts_each_row_at_its_own_slots():
     np.testing.assert_array_equal(cache.v, -cache.k)
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_slots_of_the_cache_are_free_of_positions(qk_norm):
-    layer = Attention(AttentionConfig(width=16, heads=4, kv_heads=2, head_dim=8, qk_norm=qk_norm), rngs=nnx.Rngs(params=0))
-    x = jax.random.normal(jax.random.key(1), (2, 3, 16))
-    positions = jnp.broadcast_to(jnp.arange(3), (2, 3))
-    expected, _ = layer(x, mask=causal_mask(jnp.ones((2, 3), bool)), positions=positions)
-    slots = jnp.array([[5, 0, 3], [2, 4, 1]])
-    mask = (slots[:, :, None, None] == jnp.arange(6)) & causal_mask(jnp.ones((2, 3), bool))[:, :, :, None].swapaxes(1, 2)
-    cache = KVCache(jnp.full((2, 6, 2, 8), 9.0), jnp.full((2, 6, 2, 8), 9.0))
-    out, _ = layer(x, mask=mask.any(1), positions=positions, cache=cache, slots=slots)
-    np.testing.assert_allclose(out, expected, atol=1e-6)
+def test_slots_of_the_cache_are_free_of_positions(drawn):
+    config = AttentionConfig(width=16, heads=4, kv_heads=2, head_dim=8)
+    graphdef, params = drawn(lambda: Attention(config, rngs=nnx.Rngs(params=0)))
+    run = jax.jit(lambda *args, **kwargs: trees.merge(graphdef, params)(*args, **kwargs)[0])
+    x = np.random.default_rng(1).normal(size=(1, 3, 16)).astype(np.float32)
+    positions = np.arange(3)[None]
+    expected = run(x, mask=causal_mask(jnp.ones((1, 3), bool)), positions=positions)
+    slots = np.array([[5, 0, 3]])
+    mask = _drawn(". . . . . 1", "1 . . . . 1", "1 . . 1 . 1")
+    cache = KVCache(jnp.full((1, 6, 2, 8), 9.0), jnp.full((1, 6, 2, 8), 9.0))
+    out = run(x, mask=mask, positions=positions, cache=cache, slots=slots)
+    np.testing.assert_allclose(out, expected, atol=2e-6)
 
 
 def test_uneven_head_groups_are_refused():

@@ -38,7 +38,9 @@ class MetricsLog:
         self._name, self._total = name, total_steps
         self._checked = self._first_step = step
         self._since = time.monotonic()
-        self._file = self._board = self._bar = None
+        self._file: Any = None
+        self._board: Any = None
+        self._bar: Any = None
         if jax.process_index() != 0:
             return
         directory = epath.Path(workdir)
@@ -129,7 +131,8 @@ class MetricsLog:
         self._file.write(json.dumps({"step": step, "kind": kind, **finite}) + "\n")
         self._file.flush()
         for name, value in scalars.items():
-            self._board.add_scalar(f"{kind}/{name}", value, step)
+            # TensorBoard allows no @ in names, and its writer warns of each.
+            self._board.add_scalar(f"{kind}/{name}".replace("@", "_"), value, step)
 
 
 def read_metrics(path: epath.PathLike) -> list[dict]:

@@ -70,13 +70,11 @@ def combine(first: Params, second: Params) -> Params:
     return traverse_util.unflatten_dict({**traverse_util.flatten_dict(first), **traverse_util.flatten_dict(second)})
 
 
-def subtree(tree: Params, prefix: str) -> Params:
-    """Return the subtree at a path such as `decoder/stack`; "" is the whole."""
-    for part in filter(None, prefix.split("/")):
-        if part not in tree:
-            raise ValueError(f"No subtree {part!r} of {prefix!r}: there are {', '.join(map(str, tree))}.")
-        tree = tree[part]
-    return tree
+def replace(tree: Params, leaves: dict[str, Any]) -> Params:
+    """Return `tree` with the leaves at the given paths replaced; what `flatten` returns of a part of it fits."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaves.get("/".join(str(entry.key) for entry in path), leaf), tree
+    )
 
 
 def count(tree: Params) -> int:

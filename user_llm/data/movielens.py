@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -77,7 +77,9 @@ class MovieLens(tfds.core.GeneratorBasedBuilder):
         if not directory:
             if CHECKSUMS[config.release] is None:
                 logging.warning("No checksum is known for %s: its download cannot be verified.", config.release)
-            directory = dl_manager.download_and_extract(f"{config.base_url}/{config.release}.zip")
+            # Not download_and_extract(), which needs TensorFlow.
+            path = epath.Path(dl_manager.download(f"{config.base_url}/{config.release}.zip"))
+            directory = _unzip(path, path.parent / "unzipped")
         raw = movielens_raw.read(directory)
         movies = np.unique(raw.movie)
         names = sorted({name for movie in movies for name in raw.genres[int(movie)]})
@@ -175,7 +177,8 @@ def _prepare(source: str, prepared_dir: epath.Path, base_url: str) -> MovieLens:
     if path.suffix == ".zip" and path.exists():
         path = _unzip(path, prepared_dir / "unzipped")
     if path.is_dir():
-        fingerprint = _fingerprint(movielens_raw.find_layout(path).parent)
+        folder = movielens_raw.find_layout(path).parent
+        fingerprint = _fingerprint(folder / name for name in movielens_raw.FILES if (folder / name).exists())
         config = MovieLensConfig(name=path.absolute().name, raw_dir=str(path))
     elif source in CHECKSUMS:
         fingerprint = "download"
@@ -188,9 +191,8 @@ def _prepare(source: str, prepared_dir: epath.Path, base_url: str) -> MovieLens:
 
 
 def _unzip(path: epath.Path, directory: epath.Path) -> epath.Path:
-    """Unpack a release once, into a folder named by its size and time; complete when it has its name."""
-    stat = path.stat()
-    target = directory / f"{stat.length}-{int(stat.mtime)}" / path.stem
+    """Unpack a release once, into a folder named by its content; complete when it has its name."""
+    target = directory / _fingerprint([path]) / path.stem
     if not target.exists():
         unfinished = target.parent / "unfinished"
         try:
@@ -202,10 +204,13 @@ def _unzip(path: epath.Path, directory: epath.Path) -> epath.Path:
     return target
 
 
-def _fingerprint(directory: epath.Path) -> str:
-    """Identify the state of raw files by their names, sizes and times of change."""
-    facts = [(p.name, p.stat().length, p.stat().mtime) for p in sorted(directory.iterdir()) if p.suffix != ".txt"]
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
+def _fingerprint(files: Iterable[epath.Path]) -> str:
+    """Identify files by name and content; sizes and times, in whole seconds here, miss a quick edit."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:12]
 
 
 def _catalogue(metadata: dict) -> Catalogue:

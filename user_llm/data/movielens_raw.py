@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 
 NO_GENRES = "(no genres listed)"
 RATINGS_FILES = {"ratings.csv": ",", "ratings.dat": "::", "u.data": "\t"}
+FILES = (*RATINGS_FILES, "movies.csv", "movies.dat", "u.item", "u.genre")  # all that is ever read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +60,11 @@ def read(directory: epath.PathLike) -> RawMovieLens:
     ratings = find_layout(epath.Path(directory))
     separator = RATINGS_FILES[ratings.name]
     table = _read_ratings(ratings, separator)
-    movies = ratings.parent / {",": "movies.csv", "::": "movies.dat", "\t": "u.item"}[separator]
-    if not movies.exists():
-        raise ValueError(f"{movies} is missing: titles and genres are read from it.")
+    needed = {",": ["movies.csv"], "::": ["movies.dat"], "\t": ["u.item", "u.genre"]}[separator]
+    for name in needed:
+        if not (ratings.parent / name).exists():
+            raise ValueError(f"{ratings.parent / name} is missing: titles and genres are read from it.")
+    movies = ratings.parent / needed[0]
     rows = {",": _csv_movies, "::": _dat_movies, "\t": _tab_movies}[separator](movies)
     titles, genres = {}, {}
     for movie, title, names in rows:
@@ -95,7 +98,9 @@ def _read_ratings(path: epath.Path, separator: str) -> Float[np.ndarray, "N 4"]:
         table = np.loadtxt(lines, delimiter="," if header else "\t", skiprows=int(header), ndmin=2, usecols=(0, 1, 2, 3))
     except ValueError:
         table = None
-    if table is None or not table.size or not np.isfinite(table).all() or not _plausible(table).all():
+    # A blank line, which numpy would skip, is a fault as well: row numbers stay line numbers.
+    lines_of_text = text.rstrip().count("\n") + 1 - header
+    if table is None or not table.size or len(table) != lines_of_text or not _plausible(table).all():
         raise ValueError(_first_fault(path, text.splitlines(), "," if header else "\t", header))
     return table
 
@@ -103,7 +108,8 @@ def _read_ratings(path: epath.Path, separator: str) -> Float[np.ndarray, "N 4"]:
 def _plausible(table: Float[np.ndarray, "N 4"]) -> np.ndarray:
     user, movie, rating, timestamp = table.T
     half_steps = (rating * 2 == np.round(rating * 2)) & (rating >= 0.5) & (rating <= 5)
-    return (user > 0) & (movie > 0) & half_steps & (timestamp >= 0)
+    whole = (table[:, [0, 1, 3]] == np.round(table[:, [0, 1, 3]])).all(axis=1) & np.isfinite(table).all(axis=1)
+    return whole & (user > 0) & (movie > 0) & half_steps & (timestamp >= 0)
 
 
 def _first_fault(path: epath.Path, lines: list[str], separator: str, header: bool) -> str:
@@ -118,18 +124,23 @@ def _first_fault(path: epath.Path, lines: list[str], separator: str, header: boo
             row = np.array([[float(field) for field in fields[:4]]])
         except ValueError:
             return f"{path}, line {number}: {line[:80]!r} does not hold four numbers; mend or delete the line."
-        if not np.isfinite(row).all() or not _plausible(row).all():
-            return f"{path}, line {number}: {line[:80]!r} is out of range; ids are positive, ratings 0.5 to 5, times not negative."
+        if not _plausible(row).all():
+            return (
+                f"{path}, line {number}: {line[:80]!r} is out of range; ids are positive whole numbers, ratings 0.5 to 5, "
+                "times not negative."
+            )
     return f"{path} cannot be read: download the release again."
 
 
-def _decoded(path: epath.Path) -> str:
-    """Read text that is utf-8 (ml-10m) or latin-1 (ml-1m, ml-100k)."""
+def _lines(path: epath.Path) -> list[str]:
+    """Read the lines of text that is utf-8 (ml-10m) or latin-1 (ml-1m, ml-100k)."""
     data = path.read_bytes()
     try:
-        return data.decode("utf-8")
+        text = data.decode("utf-8")
     except UnicodeDecodeError:
-        return data.decode("latin-1")
+        text = data.decode("latin-1")
+    # Not splitlines(), which also splits at characters that latin-1 bytes may decode to.
+    return [line.rstrip("\r\n") for line in io.StringIO(text)]
 
 
 def _movie_rows(path: epath.Path, rows, parse: Callable[[list[str]], tuple[int, str, list[str]]]):
@@ -151,13 +162,13 @@ def _csv_movies(path: epath.Path):
 
 
 def _dat_movies(path: epath.Path):
-    rows = enumerate((line.split("::") for line in _decoded(path).splitlines()), 1)
+    rows = enumerate((line.split("::") for line in _lines(path)), 1)
     return _movie_rows(path, rows, lambda row: (int(row[0]), row[1], row[2].split("|")))
 
 
 def _tab_movies(path: epath.Path):
-    names = [line.split("|")[0] for line in _decoded(path.parent / "u.genre").splitlines() if line]
-    rows = enumerate((line.split("|") for line in _decoded(path).splitlines()), 1)
+    names = [line.split("|")[0] for line in _lines(path.parent / "u.genre") if line]
+    rows = enumerate((line.split("|") for line in _lines(path)), 1)
 
     def parse(row: list[str]) -> tuple[int, str, list[str]]:
         flags = row[5 : 5 + len(names)]

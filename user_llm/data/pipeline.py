@@ -246,7 +246,7 @@ def contextual_examples(
         text = _text_arrays(rows, prompts.max_tokens, answers)
         return {
             "events": padded,
-            "lengths": np.int32(count),
+            "lengths": np.array(count, np.int32),
             **{name: np.pad(a, [(0, ends - len(chosen))] + [(0, 0)] * (a.ndim - 1)) for name, a in text.items()},
             "prefix": np.pad(chosen.astype(np.int32), (0, ends - len(chosen))),
         }

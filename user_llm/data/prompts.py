@@ -53,7 +53,7 @@ class NextItemPrompts:
                 f"{max_tokens} tokens: raise max_tokens or shorten the instruction."
             )
 
-    def row(self, items: Sequence[int], given: int) -> TextRow:
+    def row(self, items: Sequence[int] | np.ndarray, given: int) -> TextRow:
         """Return the row in which `items[given:]` are to be predicted and those before are context."""
         pieces = [np.append(self.titles[item][: self.max_title_tokens], self.end_id) for item in items]
         drop, budget = 0, self.max_tokens - len(self.instruction)
@@ -69,9 +69,9 @@ class NextItemPrompts:
         """Return the prompt that ends at the answer position after `history` (item ids, oldest first)."""
         return self.row(history, len(history)).ids
 
-    def targets(self) -> list[list[int]]:
-        """Return the full token sequence of every item's title with its end token, PAD (index 0) left out."""
-        return [[*title.tolist(), self.end_id] for title in self.titles[1:]]
+    def targets(self) -> dict[int, list[int]]:
+        """Return the whole title of every item id, with its end token."""
+        return {item: [*self.titles[item].tolist(), self.end_id] for item in range(1, len(self.titles))}
 
 
 def pad_rows(rows: Sequence[Int[np.ndarray, "T"]], length: int) -> Int[np.ndarray, "B T"]:

@@ -6,7 +6,6 @@ audits, windows, baselines) is arithmetic on these arrays.
 
 import dataclasses
 import functools
-from typing import Literal
 
 import numpy as np
 from jaxtyping import Int
@@ -113,7 +112,7 @@ def order_events(
     item: Int[np.ndarray, "N"],
     timestamp: Int[np.ndarray, "N"],
     *,
-    ties: Literal["hashed", "file"],
+    ties: str,
     seed: int = 0,
 ) -> Int[np.ndarray, "N"]:
     """Return the permutation that sorts by user, then time, then ties.

@@ -1,7 +1,7 @@
 """Text to token ids and back: a checkpoint's own tokenizer, or a byte-level BPE trained on a dataset's text.
 
-Both are one `tokenizers.Tokenizer` underneath. Special tokens are never added by `encode`; whoever builds a prompt puts them
-where they belong. Left out: chat templates, SentencePiece files without a tokenizer.json.
+Both are one `tokenizers.Tokenizer` underneath. Special tokens are never added by `encode`, and a title that reads
+"<eos>" is text like any other; whoever builds a prompt puts their ids where they belong. Left out: chat templates.
 """
 
 import dataclasses
@@ -9,8 +9,10 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import tokenizers
 from etils import epath
+from jaxtyping import Int
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 SPECIALS = ("<pad>", "<bos>", "<eos>")
@@ -37,24 +39,24 @@ class Tokenizer:
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`, without special tokens."""
+        """Return the ids of `text`, none of them special."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | Int[np.ndarray, "T"]) -> str:
         """Return the text of `ids`; special tokens are left out."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, path: str | os.PathLike) -> Tokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int, directory: str | os.PathLike) -> Tokenizer:
     """Train a byte-level BPE and save it as a directory in Hugging Face layout.
 
-    Ids 0, 1, 2 are <pad>, <bos>, <eos>; a newline is always one token of its own, so that it can end a title. Little text
-    gives fewer than `vocab_size` tokens. The directory appears only when it is complete.
+    Ids 0, 1, 2 are <pad>, <bos>, <eos>; a newline is always one token of its own, so that it can end a title. Little
+    text gives fewer than `vocab_size` tokens. The directory appears only when it is complete.
 
     Raises:
       ValueError: a vocabulary too small for all bytes, or a directory that exists.
     """
-    path = epath.Path(path)
+    path = epath.Path(directory)
     if vocab_size < MIN_BPE_VOCAB:
         raise ValueError(f"vocab_size {vocab_size} is too small: byte-level BPE needs at least {MIN_BPE_VOCAB}.")
     if path.exists():
@@ -82,9 +84,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: str | os.PathLike) ->
     return _wrap(backend, names)
 
 
-def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
+def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
     """Load a directory with tokenizer.json, or anything else that `transformers.AutoTokenizer` knows, hub names too."""
-    path = epath.Path(path)
+    path = epath.Path(directory)
     file = path / "tokenizer.json"
     if not file.exists():
         return _load_with_transformers(path)
@@ -92,7 +94,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_str(file.read_text())
     except Exception as error:  # the library raises nothing more precise
         raise ValueError(f"{file} is no tokenizer: {error}.") from error
-    names = {}
+    names: dict = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (path / name).exists():
             names |= json.loads((path / name).read_text())
@@ -108,6 +110,7 @@ def _wrap(backend: tokenizers.Tokenizer, names: dict) -> Tokenizer:
             token = token["content"]
         return None if token is None else backend.token_to_id(token)
 
+    backend.encode_special_tokens = True  # means: as ordinary text
     pad_id = token_id("pad_token")
     return Tokenizer(backend, token_id("bos_token"), token_id("eos_token"), 0 if pad_id is None else pad_id)
 
@@ -118,7 +121,7 @@ def _load_with_transformers(path: epath.Path) -> Tokenizer:
     try:
         loaded = transformers.AutoTokenizer.from_pretrained(os.fspath(path))
     except (OSError, ValueError) as error:
-        raise ValueError(f"No tokenizer at {path}: it needs a tokenizer.json, or files of a known tokenizer.") from error
+        raise ValueError(f"No tokenizer at {path}: a tokenizer.json or a known tokenizer is needed.") from error
     return _wrap(
         loaded.backend_tokenizer,
         {"bos_token": loaded.bos_token, "eos_token": loaded.eos_token, "pad_token": loaded.pad_token},

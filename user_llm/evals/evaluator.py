@@ -1,6 +1,5 @@
 """Ranks every test user's target among the whole catalogue with any scorer (DESIGN section 4)."""
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -10,27 +9,7 @@ from jaxtyping import Array, Float, Int
 from user_llm.data.pipeline import HistoryBatch, history_batches
 from user_llm.data.splits import Split
 from user_llm.data.timelines import Timelines
-from user_llm.evals.ranking import both_metrics, target_ranks
-
-
-@dataclasses.dataclass(frozen=True)
-class Ranks:
-    """The target's rank for each user of a split part; infinite where it can never be found.
-
-    Attributes:
-      users, positions: the targets.
-      everything: rank with nothing filtered.
-      unseen: rank with the items of the user's history removed.
-    """
-
-    users: Int[np.ndarray, "n"]
-    positions: Int[np.ndarray, "n"]
-    everything: Float[np.ndarray, "n"]
-    unseen: Float[np.ndarray, "n"]
-
-    def metrics(self) -> dict[str, float]:
-        """Return recall, NDCG and MRR, with nothing filtered and `/unseen`."""
-        return both_metrics(self.everything, self.unseen)
+from user_llm.evals.ranking import Ranks, target_ranks
 
 
 def train_counts(timelines: Timelines, split: Split) -> Int[np.ndarray, "V"]:
@@ -44,7 +23,7 @@ _ranks = jax.jit(target_ranks)
 
 
 def rank_targets(
-    scorer: Callable[[HistoryBatch], Float[Array, "B V"]],
+    scorer: Callable[[HistoryBatch], Float[Array | np.ndarray, "B V"]],
     timelines: Timelines,
     split: Split,
     part: str,

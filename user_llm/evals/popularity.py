@@ -5,7 +5,8 @@ import numpy as np
 from user_llm.data.pipeline import HistoryBatch
 from user_llm.data.splits import Split
 from user_llm.data.timelines import Timelines
-from user_llm.evals.evaluator import Ranks, rank_targets, train_counts
+from user_llm.evals.evaluator import rank_targets, train_counts
+from user_llm.evals.ranking import Ranks
 
 
 def popularity_ranks(timelines: Timelines, split: Split, part: str) -> Ranks:

@@ -4,7 +4,7 @@ A target that ties with others gets the mean of the ranks that they take togethe
 constant scorer earns no recall. Left out on purpose: sampled metrics (Krichene and Rendle 2020).
 """
 
-from typing import Protocol, runtime_checkable
+import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,14 +23,24 @@ HISTORY_LENGTHS = (
 )  # Upper ends of the buckets; 10, 50, 100 and 200 are the paper's lengths.
 
 
-@runtime_checkable
-class Ranked(Protocol):
-    """What rows and breakdowns need of `evaluator.Ranks`: the targets and both ranks of each."""
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """The target's rank for each user of a split part; infinite where it can never be found.
+
+    Attributes:
+      users, positions: the targets.
+      everything: rank with nothing filtered.
+      unseen: rank with the items of the user's history removed.
+    """
 
     users: Int[np.ndarray, "n"]
     positions: Int[np.ndarray, "n"]
     everything: Float[np.ndarray, "n"]
     unseen: Float[np.ndarray, "n"]
+
+    def metrics(self) -> dict[str, float]:
+        """Return every metric, with nothing filtered and `/unseen`."""
+        return both_metrics(self.everything, self.unseen)
 
 
 def target_ranks(
@@ -83,7 +93,7 @@ def both_metrics(
 
 
 def result_rows(
-    ranks: Ranked,
+    ranks: Ranks,
     *,
     dataset: str,
     method: str,
@@ -105,7 +115,7 @@ def result_rows(
             "split": split,
             "config_hash": config_hash,
         }
-        for metric, value in both_metrics(ranks.everything, ranks.unseen).items()
+        for metric, value in ranks.metrics().items()
     ]
 
 
@@ -120,7 +130,7 @@ def boundary_ties(
     return (positions > 0) & (timestamp[target] == timestamp[np.maximum(target - 1, 0)])
 
 
-def by_history_length(ranks: Ranked) -> list[dict]:
+def by_history_length(ranks: Ranks) -> list[dict]:
     """Return the metrics for each bucket of history length: `from` to `to` events, None = no end.
 
     A history's length is its target's position; buckets without users are left out.
@@ -133,7 +143,7 @@ def by_history_length(ranks: Ranked) -> list[dict]:
     ]
 
 
-def breakdown(method: str, ranks: Ranked, timelines: Timelines) -> dict:
+def breakdown(method: str, ranks: Ranks, timelines: Timelines) -> dict:
     """Return a phase's breakdown.json: metrics by history length and by tie at the split boundary.
 
     `boundary_tie` has the groups `tied` and `untied`; a group without users is left out, and both
@@ -150,5 +160,5 @@ def breakdown(method: str, ranks: Ranked, timelines: Timelines) -> dict:
     }
 
 
-def _part(ranks: Ranked, chosen: Bool[np.ndarray, "n"]) -> dict:
+def _part(ranks: Ranks, chosen: Bool[np.ndarray, "n"]) -> dict:
     return {"n": int(chosen.sum()), **both_metrics(ranks.everything[chosen], ranks.unseen[chosen])}

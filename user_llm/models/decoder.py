@@ -1,8 +1,8 @@
-"""The decoder LLM (Llama family): embedding inputs, a key/value cache, and cross-attention to its user (section 3 of the paper).
+"""The decoder LLM (Llama family), with cross-attention to its user (section 3 of the paper).
 
-Weights come from `models/pretrained.py` or from training. The parts that a user contextualizes live inside: user K/V are an
-argument of each call, computed once per user by `user_kv`, and no state is kept on the module. Left out: quantisation, rotary
-scaling, sliding windows.
+It reads embeddings, of tokens or not. The cache and the user's K/V are arguments of each call: `user_kv` computes the
+latter once per user, and no state is kept on the module. Weights come from `models/pretrained.py` or from training.
+Left out: quantisation, rotary scaling, sliding windows.
 """
 
 import dataclasses
@@ -97,7 +97,7 @@ class Decoder(nnx.Module):
         return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
     def user_kv(self, tokens: Float[Array, "B M U"], mask: Bool[Array, "B M"]) -> UserKV:
-        """Project user tokens to the K/V of all cross-attention layers; `mask` all False in a row is a user without events."""
+        """Project user tokens to the K/V of all cross-attention layers; a row whose `mask` is all False is no user."""
         self._require_cross()
         return self.stack.user_kv(tokens, mask)
 

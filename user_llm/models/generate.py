@@ -1,7 +1,7 @@
-"""Generation with cached keys and values: greedy text, and beam search over a catalogue's titles (section 3 of the paper).
+"""Generation with cached keys and values: greedy text, and beam search over a catalogue's titles.
 
-One batch may mix prompt lengths and users. A prompt is read once per row. The beams of a row are its queries side by side, so that
-they share the prompt's and the user's K/V and nothing is copied per beam:
+One batch may mix prompt lengths and users. A prompt is read once per row. The beams of a row are its queries side by
+side, so that they share the prompt's and the user's K/V and nothing is copied per beam:
 
     queries  [beam 0 | beam 1 | ...]              written to slot T + step * beams + beam
     keys     [prompt, T slots | step 0's beams | step 1's beams | ...]
@@ -34,8 +34,8 @@ def _prefill(
     batch, length, _ = inputs.shape
     positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
     cache = decoder.init_cache(batch, length, inputs.dtype)
-    hidden, cache = decoder(inputs, mask=cache_mask(positions, length), positions=positions, cache=cache, user=user)
-    cache = jax.tree.map(lambda a: jnp.pad(a, [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)]), cache)
+    hidden, filled = decoder(inputs, mask=cache_mask(positions, length), positions=positions, cache=cache, user=user)
+    cache = jax.tree.map(lambda a: jnp.pad(a, [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)]), filled)
     return jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0], cache
 
 
@@ -43,7 +43,7 @@ def _choose(logits: Float[Array, "B V"]) -> Int[Array, "B"]:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "max_tokens", "eos_id"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "max_tokens"))
 def generate(
     graphdef: nnx.GraphDef,
     params: Params,
@@ -51,15 +51,17 @@ def generate(
     lengths: Int[Array, "B"],
     *,
     max_tokens: int,
-    eos_id: int | None,
+    eos_id: int | Int[Array, ""] | None,
     user: UserKV | None = None,
 ) -> Int[Array, "B max_tokens"]:
     """Continue each prompt by the likeliest token, again and again.
 
     Args:
-      graphdef, params: of a `Decoder`.
+      graphdef: of a `Decoder`.
+      params: of the same.
       prompts: right-padded tokens, or embeddings where a prompt holds more than tokens.
       lengths: of the prompts, at least 1.
+      max_tokens: to write.
       eos_id: ends a row, whose remaining tokens are all `eos_id`; None for rows that only `max_tokens` ends.
       user: K/V of each row's user.
     """
@@ -95,9 +97,9 @@ def generate(
 )
 @dataclasses.dataclass(frozen=True)
 class Trie:
-    """All titles of a catalogue as a tree of tokens, in compressed sparse rows: memory is proportional to the nodes.
+    """All titles of a catalogue as a tree of tokens, in compressed sparse rows: memory grows with the nodes alone.
 
-    Nodes are numbered breadth first from the root, 0, so that the children of n are the nodes first[n] to first[n + 1] - 1.
+    Nodes are numbered breadth first from the root, 0: the children of n are the nodes first[n] to first[n + 1] - 1.
 
     Attributes:
       token: that leads to each node; the root's means nothing.
@@ -106,7 +108,7 @@ class Trie:
       root_fanout, fanout: most children of the root, and of any other node.
     """
 
-    first: Int[Array, "nodes+1"]
+    first: Int[Array, "rows"]
     token: Int[Array, "nodes"]
     item: Int[Array, "nodes"]
     depth: int
@@ -118,7 +120,7 @@ class Trie:
         """Build the trie of {item id: tokens}, where all titles end in one token that occurs nowhere else.
 
         Raises:
-          ValueError: no titles, an item id below 1, a title without the end token or with it inside, or two equal titles.
+          ValueError: no titles, an item id below 1, two equal titles, or one without the end token or with it inside.
         """
         ids = np.fromiter(titles, np.int32, len(titles))
         lengths = np.fromiter(map(len, titles.values()), np.int32, len(titles))
@@ -130,13 +132,13 @@ class Trie:
         end = table[0, lengths[0] - 1]
         bad = (table[np.arange(len(ids)), lengths - 1] != end) | ((table == end).sum(1) != 1)
         if bad.any() or end < 0:
-            raise ValueError(f"The title of item {ids[bad.argmax()]} must end in the end token, {end}, and hold it once.")
+            raise ValueError(f"The title of item {ids[bad.argmax()]} must end in the end token {end} and hold it once.")
         order = np.lexsort(table.T[::-1])
         ids, lengths, table = ids[order], lengths[order], table[order]
         equal = (table[1:] == table[:-1]).all(1)
         if equal.any():
             at = equal.argmax()
-            raise ValueError(f"Items {ids[at]} and {ids[at + 1]} have the same title tokens: make their titles differ.")
+            raise ValueError(f"Items {ids[at]} and {ids[at + 1]} have the same title: make their tokens differ.")
         return cls._from_sorted(ids, lengths, table)
 
     @classmethod
@@ -167,7 +169,7 @@ class Trie:
     def expand(
         self, node: Int[Array, "B R"], logits: Float[Array, "B R V"], fanout: int
     ) -> tuple[Int[Array, "B R C"], Float[Array, "B R C"]]:
-        """Return each node's children and their log-probs, -inf where there are fewer than C; a leaf stays, at no cost."""
+        """Return each node's children and their log-probs, -inf where there are fewer; a leaf stays, at no cost."""
         child = self.first[node][..., None] + jnp.arange(fanout)
         real = child < self.first[node + 1][..., None]
         child = jnp.where(real, child, node[..., None])
@@ -190,8 +192,8 @@ def beam_search(
 ) -> tuple[Int[Array, "B beams"], Float[Array, "B beams"]]:
     """Return the likeliest items of each row and the log-probs of their titles, best first; item 0 at -inf if too few.
 
-    A title's log-prob is the sum of its tokens' under the model's softmax over the whole vocabulary: the trie chooses what is
-    scored and changes no score. With as many beams as titles the result is exact. Arguments as in `generate`.
+    A title's log-prob is the sum of its tokens' under the model's softmax over the whole vocabulary: the trie chooses
+    what is scored and changes no score. With as many beams as titles the result is exact. Arguments as in `generate`.
     """
     decoder = merge(graphdef, params)
     hidden, cache = _prefill(decoder, prompts, lengths, user, trie.depth * beams)
@@ -230,7 +232,7 @@ def beam_search(
 def _best(
     child: Int[Array, "B R C"], score: Float[Array, "B R C"], beams: int
 ) -> tuple[Int[Array, "B beams"], Int[Array, "B beams"], Float[Array, "B beams"]]:
-    """Return the beam of origin, node and score of the best candidates of each row, with -inf where there are too few."""
+    """Return the beam of origin, node and score of each row's best candidates, with -inf where there are too few."""
     batch, _, fanout = child.shape
     missing = max(beams - child[0].size, 0)
     flat = jnp.pad(score.reshape(batch, -1), ((0, 0), (0, missing)), constant_values=-jnp.inf)

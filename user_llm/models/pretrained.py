@@ -1,7 +1,7 @@
 """Foreign weights to our tree: Hugging Face Llama checkpoints (config.json and safetensors).
 
-One table says, for each of our parameters, the checkpoint's name, its shape there and its shape here. Nothing is ignored: a
-setting or tensor that the decoder does not implement is refused by name. Left out: other families, and downloads.
+One table says, for each of our parameters, the checkpoint's name, its shape there and its shape here. Nothing is
+ignored: a setting or tensor that the decoder lacks is refused by name. Left out: other families, downloads.
 """
 
 import json
@@ -23,10 +23,10 @@ ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh",
 
 # Settings of transformers' LlamaConfig that change nothing about the function a checkpoint computes.
 NEUTRAL = frozenset({
-    "_name_or_path", "architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "initializer_range",
-    "use_cache", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "pretraining_tp",
-    "is_llama_config", "output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward", "id2label",
-    "label2id", "problem_type",
+    "_name_or_path", "architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "use_cache",
+    "initializer_range", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "pretraining_tp",
+    "is_llama_config", "output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward",
+    "id2label", "label2id", "problem_type",
 })  # fmt: skip
 
 
@@ -83,12 +83,12 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _pop_rope_theta(raw: dict[str, Any], file: Path) -> float:
     """Take rope_theta, which transformers 5 writes inside `rope_parameters`; refuse any scaling."""
-    rope = {}
+    rope: dict[str, Any] = {}
     for name in ("rope_scaling", "rope_parameters"):
         settings = dict(raw.pop(name, None) or {})
         kind = settings.pop("rope_type", settings.pop("type", "default"))
         if kind != "default":
-            raise ValueError(f"{file}: the setting {name!r} of type {kind!r} is not supported, only unscaled positions.")
+            raise ValueError(f"{file}: the setting {name!r} of type {kind!r} is not supported, only 'default'.")
         rope |= settings
     theta = raw.pop("rope_theta", None)
     theta = rope.pop("rope_theta", theta)
@@ -143,7 +143,7 @@ def load_decoder(path: str | os.PathLike, config: DecoderConfig, *, dtype: DType
     whole, layer = llama_table(config)
     depth = config.num_layers
     # name in the checkpoint -> (its source, our path, the layer or all)
-    wanted = {source.name: (source, path, ...) for path, source in whole.items()}
+    wanted: dict[str, tuple[Source, str, Any]] = {source.name: (source, path, ...) for path, source in whole.items()}
     for i in range(depth):
         wanted |= {s.name.format(i): (s, f"stack/blocks/{ours}", i) for ours, s in layer.items()}
     params = {ours: np.empty(source.ours, dtype) for ours, source in whole.items()}
@@ -166,12 +166,9 @@ def load_decoder(path: str | os.PathLike, config: DecoderConfig, *, dtype: DType
 def _tensor_files(path: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
     """Return the file and shape of every tensor; several files must be those that the index names."""
     index = path / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(_read_json(index)["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
-    found = {}
-    for file in (path / name for name in names):
+    names = set(_read_json(index)["weight_map"].values()) if index.exists() else ["model.safetensors"]
+    found: dict[str, tuple[Path, tuple[int, ...]]] = {}
+    for file in (path / name for name in sorted(names)):
         if not file.exists():
             raise ValueError(f"No weights at {file}: a checkpoint in safetensors format is needed.")
         try:
@@ -183,7 +180,9 @@ def _tensor_files(path: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
     return {name: where for name, where in found.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
-def _check_tensors(path: Path, wanted: dict[str, tuple[int, ...]], files: dict[str, tuple[Path, tuple[int, ...]]]) -> None:
+def _check_tensors(
+    path: Path, wanted: dict[str, tuple[int, ...]], files: dict[str, tuple[Path, tuple[int, ...]]]
+) -> None:
     problems = [f"missing {name}" for name in wanted if name not in files]
     problems += [f"left over {name}" for name in files if name not in wanted]
     problems += [

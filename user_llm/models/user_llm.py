@@ -44,7 +44,7 @@ class UserLLM(nnx.Module):
     def __init__(self, config: UserLLMConfig, *, rngs: nnx.Rngs):
         c = self.config = config
         self.decoder = Decoder(c.decoder, rngs=rngs)
-        if c.encoder is not None:
+        if c.encoder is not None and c.resampler is not None:
             self.encoder = UserEncoder(c.encoder, rngs=rngs)
             self.resampler = Resampler(c.resampler, rngs=rngs)
         else:

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from user_llm.nn.layers import RMSNorm, linear_param
 
-# Added to the logits of hidden keys; large enough to absorb any logit, small enough that float32 never reaches -inf or NaN.
+# Added to the logits of hidden keys; large enough to absorb any logit, small enough that float32 never reaches -inf.
 HIDDEN = -1e30
 
 
@@ -85,13 +85,13 @@ def cache_mask(positions: Int[Array, "B T"], slots: int) -> Bool[Array, "B T S"]
     return jnp.arange(slots) <= positions[..., None]
 
 
-def rope_frequencies(head_dim: int, theta: float) -> Float[Array, "H/2"]:
+def rope_frequencies(head_dim: int, theta: float) -> Float[Array, "half"]:
     """Return the angular frequencies theta^(-2i/H) of rotary embeddings (Su et al. 2021)."""
     return theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
 
 
 def apply_rope(
-    x: Float[Array, "B T N H"], positions: Int[Array, "B T"], frequencies: Float[Array, "H/2"]
+    x: Float[Array, "B T N H"], positions: Int[Array, "B T"], frequencies: Float[Array, "half"]
 ) -> Float[Array, "B T N H"]:
     """Rotate the pairs (i, i + H/2) of each head by position * frequency: the pairing of Hugging Face checkpoints."""
     angle = positions[..., None, None].astype(jnp.float32) * frequencies
@@ -102,7 +102,7 @@ def apply_rope(
 
 
 class KVCache(NamedTuple):
-    """Keys and values by slot; slot s holds position s unless the caller says otherwise. The mask hides unwritten slots."""
+    """Keys and values by slot; slot s holds position s unless the caller says otherwise. Masks hide unwritten slots."""
 
     k: Float[Array, "B S K H"]
     v: Float[Array, "B S K H"]
@@ -153,7 +153,7 @@ class Attention(nnx.Module):
         cache: KVCache | None = None,
         slots: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-        """Attend within `x` (S = T) or, with a cache, write to it at `slots` (default: `positions`) and attend to it."""
+        """Attend within `x` (S = T) or to a cache, after writing to it at `slots` (None: `positions`)."""
         c = self.config
         q = jnp.einsum("BTD,DNH->BTNH", x, self.q[...])
         k = jnp.einsum("BTD,DKH->BTKH", x, self.k[...])

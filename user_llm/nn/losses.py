@@ -12,11 +12,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 
-def _pad_rows(rows: int, chunk: int, *arrays: Array) -> tuple[Array, ...]:
-    padded = -rows % chunk
-    return tuple(
-        jnp.pad(a, [(0, padded)] + [(0, 0)] * (a.ndim - 1)).reshape(-1, chunk, *a.shape[1:]) for a in arrays
-    )
+def _chunk_rows(rows: int, chunk: int, *arrays: Array) -> tuple[Array, ...]:
+    """Pad arrays [R, ...] and split them to [R / chunk, chunk, ...].
+
+    Every n-th row goes to the same chunk, so that devices which share the rows also share each chunk.
+    """
+    chunk = min(chunk, rows)
+    padded = (jnp.pad(a, [(0, -rows % chunk)] + [(0, 0)] * (a.ndim - 1)) for a in arrays)
+    return tuple(a.reshape(chunk, -1, *a.shape[1:]).swapaxes(0, 1) for a in padded)
 
 
 def _chunk_logits(hidden: Array, table: Array, valid: Array) -> Array:
@@ -45,7 +48,7 @@ def chunked_cross_entropy(
         picked = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
         return total + jnp.sum(weights * (jax.nn.logsumexp(logits, axis=1) - picked)), None
 
-    rows = _pad_rows(hidden.shape[0], chunk, hidden, targets, weights)
+    rows = _chunk_rows(hidden.shape[0], chunk, hidden, targets, weights)
     return jax.lax.scan(step, jnp.zeros((), jnp.float32), rows)[0]
 
 
@@ -65,10 +68,10 @@ def _chunked_forward(hidden, table, targets, weights, valid, chunk):
         table_grad += jnp.einsum("RV,RD->VD", grad, hidden, preferred_element_type=jnp.float32)
         return (total, table_grad), hidden_grad.astype(hidden.dtype)
 
-    rows = _pad_rows(hidden.shape[0], chunk, hidden, targets, weights)
+    rows = _chunk_rows(hidden.shape[0], chunk, hidden, targets, weights)
     start = (jnp.zeros((), jnp.float32), jnp.zeros(table.shape, jnp.float32))
     (total, table_grad), hidden_grad = jax.lax.scan(step, start, rows)
-    hidden_grad = hidden_grad.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
+    hidden_grad = hidden_grad.swapaxes(0, 1).reshape(-1, hidden.shape[1])[: hidden.shape[0]]
     return total, (hidden_grad, table_grad.astype(table.dtype))
 
 

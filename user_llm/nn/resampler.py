@@ -6,12 +6,16 @@ already in the states; how long ago each was is not, so each latent may learn a 
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from user_llm.nn.attention import attention
 from user_llm.nn.layers import MLP, RMSNorm, embedding_param, linear_param
+
+# The steepest latent gives the last event e^4 = 55 times the weight of each of the two before it.
+MAX_RECENCY_SLOPE = 4.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +42,8 @@ class ResamplerConfig:
 
 def recency_bucket(distance: Int[Array, "..."], buckets: int) -> Int[Array, "..."]:
     """Return floor(log2(1 + distance)), at most buckets - 1: 0 | 1 2 | 3..6 | 7..14 | ..."""
-    log = jnp.floor(jnp.log2(1.0 + jnp.maximum(distance, 0))).astype(jnp.int32)
+    # The number of the highest bit that is set; a logarithm in float32 may round down at a power of two.
+    log = 31 - jax.lax.clz(1 + jnp.maximum(distance, 0).astype(jnp.int32))
     return jnp.minimum(log, buckets - 1)
 
 
@@ -57,7 +62,11 @@ class ResamplerLayer(nnx.Module):
         self.o = linear_param(rngs, (c.heads, c.head_dim, c.input_width), fan_in=c.heads * c.head_dim)
         self.mlp = MLP(c.input_width, c.mlp_width, activation="silu", rngs=rngs)
         if c.recency_buckets:
-            self.recency = nnx.Param(jnp.zeros((c.num_latents, c.heads, c.recency_buckets), jnp.float32))
+            # From latents that start by looking at all events alike to latents that look at the last: user tokens of many time
+            # scales, and the newest state, which knows most, is at hand from the first step.
+            slopes = jnp.linspace(0.0, MAX_RECENCY_SLOPE, c.num_latents)[:, None, None]
+            bias = -slopes * jnp.arange(c.recency_buckets, dtype=jnp.float32)
+            self.recency = nnx.Param(jnp.broadcast_to(bias, (c.num_latents, c.heads, c.recency_buckets)))
 
     def __call__(
         self, latents: Float[Array, "B M D"], states: Float[Array, "B E D"], event_mask: Bool[Array, "B E"]
@@ -73,8 +82,11 @@ class ResamplerLayer(nnx.Module):
         if c.recency_buckets:
             # Distance of each event from the last real one; padding beyond it is masked anyway.
             distance = event_mask.sum(-1, keepdims=True) - 1 - jnp.arange(states.shape[1])
-            by_event = self.recency[...][:, :, recency_bucket(distance, c.recency_buckets)]  # M N B E
-            bias = jnp.pad(jnp.transpose(by_event, (2, 1, 0, 3)), ((0, 0), (0, 0), (0, 0), (0, own.shape[1])))
+            bucket = recency_bucket(distance, c.recency_buckets)
+            # A product with one-hot rows: the gradient of a gather would be a scatter of B M N E single numbers.
+            one_hot = jax.nn.one_hot(bucket, c.recency_buckets, dtype=jnp.float32)
+            bias = jnp.einsum("MNR,BER->BNME", self.recency[...].astype(jnp.float32), one_hot)
+            bias = jnp.pad(bias, ((0, 0), (0, 0), (0, 0), (0, own.shape[1])))
         out = attention(q, k, v, mask=mask[:, None, :], bias=bias)
         latents = latents + jnp.einsum("BMNH,NHD->BMD", out, self.o[...])
         return latents + self.mlp(self.mlp_norm(latents))

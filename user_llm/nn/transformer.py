@@ -7,6 +7,7 @@ group of `every` layers, hence the scan runs over groups.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +88,7 @@ class Block(nnx.Module):
         return x + dropout(out, c.dropout, mlp_key), cache
 
 
-def stacked(create: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
+def stacked(create: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> Any:
     """Create `count` modules as one whose parameters have a leading axis of that length."""
     return nnx.vmap(lambda key: create(nnx.Rngs(params=key)))(jax.random.split(rngs.params(), count))
 

@@ -15,8 +15,7 @@ from user_llm.common.trees import Params, Rules
 from user_llm.data.splits import Split
 from user_llm.data.timelines import Timelines
 from user_llm.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
-from user_llm.evals.evaluator import Ranks
-from user_llm.evals.ranking import breakdown
+from user_llm.evals.ranking import Ranks, breakdown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +49,10 @@ class Context:
             return load_tokenizer(self.config.llm.checkpoint)
         path = self.workdir / "tokenizer"
         if not path.exists():
-            train_bpe(catalogue_lines(self.timelines), self.config.llm.vocab_size, path)
+            phases = [self.config[name] for name in self.config.phases]
+            instructions = [phase.prompt.instruction + "\n" for phase in phases if "prompt" in phase]
+            # Often enough for byte-pair merges to make whole words of them: every prompt starts with one.
+            train_bpe(catalogue_lines(self.timelines) + 100 * instructions, self.config.llm.vocab_size, path)
         return load_tokenizer(path)
 
     def save_breakdown(self, phase: str, method: str, ranks: Ranks) -> None:

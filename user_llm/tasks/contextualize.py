@@ -7,6 +7,7 @@ which parameters train.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,8 @@ from user_llm.common import trees
 from user_llm.common.trees import Params
 from user_llm.data.pipeline import ExampleConfig, HistoryBatch, contextual_examples, history_batches
 from user_llm.data.prompts import NextItemPrompts, pad_rows
-from user_llm.evals.evaluator import Ranks, rank_listed, rank_targets
-from user_llm.evals.ranking import result_rows
+from user_llm.evals.evaluator import rank_listed, rank_targets
+from user_llm.evals.ranking import Ranks, result_rows
 from user_llm.models.decoder import DecoderConfig
 from user_llm.models.generate import Trie, beam_search
 from user_llm.models.pretrained import decoder_config as pretrained_config
@@ -42,7 +43,7 @@ def model_config(config: ConfigDict, name: str, context: Context, vocab_size: in
     llm = config.llm
     base = pretrained_config(llm.checkpoint, unroll=llm.unroll) if llm.checkpoint else decoder_config(llm, vocab_size)
     encoder = encoder_config(config.encoder, context.timelines.schema)
-    shared = {"num_items": encoder.schema.num_items, "table_rows": encoder.table_rows, "item_width": encoder.block.width}
+    shared: dict[str, Any] = {"num_items": encoder.schema.num_items, "table_rows": encoder.table_rows, "item_width": encoder.block.width}
     if not phase.examples.max_events:
         return UserLLMConfig(decoder=base, **shared)
     cross = CrossAttentionConfig(user_width=encoder.block.width, **phase.cross)
@@ -141,13 +142,13 @@ class Ranker:
 
     def by_generation(self, params: Params, part: str, *, beams: int, limit: int | None) -> Ranks:
         """Rank by beam search over the titles of the catalogue; what is not among the beams is not found."""
-        trie = Trie(self.prompts.targets())
+        trie = Trie.build(self.prompts.targets())
 
         def propose(batch: HistoryBatch) -> np.ndarray:
             text, lengths = self.prompt_batch(batch)
             decoder_def, decoder_params = trees.split(trees.merge(self.graphdef, params).decoder)
             items, _ = beam_search(
-                decoder_def, decoder_params, trie, text, lengths, beams=beams, user=self.user(params, batch)
+                decoder_def, decoder_params, text, lengths, trie, beams=beams, user=self.user(params, batch)
             )
             return np.asarray(items)
 
@@ -173,8 +174,8 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
     def init() -> Params:
         params = context.load(trees.split(create())[1], phase.load)
         if config.llm.checkpoint:
-            weights = load_decoder(config.llm.checkpoint, full.decoder)
-            params["decoder"] = merge_trees(params["decoder"], weights)
+            weights = trees.flatten(load_decoder(config.llm.checkpoint, full.decoder))
+            params["decoder"] = trees.replace(params["decoder"], weights)
         return params
 
     def results(params: Params) -> list[dict]:

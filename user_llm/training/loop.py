@@ -9,8 +9,8 @@ import dataclasses
 import json
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from user_llm.common import trees
 from user_llm.common.checkpoint import Checkpointer, abstract_like, load_params, save_params
 from user_llm.common.metrics import MetricsLog
 from user_llm.common.trees import Params, Rules
-from user_llm.training.optimizer import OptimizerConfig, make_optimizer, partition_trainable
+from user_llm.training.optimizer import OptimizerConfig, init_optimizer, make_optimizer, partition_trainable
 from user_llm.training.step import TrainState, make_train_step
 from user_llm.training.task import Task
 
@@ -94,47 +94,39 @@ def run(
     """
     directory = epath.Path(directory)
     finished = directory / "results.json"
-    params = task.init()
-    params = jax.device_put(params, meshes.shardings(config.sharding, params, mesh))
+    params = initial_params(task, config, mesh)
     if finished.exists():
         logging.info("%s: finished earlier, reusing %s", task.name, directory)
         return load_params(directory / "params", abstract_like(params)), json.loads(finished.read_text())
 
-    trainable, frozen = partition_trainable(optimizer_config, params)
-    optimizer = make_optimizer(optimizer_config, trainable, config.total_steps)
-    step_fn = make_train_step(task, optimizer, seed=seed, dtype=jnp.dtype(config.dtype))
-    _log_summary(task.name, trainable, frozen)
-    opt_state = jax.tree.map(
-        lambda a: jax.device_put(a, meshes.replicated(mesh)) if a.ndim == 0 else a, jax.jit(optimizer.init)(trainable)
-    )
-    step_zero = jax.device_put(jnp.zeros((), jnp.int32), meshes.replicated(mesh))
-    state = TrainState(step_zero, trainable, frozen, opt_state)
+    state, step_fn = initial_state(task, config, optimizer_config, mesh, seed, params)
     data = iter(task.train_data)
     progress = Progress()
     checkpoints = Checkpointer(directory / "checkpoints")
-    step = checkpoints.latest_step() or 0
+    saved_step = step = checkpoints.latest_step() or 0
     if step:
         state, record = checkpoints.restore(step, state, data)
         progress = Progress(**record)
         logging.info("%s: resuming at step %d", task.name, step)
 
-    with MetricsLog(directory, task.name, step=step, total_steps=config.total_steps) as log, sigterm_flag() as stop:
-        pending, events, since = [], 0, time.monotonic()
-        saved_step = step
+    log = MetricsLog(directory, task.name, step=step, total_steps=config.total_steps)
+    with closing(checkpoints), log, sigterm_flag() as stop:  # Whatever ends the loop, pending saves are finished.
+        pending: list[dict[str, jax.Array]] = []
+        events, since = 0, time.monotonic()
         while True:
+            stopping = stop[0]  # read once: what arrives later waits for the next step
             last = step >= config.total_steps
             if (step % config.eval_steps == 0 or last) and progress.evaluated_step != step:
                 _evaluate(task, config, state, step, progress, log)
             stalled = 0 < config.patience_evals <= progress.stale_evals
-            due = step % config.save_steps == 0 or progress.evaluated_step == step or stop[0]
+            due = step % config.save_steps == 0 or progress.evaluated_step == step or stopping
             if due and saved_step != step:
                 if pending:
                     log.check_finite(step, {k: float(pending[-1][k]) for k in ("loss", "grad_norm")})
                 metric = progress.best_value if progress.best_step == step else None
                 checkpoints.save(step, state, dataclasses.asdict(progress), data, metric)
                 saved_step = step
-            if stop[0]:
-                checkpoints.close()
+            if stopping:
                 raise Preempted(0)
             if last or stalled:
                 break
@@ -148,10 +140,12 @@ def run(
                 now = time.monotonic()
                 log.train(step, means, events_per_s=events / (now - since))
                 pending, events, since = [], 0, now
+        params = state.params
+        if progress.best_step == 0:  # which is never saved
+            params = initial_params(task, config, mesh)
+        elif progress.best_step not in (-1, step):
+            params = checkpoints.restore_state(progress.best_step, state).params
 
-    best = checkpoints.restore_state(progress.best_step, state) if progress.best_step not in (-1, step) else state
-    checkpoints.close()
-    params = best.params
     rows = task.results(params)
     save_params(directory / "params", params)
     # Written last: its presence says that the phase is complete.
@@ -159,6 +153,26 @@ def run(
     temporary.write_text(json.dumps(rows, indent=1))
     temporary.rename(finished)
     return params, rows
+
+
+def initial_params(task: Task, config: LoopConfig, mesh: Mesh) -> Params:
+    """Return the parameters at step 0, sharded over the mesh."""
+    params = task.init()
+    return jax.device_put(params, meshes.shardings(config.sharding, params, mesh))
+
+
+def initial_state(
+    task: Task, config: LoopConfig, optimizer_config: OptimizerConfig, mesh: Mesh, seed: int, params: Params | None = None
+) -> tuple[TrainState, Callable]:
+    """Return the state at step 0, sharded over the mesh, and the jitted train step."""
+    if params is None:
+        params = initial_params(task, config, mesh)
+    trainable, frozen = partition_trainable(optimizer_config, params)
+    optimizer = make_optimizer(optimizer_config, trainable, config.total_steps)
+    _log_summary(task.name, trainable, frozen)
+    step = jax.device_put(jnp.zeros((), jnp.int32), meshes.replicated(mesh))
+    state = TrainState(step, trainable, frozen, init_optimizer(optimizer, trainable, mesh))
+    return state, make_train_step(task, optimizer, seed=seed, dtype=jnp.dtype(config.dtype))
 
 
 def _evaluate(

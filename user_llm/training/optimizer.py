@@ -8,7 +8,9 @@ import dataclasses
 
 import jax
 import optax
+from jax.sharding import Mesh
 
+from user_llm.common import mesh as meshes
 from user_llm.common import trees
 from user_llm.common.trees import Params, Rules
 
@@ -60,6 +62,21 @@ def make_optimizer(config: OptimizerConfig, params: Params, total_steps: int) ->
         optax.stateless(lambda updates, _: jax.tree.map(lambda u, m: u * m, updates, multiplier)),
         optax.scale_by_learning_rate(learning_rate_schedule(config, total_steps)),
     )
+
+
+def init_optimizer(optimizer: optax.GradientTransformation, params: Params, mesh: Mesh) -> optax.OptState:
+    """Return the optimizer's first state: moments live where their parameters do, counters everywhere.
+
+    Left to itself, `jax.jit(optimizer.init)` puts the whole state on every device.
+    """
+    where = optax.tree.map_params(
+        optimizer,
+        lambda _, param: param.sharding,
+        jax.eval_shape(optimizer.init, params),
+        params,
+        transform_non_params=lambda _: meshes.replicated(mesh),
+    )
+    return jax.jit(optimizer.init, out_shardings=where)(params)
 
 
 def partition_trainable(config: OptimizerConfig, params: Params) -> tuple[Params, Params]:

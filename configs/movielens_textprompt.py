@@ -1,0 +1,16 @@
+"""The text-prompt baselines alone on MovieLens: the decoder reads the last 10 or 50 films as text.
+
+    python -m user_llm.main --config=configs/movielens_textprompt.py:small --config.data.dir=DIR --workdir=runs/textprompt
+
+Sizes and steps are those of configs/movielens_xattn.py, whose runs have these baselines too.
+"""
+
+from configs import movielens_xattn
+from ml_collections import ConfigDict
+
+
+def get_config(variant: str = "full") -> ConfigDict:
+    """Return the config; `variant` is `full` or `small`."""
+    config = movielens_xattn.get_config(variant)
+    config.phases = ("pretrain_lm", "text_prompt_10", "text_prompt_50")
+    return config

@@ -1,0 +1,89 @@
+import grain
+import jax
+import numpy as np
+import pytest
+
+from user_llm.common import mesh as meshes
+from user_llm.common.checkpoint import Checkpointer, abstract_like, load_params, save_params
+
+RULES = ((r"^w$", ("fsdp", "tensor")), (r".*", ()))
+
+
+def _data():
+    return iter(grain.MapDataset.range(100).shuffle(seed=1).to_iter_dataset())
+
+
+def _tree(mesh, seed):
+    rng = np.random.default_rng(seed)
+    tree = {"w": rng.normal(size=(8, 4)), "layers": {0: rng.normal(size=3)}, "step": np.array(seed)}
+    tree = jax.tree.map(lambda a: a.astype(np.float32), tree)
+    return jax.device_put(tree, meshes.shardings(RULES, tree, mesh))
+
+
+def _assert_equal(got, expected):
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, mesh_of):
+    """A state, sharded over eight devices, and the directory where it was saved with the next number of its data."""
+    directory = tmp_path_factory.mktemp("saved")
+    state, data = _tree(mesh_of(1, 4, 2), seed=1), _data()
+    first = [int(next(data)) for _ in range(5)]
+    checkpoints = Checkpointer(directory / "checkpoints")
+    checkpoints.save(7, state, {"best_value": float("-inf"), "best_step": 3}, data, None)
+    following = int(next(data))
+    checkpoints.close()
+    save_params(directory / "params", state)
+    assert following not in first
+    return directory, state, following
+
+
+@pytest.mark.parametrize("sizes", [(1, 4, 2), (1, 2, 2), (1, 1, 1)])
+def test_what_eight_devices_saved_restores_on_fewer(saved, mesh_of, sizes):
+    """Values, shardings, progress and the place in the data."""
+    directory, state, following = saved
+    like = _tree(mesh_of(*sizes), seed=2)
+    checkpoints = Checkpointer(directory / "checkpoints")
+    data = _data()
+    restored, progress = checkpoints.restore(checkpoints.latest_step(), like, data)
+    _assert_equal(restored, state)
+    assert jax.tree.map(lambda a: a.sharding, restored) == jax.tree.map(lambda a: a.sharding, like)
+    assert progress == {"best_value": float("-inf"), "best_step": 3}
+    assert int(next(data)) == following
+    _assert_equal(checkpoints.restore_state(7, like), state)
+    checkpoints.close()
+    params = load_params(directory / "params", abstract_like(like))
+    _assert_equal(params, state)
+    assert params["w"].sharding == like["w"].sharding
+
+
+def test_the_latest_and_the_best_are_kept(tmp_path, mesh_of):
+    """Steps 0 to 5, new bests at 0 and 2: a step that is no new best never pushes out the best."""
+    mesh, data = mesh_of(1, 1, 1), _data()
+    checkpoints = Checkpointer(tmp_path)
+    assert checkpoints.latest_step() is None
+    for step, metric in enumerate([-3.0, None, -2.5, None, None, None]):
+        checkpoints.save(step, _tree(mesh, step), {}, data, metric)
+    checkpoints.close()
+    assert sorted(int(path.name) for path in tmp_path.iterdir() if path.name.isdigit()) == [2, 5]
+    checkpoints = Checkpointer(tmp_path)
+    assert checkpoints.latest_step() == 5
+    _assert_equal(checkpoints.restore_state(2, _tree(mesh, 0)), _tree(mesh, 2))
+    checkpoints.close()
+
+
+def test_a_state_of_other_shapes_is_refused(saved, mesh_of):
+    mesh = mesh_of(1, 1, 1)
+    like = _tree(mesh, seed=2) | {"w": jax.device_put(np.zeros((3, 3), np.float32), meshes.replicated(mesh))}
+    with pytest.raises(ValueError, match="shape"):
+        load_params(saved[0] / "params", abstract_like(like))
+
+
+def test_save_params_replaces_and_load_params_names_what_is_missing(tmp_path, mesh_of):
+    first, second = (_tree(mesh_of(1, 1, 1), seed) for seed in (1, 2))
+    for tree in (first, second):
+        save_params(tmp_path / "params", tree)
+    _assert_equal(load_params(tmp_path / "params", abstract_like(first)), second)
+    with pytest.raises(FileNotFoundError, match="No parameters at .*elsewhere: run the phase"):
+        load_params(tmp_path / "elsewhere", abstract_like(first))

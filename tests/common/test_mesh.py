@@ -1,0 +1,53 @@
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from user_llm.common import mesh as meshes
+
+
+def _like(**shapes):
+    return {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
+
+
+def test_one_axis_takes_what_the_others_leave():
+    count = jax.device_count()
+    assert dict(meshes.make_mesh().shape) == {"data": count, "fsdp": 1, "tensor": 1}
+    assert dict(meshes.make_mesh(data=1, fsdp=-1).shape) == {"data": 1, "fsdp": count, "tensor": 1}
+    # Since jax 0.9 the axes of a mesh are Explicit unless it is told otherwise.
+    assert set(meshes.make_mesh().axis_types) == {AxisType.Auto}
+
+
+@pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (-1, -1, 1), (0, 1, 1), (-1, 0, 1), (-2, -4, 1)])
+def test_sizes_that_do_not_fit_the_devices_are_refused(sizes):
+    with pytest.raises(ValueError, match="does not fit"):
+        meshes.make_mesh(*sizes)
+
+
+def test_a_rule_names_the_last_dimensions(mesh_of):
+    mesh = mesh_of(2, 2, 2)
+    like = _like(single=(4, 6), stacked=(3, 4, 6), odd=(3, 6), norm=(6,))
+    rules = ((r"norm", ()), (r".*", ("fsdp", "tensor")))
+    specs = {name: where.spec for name, where in meshes.shardings(rules, like, mesh).items()}
+    assert specs == {
+        "single": PartitionSpec("fsdp", "tensor"),
+        "stacked": PartitionSpec(None, "fsdp", "tensor"),
+        "odd": PartitionSpec(None, "tensor"),  # no axis of 2 divides 3
+        "norm": PartitionSpec(None),
+    }
+
+
+def test_a_rule_longer_than_an_array_is_refused(mesh_of):
+    with pytest.raises(ValueError, match=r"more entries than an array of shape \(6,\)"):
+        meshes.shardings(((r".*", ("fsdp", "tensor")),), _like(norm=(6,)), mesh_of(1, 1, 1))
+
+
+def test_a_batch_is_split_over_data_and_fsdp_and_whole_over_tensor(mesh_of):
+    mesh = mesh_of(2, 2, 2)
+    batch = {"events": np.arange(24).reshape(8, 3), "lengths": np.arange(8)}
+    placed = meshes.put_batch(batch, mesh)
+    for name, array in placed.items():
+        np.testing.assert_array_equal(array, batch[name])
+        assert {shard.data.shape[0] for shard in array.addressable_shards} == {2}
+    with pytest.raises(ValueError, match="'lengths' has 6 rows, which 4 devices"):
+        meshes.put_batch({"lengths": np.arange(6)}, mesh)

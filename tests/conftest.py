@@ -1,0 +1,117 @@
+"""What all tests share: quick compilation, real input, timelines by hand, and parameters drawn without compiling."""
+
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+# Tests compile much and compute little: without LLVM's optimisations they take a fraction of the time. Eight devices, on any
+# machine, are for the meshes; what names no mesh runs on the first.
+FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, Mesh
+
+from user_llm.common import mesh as meshes
+from user_llm.common import trees
+from user_llm.data.schema import Feature, Schema
+from user_llm.data.timelines import GAP_BUCKETS, Catalogue, Timelines
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The real input; the test skips where USER_LLM_DATA does not name it."""
+    if not os.environ.get("USER_LLM_DATA"):
+        pytest.skip("USER_LLM_DATA is not set: no real input")
+    return Path(os.environ["USER_LLM_DATA"])
+
+
+@pytest.fixture(scope="session")
+def models_dir(data_dir: Path) -> Path:
+    """Real pretrained weights, beside the data."""
+    return data_dir.parent / "models"
+
+
+@pytest.fixture(scope="session")
+def drawn() -> Callable[..., tuple[nnx.GraphDef, trees.Params]]:
+    """Return `draw(create, seed)`: a module split, its parameters drawn by numpy, its cross-attention gates at 0.5.
+
+    Closed gates would prove nothing, and nor would norms of scale 1.
+    """
+
+    def draw(create: Callable[[], nnx.Module], seed: int = 0) -> tuple[nnx.GraphDef, trees.Params]:
+        graphdef, shapes = trees.abstract(create)
+        rng = np.random.default_rng(seed)
+
+        def leaf(path, like):
+            name = path[-1].key
+            if name.endswith("gate") and like.ndim < 2:
+                return jnp.full(like.shape, 0.5, like.dtype)
+            noise = rng.normal(size=like.shape).astype(like.dtype)
+            return jnp.asarray(1 + 0.1 * noise if name == "scale" else 0.25 * noise)
+
+        return graphdef, jax.tree_util.tree_map_with_path(leaf, shapes)
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def make_timelines() -> Callable[..., Timelines]:
+    """Return `make(items, times)`: timelines from item ids, and seconds (by default an hour apart), of each user.
+
+    Item i has genre 1 + i % 3 and, if even, 4; the rating of user u's event t is 1 + (u + t) % 10.
+    """
+
+    def make(items: list[list[int]], times: list[list[int]] | None = None, *, num_items: int | None = None) -> Timelines:
+        lengths = np.array([len(row) for row in items])
+        if times is None:
+            times = [[1_000_000 + 3600 * t for t in range(n)] for n in lengths]
+        num_items = num_items or max(max(row, default=0) for row in items)
+        genres = np.zeros((num_items + 1, 2), np.int32)
+        genres[1:, 0] = 1 + np.arange(1, num_items + 1) % 3
+        genres[2::2, 1] = 4
+        position = np.concatenate([np.arange(n) for n in lengths])
+        schema = Schema(
+            (
+                Feature("item", "item", num_items + 1),
+                Feature("rating", "ordinal", 11),
+                Feature("genres", "multi", 5, 2),
+                Feature("gap", "time", GAP_BUCKETS),
+            )
+        )
+        return Timelines(
+            name="toy",
+            user_keys=[f"u{u}" for u in range(len(items))],
+            offsets=np.concatenate([[0], np.cumsum(lengths)]),
+            item=np.array([item for row in items for item in row], np.int32),
+            columns={
+                "rating": (1 + (np.repeat(np.arange(len(items)), lengths) + position) % 10).astype(np.int32),
+                "timestamp": np.array([time for row in times for time in row], np.int64),
+            },
+            schema=schema,
+            catalogue=Catalogue(
+                titles=["", *(f"Film {i} (2000)" for i in range(1, num_items + 1))],
+                keys=["", *(str(10 * i) for i in range(1, num_items + 1))],
+                multi={"genres": genres},
+                vocab={"genres": ["", "Action", "Comedy", "Drama", "War"]},
+            ),
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def mesh_of() -> Callable[..., Mesh]:
+    """Return `make(data, fsdp, tensor)`: a mesh over as many of the eight CPU devices."""
+
+    def make(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+        sizes = (data, fsdp, tensor)
+        devices = jax.devices("cpu")[: math.prod(sizes)]
+        return jax.make_mesh(sizes, meshes.AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
+
+    return make

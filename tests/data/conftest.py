@@ -1,0 +1,75 @@
+"""A tiny MovieLens in every published layout, and a small synthetic world."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from user_llm.data import movielens, synthetic
+from user_llm.data.synthetic import World
+from user_llm.data.timelines import Timelines
+
+GENRES = ["unknown", "Action", "Comedy", "Drama"]
+MOVIES = [
+    (2, "Matrix, The (1999)", ["Action", "Drama"]),
+    (3, "Misérables, Les (1995)", ["Drama"]),
+    (5, "Never Rated (1950)", ["Comedy"]),
+    (7, "Emma (1996)", ["Comedy", "Drama"]),
+    (11, "Emma (1996)", []),
+    (40, "American President, The (1995)", ["Comedy"]),
+]
+# user, movie, stars, seconds: users 4 and 9, rows in no order, two ties of user 9.
+RATINGS = [
+    (9, 7, 4, 500),
+    (9, 2, 5, 100),
+    (4, 2, 1, 1_000_000_003),
+    (9, 3, 3, 500),
+    (4, 40, 5, 1_000_000_001),
+    (9, 11, 2, 500),
+    (4, 7, 2, 1_000_000_000),
+    (9, 40, 1, 900),
+]
+
+
+def _csv(directory: Path, ratings: list, movies: list) -> None:
+    quoted = [f'{i},"{title}",{"|".join(genres) or "(no genres listed)"}' for i, title, genres in movies]
+    (directory / "movies.csv").write_text("\n".join(["movieId,title,genres", *quoted, ""]), encoding="utf-8")
+    rows = [",".join(map(str, row)) for row in ratings]
+    (directory / "ratings.csv").write_text("\n".join(["userId,movieId,rating,timestamp", *rows, ""]))
+
+
+def _dat(directory: Path, ratings: list, movies: list) -> None:
+    rows = [f"{i}::{title}::{'|'.join(genres)}\n" for i, title, genres in movies]
+    (directory / "movies.dat").write_text("".join(rows), encoding="latin-1")
+    (directory / "ratings.dat").write_text("".join("::".join(map(str, row)) + "\n" for row in ratings))
+
+
+def _tab(directory: Path, ratings: list, movies: list) -> None:
+    flags = lambda genres: "|".join(str(int(name in (genres or ["unknown"]))) for name in GENRES)  # noqa: E731
+    rows = [f"{i}|{title}|01-Jan-1995||http://example.org|{flags(genres)}\n" for i, title, genres in movies]
+    (directory / "u.item").write_text("".join(rows), encoding="latin-1")
+    (directory / "u.genre").write_text("".join(f"{name}|{i}\n" for i, name in enumerate(GENRES)) + "\n")
+    (directory / "u.data").write_text("".join("\t".join(map(str, row)) + "\n" for row in ratings))
+
+
+LAYOUTS = {"csv": _csv, "dat": _dat, "tab": _tab}
+
+
+@pytest.fixture(scope="session")
+def write_release() -> Callable[..., Path]:
+    """Return `write(directory, layout, ratings, movies)`: writes a release and returns its directory."""
+
+    def write(directory: Path, layout: str = "csv", ratings: list = RATINGS, movies: list = MOVIES) -> Path:
+        directory.mkdir(parents=True, exist_ok=True)
+        LAYOUTS[layout](directory, ratings, movies)
+        return directory
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def small_world(tmp_path_factory) -> tuple[World, Timelines]:
+    """A world of 240 films with 400 users of 20 to 60 events, written and read again."""
+    directory = tmp_path_factory.mktemp("world")
+    world = synthetic.write_movielens(directory / "raw", users=400, items=240, events_per_user=40, seed=3)
+    return world, movielens.load(directory / "raw", directory / "prepared")

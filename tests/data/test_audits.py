@@ -1,0 +1,112 @@
+"""What an audit counts, and that every planted defect stops it."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from user_llm.data.audits import audit
+from user_llm.data.movielens import load
+from user_llm.data.splits import Split, global_time, leave_last_out
+
+
+def test_facts_by_hand(make_timelines):
+    timelines = make_timelines(
+        [[1, 2, 3, 4], [2, 3, 5], [1, 2, 6]], [[1, 1, 2, 2], [1, 2, 3], [7, 8, 8]], num_items=9
+    )
+    facts = audit(timelines, leave_last_out(timelines))
+    assert facts["users"] == 3
+    assert facts["items"] == 9
+    assert facts["events"] == 10
+    assert facts["train_events"] == 4  # items 1, 2, 2, 1
+    assert facts["validation_users"] == facts["test_users"] == 3
+    assert (facts["shortest"], facts["length_q50"], facts["longest"]) == (3, 3, 4)
+    assert facts["cold_test_share"] == 1
+    assert facts["tie_share"] == pytest.approx(3 / 7)
+    assert facts["tied_at_test_share"] == pytest.approx(2 / 3)
+    assert facts["users_52"] == facts["windows_52"] == 0
+
+
+def test_known_test_items_are_not_cold(make_timelines):
+    timelines = make_timelines([[1, 2, 3, 4], [4, 3, 2, 9]])
+    facts = audit(timelines, leave_last_out(timelines))
+    assert facts["cold_test_share"] == 0.5
+    assert facts["tie_share"] == 0
+
+
+def test_windows_by_the_papers_threshold(make_timelines):
+    timelines = make_timelines([list(range(1, n + 1)) for n in (51, 52, 60)])
+    facts = audit(timelines, leave_last_out(timelines))
+    assert facts["users_52"] == 2
+    assert facts["windows_52"] == 8
+
+
+@pytest.fixture
+def toy(make_timelines):
+    return make_timelines([[1, 2, 3, 4], [2, 3, 5, 1]])
+
+
+@pytest.mark.parametrize("part", ["validation", "test"])
+def test_a_target_seen_in_training_is_a_leak(toy, part):
+    split = leave_last_out(toy)
+    users, positions = split.targets[part]
+    stop = split.train_stop.copy()
+    stop[1] = positions[1] + 1
+    with pytest.raises(ValueError, match=r"toy: the \w+ target of user u1 lies within its training events"):
+        audit(toy, dataclasses.replace(split, train_stop=stop))
+    moved = {**split.targets, part: (users, positions - 2)}
+    with pytest.raises(ValueError, match=f"the {part} target of user u0"):
+        audit(toy, dataclasses.replace(split, targets=moved))
+
+
+def test_a_target_beyond_its_timeline_is_refused(toy):
+    split = leave_last_out(toy)
+    beyond = Split("bad", split.train_stop, {**split.targets, "validation": (np.array([0]), np.array([4]))})
+    with pytest.raises(ValueError, match="validation target lies outside"):
+        audit(toy, beyond)
+
+
+def test_wrong_order_is_refused(make_timelines):
+    timelines = make_timelines([[1, 2, 3], [4, 5, 6]], [[7, 8, 9], [3, 5, 4]])
+    with pytest.raises(ValueError, match="event 2 of user u1 is older"):
+        audit(timelines, leave_last_out(timelines))
+
+
+def test_users_may_start_earlier_than_the_user_before(make_timelines):
+    timelines = make_timelines([[1, 2, 3], [4, 5, 6]], [[7, 8, 9], [1, 2, 3]])
+    audit(timelines, leave_last_out(timelines))
+
+
+def test_duplicates_are_refused_also_where_another_event_lies_between(make_timelines):
+    timelines = make_timelines([[1, 2, 3], [4, 5, 4, 6]], [[7, 8, 9], [3, 3, 3, 5]])
+    with pytest.raises(ValueError, match=r"user u1 has the event 'Film 4 \(2000\)' twice \(1 such"):
+        audit(timelines, leave_last_out(timelines))
+
+
+def test_the_same_item_at_another_time_or_of_another_user_is_no_duplicate(make_timelines):
+    timelines = make_timelines([[1, 2, 1], [1, 5, 6]], [[7, 8, 9], [9, 9, 10]])
+    audit(timelines, leave_last_out(timelines))
+
+
+def test_without_times_a_repeat_in_a_row_is_a_duplicate(make_timelines):
+    def timeless(items):
+        timelines = make_timelines(items)
+        return dataclasses.replace(timelines, columns={})
+
+    good = timeless([[1, 2, 1], [1, 5, 6]])
+    assert "tie_share" not in audit(good, leave_last_out(good))
+    bad = timeless([[1, 2, 3], [5, 5, 6]])
+    with pytest.raises(ValueError, match="user u1 has the event"):
+        audit(bad, leave_last_out(bad))
+
+
+def test_facts_of_the_real_union_set(data_dir, tmp_path):
+    timelines = load(data_dir / "movielens" / "ml-latest-union", tmp_path)
+    facts = audit(timelines, leave_last_out(timelines))
+    assert timelines.name == "ml-latest-union"
+    assert (facts["events"], facts["users"], facts["items"]) == (297_710, 1_972, 13_004)
+    assert (facts["shortest"], facts["longest"]) == (20, 2_698)
+    assert [facts[f"length_q{q}"] for q in (25, 50, 75)] == [35, 69.5, 162.25]
+    assert facts["tie_share"] == pytest.approx(0.197, abs=0.001)
+    assert facts["cold_test_share"] == pytest.approx(0.016, abs=0.001)
+    audit(timelines, global_time(timelines))

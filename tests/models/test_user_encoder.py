@@ -1,0 +1,162 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from user_llm.common import trees
+from user_llm.data.schema import Feature, Schema
+from user_llm.models.user_encoder import UserEncoder, UserEncoderConfig
+from user_llm.nn.attention import causal_mask, segment_mask
+from user_llm.nn.transformer import BlockConfig
+
+SCHEMA = Schema(
+    (
+        Feature("item", "item", 12),
+        Feature("rating", "ordinal", 6),
+        Feature("genres", "multi", 5, 3),
+        Feature("gap", "time", 9),
+    )
+)
+BLOCK = BlockConfig(width=8, heads=2, kv_heads=2, head_dim=4, mlp_width=12)
+CONFIG = UserEncoderConfig(
+    schema=SCHEMA, block=BLOCK, num_layers=2, feature_width=4, max_events=16, heads=("rating", "genres")
+)
+LENGTHS = np.array([7, 4, 1])
+
+
+def _create(config):
+    return lambda: UserEncoder(config, rngs=nnx.Rngs(params=0))
+
+
+def _events(rows, length, seed=0):
+    rng = np.random.default_rng(seed)
+    columns = [rng.integers(1, f.size, (rows, length, f.width)) for f in SCHEMA]
+    columns[2] *= rng.random(columns[2].shape) < 0.6  # bags of any size, empty ones too
+    return np.concatenate(columns, axis=-1)
+
+
+EVENTS = _events(3, 8)
+
+
+@pytest.fixture(scope="module", params=["rotary", "learned"])
+def encoder(request, drawn):
+    """(jitted (params, events, mask, positions) -> states, params) with either kind of positions."""
+    graphdef, params = drawn(_create(dataclasses.replace(CONFIG, positions=request.param)))
+
+    @jax.jit
+    def run(params, events, mask, positions):
+        return trees.merge(graphdef, params)(events, mask=mask, positions=positions)
+
+    return run, params
+
+
+def _padded(encoder, events, lengths):
+    """States of right-padded histories."""
+    run, params = encoder
+    positions = np.broadcast_to(np.arange(events.shape[1]), events.shape[:2])
+    return np.asarray(run(params, events, causal_mask(positions < lengths[:, None]), positions))
+
+
+def test_a_state_depends_on_its_event_and_all_before_it_alone(encoder):
+    before = _padded(encoder, EVENTS, LENGTHS)
+    for at in (0, 3, 6):
+        for column in (0, 1, 2, 5):  # item, rating, a genre, gap
+            changed = EVENTS.copy()
+            changed[0, at, column] = 1 + changed[0, at, column] % 4
+            difference = np.abs(_padded(encoder, changed, LENGTHS) - before).max(-1)
+            np.testing.assert_array_equal(difference[0, :at], 0)
+            assert (difference[0, at:] > 1e-4).all()
+            np.testing.assert_array_equal(difference[1:], 0)
+
+
+def test_padding_changes_nothing(encoder):
+    other = EVENTS.copy()
+    real = np.arange(8) < LENGTHS[:, None]
+    other[~real] = _events(3, 8, seed=1)[~real]
+    before, after = (_padded(encoder, events, LENGTHS) for events in (EVENTS, other))
+    np.testing.assert_array_equal(before[real], after[real])
+    assert np.isfinite(before).all()
+
+
+def test_packed_rows_equal_one_row_per_user(encoder):
+    """Histories of 4 and 1 events and 3 of padding in the first row, one of 7 in the second."""
+    run, params = encoder
+    packed, segments, positions = np.zeros_like(EVENTS[:2]), np.zeros((2, 8), int), np.zeros((2, 8), int)
+    places = [(1, slice(0, 7)), (0, slice(0, 4)), (0, slice(4, 5))]
+    for user, (row, where) in enumerate(places):
+        packed[row, where] = EVENTS[user, : LENGTHS[user]]
+        segments[row, where] = 1 + user
+        positions[row, where] = np.arange(LENGTHS[user])
+    states = run(params, packed, segment_mask(segments), positions)
+    alone = _padded(encoder, EVENTS, LENGTHS)
+    for user, (row, where) in enumerate(places):
+        np.testing.assert_allclose(states[row, where], alone[user, : LENGTHS[user]], atol=2e-6)
+
+
+def test_positions_tell_the_order_of_events(encoder):
+    """Both kinds: the last event's state changes when two events before it trade places."""
+    swapped = EVENTS[:, [1, 0, *range(2, 8)]]
+    full = np.array([8, 8, 8])
+    assert np.abs(_padded(encoder, swapped, full) - _padded(encoder, EVENTS, full))[:, -1].max() > 1e-3
+
+
+def test_learned_positions_are_absolute_and_rotary_ones_relative(encoder):
+    run, params = encoder
+    positions = np.broadcast_to(np.arange(8), (3, 8))
+    mask = causal_mask(np.ones((3, 8), bool))
+    before, shifted = (np.asarray(run(params, EVENTS, mask, positions + by)) for by in (0, 5))
+    if "position" in params:
+        assert params["position"].shape == (16, 8)
+        assert np.abs(shifted - before).max() > 1e-2
+    else:
+        np.testing.assert_allclose(shifted, before, atol=1e-4)
+
+
+def test_a_bag_is_the_mean_of_its_members(drawn):
+    """Whatever their order and the padding between them; an empty bag is 0."""
+    graphdef, params = drawn(_create(CONFIG))
+    params["project"] = jnp.eye(8 + 3 * 4)
+    bags = np.array([[2, 4, 0], [0, 4, 2], [3, 0, 0], [0, 0, 0]])
+    events = np.concatenate([np.full((4, 1), 5), np.full((4, 1), 3), bags, np.full((4, 1), 7)], axis=1)[None]
+    embedded = np.asarray(jax.jit(lambda p: trees.merge(graphdef, p).embed(events))(params))[0]
+    table = np.asarray(params["features"]["genres"])
+    expected = [(table[2] + table[4]) / 2, (table[2] + table[4]) / 2, table[3], np.zeros(4)]
+    np.testing.assert_allclose(embedded[:, 12:16], expected, atol=1e-6)
+    others = [params["item"][5], params["features"]["rating"][3], params["features"]["gap"][7]]
+    np.testing.assert_allclose(embedded[0, [*range(12), *range(16, 20)]], np.concatenate(others), atol=1e-6)
+
+
+def test_scores_are_products_with_the_item_table_and_pad_is_never_found(drawn):
+    graphdef, params = drawn(_create(CONFIG))
+    states = np.random.default_rng(2).normal(size=(2, 8)).astype(np.float32)
+    scores = np.asarray(jax.jit(lambda p: trees.merge(graphdef, p).score(states))(params))
+    assert scores.shape == (2, 128)  # a multiple that any mesh can share
+    np.testing.assert_allclose(scores[:, 1:12], states @ np.asarray(params["item"])[1:12].T, rtol=1e-5)
+    np.testing.assert_array_equal(np.delete(scores, range(1, 12), axis=1), -np.inf)
+
+
+def test_dropout_acts_with_a_key_only(drawn):
+    config = dataclasses.replace(CONFIG, dropout=0.5, num_layers=1)
+    graphdef, params = drawn(_create(config))
+    positions = np.broadcast_to(np.arange(8), (3, 8))
+
+    @jax.jit
+    def run(key):
+        mask = causal_mask(positions < LENGTHS[:, None])
+        return trees.merge(graphdef, params)(EVENTS, mask=mask, positions=positions, key=key)
+
+    bare, one, again, other = (np.asarray(run(key)) for key in (None, *map(jax.random.key, (0, 0, 1))))
+    np.testing.assert_array_equal(one, again)
+    assert min(np.abs(one - bare).max(), np.abs(one - other).max()) > 0.1
+
+
+def test_impossible_configs_are_refused():
+    with pytest.raises(ValueError, match="Unknown encoder positions 'sinusoid': choose rotary or learned"):
+        dataclasses.replace(CONFIG, positions="sinusoid")
+    with pytest.raises(ValueError, match="No head can predict feature 'gap' of kind time"):
+        dataclasses.replace(CONFIG, heads=("gap",))
+    with pytest.raises(ValueError, match="No feature 'mood'"):
+        dataclasses.replace(CONFIG, heads=("mood",))

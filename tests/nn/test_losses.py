@@ -1,0 +1,136 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from user_llm.nn.losses import chunked_cross_entropy, sampled_cross_entropy, soft_cross_entropy
+
+ROWS, WIDTH, ITEMS = 10, 4, 7
+_rng = np.random.default_rng(0)
+HIDDEN = _rng.normal(size=(ROWS, WIDTH)).astype(np.float32)
+TABLE = _rng.normal(size=(ITEMS, WIDTH)).astype(np.float32)
+VALID = np.array([False, True, True, True, True, False, False])  # PAD in front, spare rows behind
+TARGETS = np.array([1, 2, 3, 4, 1, 0, 2, 3, 0, 4])
+WEIGHTS = np.array([1, 0.5, 2, 0, 1, 0, 1, 1, 0, 3], np.float32)  # 0 where the target is PAD, and once besides
+
+
+@jax.jit
+def _plain(hidden, table):
+    log_probs = jax.nn.log_softmax(jnp.where(VALID, hidden @ table.T, -jnp.inf))
+    losses = -jnp.take_along_axis(log_probs, TARGETS[:, None], axis=1)[:, 0]
+    return jnp.sum(jnp.where(WEIGHTS > 0, WEIGHTS * losses, 0.0))
+
+
+_plain_and_grads = jax.jit(jax.value_and_grad(_plain, (0, 1)))
+_sampled_and_grad = jax.jit(jax.value_and_grad(sampled_cross_entropy, 1))
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 10, 64])
+def test_chunked_equals_the_plain_softmax(chunk):
+    """Value and both gradients, scaled by what comes after; 4 does not divide the rows, 64 exceeds them."""
+
+    def chunked(hidden, table):
+        return 2.5 * chunked_cross_entropy(hidden, table, TARGETS, WEIGHTS, VALID, chunk)
+
+    value, grads = jax.jit(jax.value_and_grad(chunked, (0, 1)))(HIDDEN, TABLE)
+    expected, expected_grads = _plain_and_grads(HIDDEN, TABLE)
+    np.testing.assert_allclose(value, 2.5 * expected, rtol=1e-6)
+    for grad, wanted in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(grad, 2.5 * wanted, atol=1e-5)
+    np.testing.assert_array_equal(grads[0][WEIGHTS == 0], 0)
+    np.testing.assert_array_equal(grads[1][~VALID], 0)
+    # Without a gradient another path computes the value.
+    np.testing.assert_allclose(jax.jit(chunked)(HIDDEN, TABLE), 2.5 * expected, rtol=1e-6)
+
+
+def test_chunked_survives_large_logits():
+    grad_fn = jax.jit(jax.value_and_grad(chunked_cross_entropy), static_argnums=5)
+    value, grad = grad_fn(200 * HIDDEN, TABLE, TARGETS, WEIGHTS, VALID, 4)
+    np.testing.assert_allclose(value, _plain(200 * HIDDEN, TABLE), rtol=1e-5)
+    assert np.isfinite(grad).all()
+
+
+def test_chunked_in_bfloat16_is_close():
+    """Sums and softmax stay float32; gradients come back in the dtype of their arguments."""
+    low = HIDDEN.astype(jnp.bfloat16), TABLE.astype(jnp.bfloat16)
+    loss = lambda h, t: chunked_cross_entropy(h, t, TARGETS, WEIGHTS, VALID, 4)  # noqa: E731
+    value, grads = jax.jit(jax.value_and_grad(loss, (0, 1)))(*low)
+    expected, expected_grads = _plain_and_grads(*(a.astype(np.float32) for a in low))
+    np.testing.assert_allclose(value, expected, rtol=1e-4)
+    for grad, wanted in zip(grads, expected_grads, strict=True):
+        assert grad.dtype == jnp.bfloat16
+        np.testing.assert_allclose(np.asarray(grad, np.float32), wanted, atol=0.05)
+
+
+def _peak_bytes(rows, items, chunk):
+    """Temporary memory of the loss with both gradients, beyond arguments and results."""
+    shapes = [((rows, 8), "f4"), ((items, 8), "f4"), ((rows,), "i4"), ((rows,), "f4"), ((items,), "?")]
+    args = [jax.ShapeDtypeStruct(*like) for like in shapes]
+    grad = jax.jit(jax.value_and_grad(lambda *a: chunked_cross_entropy(*a, chunk), (0, 1)))
+    return grad.lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_memory_grows_with_the_chunk_not_with_the_rows():
+    """At 4096 rows and items the logits alone would be 64 MiB; a chunk of them is 1 MiB."""
+    few, many = _peak_bytes(256, 4096, 64), _peak_bytes(4096, 4096, 64)
+    assert many < few + 4 * 4096 * 8 * 4  # a few copies of the hidden states
+    assert many < 4 * 2**20
+    assert _peak_bytes(4096, 4096, 512) > 4 * many
+
+
+def test_rows_split_over_devices_are_computed_where_they_are(mesh_of):
+    """Eight devices share the work of every chunk (a count of a loop's body, on either side)."""
+
+    def flops(mesh):
+        by_row, whole = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in (["data"], []))
+        args = [
+            jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
+            for a, where in [
+                (jnp.zeros((512, 32)), by_row), (jnp.zeros((256, 32)), whole), (jnp.zeros(512, int), by_row),
+                (jnp.zeros(512), by_row), (jnp.zeros(256, bool), whole),
+            ]
+        ]  # fmt: skip
+        grad = jax.jit(jax.grad(lambda *a: chunked_cross_entropy(*a, 64), (0, 1)))
+        return grad.lower(*args).compile().cost_analysis()["flops"]
+
+    assert flops(mesh_of(8)) < flops(mesh_of(1)) / 4
+
+
+def test_sampled_by_hand():
+    """One row: target 3 against negatives 1, 3 (the target itself, left out) and 4."""
+    hidden = np.array([[1.0, 2.0]])
+    table = np.array([[9.0, 9.0], [1.0, 0.0], [5.0, 5.0], [0.0, 1.0], [1.0, 1.0]])
+    log_q = np.log(np.array([1.0, 0.1, 0.2, 0.3, 0.4]))
+    value, _ = _sampled_and_grad(hidden, table, np.array([3]), np.array([2.0]), np.array([1, 3, 4]), log_q)
+    # Scores 2 (target), 1 and 3, each divided by its own sampling probability.
+    target, one, four = np.exp(2) / 0.3, np.exp(1) / 0.1, np.exp(3) / 0.4
+    np.testing.assert_allclose(value, -2 * np.log(target / (target + one + four)), rtol=1e-6)
+
+
+def test_an_accidental_hit_gets_no_gradient_as_a_negative():
+    """A batch whose only negative is one row's target: that row has loss 0, and nothing pushes its item down."""
+    targets, negatives, log_q = np.array([2, 1]), np.array([2]), np.zeros(ITEMS)
+
+    value, grad = _sampled_and_grad(HIDDEN[:2], TABLE, targets, np.array([1.0, 0.0]), negatives, log_q)
+    assert value == 0 and not np.any(grad)
+    value, grad = _sampled_and_grad(HIDDEN[:2], TABLE, targets, np.array([0.0, 1.0]), negatives, log_q)
+    assert value > 0 and np.any(grad[2]) and np.any(grad[1])
+
+
+def test_sampling_every_item_once_is_the_full_softmax():
+    kept = np.flatnonzero(VALID)
+    value, _ = _sampled_and_grad(HIDDEN, TABLE, TARGETS, WEIGHTS, np.asarray(kept), np.zeros(ITEMS))
+    np.testing.assert_allclose(value, _plain(HIDDEN, TABLE), rtol=1e-6)
+
+
+def test_soft_by_hand():
+    """Probabilities 1/2, 1/4, 1/4; bags {1}, {1, 2}, {} and, with weight 0, {2}."""
+    logits = np.log(np.array([[0.5, 0.25, 0.25]] * 4))
+    labels = np.array([[1, 0], [1, 2], [0, 0], [2, 0]])
+    weights = np.array([1.0, 3.0, 5.0, 0.0])
+    soft = jax.jit(soft_cross_entropy)
+    np.testing.assert_allclose(soft(logits, labels, weights), (1 + 3) * np.log(4), rtol=1e-6)
+    # Twice the odds of class 2 in the second row: 2/5, 1/5, 2/5.
+    logits[1, 2] += np.log(2)
+    np.testing.assert_allclose(soft(logits, labels, weights), np.log(4) - 3 * np.log(1 / 5 * 2 / 5) / 2, rtol=1e-6)

@@ -1,0 +1,131 @@
+"""The whole command, shrunk: from a synthetic world to the report; killed and started again; bad input refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from configs import quickstart
+from etils import epath
+from ml_collections import ConfigDict
+
+from user_llm import main
+
+ROOT = Path(__file__).parent.parent
+# Seconds instead of minutes: a tiny world, tiny models, few steps.
+TINY = {
+    "data.synthetic.users": 60,
+    "data.synthetic.items": 48,
+    "data.synthetic.events_per_user": 14,
+    "encoder.num_layers": 1,
+    "encoder.max_events": 16,
+    "llm.num_layers": 2,
+    "llm.vocab_size": 300,
+    "pretrain_encoder.loop.total_steps": 8,
+    "pretrain_encoder.loop.eval_steps": 4,
+    "pretrain_encoder.batch.rows": 8,
+    "pretrain_encoder.batch.window": 16,
+    "pretrain_encoder.batch.row_length": 16,
+    "pretrain_encoder.loss.chunk": 64,
+    "pretrain_lm.loop.total_steps": 4,
+    "pretrain_lm.loop.eval_steps": 2,
+    "pretrain_lm.eval.batches": 1,
+    "pretrain_lm.batch.rows": 8,
+    "pretrain_lm.batch.row_length": 64,
+    "user_llm.loop.total_steps": 4,
+    "user_llm.loop.eval_steps": 2,
+    "user_llm.batch_size": 8,
+    "user_llm.examples.max_events": 16,
+    "user_llm.examples.targets_per_history": 2,
+    "user_llm.prompt.max_tokens": 48,
+    "user_llm.eval.generate_users": 10,
+    "user_llm.eval.beams": 4,
+    "text_prompt_10.loop.total_steps": 2,
+    "text_prompt_10.loop.eval_steps": 2,
+    "text_prompt_10.batch_size": 8,
+    "text_prompt_10.prompt.max_tokens": 96,
+}
+PHASES = ("pretrain_encoder", "pretrain_lm", "user_llm", "text_prompt_10")
+
+
+def tiny_config() -> ConfigDict:
+    config = quickstart.get_config()
+    config.phases = PHASES
+    config.update_from_flattened_dict(TINY)
+    return config
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("run")
+    main.run(tiny_config(), epath.Path(workdir))
+    return workdir
+
+
+def test_leaves_all_that_the_readme_promises(finished):
+    rows = json.loads((finished / "results.json").read_text())
+    methods = {row["method"] for row in rows}
+    assert methods == {"popularity", "encoder", "user_llm", "user_llm/generate", "text_prompt_10"}
+    for row in rows:
+        assert row["dataset"] == "synthetic" and row["task"] == "next_item" and row["split"] == "leave_last_out"
+        assert 0 <= row["value"] <= 1 and row["n"] == (10 if row["method"].endswith("generate") else 60)
+    metrics = {row["metric"] for row in rows if row["method"] == "user_llm"}
+    plain = {"recall@1", "recall@5", "recall@10", "ndcg@10", "mrr"}
+    assert metrics == plain | {f"{name}/unseen" for name in plain}
+    report = (finished / "report.md").read_text()
+    assert "text_prompt_10" in report and "quickstart" not in report.split("## Runs")[0]
+    for phase in PHASES:
+        assert (finished / phase / "metrics.jsonl").exists() and list((finished / phase / "tensorboard").iterdir())
+    config = json.loads((finished / "config.json").read_text())
+    assert config["config"]["user_llm"]["resampler"]["num_latents"] == 16 and config["versions"]["jax"]
+
+
+def test_finished_phases_are_not_run_again(finished):
+    stamps = {path: path.stat().st_mtime_ns for path in finished.glob("*/params/**/*")}
+    before = (finished / "results.json").read_text()
+    main.run(tiny_config(), epath.Path(finished))
+    assert (finished / "results.json").read_text() == before
+    assert {path: path.stat().st_mtime_ns for path in finished.glob("*/params/**/*")} == stamps
+
+
+def test_another_config_in_the_same_workdir_is_refused(finished):
+    config = tiny_config()
+    config.seed = 1
+    with pytest.raises(ValueError, match="another config"):
+        main.run(config, epath.Path(finished))
+
+
+def test_no_data_says_how_to_get_some(tmp_path):
+    config = tiny_config()
+    config.data.source = "movielens"
+    with pytest.raises(ValueError, match=r"--config\.data\.dir"):
+        main.run(config, epath.Path(tmp_path))
+
+
+@pytest.mark.slow
+def test_killed_three_times_gives_the_same_results(finished, tmp_path):
+    flags = [f"--config.{key}={value}" for key, value in TINY.items()]
+    command = [sys.executable, "-m", "user_llm.main", "--config=configs/quickstart.py", f"--workdir={tmp_path / 'run'}"]
+    command += [f"--config.phases={PHASES!r}", *flags]
+
+    def start() -> subprocess.Popen:
+        return subprocess.Popen(command, cwd=ROOT, env=os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    for phase, evaluations in (("pretrain_encoder", 2), ("user_llm", 1), ("user_llm", 2)):
+        process = start()
+        metrics = tmp_path / "run" / phase / "metrics.jsonl"
+        while process.poll() is None and not (metrics.exists() and metrics.read_text().count('"eval"') >= evaluations):
+            time.sleep(0.05)
+        assert process.poll() is None, "the run ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert start().wait() == 0
+    values = [
+        [{k: v for k, v in row.items() if k != "config_hash"} for row in json.loads((run / "results.json").read_text())]
+        for run in (finished, tmp_path / "run")
+    ]
+    assert values[0] == values[1]

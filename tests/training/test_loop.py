@@ -1,0 +1,180 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from user_llm.common.checkpoint import Checkpointer
+from user_llm.common.metrics import read_metrics
+from user_llm.training.loop import Preempted
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import tiny
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """A whole run: its directory and what it returned."""
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    return directory, tiny.run(directory)
+
+
+def _checkpoints(directory):
+    return sorted(int(path.name) for path in (directory / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def _metrics(directory):
+    """All that was logged, but for how fast it went."""
+    rows = read_metrics(directory / "metrics.jsonl")
+    return [{name: value for name, value in row.items() if name != "events_per_s"} for row in rows]
+
+
+def _assert_same(directory, found, uninterrupted):
+    """Parameters, results and every logged number are those of the whole run, bit for bit."""
+    expected_directory, (params, rows) = uninterrupted
+    jax.tree.map(np.testing.assert_array_equal, found[0], params)
+    assert found[1] == rows == json.loads((directory / "results.json").read_text())
+    assert _metrics(directory) == _metrics(expected_directory)
+
+
+def _scripted(values, log=None):
+    """A task whose validation follows a script; `log` records evaluations and steps in order."""
+    values, log = iter(values), [] if log is None else log
+
+    def evaluate(params):
+        log.append("evaluate")
+        return {"accuracy": next(values), "head": float(params["head"][0, 0])}
+
+    def count_events(batch):
+        log.append("step")
+        return 1
+
+    results = lambda params: [{"head": float(params["head"][0, 0])}]  # noqa: E731
+    return tiny.make_task(evaluate=evaluate, count_events=count_events, results=results)
+
+
+def test_it_learns_and_leaves_what_later_phases_need(uninterrupted):
+    directory, (params, _) = uninterrupted
+    losses = [row["loss"] for row in _metrics(directory) if row["kind"] == "train"]
+    assert len(losses) == 12 and max(losses[-3:]) < 0.7 * losses[0]
+    assert [row["step"] for row in _metrics(directory) if row["kind"] == "eval"] == [0, 4, 8, 12]
+    np.testing.assert_array_equal(params["frozen"], tiny.make_task().init()["frozen"])
+
+
+def test_evaluations_come_before_saves_and_both_before_the_step(tmp_path, monkeypatch):
+    log = []
+    save = Checkpointer.save
+    monkeypatch.setattr(Checkpointer, "save", lambda self, step, *rest: (log.append(step), save(self, step, *rest)))
+    tiny.run(tmp_path, _scripted(range(9), log), total_steps=5, eval_steps=2, save_steps=3)
+    expected = ["evaluate", "step", "step", "evaluate", 2, "step", 3, "step", "evaluate", 4, "step", "evaluate", 5]
+    assert log == expected
+
+
+@pytest.mark.parametrize(
+    ("mode", "values", "best"),
+    [("max", [1, 5, 4, 5], 2), ("min", [5, 4, 2, 3], 4), ("max", [9, 1, 2, 3], 0), ("max", [1, 2, 3, 4], 6)],
+)
+def test_the_best_on_validation_is_returned(tmp_path, mode, values, best):
+    """The first of equals, and the untrained parameters if nothing was better."""
+    task = _scripted(values)
+    params, rows = tiny.run(tmp_path, task, total_steps=6, eval_steps=2, save_steps=1, mode=mode)
+    measured = {row["step"]: row["head"] for row in _metrics(tmp_path) if row["kind"] == "eval"}
+    assert len(set(measured.values())) == 4
+    assert float(params["head"][0, 0]) == rows[0]["head"] == measured[best]
+    assert _checkpoints(tmp_path) == sorted({best, 6} - {0})  # Step 0 can be had without.
+
+
+def test_patience_ends_training_after_so_many_evaluations_without_a_best(tmp_path):
+    log = []
+    tiny.run(tmp_path, _scripted([1, 3, 2, 3, 9], log), eval_steps=1, patience_evals=2)
+    assert log.count("evaluate") == 4 and log.count("step") == 3
+
+
+def test_a_metric_that_the_task_lacks_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="tiny cannot monitor 'ndcg': it reports accuracy"):
+        tiny.run(tmp_path, monitor="ndcg")
+
+
+@pytest.mark.parametrize("log_steps", [1, 4])
+def test_a_nan_loss_stops_the_run_and_no_nan_is_kept(tmp_path, log_steps):
+    """NaN in step 6, noticed when it is logged or ahead of the next save."""
+    batches = grain.MapDataset.range(20).map(
+        lambda i: {"tokens": np.ones((2, 3), np.int32), "poison": np.full(2, np.nan if i == 5 else 0, np.float32)}
+    )
+    task = tiny.make_task(
+        loss=lambda params, batch, key: (jnp.sum(params["head"] ** 2) + batch["poison"].sum(), {}),
+        train_data=batches.to_iter_dataset(),
+        count_events=lambda batch: 1,
+        evaluate=lambda params: {"accuracy": 0.0},
+    )
+    steps = "step 6" if log_steps == 1 else "steps 5 to [68]"
+    with pytest.raises(FloatingPointError, match=rf"^tiny: loss became nan in {steps}; lower the learning rate"):
+        tiny.run(tmp_path, task, total_steps=8, eval_steps=20, save_steps=2, log_steps=log_steps)
+    assert _checkpoints(tmp_path)[-1] == 4
+    with pytest.raises(FloatingPointError):  # The same again: it resumed from before the NaN.
+        tiny.run(tmp_path, task, total_steps=8, eval_steps=20, save_steps=2, log_steps=log_steps)
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_sigterm_saves_and_the_next_run_goes_on(tmp_path, uninterrupted):
+    """At step 5, where nothing is due."""
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Preempted) as stopped:
+        tiny.run(tmp_path, tiny.make_task(count_events=tiny.signal_at(5, signal.SIGTERM)))
+    assert stopped.value.code == 0 and signal.getsignal(signal.SIGTERM) is before
+    assert _checkpoints(tmp_path)[-1] == 5
+    _assert_same(tmp_path, tiny.run(tmp_path), uninterrupted)
+
+
+def test_a_run_killed_anywhere_and_started_again_equals_one_left_alone(tmp_path, uninterrupted):
+    """kill -9 at a random step, with dropout, shuffling and packing; while a checkpoint may be half written."""
+    step = random.randint(1, tiny.LOOP.total_steps)
+    root = Path(__file__).parents[2]
+    killed = subprocess.run(
+        [sys.executable, tiny.__file__, str(tmp_path), str(step)],
+        env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (tmp_path / "results.json").exists()
+    assert step - 4 <= max(_checkpoints(tmp_path) or [0]) < step, f"killed at step {step}"
+    _assert_same(tmp_path, tiny.run(tmp_path), uninterrupted)
+
+
+def test_a_finished_phase_is_not_trained_again(uninterrupted):
+    directory, (params, rows) = uninterrupted
+    nothing = lambda *_: pytest.fail("trained again")  # noqa: E731
+    task = tiny.make_task(loss=nothing, evaluate=nothing, results=nothing, count_events=nothing)
+    again, rows_again = tiny.run(directory, task)
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    assert rows_again == rows
+
+
+def test_a_run_that_died_while_measuring_measures_only(tmp_path, uninterrupted):
+    """After training, before results.json."""
+    with pytest.raises(KeyboardInterrupt):
+        tiny.run(tmp_path, tiny.make_task(results=lambda params: (_ for _ in ()).throw(KeyboardInterrupt)))
+    steps = []
+    task = tiny.make_task(count_events=steps.append)
+    _assert_same(tmp_path, tiny.run(tmp_path, task), uninterrupted)
+    assert not steps
+
+
+def test_nothing_is_traced_after_the_first_step(tmp_path):
+    """Nor after a restart, which traces once."""
+    traces, task = [], tiny.make_task()
+
+    def loss(params, batch, key):
+        traces.append(len(traces))
+        return task.loss(params, batch, key)
+
+    tiny.run(tmp_path, tiny.make_task(loss=loss), total_steps=8)
+    assert len(traces) == 1

@@ -1,0 +1,103 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from user_llm.common import mesh as meshes
+from user_llm.common import trees
+from user_llm.training.optimizer import (
+    OptimizerConfig,
+    init_optimizer,
+    learning_rate_schedule,
+    make_optimizer,
+    partition_trainable,
+)
+
+CONFIG = OptimizerConfig(
+    learning_rate=0.1, warmup_steps=0, schedule="constant", weight_decay=0.5, clip_norm=1e9, b1=0.9, b2=0.98,
+    trainable=((r"^llm/", False), (r".*", True)),
+    lr_multiplier=((r"gate$", 10.0), (r"slow", 0.1), (r".*", 1.0)),
+    decay=((r"(gate|scale)$", False), (r".*", True)),
+)  # fmt: skip
+PARAMS = {
+    "llm": {"q": np.full((2, 2), 3.0, np.float32)},
+    "cross": {"gate": np.float32(0.5), "o": np.full((2, 4), 2.0, np.float32), "scale": np.ones(2, np.float32)},
+    "slow": {"o": np.full(2, 2.0, np.float32)},
+}
+
+
+def _steps(config, count, gradient):
+    """Apply constant gradients; return (trainable before, after, optimizer state)."""
+    trainable, _ = partition_trainable(config, PARAMS)
+    optimizer = make_optimizer(config, trainable, total_steps=10)
+
+    @jax.jit
+    def step(params, state):
+        grads = jax.tree.map(lambda a: jnp.full_like(a, gradient), params)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params, state = trainable, optimizer.init(trainable)
+    for _ in range(count):
+        params, state = step(params, state)
+    return trees.flatten(trainable), {name: np.asarray(a) for name, a in trees.flatten(params).items()}, state
+
+
+def test_frozen_parameters_are_absent_from_the_trainable_tree_and_from_the_state():
+    trainable, frozen = partition_trainable(CONFIG, PARAMS)
+    assert set(trees.flatten(frozen)) == {"llm/q"}
+    assert set(trees.flatten(trainable)) == {"cross/gate", "cross/o", "cross/scale", "slow/o"}
+    sizes = [a.size for a in jax.tree.leaves(make_optimizer(CONFIG, trainable, 10).init(trainable)) if a.ndim]
+    assert sum(sizes) + 2 == 2 * trees.count(trainable)  # two moments; the gate's have no dimensions
+
+
+def test_without_gradients_only_what_decays_moves():
+    before, after, _ = _steps(CONFIG, 1, gradient=0.0)
+    np.testing.assert_array_equal(after["cross/gate"], before["cross/gate"])
+    np.testing.assert_array_equal(after["cross/scale"], before["cross/scale"])
+    np.testing.assert_allclose(after["cross/o"], 2 * (1 - 0.1 * 0.5), rtol=1e-6)
+    np.testing.assert_allclose(after["slow/o"], 2 * (1 - 0.1 * 0.5 * 0.1), rtol=1e-6)
+
+
+def test_multipliers_scale_each_step():
+    """Adam's first steps with equal gradients are the learning rate in size, whatever the gradients'."""
+    config = dataclasses.replace(CONFIG, weight_decay=0.0)
+    before, after, _ = _steps(config, 3, gradient=7.0)
+    moved = {name: (after[name] - before[name]).mean() for name in after}
+    expected = {"cross/gate": -3.0, "cross/o": -0.3, "cross/scale": -0.3, "slow/o": -0.03}
+    assert moved == pytest.approx(expected, rel=1e-4)
+
+
+def test_clipping_is_by_the_norm_of_trainable_gradients_together():
+    """Nothing shows in Adam's steps, so look at its first moment: 0.1 of the clipped gradient."""
+    _, _, state = _steps(dataclasses.replace(CONFIG, clip_norm=1.0), 1, gradient=7.0)
+    mu = optax.tree.get(state, "mu")
+    np.testing.assert_allclose(optax.tree.norm(mu), 0.1, rtol=1e-5)
+
+
+def test_schedules_by_hand():
+    constant = learning_rate_schedule(dataclasses.replace(CONFIG, warmup_steps=4), 100)
+    np.testing.assert_allclose([constant(step) for step in (0, 2, 4, 99)], [0, 0.05, 0.1, 0.1], rtol=1e-6)
+    config = dataclasses.replace(CONFIG, warmup_steps=4, schedule="cosine")
+    cosine = learning_rate_schedule(config, 104)
+    np.testing.assert_allclose([cosine(step) for step in (0, 4, 54, 104)], [0, 0.1, 0.055, 0.01], rtol=1e-5)
+    with pytest.raises(ValueError, match="A cosine schedule of 4 steps has no room after 4 warmup steps"):
+        learning_rate_schedule(config, 4)
+    with pytest.raises(ValueError, match="Unknown schedule 'linear': choose constant or cosine"):
+        learning_rate_schedule(dataclasses.replace(CONFIG, schedule="linear"), 100)
+
+
+def test_moments_live_where_their_parameters_do(mesh_of):
+    """On every device they would be half of all memory twice over."""
+    mesh = mesh_of(1, 2, 2)
+    rules = ((r"cross/o$", ("fsdp", "tensor")), (r".*", ()))
+    trainable, _ = partition_trainable(CONFIG, PARAMS)
+    trainable = jax.device_put(trainable, meshes.shardings(rules, trainable, mesh))
+    state = init_optimizer(make_optimizer(CONFIG, trainable, 10), trainable, mesh)
+    where = jax.tree.map(lambda a: a.sharding, trainable)
+    for moment in ("mu", "nu"):
+        assert jax.tree.map(lambda a: a.sharding, optax.tree.get(state, moment)) == where
+    assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(state))

@@ -1,0 +1,105 @@
+"""A task of few parameters with all that a resumed run must get right: packed, shuffled text, dropout, a frozen part.
+
+    python tests/training/tiny.py WORKDIR KILL_STEP
+
+runs it until the step at which the process kills itself.
+"""
+
+import dataclasses
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType
+
+from user_llm.common import mesh as meshes
+from user_llm.data.pipeline import packed_text
+from user_llm.nn.layers import dropout
+from user_llm.training import loop
+from user_llm.training.loop import LoopConfig
+from user_llm.training.optimizer import OptimizerConfig
+from user_llm.training.task import Task
+
+VOCAB, WIDTH, SEED = 11, 4, 5
+EVERYTHING = ((r".*", True),)
+LOOP = LoopConfig(
+    total_steps=12, eval_steps=4, save_steps=2, log_steps=1, monitor="accuracy", mode="max", patience_evals=0,
+    dtype="float32", sharding=((r".*", ()),),
+)  # fmt: skip
+OPTIMIZER = OptimizerConfig(
+    learning_rate=0.3, warmup_steps=2, schedule="cosine", weight_decay=0.01, clip_norm=1.0, b1=0.9, b2=0.98,
+    trainable=((r"frozen", False), (r".*", True)), lr_multiplier=((r".*", 1.0),), decay=EVERYTHING,
+)  # fmt: skip
+
+
+def _init():
+    rng = np.random.default_rng(0)
+    shapes = {"embed": (VOCAB, WIDTH), "head": (WIDTH, VOCAB), "frozen": (WIDTH,)}
+    return {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+
+
+def _logits(params, tokens, key):
+    hidden = dropout(params["embed"][tokens], 0.2, key)
+    return (hidden + params["frozen"]) @ params["head"]
+
+
+def _loss(params, batch, key):
+    log_probs = jax.nn.log_softmax(_logits(params, batch["tokens"], key))
+    picked = jnp.take_along_axis(log_probs, batch["next"][..., None], axis=-1)[..., 0]
+    return -jnp.mean(jnp.where(batch["segments"] > 0, picked, 0.0)), {}
+
+
+@jax.jit
+def _accuracy(params):
+    """The next token is the one after: how often it is found."""
+    tokens = jnp.arange(1, VOCAB - 1)
+    return jnp.mean(_logits(params, tokens, None).argmax(-1) == tokens + 1)
+
+
+def _lines():
+    rng = np.random.default_rng(1)
+    starts = rng.integers(1, VOCAB - 3, 40)
+    return [np.arange(start, min(start + rng.integers(2, 7), VOCAB), dtype=np.int32) for start in starts]
+
+
+def make_task(**changes) -> Task:
+    """Return the task with some of its functions replaced."""
+    task = Task(
+        name="tiny",
+        init=_init,
+        loss=_loss,
+        train_data=packed_text(_lines(), rows=2, row_length=8, seed=SEED),
+        count_events=lambda batch: int((batch["segments"] > 0).sum()),
+        evaluate=lambda params: {"accuracy": float(_accuracy(params))},
+        results=lambda params: [{"metric": "accuracy", "value": float(_accuracy(params))}],
+    )
+    return dataclasses.replace(task, **changes)
+
+
+def run(directory, task: Task | None = None, **changes):
+    """Run `task` on one device; `changes` are of the loop's config."""
+    mesh = jax.make_mesh((1, 1, 1), meshes.AXES, devices=jax.devices("cpu")[:1], axis_types=(AxisType.Auto,) * 3)
+    with jax.set_mesh(mesh):
+        config = dataclasses.replace(LOOP, **changes)
+        return loop.run(task or make_task(), config, OPTIMIZER, mesh, directory, SEED)
+
+
+def signal_at(step: int, number: signal.Signals) -> Callable:
+    """Return a `count_events` that sends this process a signal during the given step of a run from the start."""
+    seen = []
+
+    def count_events(batch) -> int:
+        seen.append(batch)
+        if len(seen) == step:
+            os.kill(os.getpid(), number)
+        return 1
+
+    return count_events
+
+
+if __name__ == "__main__":
+    run(sys.argv[1], make_task(count_events=signal_at(int(sys.argv[2]), signal.SIGKILL)))
