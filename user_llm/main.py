@@ -121,7 +121,12 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}")
     flag = flags.FLAGS["config"]
     name = epath.Path(flag.config_filename).stem if hasattr(flag, "config_filename") else "run"
-    run(_CONFIG.value, epath.Path(_WORKDIR.value or f"runs/{name}"))
+    try:
+        run(_CONFIG.value, epath.Path(_WORKDIR.value or f"runs/{name}"))
+    except (ValueError, OSError, ArithmeticError) as error:
+        # What the user can mend is said in one sentence; --verbosity=1 shows where it was raised.
+        logging.debug("", exc_info=True)
+        sys.exit(f"{type(error).__name__}: {error}" if isinstance(error, OSError) else f"Error: {error}")
 
 
 if __name__ == "__main__":

@@ -66,6 +66,40 @@ def test_a_target_beyond_its_timeline_is_refused(toy):
         audit(toy, beyond)
 
 
+def test_an_event_in_validation_and_test_is_refused(toy):
+    split = leave_last_out(toy)
+    test = split.targets["test"]
+    same = dataclasses.replace(split, targets={"validation": (test[0][1:], test[1][1:]), "test": test})
+    with pytest.raises(ValueError, match=r"a target of user u1 is in validation and test \(1 such"):
+        audit(toy, same)
+
+
+def test_empty_timelines_are_refused(make_timelines):
+    timelines = make_timelines([[1, 2, 3], [], [4, 5, 6]])
+    with pytest.raises(ValueError, match="timeline of user u1 is empty"):
+        audit(timelines, leave_last_out(timelines))
+    nobody = dataclasses.replace(timelines, user_keys=[], offsets=np.zeros(1, int), item=timelines.item[:0])
+    with pytest.raises(ValueError, match="timeline of every user is empty"):
+        audit(nobody, leave_last_out(nobody))
+
+
+@pytest.mark.parametrize("wrong", [-1, 0, 6])
+def test_item_ids_out_of_range_are_refused(toy, wrong):
+    item = toy.item.copy()
+    item[5] = wrong
+    with pytest.raises(ValueError, match=r"event 1 of user u1 has an id of item outside 1\.\.5 \(1 such"):
+        audit(dataclasses.replace(toy, item=item), leave_last_out(toy))
+
+
+@pytest.mark.parametrize("wrong", [0, 11])
+def test_feature_ids_out_of_range_are_refused(toy, wrong):
+    rating = toy.columns["rating"].copy()
+    rating[3] = wrong
+    bad = dataclasses.replace(toy, columns={**toy.columns, "rating": rating})
+    with pytest.raises(ValueError, match=r"event 3 of user u0 has an id of rating outside 1\.\.10"):
+        audit(bad, leave_last_out(toy))
+
+
 def test_wrong_order_is_refused(make_timelines):
     timelines = make_timelines([[1, 2, 3], [4, 5, 6]], [[7, 8, 9], [3, 5, 4]])
     with pytest.raises(ValueError, match="event 2 of user u1 is older"):
@@ -90,7 +124,7 @@ def test_the_same_item_at_another_time_or_of_another_user_is_no_duplicate(make_t
 
 def test_without_times_a_repeat_in_a_row_is_a_duplicate(make_timelines):
     def timeless(items):
-        timelines = make_timelines(items)
+        timelines = make_timelines(items).select(("item", "genres"))
         return dataclasses.replace(timelines, columns={})
 
     good = timeless([[1, 2, 1], [1, 5, 6]])

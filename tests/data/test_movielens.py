@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from user_llm.data import movielens, movielens_raw
+from user_llm.data.audits import audit
 from user_llm.data.movielens import load, unique_titles
 from user_llm.data.movielens_raw import readable_title
+from user_llm.data.splits import leave_last_out
 
 
 def assert_tiny(timelines, tied=(2, 3, 4)):
@@ -45,9 +47,9 @@ def test_every_layout_gives_the_same_timelines(write_release, tmp_path, layout):
     assert_tiny(timelines, tied=(3, 2, 4))
 
 
-def zipped(directory, path):
+def zipped(directory, path, compression=zipfile.ZIP_STORED):
     """Zip a release as GroupLens does: one folder with everything."""
-    with zipfile.ZipFile(path, "w") as archive:
+    with zipfile.ZipFile(path, "w", compression) as archive:
         for file in sorted(directory.iterdir()):
             archive.write(file, f"{directory.name}/{file.name}")
     return path
@@ -95,7 +97,7 @@ def test_a_release_is_downloaded_once_and_verified(served, tmp_path, monkeypatch
 def test_a_download_with_a_wrong_checksum_is_refused(served, tmp_path, monkeypatch):
     url, path, asked = served
     monkeypatch.setitem(movielens.CHECKSUMS, "ml-100k", (path.stat().st_size, "0" * 64))
-    with pytest.raises(Exception, match="ml-100k.zip"):
+    with pytest.raises(ValueError, match=r"ml-100k\.zip cannot be downloaded or is not what was published"):
         load("ml-100k", tmp_path / "prepared", base_url=url)
     assert asked == ["/ml-100k.zip"]
     assert not list((tmp_path / "prepared").rglob("*.array_record*"))
@@ -105,6 +107,13 @@ def test_a_release_without_known_checksum_is_downloaded(served, tmp_path, monkey
     url, _, _ = served
     monkeypatch.setitem(movielens.CHECKSUMS, "ml-100k", None)
     assert_tiny(load("ml-100k", tmp_path / "prepared", ties="file", base_url=url), tied=(3, 2, 4))
+
+
+@pytest.mark.parametrize("release", ["ml-32m", "ml-1m"])
+def test_a_release_that_the_server_lacks_is_one_sentence(served, tmp_path, release):
+    url, _, _ = served
+    with pytest.raises(ValueError, match=rf"{release}\.zip cannot be downloaded"):
+        load(release, tmp_path / "prepared", base_url=url)
 
 
 def test_an_unknown_source_is_refused_with_the_choices(tmp_path):
@@ -175,6 +184,8 @@ def test_titles_are_made_readable(published, readable):
 
 def test_repeated_titles_are_numbered():
     assert unique_titles(["Emma", "Hamlet", "Emma", "Emma"]) == ["Emma", "Hamlet", "Emma [2]", "Emma [3]"]
+    assert unique_titles(["Emma", "Emma [2]", "Emma"]) == ["Emma", "Emma [2]", "Emma [3]"]
+    assert unique_titles(["Emma", "Emma", "Emma [2]"]) == ["Emma", "Emma [2]", "Emma [2] [2]"]
 
 
 RATING_FILES = {"csv": ("ratings.csv", ",", 1), "dat": ("ratings.dat", "::", 0), "tab": ("u.data", "\t", 0)}
@@ -197,7 +208,6 @@ RATING_FILES = {"csv": ("ratings.csv", ",", 1), "dat": ("ratings.dat", "::", 0),
         ("9 7 nan 500", "out of range"),
         ("9 7 4 -1", "out of range"),
         ("9 7 4 inf", "out of range"),
-        ("9 6 4 500", "movie 6 is not in"),
     ],
 )
 def test_a_bad_rating_is_refused_naming_file_and_line(write_release, tmp_path, layout, row, words):
@@ -208,6 +218,65 @@ def test_a_bad_rating_is_refused_naming_file_and_line(write_release, tmp_path, l
     (directory / name).write_text("\n".join([*lines, ""]))
     with pytest.raises(ValueError, match=rf"{name}, line {header + 4}: .*{words}"):
         movielens_raw.read(directory)
+
+
+@pytest.mark.parametrize("header", ["movieId,userId,rating,timestamp\n", "9,7,4,500\n"])
+def test_other_columns_or_none_named_are_refused(write_release, tmp_path, header):
+    path = write_release(tmp_path) / "ratings.csv"
+    path.write_text(header + path.read_text().partition("\n")[2])
+    with pytest.raises(ValueError, match=r"ratings\.csv, line 1: the header must begin with userId,movieId,rating,timestamp"):
+        movielens_raw.read(tmp_path)
+
+
+@pytest.mark.parametrize("layout", RATING_FILES)
+def test_a_file_cut_off_within_a_number_is_refused(write_release, tmp_path, layout):
+    name, _, header = RATING_FILES[layout]
+    path = write_release(tmp_path, layout) / name
+    path.write_text(path.read_text()[:-2])
+    with pytest.raises(ValueError, match=rf"{name}, line {8 + header}: no line end"):
+        movielens_raw.read(tmp_path)
+
+
+def test_a_comment_sign_does_not_cut_a_number(write_release, tmp_path):
+    path = write_release(tmp_path) / "ratings.csv"
+    path.write_text(path.read_text().replace("9,7,4,500", "9,7,4,5#0"))
+    with pytest.raises(ValueError, match=r"ratings\.csv, line 2: .* does not hold four numbers"):
+        movielens_raw.read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["ratings.csv", "movies.csv"])
+def test_bytes_that_are_no_utf8_are_named(write_release, tmp_path, name):
+    path = write_release(tmp_path) / name
+    path.write_bytes(path.read_bytes() + b"9,\xff\n")
+    with pytest.raises(ValueError, match=rf"{name}, line \d+: not utf-8") as caught:
+        movielens_raw.read(tmp_path)
+    assert type(caught.value) is ValueError
+
+
+def test_two_releases_in_one_folder_are_not_guessed_between(write_release, tmp_path):
+    write_release(tmp_path / "one")
+    assert movielens_raw.find_layout(tmp_path).parent.name == "one"
+    write_release(tmp_path / "two", "tab")
+    with pytest.raises(ValueError, match="holds several MovieLens releases .*one.*two"):
+        load(tmp_path, tmp_path / "prepared")
+
+
+def test_films_without_any_genre(write_release, tmp_path):
+    movies = [(i, f"Film {i} (2000)", []) for i in (2, 3)]
+    directory = write_release(tmp_path / "raw", "csv", [(1, 2, 3, 4), (1, 3, 3, 5), (2, 3, 1, 6)], movies)
+    timelines = load(directory, tmp_path / "prepared", min_events=1)
+    np.testing.assert_array_equal(timelines.features[:, 2], 0)
+
+
+@pytest.mark.parametrize("layout", RATING_FILES)
+def test_a_film_without_title_is_kept_and_counted(write_release, tmp_path, layout):
+    directory = write_release(tmp_path / "raw", layout, [(9, 2, 5, 100), (9, 3, 3, 500), (9, 6, 4, 600), (4, 2, 1, 5), (4, 6, 4, 6), (4, 7, 2, 7)])
+    timelines = load(directory, tmp_path / "prepared")
+    item = timelines.catalogue.keys.index("6")
+    assert timelines.catalogue.titles[item] == "6"
+    assert not timelines.catalogue.multi["genres"][item].any()
+    facts = audit(timelines, leave_last_out(timelines))
+    assert (facts["untitled_items"], facts["untitled_events"], facts["events"]) == (1, 2, 6)
 
 
 MOVIE_FILES = {"csv": ("movies.csv", ",", 1), "dat": ("movies.dat", "::", 0), "tab": ("u.item", "|", 0)}
@@ -329,10 +398,15 @@ def test_a_half_unpacked_zip_is_never_accepted(write_release, tmp_path, monkeypa
 
 
 def test_a_broken_zip_is_refused(write_release, tmp_path):
-    path = zipped(write_release(tmp_path / "raw"), tmp_path / "ml.zip")
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(ValueError, match=r"ml\.zip is no complete zip"):
-        load(path, tmp_path / "prepared")
+    path = zipped(write_release(tmp_path / "raw"), tmp_path / "ml.zip", zipfile.ZIP_DEFLATED)
+    whole = path.read_bytes()
+    garbled = bytearray(whole)
+    start = whole.find(b"ratings.csv") + len("ratings.csv")
+    garbled[start : start + 4] = b"\xff" * 4
+    for broken in (whole[:200], bytes(garbled)):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"ml\.zip is no complete zip"):
+            load(path, tmp_path / "prepared")
 
 
 def test_the_real_small_release_is_read_whole(data_dir):

@@ -56,6 +56,12 @@ def test_global_time_wants_some_history(timed):
     np.testing.assert_array_equal(split.targets["test"], [[0, 4], [6, 4]])
 
 
+@pytest.mark.parametrize(("validation", "test"), [(0.9, 0.5), (0.5, 0.5), (0.5, 1.0), (0.0, 0.5)])
+def test_cuts_must_be_in_order(timed, validation, test):
+    with pytest.raises(ValueError, match="0 < validation < test < 1"):
+        global_time(timed, validation=validation, test=test)
+
+
 def test_global_time_needs_times(timed):
     timeless = dataclasses.replace(timed, columns={"rating": timed.columns["rating"]})
     with pytest.raises(ValueError, match="leave_last_out"):

@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -15,19 +16,19 @@ from user_llm.training.optimizer import OptimizerConfig, init_optimizer, make_op
 from user_llm.training.step import TrainState, cast, make_train_step
 from user_llm.training.task import Task
 
-SCHEMA = Schema((Feature("item", "item", 100), Feature("rating", "ordinal", 6), Feature("genres", "multi", 5, 2)))
+SCHEMA = Schema((Feature("item", "item", 100), Feature("rating", "ordinal", 6)))
 ENCODER = UserEncoderConfig(
     schema=SCHEMA,
     block=BlockConfig(width=16, heads=2, kv_heads=2, head_dim=8, mlp_width=16, dropout=0.1),
     num_layers=1,
     feature_width=8,
-    heads=("rating", "genres"),
+    heads=("rating",),
 )
 OPTIMIZER = OptimizerConfig(
     learning_rate=0.1, warmup_steps=0, schedule="constant", weight_decay=0.1, clip_norm=1.0, b1=0.9, b2=0.98,
     trainable=((r"^project$|^heads/", False), (r".*", True)), lr_multiplier=((r".*", 1.0),), decay=DECAY,
 )  # fmt: skip
-LOSS = EncoderLoss(head_weights={"rating": 0.5, "genres": 0.25}, negatives=0, chunk=32, log_q=np.zeros(128, np.float32))
+LOSS = EncoderLoss(head_weights={"rating": 0.5}, negatives=0, chunk=32, log_q=np.zeros(128, np.float32))
 
 
 def _batch():
@@ -43,38 +44,49 @@ def encoder(drawn):
     return drawn(lambda: UserEncoder(ENCODER, rngs=nnx.Rngs(params=0)))
 
 
-def _train(encoder, mesh, steps, dtype="float32"):
-    """Train on `mesh`; return the scalars of each step, the last state, and the shardings that it started with."""
+def _prepare(encoder, mesh, dtype="float32"):
+    """The state at step 0 and the jitted step."""
     graphdef, params = encoder
     task = Task(
         name="encoder", init=None, train_data=None, count_events=None, evaluate=None, results=None,
         loss=lambda params, batch, key: LOSS(trees.merge(graphdef, params), batch, key),
     )  # fmt: skip
+    placed = jax.device_put(jax.tree.map(np.asarray, params), meshes.shardings(SHARDING, params, mesh))
+    trainable, frozen = partition_trainable(OPTIMIZER, placed)
+    optimizer = make_optimizer(OPTIMIZER, trainable, 10)
+    step = jax.device_put(np.int32(0), meshes.replicated(mesh))
+    state = TrainState(step, trainable, frozen, init_optimizer(optimizer, trainable, mesh))
+    return state, make_train_step(task, optimizer, state, seed=1, dtype=jnp.dtype(dtype))
+
+
+def _train(encoder, mesh, steps):
+    """Train on `mesh`; return the scalars of each step, the last state, and the shardings that it started with."""
     with jax.set_mesh(mesh):
-        placed = jax.device_put(params, meshes.shardings(SHARDING, params, mesh))
-        trainable, frozen = partition_trainable(OPTIMIZER, jax.tree.map(jnp.copy, placed))
-        optimizer = make_optimizer(OPTIMIZER, trainable, 10)
-        step = jax.device_put(np.int32(0), meshes.replicated(mesh))
-        state = TrainState(step, trainable, frozen, init_optimizer(optimizer, trainable, mesh))
+        state, step_fn = _prepare(encoder, mesh)
         before = jax.tree.map(lambda a: a.sharding, state)
-        step_fn = make_train_step(task, optimizer, seed=1, dtype=jnp.dtype(dtype))
         scalars = []
         for _ in range(steps):
             state, found = step_fn(state, meshes.put_batch(_batch(), mesh))
             scalars.append({name: float(value) for name, value in found.items()})
-    print(step_fn._cache_size(), [ (k, a, b) for (k,a),(_,b) in zip(jax.tree_util.tree_leaves_with_path(jax.tree.map(lambda a:a.sharding,state)), jax.tree_util.tree_leaves_with_path(before)) if a!=b][:3])
+    assert step_fn._cache_size() == 1, "compiled more than once"
     return scalars, state, before
+
+
+def _trace(encoder, mesh, dtype):
+    with jax.set_mesh(mesh):
+        state, step_fn = _prepare(encoder, mesh, dtype)
+        return step_fn.trace(state, meshes.put_batch(_batch(), mesh))
 
 
 @pytest.fixture(scope="module")
 def on_one(encoder, mesh_of):
-    return _train(encoder, mesh_of(1, 1, 1), steps=3)
+    return _train(encoder, mesh_of(1, 1, 1), steps=2)
 
 
 def test_frozen_parameters_keep_every_bit_and_trainable_ones_all_move(encoder, on_one):
     _, params = encoder
     scalars, state, _ = on_one
-    assert int(state.step) == 3
+    assert int(state.step) == 2
     after = trees.flatten(state.params)
     assert set(after) == set(trees.flatten(params))
     for name, value in trees.flatten(params).items():
@@ -83,23 +95,23 @@ def test_frozen_parameters_keep_every_bit_and_trainable_ones_all_move(encoder, o
         else:
             assert np.any(np.asarray(after[name]) != np.asarray(value)), name
     losses = [found["loss"] for found in scalars]
-    assert losses[2] < losses[0]
-    assert set(scalars[0]) == {"loss", "grad_norm", "item_loss", "rating_loss", "genres_loss"}
-    weighted = scalars[0]["item_loss"] + 0.5 * scalars[0]["rating_loss"] + 0.25 * scalars[0]["genres_loss"]
+    assert losses[1] < losses[0]
+    assert set(scalars[0]) == {"loss", "grad_norm", "item_loss", "rating_loss"}
+    weighted = scalars[0]["item_loss"] + 0.5 * scalars[0]["rating_loss"]
     np.testing.assert_allclose(losses[0], weighted, rtol=1e-6)
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)], ids=["data", "fsdp", "tensor", "mixed"])
 def test_eight_devices_compute_what_one_does(encoder, on_one, mesh_of, sizes):
-    """Loss, gradients (by Adam's first moment after the first step), and where everything lives afterwards."""
+    """Two steps' losses and gradient norms, the gradients by Adam's first moment; and everything stays where it was."""
     scalars, state, before = _train(encoder, mesh_of(*sizes), steps=2)
-    for found, expected in zip(scalars, on_one[0], strict=False):
+    for found, expected in zip(scalars, on_one[0], strict=True):
         assert found == pytest.approx(expected, rel=1e-4)
-    _, single, _ = on_one
+    moments, expected = (optax.tree.get(s.opt_state, "mu") for s in (state, on_one[1]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), moments, expected)
     assert jax.tree.map(lambda a: a.sharding, state) == before
     if sizes == (1, 8, 1):
         _assert_split(state, 8)
-    del single
 
 
 def _assert_split(state, shards):
@@ -110,17 +122,13 @@ def _assert_split(state, shards):
         assert table.addressable_shards[0].data.size * shards == table.size
 
 
-def test_the_dropout_key_follows_from_seed_and_step(encoder, on_one, mesh_of):
-    scalars, state, _ = _train(encoder, mesh_of(1, 1, 1), steps=3)
-    assert scalars == on_one[0]
-    jax.tree.map(np.testing.assert_array_equal, state.params, on_one[1].params)
-
-
-def test_bfloat16_computes_low_and_keeps_float32(encoder, on_one, mesh_of):
-    scalars, state, _ = _train(encoder, mesh_of(1, 1, 1), steps=1, dtype="bfloat16")
-    np.testing.assert_allclose(scalars[0]["loss"], on_one[0][0]["loss"], rtol=2e-2)
-    assert scalars[0]["loss"] != on_one[0][0]["loss"]
-    assert {a.dtype for a in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+def test_products_are_computed_in_the_given_dtype_and_the_state_stays_float32(encoder, mesh_of):
+    """As traced; nothing is compiled."""
+    low, wide = (_trace(encoder, mesh_of(), dtype) for dtype in ("bfloat16", "float32"))
+    assert "bf16[" in str(low.jaxpr) and "bf16[" not in str(wide.jaxpr)
+    new_state, scalars = low.out_info
+    assert {a.dtype for a in jax.tree.leaves(new_state.params)} == {jnp.dtype("float32")}
+    assert scalars["loss"].dtype == jnp.float32
 
 
 def test_cast_leaves_integers_alone():

@@ -11,13 +11,15 @@ def audit(timelines: Timelines, split: Split) -> dict[str, float]:
 
     Returns:
       `tie_share`: neighbouring events of a user in the same second; `tied_at_test_share`: test targets that tie with the event
-      before them; `cold_test_share`: test targets of items without a training event; `users_52`, `windows_52`: users with at
+      before them; `untitled_items`: items whose key stands for a missing title; `cold_test_share`: test targets of items without a training event; `users_52`, `windows_52`: users with at
       least 52 events and their n - 52 windows, the threshold that fits the paper's MovieLens-20M counts best (82,977 users and
       13,821,405 examples, PAPER.md).
 
     Raises:
-      ValueError: events out of order, duplicate events, or a target that training may see.
+      ValueError: no events, ids out of range, events out of order, duplicate events, a target that training may see, or one
+        that is both a validation and a test target.
     """
+    _check_ids(timelines)
     _check_order(timelines)
     _check_duplicates(timelines)
     _check_leaks(timelines, split)
@@ -27,10 +29,15 @@ def audit(timelines: Timelines, split: Split) -> dict[str, float]:
     users, positions = split.targets["test"]
     test_items = timelines.item[timelines.offsets[users] + positions]
     long = lengths[lengths >= 52]
+    catalogue = timelines.catalogue
+    untitled = np.array([title == key for title, key in zip(catalogue.titles, catalogue.keys, strict=True)])
+    untitled[0] = False  # PAD
     facts = {
         "users": len(timelines),
         "items": timelines.schema.num_items,
         "events": len(timelines.item),
+        "untitled_items": int(untitled.sum()),
+        "untitled_events": int(untitled[timelines.item].sum()),
         "train_events": int(split.train_stop.sum()),
         "validation_users": len(split.targets["validation"][0]),
         "test_users": len(users),
@@ -53,6 +60,29 @@ def _tied(timelines: Timelines) -> np.ndarray:
     """Say of each event whether it shares its second with the one before it in its timeline."""
     same = np.diff(timelines.columns["timestamp"], prepend=-1) == 0
     return same & (timelines.positions > 0)
+
+
+def _check_ids(timelines: Timelines) -> None:
+    """Refuse timelines without events and ids that no vocabulary holds; only bags and text may hold PAD."""
+    empty = np.flatnonzero(timelines.lengths == 0)
+    if len(empty) or not len(timelines):
+        whose = f"user {timelines.user_keys[empty[0]]}" if len(empty) else "every user"
+        raise ValueError(f"{timelines.name}: the timeline of {whose} is empty; leave users without events out.")
+    item, num_items = timelines.item, timelines.schema.num_items
+    _refuse_id(timelines, "item", (item < 1) | (item > num_items), num_items)  # first, as bags are looked up by item
+    for feature in timelines.schema:
+        ids = timelines.features[:, timelines.schema.columns(feature.name)]
+        lowest = 0 if feature.kind in ("multi", "text") else 1
+        _refuse_id(timelines, feature.name, ((ids < lowest) | (ids >= feature.size)).any(axis=1), feature.size - 1)
+
+
+def _refuse_id(timelines: Timelines, name: str, wrong: np.ndarray, highest: int) -> None:
+    if wrong.any():
+        row = int(np.flatnonzero(wrong)[0])
+        raise ValueError(
+            f"{timelines.name}: event {timelines.positions[row]} of user {timelines.user_keys[timelines.users[row]]} has an id of "
+            f"{name} outside 1..{highest} ({int(wrong.sum())} such events); number ids from 1."
+        )
 
 
 def _check_order(timelines: Timelines) -> None:
@@ -94,3 +124,7 @@ def _check_leaks(timelines: Timelines, split: Split) -> None:
             )
         if (positions < 0).any() or (positions >= timelines.lengths[users]).any():
             raise ValueError(f"{timelines.name}: a {part} target lies outside its timeline.")
+    both = np.intersect1d(*(timelines.offsets[users] + positions for users, positions in split.targets.values()))
+    if len(both):
+        user = timelines.user_keys[timelines.users[both[0]]]
+        raise ValueError(f"{timelines.name}: a target of user {user} is in validation and test ({len(both)} such events).")

@@ -6,14 +6,17 @@ loaded, so that one prepared dataset serves all protocols. Titles, genres and id
 
 import dataclasses
 import hashlib
+import itertools
 import zipfile
-from collections import Counter
+import zlib
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
+from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
+from tensorflow_datasets.core.download.util import DownloadError
 
 from user_llm.data import movielens_raw
 from user_llm.data.schema import Feature, Schema
@@ -75,10 +78,7 @@ class MovieLens(tfds.core.GeneratorBasedBuilder):
         config = self.builder_config
         directory = config.raw_dir
         if not directory:
-            if CHECKSUMS[config.release] is None:
-                logging.warning("No checksum is known for %s: its download cannot be verified.", config.release)
-            # Not download_and_extract(), which needs TensorFlow.
-            path = epath.Path(dl_manager.download(f"{config.base_url}/{config.release}.zip"))
+            path = _download(dl_manager, config)
             directory = _unzip(path, path.parent / "unzipped")
         raw = movielens_raw.read(directory)
         movies = np.unique(raw.movie)
@@ -107,14 +107,25 @@ class MovieLens(tfds.core.GeneratorBasedBuilder):
             }
 
 
+def _download(dl_manager: tfds.download.DownloadManager, config: MovieLensConfig) -> epath.Path:
+    """Return the release's zip; not download_and_extract(), which needs TensorFlow."""
+    if CHECKSUMS[config.release] is None:
+        logging.warning("No checksum is known for %s: its download cannot be verified.", config.release)
+    url = f"{config.base_url}/{config.release}.zip"
+    try:
+        return epath.Path(dl_manager.download(url))
+    # requests' errors are OSErrors; tfds' own have no common base.
+    except (OSError, DownloadError, NonMatchingChecksumError) as error:
+        raise ValueError(f"{url} cannot be downloaded or is not what was published; get the zip by hand and name it.") from error
+
+
 def unique_titles(titles: list[str]) -> list[str]:
     """Number repeated titles " [2]", " [3]", ... so that a title names one film."""
-    seen: Counter[str] = Counter()
-    out = []
+    out: dict[str, None] = {}  # in order
     for title in titles:
-        seen[title] += 1
-        out.append(title if seen[title] == 1 else f"{title} [{seen[title]}]")
-    return out
+        numbered = (f"{title} [{n}]" for n in itertools.count(2))
+        out[next(name for name in itertools.chain([title], numbered) if name not in out)] = None
+    return list(out)
 
 
 def load(
@@ -156,7 +167,7 @@ def load(
         (
             Feature("item", "item", len(catalogue.titles)),
             Feature("rating", "ordinal", 11),
-            Feature("genres", "multi", len(catalogue.vocab["genres"]), bags.shape[1]),
+            Feature("genres", "multi", max(len(catalogue.vocab["genres"]), 2), bags.shape[1]),
             Feature("gap", "time", GAP_BUCKETS),
         )
     )
@@ -198,7 +209,7 @@ def _unzip(path: epath.Path, directory: epath.Path) -> epath.Path:
         try:
             with zipfile.ZipFile(path) as archive:
                 archive.extractall(unfinished)
-        except zipfile.BadZipFile as error:
+        except (zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"{path} is no complete zip: download it again.") from error
         unfinished.rename(target)
     return target

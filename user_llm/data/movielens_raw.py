@@ -18,6 +18,7 @@ from etils import epath
 from jaxtyping import Float, Int
 
 NO_GENRES = "(no genres listed)"
+RATINGS_HEADER = ["userId", "movieId", "rating", "timestamp"]
 RATINGS_FILES = {"ratings.csv": ",", "ratings.dat": "::", "u.data": "\t"}
 FILES = (*RATINGS_FILES, "movies.csv", "movies.dat", "u.item", "u.genre")  # all that is ever read
 
@@ -27,7 +28,7 @@ class RawMovieLens:
     """The publisher's table, rows in file order, with the publisher's own ids.
 
     Attributes:
-      titles, genres: by movie id, of every movie in the movies file.
+      titles, genres: by movie id, of every movie in the movies file; a rated one that it lacks has its id as title.
     """
 
     user: Int[np.ndarray, "N"]
@@ -39,15 +40,18 @@ class RawMovieLens:
 
 
 def find_layout(directory: epath.Path) -> epath.Path:
-    """Return the ratings file in `directory` or in the one folder that a release's zip holds.
+    """Return the ratings file in `directory`, or else in the one folder of it that holds a release, as GroupLens' zips do.
 
     Raises:
-      ValueError: no layout that we know.
+      ValueError: no layout that we know, or several releases.
     """
-    for folder in (directory, *sorted(path for path in directory.iterdir() if path.is_dir())):
-        for name in RATINGS_FILES:
-            if (folder / name).exists():
-                return folder / name
+    inner = sorted(path for path in directory.iterdir() if path.is_dir())
+    for folders in ([directory], inner):
+        found = [folder / name for folder in folders for name in RATINGS_FILES if (folder / name).exists()]
+        if len(found) > 1:
+            raise ValueError(f"{directory} holds several MovieLens releases ({found[0]}, {found[1]}): name the folder of one.")
+        if found:
+            return found[0]
     raise ValueError(f"No MovieLens release in {directory}: it needs one of {', '.join(RATINGS_FILES)}.")
 
 
@@ -71,11 +75,8 @@ def read(directory: epath.PathLike) -> RawMovieLens:
         titles[movie] = readable_title(title)
         genres[movie] = [name for name in names if name and name != NO_GENRES]
     movie = table[:, 1].astype(np.int64)
-    unknown = ~np.isin(movie, np.fromiter(titles, np.int64, len(titles)))
-    if unknown.any():
-        row = int(np.flatnonzero(unknown)[0])
-        line = row + 1 + (separator == ",")
-        raise ValueError(f"{ratings}, line {line}: movie {movie[row]} is not in {movies.name}; use files of one release.")
+    for untitled in set(np.unique(movie).tolist()) - titles.keys():
+        titles[untitled], genres[untitled] = str(untitled), []
     return RawMovieLens(
         table[:, 0].astype(np.int64), movie, table[:, 2], table[:, 3].astype(np.int64), titles, genres
     )
@@ -89,13 +90,18 @@ def readable_title(title: str) -> str:
 
 def _read_ratings(path: epath.Path, separator: str) -> Float[np.ndarray, "N 4"]:
     """Return user, movie, rating, timestamp as float64 (exact for ids and seconds up to 2^53)."""
-    text = path.read_text()
+    text = _utf8(path)
     header = separator == ","
+    if header and text and text.partition("\n")[0].split(",")[:4] != RATINGS_HEADER:
+        raise ValueError(f"{path}, line 1: the header must begin with {','.join(RATINGS_HEADER)}; name the columns so.")
+    # A number cut short is still a number, so only the missing line end tells.
+    if text and not text.endswith("\n"):
+        raise ValueError(f"{path}, line {text.count(chr(10)) + 1}: no line end, so the file may be cut off; get it whole or end the line.")
     if separator == "::":
         text = text.replace("::", "\t")
     lines = io.StringIO(text)
     try:
-        table = np.loadtxt(lines, delimiter="," if header else "\t", skiprows=int(header), ndmin=2, usecols=(0, 1, 2, 3))
+        table = np.loadtxt(lines, delimiter="," if header else "\t", skiprows=int(header), ndmin=2, usecols=(0, 1, 2, 3), comments=None)
     except ValueError:
         table = None
     # A blank line, which numpy would skip, is a fault as well: row numbers stay line numbers.
@@ -132,6 +138,14 @@ def _first_fault(path: epath.Path, lines: list[str], separator: str, header: boo
     return f"{path} cannot be read: download the release again."
 
 
+def _utf8(path: epath.Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}, line {line}: not utf-8; use the publisher's file.") from None
+
+
 def _lines(path: epath.Path) -> list[str]:
     """Read the lines of text that is utf-8 (ml-10m) or latin-1 (ml-1m, ml-100k)."""
     data = path.read_bytes()
@@ -156,7 +170,7 @@ def _movie_rows(path: epath.Path, rows, parse: Callable[[list[str]], tuple[int, 
 
 
 def _csv_movies(path: epath.Path):
-    rows = csv.reader(io.StringIO(path.read_text()))
+    rows = csv.reader(io.StringIO(_utf8(path)))
     next(rows, None)
     return _movie_rows(path, enumerate(rows, 2), lambda row: (int(row[0]), row[1], row[2].split("|")))
 

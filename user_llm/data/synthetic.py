@@ -124,7 +124,7 @@ def write_movielens(directory: epath.PathLike, *, users: int, items: int, events
     """Sample users and write ratings.csv and movies.csv as in ml-latest; history lengths vary from half to 1.5 times the mean.
 
     Raises:
-      ValueError: more events a user than half the films.
+      ValueError: more events a user than a third of the films.
     """
     if events_per_user * 3 > items:
         raise ValueError(f"{events_per_user} events a user are too many for {items} films: at most a third can be seen by all.")

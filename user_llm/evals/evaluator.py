@@ -59,11 +59,15 @@ def rank_listed(
     batch_size: int,
     limit: int | None = None,
 ) -> Ranks:
-    """Rank the targets by their place in a list of item ids, best first, 0 = none; what is not listed is a miss."""
+    """Rank the targets by their place in a list of item ids, best first, 0 = none.
+
+    What is not listed is a miss, and so is a target without a single event in training, as in `rank_targets`.
+    """
+    counts = train_counts(timelines, split)
 
     def rank(batch: HistoryBatch) -> tuple[np.ndarray, np.ndarray]:
         listed = proposer(batch)
-        hit = listed == batch.targets[:, None]
+        hit = (listed == batch.targets[:, None]) & (counts[batch.targets] > 0)[:, None]
         fresh = (listed > 0) & ~(listed[:, :, None] == batch.seen[:, None, :]).any(-1)
         found, found_unseen = hit.any(1), (hit & fresh).any(1)
         place = hit.argmax(1)

@@ -172,7 +172,7 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
     ranker = Ranker(graphdef, context, prompts, examples, phase.eval.batch_size)
 
     def init() -> Params:
-        params = context.load(trees.split(create())[1], phase.load)
+        params = context.load(trees.init(create), phase.load)
         if config.llm.checkpoint:
             weights = trees.flatten(load_decoder(config.llm.checkpoint, full.decoder))
             params["decoder"] = trees.replace(params["decoder"], weights)

@@ -78,7 +78,7 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
 
     return Task(
         name=name,
-        init=lambda: trees.split(create())[1],
+        init=lambda: trees.init(create),
         loss=loss,
         train_data=stream(~held_out, context.process),
         count_events=lambda batch: int((batch["segments"] > 0).sum()),

@@ -172,7 +172,7 @@ def initial_state(
     _log_summary(task.name, trainable, frozen)
     step = jax.device_put(jnp.zeros((), jnp.int32), meshes.replicated(mesh))
     state = TrainState(step, trainable, frozen, init_optimizer(optimizer, trainable, mesh))
-    return state, make_train_step(task, optimizer, seed=seed, dtype=jnp.dtype(config.dtype))
+    return state, make_train_step(task, optimizer, state, seed=seed, dtype=jnp.dtype(config.dtype))
 
 
 def _evaluate(

@@ -35,9 +35,12 @@ def cast(tree: Params, dtype: jnp.dtype) -> Params:
 
 
 def make_train_step(
-    task: Task, optimizer: optax.GradientTransformation, *, seed: int, dtype: jnp.dtype
+    task: Task, optimizer: optax.GradientTransformation, like: TrainState, *, seed: int, dtype: jnp.dtype
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """Return the jitted (state, batch) -> (state, scalars); the state given is donated."""
+    """Return the jitted (state, batch) -> (state, scalars); the state given is donated.
+
+    What comes out is sharded as in `like`: left to itself, XLA may choose otherwise, and the next step compiles again.
+    """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -51,4 +54,5 @@ def make_train_step(
         trainable = optax.apply_updates(state.trainable, updates)
         return TrainState(state.step + 1, trainable, state.frozen, opt_state), scalars
 
-    return jax.jit(train_step, donate_argnums=0)
+    shardings = jax.tree.map(lambda a: a.sharding, like)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))

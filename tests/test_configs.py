@@ -1,0 +1,90 @@
+"""Every config and variant builds: rules cover every parameter, loss and gradients have shapes. Nothing is computed."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from user_llm.common import trees
+from user_llm.data.splits import make_split
+from user_llm.main import BUILDERS
+from user_llm.tasks.context import Context
+from user_llm.training.loop import LoopConfig
+from user_llm.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer, partition_trainable
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted(path for path in ROOT.glob("configs/*.py") if path.stem != "common")
+VARIANTS = [(path, name) for path in FILES for name in (("small", "full") if "variant" in path.read_text() else [None])]
+
+
+def load(path, variant):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config() if variant is None else module.get_config(variant)
+
+
+@pytest.fixture(params=VARIANTS, ids=lambda case: f"{case[0].stem}:{case[1]}")
+def context(request, tmp_path, make_timelines, mesh_of):
+    """A run of the config on four users; batches are small, whatever the config says."""
+    config = load(*request.param)
+    for name in config.phases:
+        if "batch" in config[name]:
+            config[name].batch.rows = 1  # many take long to fill
+        else:
+            config[name].batch_size = 2
+    timelines = make_timelines([list(range(1, 101))] * 4)
+    return Context(config, timelines, make_split(timelines, config.data.split), mesh_of(), epath.Path(tmp_path), {})
+
+
+def _shapes(context, name, monkeypatch):
+    """The task of a phase, and the shapes of its parameters, without what earlier phases would have saved."""
+    monkeypatch.setattr(trees, "init", lambda create: trees.abstract(create)[1])
+    monkeypatch.setattr(Context, "load", lambda self, params, rules: trees.match(rules, params) and params)
+    task = BUILDERS[context.config[name].task](context.config, name, context)
+    return task, task.init()
+
+
+def test_rules_cover_every_parameter_and_losses_have_gradients(context, monkeypatch):
+    config = context.config
+    assert config.phases
+    for name in config.phases:
+        phase = config[name]
+        loop, optimizer = LoopConfig(**phase.loop), OptimizerConfig(**phase.optimizer)
+        task, params = _shapes(context, name, monkeypatch)
+        for rules in (optimizer.decay, optimizer.lr_multiplier, optimizer.trainable, loop.sharding):
+            trees.match(rules, params)
+        learning_rate_schedule(optimizer, loop.total_steps)
+        batch = {key: jax.ShapeDtypeStruct(a.shape, a.dtype) for key, a in next(iter(task.train_data)).items()}
+        trainable, frozen = partition_trainable(optimizer, params)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+
+        def loss(trainable, batch, key, frozen=frozen, task=task):
+            return task.loss(trees.combine(trainable, frozen), batch, key)
+
+        (value, _), grads = jax.eval_shape(jax.value_and_grad(loss, has_aux=True), trainable, batch, key)
+        assert value.shape == () and value.dtype == np.float32
+        assert trees.flatten(grads) == trees.flatten(trainable)
+        jax.eval_shape(make_optimizer(optimizer, trainable, loop.total_steps).init, trainable)
+
+
+def test_gates_norms_embeddings_and_latents_never_decay(context, monkeypatch):
+    """Everything else does: the weights of products, stacked or not."""
+    for name in context.config.phases:
+        _, params = _shapes(context, name, monkeypatch)
+        decays = trees.flatten(trees.match(context.config[name].optimizer.decay, params))
+        product = re.compile(r"/(q|k|v|o|gate_proj|up|down)$|(^|/)(project|item_head|head|attn_gate)$|(^|/)heads/")
+        wrong = [path for path, decay in decays.items() if decay != bool(product.search(path))]
+        assert not wrong
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_an_unknown_variant_is_refused(path):
+    if "variant" not in path.read_text():
+        pytest.skip("has no variants")
+    with pytest.raises(ValueError, match="Unknown variant 'huge': choose full or small"):
+        load(path, "huge")
