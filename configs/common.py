@@ -77,7 +77,7 @@ def base() -> ConfigDict:
             "ties": "hashed",
             "min_events": 5,
             "split": "leave_last_out",
-            "synthetic": {"users": 1000, "items": 300, "events_per_user": 60},
+            "synthetic": {"num_users": 1500, "num_items": 120, "events_per_user": 40},
         },
         "encoder": {
             "features": ("item", "rating", "genres", "gap"),

@@ -15,33 +15,33 @@ def get_config() -> ConfigDict:
     config = common.base()
     config.data.source = "synthetic"
     config.phases = ("pretrain_encoder", "pretrain_lm", "user_llm", "text_prompt_10", "text_prompt_50")
-    config.encoder.update(max_events=100, block=common.block(64, 2, 128, dropout=0.1), dropout=0.1)
+    config.encoder.update(max_events=64, block=common.block(64, 2, 128, dropout=0.1), dropout=0.1)
     config.llm.update(vocab_size=768, num_layers=2, block=common.block(64, 2, 192, dropout=0.0))
     config.pretrain_encoder = common.pretrain_encoder(
-        total_steps=600,
-        eval_steps=200,
-        batch={"window": 100, "rows": 32, "row_length": 100},
-        optimizer=common.optimizer(3e-3, schedule="cosine"),
-    )
-    config.pretrain_lm = common.pretrain_lm(total_steps=150, eval_steps=75)
-    config.user_llm = common.contextualize(
-        "user_llm",
         total_steps=400,
         eval_steps=200,
-        examples={"max_events": 100, "targets_per_history": 8, "text_items": 0},
+        batch={"window": 64, "rows": 48, "row_length": 64},
+        optimizer=common.optimizer(3e-3, schedule="cosine"),
+    )
+    config.pretrain_lm = common.pretrain_lm(total_steps=100, eval_steps=50)
+    config.user_llm = common.contextualize(
+        "user_llm",
+        total_steps=240,
+        eval_steps=120,
+        examples={"max_events": 64, "targets_per_history": 8, "text_items": 0},
         prompt={"instruction": "The next film this user watches:", "max_tokens": 24, "max_title_tokens": 12},
         optimizer=common.optimizer(
             3e-3, schedule="cosine", trainable=common.FULL, lr_multiplier=common.CONTEXTUAL_LEARNING_RATES
         ),
     )
     config.user_llm.cross.every = 1
-    # All three see about 51,000 training targets: 400 x 128, 160 x 32 x 10, 140 x 8 x (up to) 50.
+    # All three see about 30,700 training targets: 240 x 128, 96 x 32 x 10, 96 x 8 x (about) 40.
     optimizer = common.optimizer(3e-3, schedule="cosine")
     config.text_prompt_10 = common.text_prompt(
-        10, total_steps=160, eval_steps=80, max_tokens=128, batch_size=32, optimizer=optimizer
+        10, total_steps=96, eval_steps=48, max_tokens=128, batch_size=32, optimizer=optimizer
     )
     config.text_prompt_50 = common.text_prompt(
-        50, total_steps=140, eval_steps=70, max_tokens=512, batch_size=8, optimizer=optimizer
+        50, total_steps=96, eval_steps=48, max_tokens=512, batch_size=8, optimizer=optimizer
     )
     for name in ("user_llm", "text_prompt_10", "text_prompt_50"):
         config[name].eval.validation_users = 200

@@ -16,10 +16,11 @@ from ml_collections import ConfigDict
 from user_llm import main
 
 ROOT = Path(__file__).parent.parent
+PHASES = ("pretrain_encoder", "pretrain_lm", "user_llm", "text_prompt_10")
 # Seconds instead of minutes: a tiny world, tiny models, few steps.
 TINY = {
-    "data.synthetic.users": 60,
-    "data.synthetic.items": 48,
+    "data.synthetic.num_users": 60,
+    "data.synthetic.num_items": 48,
     "data.synthetic.events_per_user": 14,
     "encoder.num_layers": 1,
     "encoder.max_events": 16,
@@ -48,9 +49,7 @@ TINY = {
     "text_prompt_10.loop.eval_steps": 2,
     "text_prompt_10.batch_size": 8,
     "text_prompt_10.prompt.max_tokens": 96,
-}
-PHASES = ("pretrain_encoder", "pretrain_lm", "user_llm", "text_prompt_10")
-
+} | {f"{phase}.optimizer.warmup_steps": 1 for phase in PHASES}
 
 def tiny_config() -> ConfigDict:
     config = quickstart.get_config()

@@ -71,5 +71,5 @@ def write_release() -> Callable[..., Path]:
 def small_world(tmp_path_factory) -> tuple[World, Timelines]:
     """A world of 240 films with 400 users of 20 to 60 events, written and read again."""
     directory = tmp_path_factory.mktemp("world")
-    world = synthetic.write_movielens(directory / "raw", users=400, items=240, events_per_user=40, seed=3)
+    world = synthetic.write_movielens(directory / "raw", num_users=400, num_items=240, events_per_user=40, seed=3)
     return world, movielens.load(directory / "raw", directory / "prepared")

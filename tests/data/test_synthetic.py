@@ -148,7 +148,7 @@ def test_the_same_seed_writes_the_same_files(tmp_path):
 
 def test_impossible_worlds_are_refused(tmp_path):
     with pytest.raises(ValueError, match="14 events a user are too many for 40 films"):
-        write_movielens(tmp_path / "w", users=5, items=40, events_per_user=14, seed=0)
+        write_movielens(tmp_path / "w", num_users=5, num_items=40, events_per_user=14, seed=0)
     with pytest.raises(ValueError, match="5000 films are more than the 3840 titles"):
         World.create(5_000, seed=0)
     assert not list(tmp_path.iterdir())

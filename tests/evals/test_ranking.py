@@ -1,6 +1,5 @@
 """Ranks, metrics, rows and breakdowns, against answers by brute force and by hand."""
 
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import jax
@@ -93,7 +92,7 @@ def test_no_targets_is_an_error():
 
 @pytest.fixture
 def ranks():
-    return SimpleNamespace(
+    return Ranks(
         users=np.array([0, 1, 2]),
         positions=np.array([2, 3, 60]),
         everything=np.array([1.0, 20.0, 4.0]),

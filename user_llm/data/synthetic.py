@@ -120,21 +120,21 @@ class World:
         return self.stay_mood * belief + (1 - self.stay_mood) * belief.sum(1, keepdims=True) * self.taste
 
 
-def write_movielens(directory: epath.PathLike, *, users: int, items: int, events_per_user: int, seed: int) -> World:
+def write_movielens(directory: epath.PathLike, *, num_users: int, num_items: int, events_per_user: int, seed: int) -> World:
     """Sample users and write ratings.csv and movies.csv as in ml-latest; history lengths vary from half to 1.5 times the mean.
 
     Raises:
       ValueError: more events a user than a third of the films.
     """
-    if events_per_user * 3 > items:
-        raise ValueError(f"{events_per_user} events a user are too many for {items} films: at most a third can be seen by all.")
-    world = World.create(items, seed)
+    if events_per_user * 3 > num_items:
+        raise ValueError(f"{events_per_user} events a user are too many for {num_items} films: at most a third can be seen by all.")
+    world = World.create(num_items, seed)
     rng = np.random.default_rng((seed, 2))
-    lengths = rng.integers(events_per_user // 2, events_per_user * 3 // 2 + 1, size=users)
+    lengths = rng.integers(events_per_user // 2, events_per_user * 3 // 2 + 1, size=num_users)
     films, stars = world.sample(lengths, seed)
     # Sessions: minutes between most films, days between some; whole seconds, so that few events tie.
     gaps = np.where(rng.random(films.shape) < 0.7, rng.integers(1, 600, films.shape), rng.integers(3_600, 864_000, films.shape))
-    times = 1_000_000_000 + rng.integers(0, 50_000_000, size=users)[:, None] + np.cumsum(gaps, axis=1)
+    times = 1_000_000_000 + rng.integers(0, 50_000_000, size=num_users)[:, None] + np.cumsum(gaps, axis=1)
     directory = epath.Path(directory)
     unfinished = directory.parent / f"{directory.name}.unfinished"
     unfinished.mkdir(parents=True, exist_ok=True)
@@ -145,7 +145,7 @@ def write_movielens(directory: epath.PathLike, *, users: int, items: int, events
     with (unfinished / "ratings.csv").open("w") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(["userId", "movieId", "rating", "timestamp"])
-        for user in range(users):
+        for user in range(num_users):
             for t in range(lengths[user]):
                 rows.writerow([user + 1, films[user, t] + 1, f"{stars[user, t]}.0", times[user, t]])
     unfinished.rename(directory)
