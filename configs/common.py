@@ -67,37 +67,39 @@ def loop(total_steps: int, eval_steps: int, *, monitor: str, mode: str = "max", 
 
 def base() -> ConfigDict:
     """Data, mesh and models; phases are added by each config in the order in which they run."""
-    return ConfigDict({
-        "seed": 0,
-        "phases": (),
-        "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
-        "data": {
-            "source": "movielens",  # or `synthetic`, which needs no dir
-            "dir": "",  # any MovieLens release: a directory, a zip, or the release's name to download it
-            "ties": "hashed",
-            "min_events": 5,
-            "split": "leave_last_out",
-            "synthetic": {"num_users": 1500, "num_items": 120, "events_per_user": 40},
-        },
-        "encoder": {
-            "features": ("item", "rating", "genres", "gap"),
-            "feature_width": 32,
-            "positions": "rotary",
-            "max_events": 200,
-            "num_layers": 2,
-            "dropout": 0.2,
-            "heads": (),
-            "unroll": True,
-            "block": block(128, 2, 256, dropout=0.2),
-        },
-        "llm": {
-            "checkpoint": "",  # a Hugging Face directory; empty to train a small one in phase pretrain_lm
-            "vocab_size": 2048,
-            "num_layers": 4,
-            "unroll": True,
-            "block": block(128, 4, 384, dropout=0.1),
-        },
-    })
+    return ConfigDict(
+        {
+            "seed": 0,
+            "phases": (),
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+            "data": {
+                "source": "movielens",  # or `synthetic`, which needs no dir
+                "dir": "",  # any MovieLens release: a directory, a zip, or the release's name to download it
+                "ties": "hashed",
+                "min_events": 5,
+                "split": "leave_last_out",
+                "synthetic": {"num_users": 1500, "num_items": 120, "events_per_user": 40},
+            },
+            "encoder": {
+                "features": ("item", "rating", "genres", "gap"),
+                "feature_width": 32,
+                "positions": "rotary",
+                "max_events": 200,
+                "num_layers": 2,
+                "dropout": 0.2,
+                "heads": (),
+                "unroll": True,
+                "block": block(128, 2, 256, dropout=0.2),
+            },
+            "llm": {
+                "checkpoint": "",  # a Hugging Face directory; empty to train a small one in phase pretrain_lm
+                "vocab_size": 2048,
+                "num_layers": 4,
+                "unroll": True,
+                "block": block(128, 4, 384, dropout=0.1),
+            },
+        }
+    )
 
 
 def pretrain_encoder(*, total_steps: int, eval_steps: int, **changes) -> ConfigDict:

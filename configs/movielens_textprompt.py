@@ -5,8 +5,9 @@
 Sizes and steps are those of configs/movielens_xattn.py, whose runs have these baselines too.
 """
 
-from configs import movielens_xattn
 from ml_collections import ConfigDict
+
+from configs import movielens_xattn
 
 
 def get_config(variant: str = "full") -> ConfigDict:

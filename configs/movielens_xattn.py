@@ -7,8 +7,9 @@ zip of any MovieLens release, or a release's name, such as ml-20m, to download i
 checkpoint in Hugging Face layout instead of training a small decoder (then leave `pretrain_lm` out of `--config.phases`).
 """
 
-from configs import common
 from ml_collections import ConfigDict
+
+from configs import common
 
 
 def get_config(variant: str = "full") -> ConfigDict:

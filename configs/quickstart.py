@@ -6,8 +6,9 @@ Pretrains the encoder and a small LLM, contextualizes the LLM by gated cross-att
 same LLM, ranks the full catalogue with each, and writes runs/quickstart/report.md.
 """
 
-from configs import common
 from ml_collections import ConfigDict
+
+from configs import common
 
 
 def get_config() -> ConfigDict:

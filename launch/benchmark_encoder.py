@@ -24,9 +24,9 @@ def ours(data: str, steps: int) -> dict:
     import jax
 
     sys.path.insert(0, str(HERE.parent))
-    from configs import movielens_encoder
     from etils import epath
 
+    from configs import movielens_encoder
     from user_llm.common import mesh as meshes
     from user_llm.data import movielens
     from user_llm.data.splits import leave_last_out
@@ -79,11 +79,15 @@ def main() -> None:
         return
     sides: dict[str, list[dict]] = {"user_llm": [], "rectools": []}
     for _ in range(args.rounds):
-        sides["user_llm"].append(run(sys.executable, pathlib.Path(__file__), "--one", f"--data={args.data}", f"--steps={args.steps}"))
+        sides["user_llm"].append(
+            run(sys.executable, pathlib.Path(__file__), "--one", f"--data={args.data}", f"--steps={args.steps}")
+        )
         if args.peer:
             sides["rectools"].append(run(args.peer, HERE / "rectools_sasrec.py", args.data))
     result = {
-        side: {key: sorted(r[key] for r in rounds)[len(rounds) // 2] for key in rounds[0]} for side, rounds in sides.items() if rounds
+        side: {key: sorted(r[key] for r in rounds)[len(rounds) // 2] for key in rounds[0]}
+        for side, rounds in sides.items()
+        if rounds
     }
     if args.peer:
         result["speed_ratio"] = result["user_llm"]["events_per_s"] / result["rectools"]["events_per_s"]

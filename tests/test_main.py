@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-from configs import quickstart
 from etils import epath
 from ml_collections import ConfigDict
 
+from configs import quickstart
 from user_llm import main
 
 ROOT = Path(__file__).parent.parent
@@ -51,6 +51,7 @@ TINY = {
     "text_prompt_10.prompt.max_tokens": 96,
 } | {f"{phase}.optimizer.warmup_steps": 1 for phase in PHASES}
 
+
 def tiny_config() -> ConfigDict:
     config = quickstart.get_config()
     config.phases = PHASES
@@ -65,6 +66,7 @@ def finished(tmp_path_factory) -> Path:
     return workdir
 
 
+@pytest.mark.slow
 def test_leaves_all_that_the_readme_promises(finished):
     rows = json.loads((finished / "results.json").read_text())
     methods = {row["method"] for row in rows}
@@ -83,6 +85,7 @@ def test_leaves_all_that_the_readme_promises(finished):
     assert config["config"]["user_llm"]["resampler"]["num_latents"] == 16 and config["versions"]["jax"]
 
 
+@pytest.mark.slow
 def test_finished_phases_are_not_run_again(finished):
     stamps = {path: path.stat().st_mtime_ns for path in finished.glob("*/params/**/*")}
     before = (finished / "results.json").read_text()
@@ -91,6 +94,7 @@ def test_finished_phases_are_not_run_again(finished):
     assert {path: path.stat().st_mtime_ns for path in finished.glob("*/params/**/*")} == stamps
 
 
+@pytest.mark.slow
 def test_another_config_in_the_same_workdir_is_refused(finished):
     config = tiny_config()
     config.seed = 1

@@ -76,10 +76,7 @@ def test_one_run(tmp_path):
 
 def test_seeds_give_mean_and_sample_spread(tmp_path):
     values = (0.4, 0.5, 0.9)
-    runs = [
-        make_run(tmp_path / f"s{seed}", seed=seed, values={"encoder": value})
-        for seed, value in enumerate(values)
-    ]
+    runs = [make_run(tmp_path / f"s{seed}", seed=seed, values={"encoder": value}) for seed, value in enumerate(values)]
     report = write_report(*runs, out=tmp_path / "all").read_text()
     # Mean 0.6, sample standard deviation sqrt((0.04 + 0.01 + 0.09) / 2).
     assert "| encoder | 0.6000 ± 0.2646 | 0.1800 ± 0.0794 | 30 | 0, 1, 2 |" in report

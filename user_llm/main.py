@@ -57,9 +57,7 @@ def load_data(config: ConfigDict, workdir: epath.Path) -> tuple[Timelines, Split
             "No data: name a MovieLens directory, zip or release by --config.data.dir=..., or run configs/quickstart.py, "
             "which makes its own."
         )
-    timelines = movielens.load(
-        directory, workdir / "data", ties=data.ties, seed=config.seed, min_events=data.min_events
-    )
+    timelines = movielens.load(directory, workdir / "data", ties=data.ties, seed=config.seed, min_events=data.min_events)
     return timelines, make_split(timelines, data.split)
 
 
@@ -101,7 +99,9 @@ def save_config(config: ConfigDict, workdir: epath.Path) -> str:
     if path.exists():
         earlier = json.loads(path.read_text())["config_hash"]
         if earlier != config_hash:
-            raise ValueError(f"{workdir} holds a run of another config ({earlier}, not {config_hash}): choose another --workdir.")
+            raise ValueError(
+                f"{workdir} holds a run of another config ({earlier}, not {config_hash}): choose another --workdir."
+            )
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     facts = {"config_hash": config_hash, "command": sys.argv, "git": git, "versions": versions, "config": resolved}
@@ -115,6 +115,7 @@ def quiet_orbax(record) -> bool:
 
 
 def main(argv: list[str]) -> None:
+    """Parse flags, run the config, and end a user's mistake in one sentence."""
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().addFilter(quiet_orbax)
     if len(argv) > 1:

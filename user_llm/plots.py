@@ -6,9 +6,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-Curves = Sequence[
-    tuple[str, dict[str, list[dict]]]
-]  # For each run its label and, by phase, its metrics.jsonl.
+Curves = Sequence[tuple[str, dict[str, list[dict]]]]  # For each run its label and, by phase, its metrics.jsonl.
 
 
 def plot_losses(path: Path, runs: Curves) -> None:
@@ -32,12 +30,7 @@ def plot_losses(path: Path, runs: Curves) -> None:
 
 def plot_gates(path: Path, runs: Curves) -> bool:
     """Draw tanh(gate) by step, one colour per layer; return False where no phase has gates."""
-    gated = {
-        phase: _gate_names(rows)
-        for _, metrics in runs
-        for phase, rows in metrics.items()
-        if _gate_names(rows)
-    }
+    gated = {phase: _gate_names(rows) for _, metrics in runs for phase, rows in metrics.items() if _gate_names(rows)}
     if not gated:
         return False
     figure = Figure(figsize=(5 * len(gated), 4), layout="constrained")
@@ -67,9 +60,7 @@ def plot_lengths(path: Path, labels: list[str], methods: dict[str, list[dict | N
             axes.plot(range(len(labels)), values, marker="o", label=method)
         axes.set(title=metric, xlabel="events in the history")
         axes.set_xticks(range(len(labels)), labels)
-    grid[0].set_ylim(
-        bottom=0
-    )  # Shared, and only now: set before the last curve it would stop the scaling.
+    grid[0].set_ylim(bottom=0)  # Shared, and only now: set before the last curve it would stop the scaling.
     grid[0].legend()
     figure.savefig(path, dpi=100)
 
@@ -81,9 +72,5 @@ def _gate_names(rows: list[dict]) -> list[str]:
 
 
 def _series(rows: list[dict], kind: str, name: str) -> tuple[list[int], list[Any]]:
-    points = [
-        (row["step"], row[name])
-        for row in rows
-        if row["kind"] == kind and row.get(name) is not None
-    ]
+    points = [(row["step"], row[name]) for row in rows if row["kind"] == kind and row.get(name) is not None]
     return [step for step, _ in points], [value for _, value in points]

@@ -76,8 +76,7 @@ class Run:
 
 
 def read_run(workdir: str | PathLike) -> Run:
-    """Read results.json, config.json (as `main` writes it), audit.json (numbers by name), and
-    from each phase's folder metrics.jsonl and breakdown.json.
+    """Read what `main` left: results, config, audit, and each phase's metrics and breakdown.
 
     Raises:
       ValueError: results.json is missing, a file is cut short, or a row lacks a column.
@@ -95,10 +94,7 @@ def read_run(workdir: str | PathLike) -> Run:
         directory=directory,
         rows=rows,
         **{name: _read_json(path) if path.exists() else {} for name, path in optional.items()},
-        metrics={
-            path.parent.name: read_metrics(path)
-            for path in sorted(directory.glob("*/metrics.jsonl"))
-        },
+        metrics={path.parent.name: read_metrics(path) for path in sorted(directory.glob("*/metrics.jsonl"))},
         breakdowns=[_read_json(path) for path in sorted(directory.glob("*/breakdown.json"))],
     )
 
@@ -107,9 +103,7 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}, line {error.lineno}: not JSON; delete the file and run the command again."
-        ) from error
+        raise ValueError(f"{path}, line {error.lineno}: not JSON; delete the file and run the command again.") from error
 
 
 class Seen(NamedTuple):
@@ -273,15 +267,9 @@ def _breakdown_sections(runs: list[Run], out: Path) -> list[str]:
         prefix = f"{run.rows[0]['dataset']}: " if run.rows and len(datasets) > 1 else ""
         entries += [{**entry, "method": prefix + entry["method"]} for entry in run.breakdowns]
     lengths = _pool(
-        ((entry["method"], part["from"], part["to"]), part)
-        for entry in entries
-        for part in entry["history_length"]
+        ((entry["method"], part["from"], part["to"]), part) for entry in entries for part in entry["history_length"]
     )
-    ties = _pool(
-        ((entry["method"], name), part)
-        for entry in entries
-        for name, part in entry["boundary_tie"].items()
-    )
+    ties = _pool(((entry["method"], name), part) for entry in entries for name, part in entry["boundary_tie"].items())
     sections = []
     if lengths:
         buckets = sorted({(start, end) for _, start, end in lengths}, key=lambda bucket: bucket[0])
@@ -294,10 +282,7 @@ def _breakdown_sections(runs: list[Run], out: Path) -> list[str]:
             "recall@10, nothing filtered (targets, over all seeds):",
             _table(
                 ["method", *(f"{label} events" for label in labels)],
-                [
-                    [m, *(f"{p['recall@10']:.4f} ({p['n']})" if p else "" for p in parts)]
-                    for m, parts in methods.items()
-                ],
+                [[m, *(f"{p['recall@10']:.4f} ({p['n']})" if p else "" for p in parts)] for m, parts in methods.items()],
             ),
         ]
     if ties:

@@ -11,9 +11,7 @@ from user_llm.data.splits import Split, global_time, leave_last_out
 
 
 def test_facts_by_hand(make_timelines):
-    timelines = make_timelines(
-        [[1, 2, 3, 4], [2, 3, 5], [1, 2, 6]], [[1, 1, 2, 2], [1, 2, 3], [7, 8, 8]], num_items=9
-    )
+    timelines = make_timelines([[1, 2, 3, 4], [2, 3, 5], [1, 2, 6]], [[1, 1, 2, 2], [1, 2, 3], [7, 8, 8]], num_items=9)
     facts = audit(timelines, leave_last_out(timelines))
     assert facts["users"] == 3
     assert facts["items"] == 9

@@ -270,7 +270,9 @@ def test_films_without_any_genre(write_release, tmp_path):
 
 @pytest.mark.parametrize("layout", RATING_FILES)
 def test_a_film_without_title_is_kept_and_counted(write_release, tmp_path, layout):
-    directory = write_release(tmp_path / "raw", layout, [(9, 2, 5, 100), (9, 3, 3, 500), (9, 6, 4, 600), (4, 2, 1, 5), (4, 6, 4, 6), (4, 7, 2, 7)])
+    directory = write_release(
+        tmp_path / "raw", layout, [(9, 2, 5, 100), (9, 3, 3, 500), (9, 6, 4, 600), (4, 2, 1, 5), (4, 6, 4, 6), (4, 7, 2, 7)]
+    )
     timelines = load(directory, tmp_path / "prepared")
     item = timelines.catalogue.keys.index("6")
     assert timelines.catalogue.titles[item] == "6"

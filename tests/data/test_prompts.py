@@ -15,9 +15,7 @@ def tokenizer(tmp_path_factory) -> Tokenizer:
 
 
 def build(tokenizer, *, max_tokens=200, max_title_tokens=60, instruction="Films in order:"):
-    return NextItemPrompts(
-        tokenizer, TITLES, instruction=instruction, max_tokens=max_tokens, max_title_tokens=max_title_tokens
-    )
+    return NextItemPrompts(tokenizer, TITLES, instruction=instruction, max_tokens=max_tokens, max_title_tokens=max_title_tokens)
 
 
 def read(tokenizer, row):

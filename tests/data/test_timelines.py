@@ -30,9 +30,7 @@ def test_events_are_sorted_by_user_then_time():
 def test_hashed_ties_do_not_depend_on_the_order_of_the_file():
     columns = tied_events()
     shuffled = [column[np.random.default_rng(5).permutation(200)] for column in columns]
-    np.testing.assert_array_equal(
-        ordered(columns, ties="hashed", seed=1), ordered(shuffled, ties="hashed", seed=1)
-    )
+    np.testing.assert_array_equal(ordered(columns, ties="hashed", seed=1), ordered(shuffled, ties="hashed", seed=1))
     assert (ordered(columns, ties="file") != ordered(shuffled, ties="file")).any()
 
 

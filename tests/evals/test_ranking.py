@@ -1,5 +1,6 @@
 """Ranks, metrics, rows and breakdowns, against answers by brute force and by hand."""
 
+import dataclasses
 from unittest.mock import Mock
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 
 from user_llm.data.timelines import Timelines
 from user_llm.evals.ranking import (
+    Ranks,
     boundary_ties,
     breakdown,
     by_history_length,
@@ -62,9 +64,7 @@ def test_pad_and_invalid_columns_never_compete():
 
 def test_history_is_removed_and_a_target_within_it_is_a_miss():
     scores = jnp.array([[0.0, 3.0, 2.0, 1.0]] * 2)
-    ranks = target_ranks(
-        scores, jnp.array([3, 1]), jnp.array([[1, 1, 0], [1, 2, 0]]), jnp.ones(4, bool)
-    )
+    ranks = target_ranks(scores, jnp.array([3, 1]), jnp.array([[1, 1, 0], [1, 2, 0]]), jnp.ones(4, bool))
     np.testing.assert_array_equal(ranks, [2, np.inf])
 
 
@@ -117,7 +117,7 @@ def test_rows_hold_every_metric_with_both_filters(ranks):
 
 
 def test_buckets_of_history_length(ranks):
-    ranks.positions = np.array([10, 11, 501])
+    ranks = dataclasses.replace(ranks, positions=np.array([10, 11, 501]))
     parts = by_history_length(ranks)
     assert [(p["from"], p["to"], p["n"]) for p in parts] == [
         (0, 10, 1),
@@ -133,9 +133,7 @@ def test_breakdown_tells_tied_targets_from_the_rest(ranks):
     timestamp[6] = timestamp[5]  # User 1: the target at position 3 and the event before it.
     timestamp[1] = timestamp[0]  # User 0: a tie, but not at the boundary.
     data = timelines(timestamp=timestamp)
-    np.testing.assert_array_equal(
-        boundary_ties(data, ranks.users, ranks.positions), [False, True, False]
-    )
+    np.testing.assert_array_equal(boundary_ties(data, ranks.users, ranks.positions), [False, True, False])
     found = breakdown("encoder", ranks, data)["boundary_tie"]
     assert (found["tied"]["n"], found["untied"]["n"]) == (1, 2)
     assert (found["tied"]["recall@10"], found["untied"]["recall@10"]) == (0, 1)

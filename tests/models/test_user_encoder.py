@@ -21,9 +21,7 @@ SCHEMA = Schema(
     )
 )
 BLOCK = BlockConfig(width=8, heads=2, kv_heads=2, head_dim=4, mlp_width=12)
-CONFIG = UserEncoderConfig(
-    schema=SCHEMA, block=BLOCK, num_layers=2, feature_width=4, max_events=16, heads=("rating", "genres")
-)
+CONFIG = UserEncoderConfig(schema=SCHEMA, block=BLOCK, num_layers=2, feature_width=4, max_events=16, heads=("rating", "genres"))
 LENGTHS = np.array([7, 4, 1])
 
 

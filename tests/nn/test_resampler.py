@@ -9,9 +9,7 @@ from flax import nnx
 from user_llm.common import trees
 from user_llm.nn.resampler import Resampler, ResamplerConfig, recency_bucket
 
-CONFIG = ResamplerConfig(
-    num_latents=3, input_width=8, heads=2, head_dim=4, mlp_width=12, num_layers=2, recency_buckets=4
-)
+CONFIG = ResamplerConfig(num_latents=3, input_width=8, heads=2, head_dim=4, mlp_width=12, num_layers=2, recency_buckets=4)
 STATES = np.random.default_rng(0).normal(size=(4, 16, 8)).astype(np.float32)
 LENGTHS = np.array([5, 16, 1, 0])
 
@@ -83,9 +81,9 @@ def test_under_vmap_over_prefixes_equals_one_by_one(resampler, drawn):
     graphdef, _ = trees.abstract(_create)
     prefixes = np.array([[1, 5], [16, 7], [2, 2], [0, 16]])
     masks = np.arange(16) < prefixes[..., None]
-    together = jax.jit(
-        lambda params: jax.vmap(trees.merge(graphdef, params), in_axes=(None, 1), out_axes=1)(STATES, masks)
-    )(params)
+    together = jax.jit(lambda params: jax.vmap(trees.merge(graphdef, params), in_axes=(None, 1), out_axes=1)(STATES, masks))(
+        params
+    )
     for end in (0, 1):
         np.testing.assert_allclose(together[:, end], run(params, STATES, masks[:, end]), atol=1e-6)
 

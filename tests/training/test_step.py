@@ -101,7 +101,12 @@ def test_frozen_parameters_keep_every_bit_and_trainable_ones_all_move(encoder, o
     np.testing.assert_allclose(losses[0], weighted, rtol=1e-6)
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)], ids=["data", "fsdp", "tensor", "mixed"])
+MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8), "mixed": (2, 2, 2)}
+
+
+@pytest.mark.parametrize(
+    "sizes", [pytest.param(v, marks=[] if k == "mixed" else pytest.mark.slow, id=k) for k, v in MESHES.items()]
+)
 def test_eight_devices_compute_what_one_does(encoder, on_one, mesh_of, sizes):
     """Two steps' losses and gradient norms, the gradients by Adam's first moment; and everything stays where it was."""
     scalars, state, before = _train(encoder, mesh_of(*sizes), steps=2)

@@ -25,10 +25,12 @@ class Checkpointer:
     """
 
     def __init__(self, directory: epath.PathLike):
-        keep = policies.AnyPreservationPolicy([
-            policies.LatestN(1),
-            policies.BestN(get_metric_fn=lambda metrics: metrics["value"], n=1, reverse=False),
-        ])
+        keep = policies.AnyPreservationPolicy(
+            [
+                policies.LatestN(1),
+                policies.BestN(get_metric_fn=lambda metrics: metrics["value"], n=1, reverse=False),
+            ]
+        )
         self._manager = ocp.CheckpointManager(
             epath.Path(directory).absolute(),
             options=ocp.CheckpointManagerOptions(

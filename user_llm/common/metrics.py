@@ -55,9 +55,7 @@ class MetricsLog:
             filename_suffix=f".{step}",
         )
         # disable=None: no bar where stderr is no terminal.
-        self._bar = tqdm(
-            total=total_steps, initial=step, desc=name, unit=" steps", disable=None, file=sys.stderr
-        )
+        self._bar = tqdm(total=total_steps, initial=step, desc=name, unit=" steps", disable=None, file=sys.stderr)
 
     def train(self, step: int, scalars: Mapping[str, Any], *, events_per_s: float) -> None:
         """Log training scalars, means over the steps since the last call.
@@ -66,19 +64,13 @@ class MetricsLog:
           FloatingPointError: a loss or the gradient norm is NaN or infinite.
         """
         scalars = {name: float(value) for name, value in scalars.items()}
-        self.check_finite(
-            step, {k: v for k, v in scalars.items() if k.endswith("loss") or k == "grad_norm"}
-        )
+        self.check_finite(step, {k: v for k, v in scalars.items() if k.endswith("loss") or k == "grad_norm"})
         self._write("train", step, {**scalars, "events_per_s": events_per_s})
         if self._bar is None:
             return
         facts = f"loss {scalars['loss']:.4g}, {events_per_s:,.0f} events/s"
         if self._bar.disable:
-            remaining = (
-                (self._total - step)
-                * (time.monotonic() - self._since)
-                / max(step - self._first_step, 1)
-            )
+            remaining = (self._total - step) * (time.monotonic() - self._since) / max(step - self._first_step, 1)
             eta = tqdm.format_interval(remaining)
             logging.info("%s: step %d/%d, %s, ETA %s", self._name, step, self._total, facts, eta)
         else:
@@ -91,9 +83,7 @@ class MetricsLog:
         self._write("eval", step, scalars)
         if self._bar is not None:
             shown = ", ".join(f"{name} {value:.4g}" for name, value in scalars.items())
-            with tqdm.external_write_mode(
-                file=sys.stderr
-            ):  # Clears the bar, if any, and draws it again below the line.
+            with tqdm.external_write_mode(file=sys.stderr):  # Clears the bar, if any, and draws it again below the line.
                 logging.info("%s: step %d, validation %s", self._name, step, shown)
 
     def check_finite(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -148,9 +138,7 @@ def read_metrics(path: epath.PathLike) -> list[dict]:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
             if number < len(lines):
-                raise ValueError(
-                    f"{path}, line {number}: not a line of metrics; delete it, or the file."
-                ) from error
+                raise ValueError(f"{path}, line {number}: not a line of metrics; delete it, or the file.") from error
     return rows
 
 

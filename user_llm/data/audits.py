@@ -69,11 +69,12 @@ def _check_ids(timelines: Timelines) -> None:
         whose = f"user {timelines.user_keys[empty[0]]}" if len(empty) else "every user"
         raise ValueError(f"{timelines.name}: the timeline of {whose} is empty; leave users without events out.")
     item, num_items = timelines.item, timelines.schema.num_items
-    _refuse_id(timelines, "item", (item < 1) | (item > num_items), num_items)  # first, as bags are looked up by item
+    _refuse_id(timelines, "item", np.logical_or(item < 1, item > num_items), num_items)  # first, as bags are looked up by item
     for feature in timelines.schema:
         ids = timelines.features[:, timelines.schema.columns(feature.name)]
         lowest = 0 if feature.kind in ("multi", "text") else 1
-        _refuse_id(timelines, feature.name, ((ids < lowest) | (ids >= feature.size)).any(axis=1), feature.size - 1)
+        wrong = np.any((ids < lowest) | (ids >= feature.size), axis=1)
+        _refuse_id(timelines, feature.name, np.asarray(wrong), feature.size - 1)
 
 
 def _refuse_id(timelines: Timelines, name: str, wrong: np.ndarray, highest: int) -> None:
@@ -110,7 +111,9 @@ def _check_duplicates(timelines: Timelines) -> None:
     if len(row):
         item = timelines.catalogue.titles[timelines.item[row[0]]]
         user = timelines.user_keys[timelines.users[row[0]]]
-        raise ValueError(f"{timelines.name}: user {user} has the event {item!r} twice ({len(row)} such events); drop duplicates.")
+        raise ValueError(
+            f"{timelines.name}: user {user} has the event {item!r} twice ({len(row)} such events); drop duplicates."
+        )
 
 
 def _check_leaks(timelines: Timelines, split: Split) -> None:

@@ -99,12 +99,15 @@ class MovieLens(tfds.core.GeneratorBasedBuilder):
         users, starts = np.unique(raw.user[order], return_index=True)
         for user, start, stop in zip(users, starts, [*starts[1:], len(order)], strict=True):
             events = slice(start, stop)
-            yield int(user), {
-                "user": int(user),
-                "item": item[events].astype(np.int32),
-                "rating": rating[events].astype(np.int32),
-                "timestamp": timestamp[events],
-            }
+            yield (
+                int(user),
+                {
+                    "user": int(user),
+                    "item": item[events].astype(np.int32),
+                    "rating": rating[events].astype(np.int32),
+                    "timestamp": timestamp[events],
+                },
+            )
 
 
 def _download(dl_manager: tfds.download.DownloadManager, config: MovieLensConfig) -> epath.Path:
@@ -116,7 +119,9 @@ def _download(dl_manager: tfds.download.DownloadManager, config: MovieLensConfig
         return epath.Path(dl_manager.download(url))
     # requests' errors are OSErrors; tfds' own have no common base.
     except (OSError, DownloadError, NonMatchingChecksumError) as error:
-        raise ValueError(f"{url} cannot be downloaded or is not what was published; get the zip by hand and name it.") from error
+        raise ValueError(
+            f"{url} cannot be downloaded or is not what was published; get the zip by hand and name it."
+        ) from error
 
 
 def unique_titles(titles: list[str]) -> list[str]:
@@ -157,9 +162,7 @@ def load(
         raise ValueError(f"No user in {source} has {min_events} events: lower min_events.")
     lengths = np.array([len(record["item"]) for record in records])
     user = np.repeat([record["user"] for record in records], lengths)
-    item, rating, timestamp = (
-        np.concatenate([record[name] for record in records]) for name in ("item", "rating", "timestamp")
-    )
+    item, rating, timestamp = (np.concatenate([record[name] for record in records]) for name in ("item", "rating", "timestamp"))
     order = order_events(user, item, timestamp, ties=ties, seed=seed)
     catalogue = _catalogue(builder.info.metadata)
     bags = catalogue.multi["genres"]

@@ -77,9 +77,7 @@ def read(directory: epath.PathLike) -> RawMovieLens:
     movie = table[:, 1].astype(np.int64)
     for untitled in set(np.unique(movie).tolist()) - titles.keys():
         titles[untitled], genres[untitled] = str(untitled), []
-    return RawMovieLens(
-        table[:, 0].astype(np.int64), movie, table[:, 2], table[:, 3].astype(np.int64), titles, genres
-    )
+    return RawMovieLens(table[:, 0].astype(np.int64), movie, table[:, 2], table[:, 3].astype(np.int64), titles, genres)
 
 
 def readable_title(title: str) -> str:
@@ -96,12 +94,16 @@ def _read_ratings(path: epath.Path, separator: str) -> Float[np.ndarray, "N 4"]:
         raise ValueError(f"{path}, line 1: the header must begin with {','.join(RATINGS_HEADER)}; name the columns so.")
     # A number cut short is still a number, so only the missing line end tells.
     if text and not text.endswith("\n"):
-        raise ValueError(f"{path}, line {text.count(chr(10)) + 1}: no line end, so the file may be cut off; get it whole or end the line.")
+        raise ValueError(
+            f"{path}, line {text.count(chr(10)) + 1}: no line end, so the file may be cut off; get it whole or end the line."
+        )
     if separator == "::":
         text = text.replace("::", "\t")
     lines = io.StringIO(text)
     try:
-        table = np.loadtxt(lines, delimiter="," if header else "\t", skiprows=int(header), ndmin=2, usecols=(0, 1, 2, 3), comments=None)
+        table = np.loadtxt(
+            lines, delimiter="," if header else "\t", skiprows=int(header), ndmin=2, usecols=(0, 1, 2, 3), comments=None
+        )
     except ValueError:
         table = None
     # A blank line, which numpy would skip, is a fault as well: row numbers stay line numbers.

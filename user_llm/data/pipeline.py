@@ -191,8 +191,6 @@ def history_batches(
         yield indices, HistoryBatch(users[rows], targets, events, lengths[rows], seen, positions[rows], len(indices))
 
 
-
-
 @dataclasses.dataclass(frozen=True)
 class ExampleConfig:
     """How histories and targets become training examples of contextualization.

@@ -1,6 +1,6 @@
-"""Prompts and targets of the next-item task as token ids, tokenised once per item.
+r"""Prompts and targets of the next-item task as token ids, tokenised once per item.
 
-    <instruction> \\n <title> \\n <title> \\n ... <title> \\n
+    <instruction> \n <title> \n <title> \n ... <title> \n
 
 Every title ends in the end token, one newline; the token before a title (the instruction's newline or another title's) is the
 *answer position* from which the next item is ranked or written. With no titles as text this is the prompt of User-LLM (about

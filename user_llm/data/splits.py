@@ -53,7 +53,9 @@ def global_time(timelines: Timelines, *, validation: float = 0.9, test: float = 
     if "timestamp" not in timelines.columns:
         raise ValueError(f"{timelines.name} has no timestamps: split it by leave_last_out.")
     if not 0 < validation < test < 1:
-        raise ValueError(f"The cuts of global_time are quantiles in order, 0 < validation < test < 1, not {validation} and {test}.")
+        raise ValueError(
+            f"The cuts of global_time are quantiles in order, 0 < validation < test < 1, not {validation} and {test}."
+        )
     time = timelines.columns["timestamp"]
     cuts = np.quantile(time, [validation, test], method="higher")
     before = [np.add.reduceat(np.append(time < cut, False), timelines.offsets[:-1]) for cut in cuts]

@@ -30,10 +30,40 @@ LEXICON = {
     "War": "Trench Battalion Convoy Armistice Sniper Regiment Airfield Bunker Frontier Submarine",
     "Western": "Saddle Canyon Outlaw Prairie Sheriff Stagecoach Ranch Desperado Saloon Mustang",
 }
-ADJECTIVES = (
-    "Silent Broken Golden Hidden Last Crimson Distant Wild Frozen Burning Secret Lonely Midnight Forgotten Electric Gentle "
-    "Hollow Iron Restless Savage Velvet Wandering Bitter Bright Crooked Endless Fallen Perfect Quiet Stolen Tender Twisted"
-).split()
+ADJECTIVES = [
+    "Silent",
+    "Broken",
+    "Golden",
+    "Hidden",
+    "Last",
+    "Crimson",
+    "Distant",
+    "Wild",
+    "Frozen",
+    "Burning",
+    "Secret",
+    "Lonely",
+    "Midnight",
+    "Forgotten",
+    "Electric",
+    "Gentle",
+    "Hollow",
+    "Iron",
+    "Restless",
+    "Savage",
+    "Velvet",
+    "Wandering",
+    "Bitter",
+    "Bright",
+    "Crooked",
+    "Endless",
+    "Fallen",
+    "Perfect",
+    "Quiet",
+    "Stolen",
+    "Tender",
+    "Twisted",
+]
 RATINGS = np.arange(1, 6)  # whole stars
 
 
@@ -68,7 +98,9 @@ class World:
         names = list(LEXICON)
         titles, genres, primary = _films(items, rng)
         popularity = rng.permutation(1.0 / (1 + np.arange(items)) ** 0.6)
-        member = np.array([[1.0 if g == primary[i] else 0.15 if g in genres[i] else 0.002 for i in range(items)] for g in names])
+        member = np.array(
+            [[1.0 if g == primary[i] else 0.15 if g in genres[i] else 0.002 for i in range(items)] for g in names]
+        )
         emission = member * popularity
         taste = rng.dirichlet(np.full(len(names), 0.25), size=archetypes) + 0.005
         taste /= taste.sum(1, keepdims=True)
@@ -127,7 +159,9 @@ def write_movielens(directory: epath.PathLike, *, num_users: int, num_items: int
       ValueError: more events a user than a third of the films.
     """
     if events_per_user * 3 > num_items:
-        raise ValueError(f"{events_per_user} events a user are too many for {num_items} films: at most a third can be seen by all.")
+        raise ValueError(
+            f"{events_per_user} events a user are too many for {num_items} films: at most a third can be seen by all."
+        )
     world = World.create(num_items, seed)
     rng = np.random.default_rng((seed, 2))
     lengths = rng.integers(events_per_user // 2, events_per_user * 3 // 2 + 1, size=num_users)
@@ -141,7 +175,9 @@ def write_movielens(directory: epath.PathLike, *, num_users: int, num_items: int
     with (unfinished / "movies.csv").open("w") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(["movieId", "title", "genres"])
-        rows.writerows([i, title, "|".join(genres)] for i, (title, genres) in enumerate(zip(world.titles, world.genres, strict=True), 1))
+        rows.writerows(
+            [i, title, "|".join(genres)] for i, (title, genres) in enumerate(zip(world.titles, world.genres, strict=True), 1)
+        )
     with (unfinished / "ratings.csv").open("w") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(["userId", "movieId", "rating", "timestamp"])

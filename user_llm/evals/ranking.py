@@ -76,17 +76,13 @@ def ranking_metrics(ranks: Float[np.ndarray, "n"]) -> dict[str, float]:
     """
     ranks = np.asarray(ranks, np.float64)
     if not len(ranks):
-        raise ValueError(
-            "No target to rank: no user has enough events; lower the split's min_events."
-        )
+        raise ValueError("No target to rank: no user has enough events; lower the split's min_events.")
     gains = np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0.0)
     recalls = {f"recall@{k}": float(np.mean(ranks <= k)) for k in CUTOFFS}
     return {**recalls, "ndcg@10": float(gains.mean()), "mrr": float(np.mean(1 / ranks))}
 
 
-def both_metrics(
-    everything: Float[np.ndarray, "n"], unseen: Float[np.ndarray, "n"]
-) -> dict[str, float]:
+def both_metrics(everything: Float[np.ndarray, "n"], unseen: Float[np.ndarray, "n"]) -> dict[str, float]:
     """Return each metric for both kinds of ranks, those with the history removed as `/unseen`."""
     removed = {f"{name}/unseen": value for name, value in ranking_metrics(unseen).items()}
     return {**ranking_metrics(everything), **removed}
@@ -138,9 +134,7 @@ def by_history_length(ranks: Ranks) -> list[dict]:
     bucket = np.searchsorted(HISTORY_LENGTHS, ranks.positions)
     starts = (0, *(end + 1 for end in HISTORY_LENGTHS))
     ends = (*HISTORY_LENGTHS, None)
-    return [
-        {"from": starts[b], "to": ends[b], **_part(ranks, bucket == b)} for b in np.unique(bucket)
-    ]
+    return [{"from": starts[b], "to": ends[b], **_part(ranks, bucket == b)} for b in np.unique(bucket)]
 
 
 def breakdown(method: str, ranks: Ranks, timelines: Timelines) -> dict:
@@ -154,9 +148,7 @@ def breakdown(method: str, ranks: Ranks, timelines: Timelines) -> dict:
     return {
         "method": method,
         "history_length": by_history_length(ranks),
-        "boundary_tie": {
-            name: _part(ranks, chosen) for name, chosen in groups.items() if chosen.any()
-        },
+        "boundary_tie": {name: _part(ranks, chosen) for name, chosen in groups.items() if chosen.any()},
     }
 
 

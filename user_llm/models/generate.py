@@ -241,9 +241,7 @@ def _best(
     return index // fanout, node, score
 
 
-def _beam_mask(
-    of_prompt: Bool[Array, "B R T"], past: Int[Array, "B R steps"], beams: int
-) -> Bool[Array, "B R T+steps*R"]:
+def _beam_mask(of_prompt: Bool[Array, "B R T"], past: Int[Array, "B R steps"], beams: int) -> Bool[Array, "B R T+steps*R"]:
     """Let each beam see its prompt and the slot of its own past at every step so far."""
     own = past[..., None] == jnp.arange(beams)
     return jnp.concatenate([of_prompt, own.reshape(*past.shape[:2], -1)], axis=-1)

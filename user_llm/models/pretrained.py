@@ -180,9 +180,7 @@ def _tensor_files(path: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
     return {name: where for name, where in found.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
-def _check_tensors(
-    path: Path, wanted: dict[str, tuple[int, ...]], files: dict[str, tuple[Path, tuple[int, ...]]]
-) -> None:
+def _check_tensors(path: Path, wanted: dict[str, tuple[int, ...]], files: dict[str, tuple[Path, tuple[int, ...]]]) -> None:
     problems = [f"missing {name}" for name in wanted if name not in files]
     problems += [f"left over {name}" for name in files if name not in wanted]
     problems += [

@@ -56,9 +56,7 @@ class UserKV(NamedTuple):
 class GatedCrossAttention(nnx.Module):
     """Parameters: q [D, N, H], k and v [user width, N, H], o [N, H, D], gate []; mlp and mlp_gate if before_block."""
 
-    def __init__(
-        self, config: CrossAttentionConfig, width: int, mlp_width: int, *, norm_eps: float, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: CrossAttentionConfig, width: int, mlp_width: int, *, norm_eps: float, rngs: nnx.Rngs):
         c = self.config = config
         self.norm = RMSNorm(width, eps=norm_eps)
         self.q = linear_param(rngs, (width, c.heads, c.head_dim), fan_in=width)

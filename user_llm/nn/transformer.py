@@ -115,9 +115,7 @@ class Stack(nnx.Module):
         self.blocks = stacked(lambda rngs: Block(config, rngs=rngs), num_layers, rngs)
         if cross:
             self.cross = stacked(
-                lambda rngs: GatedCrossAttention(
-                    cross, config.width, config.mlp_width, norm_eps=config.norm_eps, rngs=rngs
-                ),
+                lambda rngs: GatedCrossAttention(cross, config.width, config.mlp_width, norm_eps=config.norm_eps, rngs=rngs),
                 self.groups,
                 rngs,
             )
@@ -161,15 +159,15 @@ class Stack(nnx.Module):
             (params, caches), keys, cross_params, user_kv = group
             new_caches = []
             for i in range(self.every):
-                at = lambda tree: jax.tree.map(lambda a: a[i], tree)  # noqa: B023 - used within this iteration only
+                layer_params, layer_cache = jax.tree.map(lambda a, i=i: a[i], (params, caches))
                 cross = None
                 if user is not None and i == self.every - 1:
                     module = nnx.merge(cross_def, cross_params)
                     cross = lambda x: module(x, *user_kv, user.mask)  # noqa: B023, E731
                     if self.seat == "before_block":
                         x, cross = cross(x), None
-                x, new_cache = nnx.merge(block_def, at(params))(
-                    x, mask=mask, positions=positions, cache=at(caches), slots=slots, cross=cross,
+                x, new_cache = nnx.merge(block_def, layer_params)(
+                    x, mask=mask, positions=positions, cache=layer_cache, slots=slots, cross=cross,
                     key=None if keys is None else keys[i],
                 )  # fmt: skip
                 new_caches.append(new_cache)

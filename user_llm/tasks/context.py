@@ -67,9 +67,9 @@ class Context:
           rules: to the name of a phase, whose own tree is that below the path's first part, or `fresh` to keep the value.
         """
         sources = trees.match(rules, params)
+        one = meshes.replicated(self.mesh)
         for phase in sorted(set(trees.flatten(sources).values()) - {"fresh"}):
             chosen, rest = trees.partition(jax.tree.map(lambda source, phase=phase: source == phase, sources), params)
-            one = meshes.replicated(self.mesh)
             like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one), chosen)
             for root, subtree in like.items():
                 chosen[root] = load_params(self.workdir / phase / "params", subtree)
@@ -82,8 +82,6 @@ def catalogue_lines(timelines: Timelines) -> list[str]:
     catalogue = timelines.catalogue
     lines = []
     for item in range(1, len(catalogue.titles)):
-        bags = [
-            ", ".join(catalogue.vocab[name][i] for i in bag[item] if i) for name, bag in sorted(catalogue.multi.items())
-        ]
+        bags = [", ".join(catalogue.vocab[name][i] for i in bag[item] if i) for name, bag in sorted(catalogue.multi.items())]
         lines.append(" | ".join(filter(None, [catalogue.titles[item], *bags])) + "\n")
     return lines

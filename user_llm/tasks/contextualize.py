@@ -18,15 +18,13 @@ from ml_collections import ConfigDict
 
 from user_llm.common import trees
 from user_llm.common.trees import Params
-from user_llm.data.pipeline import ExampleConfig, HistoryBatch, contextual_examples, history_batches
+from user_llm.data.pipeline import ExampleConfig, HistoryBatch, contextual_examples
 from user_llm.data.prompts import NextItemPrompts, pad_rows
 from user_llm.evals.evaluator import rank_listed, rank_targets
 from user_llm.evals.ranking import Ranks, result_rows
-from user_llm.models.decoder import DecoderConfig
 from user_llm.models.generate import Trie, beam_search
 from user_llm.models.pretrained import decoder_config as pretrained_config
 from user_llm.models.pretrained import load_decoder
-from user_llm.models.user_encoder import UserEncoderConfig
 from user_llm.models.user_llm import UserLLM, UserLLMConfig
 from user_llm.nn.cross_attention import CrossAttentionConfig
 from user_llm.nn.losses import chunked_cross_entropy
@@ -43,7 +41,11 @@ def model_config(config: ConfigDict, name: str, context: Context, vocab_size: in
     llm = config.llm
     base = pretrained_config(llm.checkpoint, unroll=llm.unroll) if llm.checkpoint else decoder_config(llm, vocab_size)
     encoder = encoder_config(config.encoder, context.timelines.schema)
-    shared: dict[str, Any] = {"num_items": encoder.schema.num_items, "table_rows": encoder.table_rows, "item_width": encoder.block.width}
+    shared: dict[str, Any] = {
+        "num_items": encoder.schema.num_items,
+        "table_rows": encoder.table_rows,
+        "item_width": encoder.block.width,
+    }
     if not phase.examples.max_events:
         return UserLLMConfig(decoder=base, **shared)
     cross = CrossAttentionConfig(user_width=encoder.block.width, **phase.cross)
@@ -77,9 +79,7 @@ def contextual_loss(
     position = jnp.arange(tokens.shape[1] - 1)
     predicted = (position >= answers[:, :1]) & (position + 1 < lengths) & (items[:, :1] > 0)
     rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-    token_loss = text_loss(
-        model.decoder, rows, tokens[:, 1:].reshape(-1), predicted.reshape(-1).astype(jnp.float32), chunk
-    )
+    token_loss = text_loss(model.decoder, rows, tokens[:, 1:].reshape(-1), predicted.reshape(-1).astype(jnp.float32), chunk)
     scalars = {"item_loss": item_loss, "text_loss": token_loss}
     if model.config.encoder is not None:
         gates = jnp.tanh(model.decoder.stack.cross.gate[...])
@@ -147,9 +147,7 @@ class Ranker:
         def propose(batch: HistoryBatch) -> np.ndarray:
             text, lengths = self.prompt_batch(batch)
             decoder_def, decoder_params = trees.split(trees.merge(self.graphdef, params).decoder)
-            items, _ = beam_search(
-                decoder_def, decoder_params, text, lengths, trie, beams=beams, user=self.user(params, batch)
-            )
+            items, _ = beam_search(decoder_def, decoder_params, text, lengths, trie, beams=beams, user=self.user(params, batch))
             return np.asarray(items)
 
         return rank_listed(

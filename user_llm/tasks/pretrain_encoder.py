@@ -54,9 +54,7 @@ class EncoderLoss:
 
     def __call__(self, encoder: UserEncoder, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
         dropout_key, negatives_key = jax.random.split(key)
-        states = encoder(
-            batch["events"], mask=segment_mask(batch["segments"]), positions=batch["positions"], key=dropout_key
-        )
+        states = encoder(batch["events"], mask=segment_mask(batch["segments"]), positions=batch["positions"], key=dropout_key)
         rows = states.reshape(-1, states.shape[-1])
         labels = batch["next"].reshape(rows.shape[0], -1)
         weights = (batch["segments"] > 0).reshape(-1).astype(jnp.float32)

@@ -30,9 +30,7 @@ def decoder_config(config: ConfigDict, vocab_size: int) -> DecoderConfig:
     )  # fmt: skip
 
 
-def text_loss(
-    decoder: Decoder, hidden: Array, tokens: Array, weights: Array, chunk: int
-) -> Array:
+def text_loss(decoder: Decoder, hidden: Array, tokens: Array, weights: Array, chunk: int) -> Array:
     """Return the mean cross entropy of predicting `tokens` [R] from `hidden` [R, D], over rows of weight 1."""
     table = decoder.output_table()
     total = chunked_cross_entropy(hidden, table, tokens, weights, jnp.ones(table.shape[0], bool), chunk)

@@ -175,9 +175,7 @@ def initial_state(
     return state, make_train_step(task, optimizer, state, seed=seed, dtype=jnp.dtype(config.dtype))
 
 
-def _evaluate(
-    task: Task, config: LoopConfig, state: TrainState, step: int, progress: Progress, log: MetricsLog
-) -> None:
+def _evaluate(task: Task, config: LoopConfig, state: TrainState, step: int, progress: Progress, log: MetricsLog) -> None:
     """Measure on validation and update `progress`, in which larger is always better."""
     metrics = task.evaluate(state.params)
     log.eval(step, metrics)
@@ -194,4 +192,6 @@ def _evaluate(
 def _log_summary(name: str, trainable: Params, frozen: Params) -> None:
     """Say how much is trained; both halves of Adam's state are float32 like the parameters."""
     moving, fixed = trees.count(trainable), trees.count(frozen)
-    logging.info("%s: %s of %s parameters trainable, optimizer state %.1f MB", name, f"{moving:,}", f"{moving + fixed:,}", moving * 8e-6)
+    logging.info(
+        "%s: %s of %s parameters trainable, optimizer state %.1f MB", name, f"{moving:,}", f"{moving + fixed:,}", moving * 8e-6
+    )
