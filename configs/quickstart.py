@@ -22,9 +22,10 @@ def get_config() -> ConfigDict:
         total_steps=400,
         eval_steps=200,
         batch={"window": 64, "rows": 48, "row_length": 64},
-        optimizer=common.optimizer(3e-3, schedule="cosine"),
+        optimizer=common.optimizer(3e-3, schedule="cosine", warmup_steps=30),
     )
     config.pretrain_lm = common.pretrain_lm(total_steps=100, eval_steps=50)
+    config.pretrain_lm.optimizer.warmup_steps = 30
     config.user_llm = common.contextualize(
         "user_llm",
         total_steps=240,
@@ -32,12 +33,12 @@ def get_config() -> ConfigDict:
         examples={"max_events": 64, "targets_per_history": 8, "text_items": 0},
         prompt={"instruction": "The next film this user watches:", "max_tokens": 24, "max_title_tokens": 12},
         optimizer=common.optimizer(
-            3e-3, schedule="cosine", trainable=common.FULL, lr_multiplier=common.CONTEXTUAL_LEARNING_RATES
+            3e-3, schedule="cosine", warmup_steps=30, trainable=common.FULL, lr_multiplier=common.CONTEXTUAL_LEARNING_RATES
         ),
     )
     config.user_llm.cross.every = 1
     # All three see about 30,700 training targets: 240 x 128, 96 x 32 x 10, 96 x 8 x (about) 40.
-    optimizer = common.optimizer(3e-3, schedule="cosine")
+    optimizer = common.optimizer(3e-3, schedule="cosine", warmup_steps=30)
     config.text_prompt_10 = common.text_prompt(
         10, total_steps=96, eval_steps=48, max_tokens=128, batch_size=32, optimizer=optimizer
     )

@@ -138,7 +138,7 @@ def test_titles_are_unique_even_without_their_years():
 
 
 def test_the_same_seed_writes_the_same_files(tmp_path):
-    options = {"users": 5, "items": 40, "events_per_user": 8}
+    options = {"num_users": 5, "num_items": 40, "events_per_user": 8}
     for name, seed in (("one", 1), ("again", 1), ("other", 2)):
         write_movielens(tmp_path / name, **options, seed=seed)
     for file in ("ratings.csv", "movies.csv"):
@@ -155,7 +155,7 @@ def test_impossible_worlds_are_refused(tmp_path):
 
 
 def test_an_interrupted_world_leaves_no_directory(tmp_path, monkeypatch):
-    options = {"users": 5, "items": 40, "events_per_user": 8, "seed": 0}
+    options = {"num_users": 5, "num_items": 40, "events_per_user": 8, "seed": 0}
     with monkeypatch.context() as patch:
         patch.setattr(csv, "writer", lambda *args, **kwargs: 1 / 0)
         with pytest.raises(ZeroDivisionError):
