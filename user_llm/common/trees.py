@@ -32,7 +32,7 @@ def init(create: Callable[[], nnx.Module]) -> Params:
     """Draw the parameters of a module in one compiled program."""
     options: dict[str, Any] = {}
     if jax.default_backend() == "cpu":
-        # It runs once: without LLVM's optimisations random initialisers compile in a tenth of the time.
+        # It runs once: without LLVM's optimisations random initialisers compile far sooner.
         options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     return jax.jit(lambda: split(create())[1], compiler_options=options)()
 
