@@ -3,8 +3,8 @@ r"""Prompts and targets of the next-item task as token ids, tokenised once per i
     <instruction> \n <title> \n <title> \n ... <title> \n
 
 Every title ends in the end token, one newline; the token before a title (the instruction's newline or another title's) is the
-*answer position* from which the next item is ranked or written. With no titles as text this is the prompt of User-LLM (about
-ten tokens, the same for all users); with the last 10 or 50 it is the text-prompt baseline; with both, the paper's hybrid.
+*answer position* from which the next item is ranked or written. With no titles as text this is the prompt of User-LLM (the
+same for all users); with the last 10 or 50 it is the text-prompt baseline; with both, the paper's hybrid.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """The one transformer block, used by the user encoder and the decoder LLM, and the stack that runs many of them.
 
 Layers are stored stacked (each parameter has a leading layer axis) and run by `jax.lax.scan`, so that compile time does not
-grow with depth. `unroll=True` inlines them, which is 1.6x faster on CPU. Cross-attention sits in the last layer of each
+grow with depth. `unroll=True` inlines them, which is faster on CPU. Cross-attention sits in the last layer of each
 group of `every` layers, hence the scan runs over groups.
 """
 
