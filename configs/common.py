@@ -156,22 +156,34 @@ def text_prompt(items: int, *, total_steps: int, eval_steps: int, max_tokens: in
     )
 
 
-def small(config: ConfigDict) -> None:
-    """Size encoder and LLM for 2 CPU cores and some 2,000 users: about 33 passes over the events at most."""
-    config.pretrain_encoder = pretrain_encoder(total_steps=3300, eval_steps=100)
-    config.pretrain_lm = pretrain_lm(total_steps=600, eval_steps=200)
+def movielens(variant: str, phases: tuple[str, ...]) -> ConfigDict:
+    """Return a MovieLens experiment of `phases`: all sizes and steps of both variants, so that its parts stay comparable.
 
-
-def full_size(config: ConfigDict) -> None:
-    """Size encoder and LLM for MovieLens-20M on one TPU host: 6 encoder layers as in the paper (second-hand)."""
-    config.encoder.update(num_layers=6, unroll=False, block=block(256, 4, 768, dropout=0.1))
-    config.llm.update(vocab_size=8192, num_layers=12, unroll=False, block=block(512, 8, 1536, dropout=0.1))
-    batch = {"window": 200, "rows": 128, "row_length": 512}
-    config.pretrain_encoder = pretrain_encoder(total_steps=60_000, eval_steps=1000, batch=batch)
-    config.pretrain_lm = pretrain_lm(total_steps=5000, eval_steps=500, batch={"rows": 64, "row_length": 512})
-
-
-def use_bfloat16(config: ConfigDict) -> None:
-    """Compute all phases in bfloat16; parameters and optimizers stay float32."""
-    for name in config.phases:
-        config[name].loop.dtype = "bfloat16"
+    Raises:
+      ValueError: a variant other than `small` (2 CPU cores, some 2,000 users) and `full` (MovieLens-20M, one TPU host).
+    """
+    config = base()
+    config.phases = phases
+    if variant == "small":
+        config.pretrain_encoder = pretrain_encoder(total_steps=3300, eval_steps=100)  # at most some 33 passes over the events
+        config.pretrain_lm = pretrain_lm(total_steps=600, eval_steps=200)
+        config.user_llm = contextualize("user_llm", total_steps=3000, eval_steps=250)
+        config.user_llm.eval.generate_users = 500
+        config.text_prompt_10 = text_prompt(10, total_steps=3000, eval_steps=250, max_tokens=160, batch_size=16)
+        config.text_prompt_50 = text_prompt(50, total_steps=2000, eval_steps=250, max_tokens=640, batch_size=4)
+    elif variant == "full":
+        # 6 encoder layers as in the paper (second-hand).
+        config.encoder.update(num_layers=6, unroll=False, block=block(256, 4, 768, dropout=0.1))
+        config.llm.update(vocab_size=8192, num_layers=12, unroll=False, block=block(512, 8, 1536, dropout=0.1))
+        batch = {"window": 200, "rows": 128, "row_length": 512}
+        config.pretrain_encoder = pretrain_encoder(total_steps=60_000, eval_steps=1000, batch=batch)
+        config.pretrain_lm = pretrain_lm(total_steps=5000, eval_steps=500, batch={"rows": 64, "row_length": 512})
+        config.user_llm = contextualize("user_llm", total_steps=50_000, eval_steps=1000, batch_size=128)
+        config.user_llm.eval.generate_users = 5000
+        config.text_prompt_10 = text_prompt(10, total_steps=50_000, eval_steps=1000, max_tokens=160, batch_size=512)
+        config.text_prompt_50 = text_prompt(50, total_steps=50_000, eval_steps=1000, max_tokens=640, batch_size=128)
+        for name in phases:  # parameters and optimizers stay float32
+            config[name].loop.dtype = "bfloat16"
+    else:
+        raise ValueError(f"Unknown variant {variant!r}: choose full or small.")
+    return config

@@ -7,11 +7,9 @@ Sizes and steps are those of configs/movielens_xattn.py, whose runs have these b
 
 from ml_collections import ConfigDict
 
-from configs import movielens_xattn
+from configs import common
 
 
 def get_config(variant: str = "full") -> ConfigDict:
     """Return the config; `variant` is `full` or `small`."""
-    config = movielens_xattn.get_config(variant)
-    config.phases = ("pretrain_lm", "text_prompt_10", "text_prompt_50")
-    return config
+    return common.movielens(variant, phases=("pretrain_lm", "text_prompt_10", "text_prompt_50"))

@@ -109,6 +109,26 @@ def test_no_data_says_how_to_get_some(tmp_path):
         main.run(config, epath.Path(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--config.datax.dir=1"], 'the config has no key \'datax\'. Did you mean "data" instead of "datax"?'),
+        (["--config.llm.block.widht=8"], 'the config has no key \'widht\'. Did you mean "width" instead of "widht"?'),
+        (["--config.seed=abc"], "flag --config.seed=abc: invalid literal for int() with base 10: 'abc'"),
+        (["--nonsense=1"], "Unknown command line flag 'nonsense'"),
+        (["--config=configs/movielens_xattn.py:huge"], "Unknown variant 'huge': choose full or small."),
+        (["--workdir=/proc/run"], "Cannot write the run to --workdir=/proc/run: No such file or directory."),
+    ],
+)
+def test_a_mistake_on_the_command_line_ends_in_one_sentence(flags, sentence):
+    if not flags[0].startswith("--config=configs"):
+        flags = ["--config=configs/quickstart.py", *flags]
+    done = subprocess.run(
+        [sys.executable, "-m", "user_llm.main", *flags], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1 and done.stderr.strip() == f"Error: {sentence}"
+
+
 @pytest.mark.slow
 def test_killed_three_times_gives_the_same_results(finished, tmp_path):
     flags = [f"--config.{key}={value}" for key, value in TINY.items()]

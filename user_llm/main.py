@@ -63,7 +63,6 @@ def load_data(config: ConfigDict, workdir: epath.Path) -> tuple[Timelines, Split
 
 def run(config: ConfigDict, workdir: epath.Path) -> list[dict]:
     """Run all phases of `config` in `workdir` and return the result rows."""
-    workdir.mkdir(parents=True, exist_ok=True)
     config_hash = save_config(config, workdir)
     timelines, split = load_data(config, workdir)
     audit = audits.audit(timelines, split)
@@ -88,10 +87,10 @@ def run(config: ConfigDict, workdir: epath.Path) -> list[dict]:
 
 
 def save_config(config: ConfigDict, workdir: epath.Path) -> str:
-    """Write config.json with versions and git hash; return the hash of the config.
+    """Create the run's directory and its config.json with versions and git hash; return the hash of the config.
 
     Raises:
-      ValueError: the directory holds a run of another config.
+      ValueError: the directory holds a run of another config, or cannot be written.
     """
     resolved = json.loads(config.to_json_best_effort())
     config_hash = hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:12]
@@ -105,7 +104,11 @@ def save_config(config: ConfigDict, workdir: epath.Path) -> str:
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     facts = {"config_hash": config_hash, "command": sys.argv, "git": git, "versions": versions, "config": resolved}
-    path.write_text(json.dumps(facts, indent=1))
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(facts, indent=1))
+    except OSError as error:
+        raise ValueError(f"Cannot write the run to --workdir={workdir}: {error.strerror}.") from error
     return config_hash
 
 
@@ -114,8 +117,21 @@ def quiet_orbax(record) -> bool:
     return "orbax" not in record.pathname or record.levelno >= standard_logging.WARNING
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parse the command line; a typo in it ends in one sentence, where ml_collections would end in a traceback."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:  # of a config file that fails, the last line is what it says
+        sys.exit(f"Error: {str(error).strip().splitlines()[-1].strip().removeprefix('ValueError: ')}")
+    except (KeyError, AttributeError) as error:
+        cause: object = error
+        while isinstance(cause, Exception) and cause.args:
+            cause = cause.args[0]
+        sys.exit(f"Error: the config has no key {'. '.join(str(cause).splitlines())}")
+
+
 def main(argv: list[str]) -> None:
-    """Parse flags, run the config, and end a user's mistake in one sentence."""
+    """Run the config, and end a user's mistake in one sentence."""
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().addFilter(quiet_orbax)
     if len(argv) > 1:
@@ -127,9 +143,13 @@ def main(argv: list[str]) -> None:
     except (ValueError, OSError, ArithmeticError) as error:
         # What the user can mend is said in one sentence; --verbosity=1 shows where it was raised.
         logging.debug("", exc_info=True)
-        sys.exit(f"{type(error).__name__}: {error}" if isinstance(error, OSError) else f"Error: {error}")
+        sys.exit(f"Error: {' '.join(str(error).split())}")
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        sys.exit(f"Error: out of memory: lower the batch or share it among more devices. {str(error).splitlines()[0]}")
 
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

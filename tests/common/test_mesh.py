@@ -1,5 +1,6 @@
 import jax
 import numpy as np
+import psutil
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
@@ -51,3 +52,9 @@ def test_a_batch_is_split_over_data_and_fsdp_and_whole_over_tensor(mesh_of):
         assert {shard.data.shape[0] for shard in array.addressable_shards} == {2}
     with pytest.raises(ValueError, match="'lengths' has 6 rows, which 4 devices"):
         meshes.put_batch({"lengths": np.arange(6)}, mesh)
+
+
+def test_cpu_devices_share_the_memory_of_their_host(mesh_of):
+    one, eight = meshes.free_bytes(mesh_of(1, 1, 1)), meshes.free_bytes(mesh_of(8, 1, 1))
+    assert 0 < one < psutil.virtual_memory().total
+    assert 0.5 < 8 * eight / one < 2  # what is free changes between two looks

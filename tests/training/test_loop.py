@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from user_llm.common import mesh as meshes
 from user_llm.common.checkpoint import Checkpointer
 from user_llm.common.metrics import read_metrics
 from user_llm.training.loop import Preempted
@@ -178,3 +179,16 @@ def test_nothing_is_traced_after_the_first_step(tmp_path):
 
     tiny.run(tmp_path, tiny.make_task(loss=loss), total_steps=8)
     assert len(traces) == 1
+
+
+def test_a_batch_that_memory_cannot_hold_is_refused_and_what_was_saved_stays(tmp_path, monkeypatch, uninterrupted):
+    with pytest.raises(SystemExit):
+        tiny.run(tmp_path, tiny.make_task(count_events=lambda batch: os.kill(os.getpid(), signal.SIGTERM) or 1))
+    before = _checkpoints(tmp_path)
+    assert before
+    with monkeypatch.context() as small:
+        small.setattr(meshes, "free_bytes", lambda mesh: 1)
+        with pytest.raises(ValueError, match=r"A step needs 0\.00 GB on each device and 0\.00 GB are free: lower the batch"):
+            tiny.run(tmp_path)
+    assert _checkpoints(tmp_path) == before
+    _assert_same(tmp_path, tiny.run(tmp_path), uninterrupted)

@@ -13,7 +13,7 @@ from user_llm.models.user_encoder import UserEncoder, UserEncoderConfig
 from user_llm.nn.transformer import BlockConfig
 from user_llm.tasks.pretrain_encoder import EncoderLoss
 from user_llm.training.optimizer import OptimizerConfig, init_optimizer, make_optimizer, partition_trainable
-from user_llm.training.step import TrainState, cast, make_train_step
+from user_llm.training.step import TrainState, cast, check_memory, make_train_step
 from user_llm.training.task import Task
 
 SCHEMA = Schema((Feature("item", "item", 100), Feature("rating", "ordinal", 6)))
@@ -139,3 +139,14 @@ def test_products_are_computed_in_the_given_dtype_and_the_state_stays_float32(en
 def test_cast_leaves_integers_alone():
     tree = {"w": np.ones(2, np.float32), "ids": np.ones(2, np.int32)}
     assert jax.tree.map(lambda a: str(a.dtype), cast(tree, jnp.bfloat16)) == {"w": "bfloat16", "ids": "int32"}
+
+
+def test_memory_is_counted_in_full_before_the_step_runs(mesh_of, monkeypatch):
+    """A product of 5,000 x 5,000 float32 numbers is 0.1 GB, whatever the size of what goes in and comes out."""
+    step = jax.jit(lambda state, batch: (state @ state.T) @ batch)
+    arrays = (jnp.ones((5000, 4)), jnp.ones((5000, 1)))
+    monkeypatch.setattr(meshes, "free_bytes", lambda mesh: 99_000_000)
+    with pytest.raises(ValueError, match=r"needs 0\.10 GB on each device and 0\.10 GB are free"):
+        check_memory(step, *arrays, mesh_of())
+    monkeypatch.setattr(meshes, "free_bytes", lambda mesh: 101_000_000)
+    check_memory(step, *arrays, mesh_of())

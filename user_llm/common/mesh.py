@@ -8,6 +8,7 @@ import math
 
 import jax
 import numpy as np
+import psutil
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from user_llm.common import trees
@@ -69,3 +70,12 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
         if rows % shards:
             raise ValueError(f"Batch {name!r} has {rows} rows, which {shards} devices (data x fsdp) cannot share evenly.")
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+
+
+def free_bytes(mesh: Mesh) -> int:
+    """Return the memory that each local device of the mesh can still give; CPU devices share their host's evenly."""
+    devices = mesh.local_devices
+    stats = [device.memory_stats() for device in devices]
+    if any(s is None or "bytes_limit" not in s for s in stats):
+        return psutil.virtual_memory().available // len(devices)
+    return min(s["bytes_limit"] - s["bytes_in_use"] for s in stats)

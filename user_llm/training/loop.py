@@ -24,7 +24,7 @@ from user_llm.common.checkpoint import Checkpointer, abstract_like, load_params,
 from user_llm.common.metrics import MetricsLog
 from user_llm.common.trees import Params, Rules
 from user_llm.training.optimizer import OptimizerConfig, init_optimizer, make_optimizer, partition_trainable
-from user_llm.training.step import TrainState, make_train_step
+from user_llm.training.step import TrainState, check_memory, make_train_step
 from user_llm.training.task import Task
 
 
@@ -112,7 +112,7 @@ def run(
     log = MetricsLog(directory, task.name, step=step, total_steps=config.total_steps)
     with closing(checkpoints), log, sigterm_flag() as stop:  # Whatever ends the loop, pending saves are finished.
         pending: list[dict[str, jax.Array]] = []
-        events, since = 0, time.monotonic()
+        events, since, checked = 0, time.monotonic(), False
         while True:
             stopping = stop[0]  # read once: what arrives later waits for the next step
             last = step >= config.total_steps
@@ -131,7 +131,11 @@ def run(
             if last or stalled:
                 break
             batch = next(data)
-            state, scalars = step_fn(state, meshes.put_batch(batch, mesh))
+            arrays = meshes.put_batch(batch, mesh)
+            if not checked:
+                check_memory(step_fn, state, arrays, mesh)
+                checked = True
+            state, scalars = step_fn(state, arrays)
             step += 1
             pending.append(scalars)
             events += task.count_events(batch)

@@ -7,7 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
+from user_llm.common import mesh as meshes
 from user_llm.common import trees
 from user_llm.common.trees import Params
 from user_llm.training.task import Batch, Task
@@ -56,3 +58,21 @@ def make_train_step(
 
     shardings = jax.tree.map(lambda a: a.sharding, like)
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def check_memory(step: Callable, state: TrainState, batch: Batch, mesh: Mesh) -> None:
+    """Compile the step, which its first call then reuses, and refuse what the devices cannot hold.
+
+    Raises:
+      ValueError: the step needs more memory than is free.
+    """
+    stats = step.lower(state, batch).compile().memory_analysis()
+    if stats is None:  # not every backend tells
+        return
+    needed = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    free = meshes.free_bytes(mesh)
+    if needed > free:
+        raise ValueError(
+            f"A step needs {needed / 1e9:.2f} GB on each device and {free / 1e9:.2f} GB are free: lower the batch "
+            "(rows, row_length or batch_size) or loss.chunk, or share it among more devices."
+        )
