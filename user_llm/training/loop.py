@@ -9,7 +9,7 @@ import dataclasses
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
 import jax
@@ -167,7 +167,7 @@ def initial_params(task: Task, config: LoopConfig, mesh: Mesh) -> Params:
 
 def initial_state(
     task: Task, config: LoopConfig, optimizer_config: OptimizerConfig, mesh: Mesh, seed: int, params: Params | None = None
-) -> tuple[TrainState, Callable]:
+) -> tuple[TrainState, jax.stages.Wrapped]:
     """Return the state at step 0, sharded over the mesh, and the jitted train step."""
     if params is None:
         params = initial_params(task, config, mesh)

@@ -1,7 +1,6 @@
 """The state of training and the one jitted step that changes it."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -38,7 +37,7 @@ def cast(tree: Params, dtype: jnp.dtype) -> Params:
 
 def make_train_step(
     task: Task, optimizer: optax.GradientTransformation, like: TrainState, *, seed: int, dtype: jnp.dtype
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+) -> jax.stages.Wrapped:
     """Return the jitted (state, batch) -> (state, scalars); the state given is donated.
 
     What comes out is sharded as in `like`: left to itself, XLA may choose otherwise, and the next step compiles again.
@@ -60,7 +59,7 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def check_memory(step: Callable, state: TrainState, batch: Batch, mesh: Mesh) -> None:
+def check_memory(step: jax.stages.Wrapped, state: TrainState, batch: Batch, mesh: Mesh) -> None:
     """Compile the step, which its first call then reuses, and refuse what the devices cannot hold.
 
     Raises:
