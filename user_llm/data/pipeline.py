@@ -197,7 +197,7 @@ class ExampleConfig:
 
     Attributes:
       max_events: longest history given to the encoder; 0 for none (text prompts only).
-      targets_per_history: K ends of each history that are predicted, each from the events before it. The encoder runs once
+      targets_per_history: J ends of each history that are predicted, each from the events before it. The encoder runs once
         for all of them.
       text_items: how many of the most recent items stand in the prompt as text.
     """
@@ -219,8 +219,8 @@ def contextual_examples(
 ) -> grain.IterDataset:
     """Return endless batches for contextualization.
 
-    Each batch of B histories with K ends has `events` [B, E, A] and `lengths` [B] (absent without an encoder), `prefix` [B, K]
-    (events before each end), `text` [B, K, T] and `text_lengths` [B, K], `answers` and `items` [B, K, P] (positions in the
+    Each batch of B histories with J ends has `events` [B, E, A] and `lengths` [B] (absent without an encoder), `prefix` [B, J]
+    (events before each end), `text` [B, J, T] and `text_lengths` [B, J], `answers` and `items` [B, J, P] (positions in the
     text and the items to predict there; item 0 = none).
 
     With an encoder each end is one row with one answer. Without, a row is a stretch of `text_items` titles and every title in

@@ -59,14 +59,14 @@ class UserLLM(nnx.Module):
         positions = jnp.broadcast_to(jnp.arange(events.shape[1]), valid.shape)
         return self.encoder(events, mask=causal_mask(valid), positions=positions, key=key)
 
-    def user_kv(self, states: Float[Array, "B E D"], prefix: Int[Array, "B K"]) -> UserKV:
-        """Return the K/V of the user as they were after the first `prefix` events, for B*K decoder rows.
+    def user_kv(self, states: Float[Array, "B E D"], prefix: Int[Array, "B J"]) -> UserKV:
+        """Return the K/V of the user as they were after the first `prefix` events, for B*J decoder rows.
 
         The encoder is causal, so several ends of one history share its states. A prefix of 0 is a user without events.
         """
         batch, ends = prefix.shape
         mask = jnp.arange(states.shape[1]) < prefix[..., None]
-        tokens = jax.vmap(self.resampler, in_axes=(None, 1), out_axes=1)(states, mask)
+        tokens = self.resampler(states, mask)
         tokens = tokens.reshape(batch * ends, *tokens.shape[2:])
         has_events = jnp.broadcast_to((prefix > 0).reshape(-1, 1), tokens.shape[:2])
         return self.decoder.user_kv(tokens, has_events)

@@ -4,7 +4,7 @@ Axis letters used in einsum strings, annotations and prose of the whole package:
 
     B batch   E events of a history   A event features   T text (query) length   S key length
     N heads   K key/value heads       G = N / K          H head dim              D width
-    F mlp width   M user tokens       V vocabulary       L layers
+    F mlp width   J ends of one history   M user tokens       V vocabulary       L layers
 
 Every mask is True where something may be seen. A query that may see no key at all gets exactly 0 (the usual functions
 return the mean of all values there), so that a user without events changes nothing.

@@ -60,5 +60,7 @@ class MLP(nnx.Module):
         self.down = linear_param(rngs, (mlp_width, width), fan_in=mlp_width)
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        gate = ACTIVATIONS[self.activation](x @ self.gate_proj[...])
-        return (gate * (x @ self.up[...])) @ self.down[...]
+        # As one matrix of rows: XLA's gradient of products over [B, T, D] takes half as long again on CPU.
+        rows = x.reshape(-1, x.shape[-1])
+        gate = ACTIVATIONS[self.activation](rows @ self.gate_proj[...])
+        return ((gate * (rows @ self.up[...])) @ self.down[...]).reshape(x.shape)

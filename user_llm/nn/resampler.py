@@ -69,26 +69,31 @@ class ResamplerLayer(nnx.Module):
             self.recency = nnx.Param(jnp.broadcast_to(bias, (c.num_latents, c.heads, c.recency_buckets)))
 
     def __call__(
-        self, latents: Float[Array, "B M D"], states: Float[Array, "B E D"], event_mask: Bool[Array, "B E"]
-    ) -> Float[Array, "B M D"]:
+        self, latents: Float[Array, "B J M D"], states: Float[Array, "B E D"], event_mask: Bool[Array, "B J E"]
+    ) -> Float[Array, "B J M D"]:
         c = self.config
-        own, events = self.latent_norm(latents), self.event_norm(states)
-        q = jnp.einsum("BMD,DNH->BMNH", own, self.q[...])
-        # Events and latents are projected apart: under `vmap` over several ends of one history, events only once.
-        k = jnp.concatenate([jnp.einsum("BSD,DNH->BSNH", x, self.k[...]) for x in (events, own)], axis=1)
-        v = jnp.concatenate([jnp.einsum("BSD,DNH->BSNH", x, self.v[...]) for x in (events, own)], axis=1)
-        mask = jnp.concatenate([event_mask, jnp.ones(own.shape[:2], bool)], axis=1)
+        batch, ends, count, _ = latents.shape
+        own = self.latent_norm(latents).reshape(batch, ends * count, -1)
+        # One attention for all ends, so that the events' keys and values are never copied for each.
+        seen = jnp.concatenate([self.event_norm(states), own], axis=1)
+        q = jnp.einsum("BTD,DNH->BTNH", own, self.q[...])
+        k = jnp.einsum("BSD,DNH->BSNH", seen, self.k[...])
+        v = jnp.einsum("BSD,DNH->BSNH", seen, self.v[...])
+        end = jnp.arange(ends).repeat(count)
+        same_end = jnp.broadcast_to(end[:, None] == end, (batch, ends * count, ends * count))
+        mask = jnp.concatenate([event_mask.repeat(count, axis=1), same_end], axis=2)
         bias = None
         if c.recency_buckets:
             # Distance of each event from the last real one; padding beyond it is masked anyway.
             distance = event_mask.sum(-1, keepdims=True) - 1 - jnp.arange(states.shape[1])
             bucket = recency_bucket(distance, c.recency_buckets)
-            # A product with one-hot rows: the gradient of a gather would be a scatter of B M N E single numbers.
+            # A product with one-hot rows: the gradient of a gather would be a scatter of B J M N E single numbers.
             one_hot = jax.nn.one_hot(bucket, c.recency_buckets, dtype=jnp.float32)
-            bias = jnp.einsum("MNR,BER->BNME", self.recency[...].astype(jnp.float32), one_hot)
-            bias = jnp.pad(bias, ((0, 0), (0, 0), (0, 0), (0, own.shape[1])))
-        out = attention(q, k, v, mask=mask[:, None, :], bias=bias)
-        latents = latents + jnp.einsum("BMNH,NHD->BMD", out, self.o[...])
+            bias = jnp.einsum("MNR,BJER->BNJME", self.recency[...].astype(jnp.float32), one_hot)
+            bias = bias.reshape(batch, c.heads, ends * count, -1)
+            bias = jnp.pad(bias, ((0, 0), (0, 0), (0, 0), (0, ends * count)))
+        out = attention(q, k, v, mask=mask, bias=bias)
+        latents = latents + jnp.einsum("BTNH,NHD->BTD", out, self.o[...]).reshape(latents.shape)
         return latents + self.mlp(self.mlp_norm(latents))
 
 
@@ -101,9 +106,12 @@ class Resampler(nnx.Module):
         self.layers = nnx.List([ResamplerLayer(config, rngs=rngs) for _ in range(config.num_layers)])
         self.norm = RMSNorm(config.input_width, eps=config.norm_eps)
 
-    def __call__(self, states: Float[Array, "B E D"], event_mask: Bool[Array, "B E"]) -> Float[Array, "B M D"]:
-        """Resample event states to user tokens; `event_mask` is True at real events, which come first."""
-        latents = jnp.broadcast_to(self.latents[...], (states.shape[0], *self.latents.shape)).astype(states.dtype)
+    def __call__(self, states: Float[Array, "B E D"], event_mask: Bool[Array, "B J E"]) -> Float[Array, "B J M D"]:
+        """Resample the states of histories to the user tokens at J ends of each, for little more than the price of one.
+
+        Each end's mask is True at the real events it sees, which come first.
+        """
+        latents = jnp.broadcast_to(self.latents[...], (*event_mask.shape[:2], *self.latents.shape)).astype(states.dtype)
         for layer in self.layers:
             latents = layer(latents, states, event_mask)
         return self.norm(latents)
