@@ -9,7 +9,6 @@ item vectors, so that every item of the catalogue is scored by one product.
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
