@@ -137,7 +137,7 @@ def contextualize(method: str, *, total_steps: int, eval_steps: int, **changes) 
         "cross": {"every": 2, "heads": 4, "head_dim": 32, "seat": "after_attention"},
         "resampler": {"num_latents": 16, "heads": 4, "head_dim": 32, "mlp_width": 256, "num_layers": 1, "recency_buckets": 8},
         "load": LOAD,
-        "loss": {"catalogue": 1.0, "text": 0.2, "chunk": 512},
+        "loss": {"catalogue": 1.0, "text": 0.2, "align": 1.0, "chunk": 512},
         "eval": {"batch_size": 64, "validation_users": 1000, "generate_users": 0, "beams": 10},
         "optimizer": optimizer(1e-3, trainable=FULL, lr_multiplier=CONTEXTUAL_LEARNING_RATES),
         "loop": loop(total_steps, eval_steps, monitor="ndcg@10", patience_evals=8),

@@ -45,29 +45,46 @@ def model(drawn):
     return drawn(lambda: UserLLM(CONFIG, rngs=nnx.Rngs(0)))
 
 
-def _loss(model, batch, catalogue=1.0, text=0.25):
+def _loss(model, batch, catalogue=1.0, text=0.25, align=0.5):
     graphdef, params = model
-    run = jax.jit(lambda p: contextual_loss(trees.merge(graphdef, p), batch, None, catalogue=catalogue, text=text, chunk=2))
-    return run(params)
+    weights = {"catalogue": catalogue, "text": text, "align": align}
+    return jax.jit(lambda p: contextual_loss(trees.merge(graphdef, p), batch, None, **weights, chunk=2))(params)
 
 
-def test_the_loss_is_of_items_at_the_answers_and_of_the_titles_that_follow(model):
+def test_the_loss_is_of_items_at_the_answers_the_titles_that_follow_and_the_way_to_the_encoder(model):
     total, scalars = _loss(model, BATCH)
     llm = trees.merge(*model)
-    items, tokens = [], []
+    items, tokens, distances = [], [], []
     for user, end in ((0, 0), (0, 1), (1, 0)):
         prefix, length = BATCH["prefix"][user, end], BATCH["text_lengths"][user, end]
         states = llm.encode(BATCH["events"][user : user + 1, :prefix], np.array([prefix]))
         kv = llm.user_kv(states, np.array([[prefix]]))
         text = BATCH["text"][user, end]
         hidden = llm.hidden(text[None, :length], np.array([length]), user=kv)[0]
-        scores = jax.nn.log_softmax(llm.score(llm.item_query(hidden[1:2]))[0])
+        query = llm.item_query(hidden[1:2])
+        scores = jax.nn.log_softmax(llm.score(query)[0])
+        distances.append(jnp.mean((query[0] - states[0, prefix - 1]) ** 2))
         items.append(-scores[BATCH["items"][user, end, 0]])
         logits = jax.nn.log_softmax(hidden @ llm.decoder.output_table().T)
         tokens += [-logits[t, text[t + 1]] for t in range(1, length - 1)]
     np.testing.assert_allclose(scalars["item_loss"], np.mean(items), rtol=1e-5)
     np.testing.assert_allclose(scalars["text_loss"], np.mean(tokens), rtol=1e-5)
-    np.testing.assert_allclose(total, np.mean(items) + 0.25 * np.mean(tokens), rtol=1e-5)
+    np.testing.assert_allclose(scalars["align_loss"], np.mean(distances), rtol=1e-5)
+    np.testing.assert_allclose(total, np.mean(items) + 0.25 * np.mean(tokens) + 0.5 * np.mean(distances), rtol=1e-5)
+
+
+def test_the_llm_moves_to_the_encoder_and_not_the_encoder_to_the_llm(model):
+    """With closed gates the LLM knows nothing of the encoder, whose gradient could only come from the target."""
+    graphdef, params = model
+    closed = trees.replace(params, {"decoder/stack/cross/gate": np.zeros(1, np.float32)})
+
+    def loss(params):
+        weights = {"catalogue": 0.0, "text": 0.0, "align": 1.0}
+        return contextual_loss(trees.merge(graphdef, params), BATCH, None, **weights, chunk=2)[0]
+
+    grads = jax.jit(jax.grad(loss))(closed)
+    assert np.abs(grads["item_head"]).max() > 0
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads["encoder"]))
 
 
 def test_ends_that_are_padding_train_nothing(model):

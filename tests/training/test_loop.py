@@ -136,6 +136,16 @@ def test_sigterm_saves_and_the_next_run_goes_on(tmp_path, uninterrupted):
     _assert_same(tmp_path, tiny.run(tmp_path), uninterrupted)
 
 
+def test_a_logged_mean_is_of_all_its_steps_wherever_the_run_was_stopped(tmp_path):
+    """Stopped at step 5, logged at step 6."""
+    tiny.run(tmp_path / "whole", log_steps=6)
+    with pytest.raises(Preempted):
+        tiny.run(tmp_path / "halves", tiny.make_task(count_events=tiny.signal_at(5, signal.SIGTERM)), log_steps=6)
+    tiny.run(tmp_path / "halves", log_steps=6)
+    assert _metrics(tmp_path / "halves") == _metrics(tmp_path / "whole")
+    assert [row["step"] for row in _metrics(tmp_path / "halves") if row["kind"] == "train"] == [6, 12]
+
+
 def test_a_run_killed_anywhere_and_started_again_equals_one_left_alone(tmp_path, uninterrupted):
     """kill -9 at a random step, with dropout, shuffling and packing; while a checkpoint may be half written."""
     step = random.randint(1, tiny.LOOP.total_steps)

@@ -58,9 +58,14 @@ def model_config(config: ConfigDict, name: str, context: Context, vocab_size: in
 
 
 def contextual_loss(
-    model: UserLLM, batch: Batch, key: Array | None, *, catalogue: float, text: float, chunk: int
+    model: UserLLM, batch: Batch, key: Array | None, *, catalogue: float, text: float, align: float, chunk: int
 ) -> tuple[Array, dict[str, Array]]:
-    """Return catalogue * (cross entropy of the items) + text * (cross entropy of what follows the first answer position)."""
+    """Return the weighted sum of three losses.
+
+    `catalogue`: cross entropy of the items at the answer positions. `text`: cross entropy of what follows the first answer
+    position. `align`, with an encoder only: mean squared distance of the LLM's item query from the encoder's own, its last state.
+    The pretrained encoder knows what millions of events taught it, and one vector tells the LLM more than one item does.
+    """
     encoder_key, decoder_key = (None, None) if key is None else jax.random.split(key)
     tokens = batch["text"].reshape(-1, batch["text"].shape[-1])
     lengths, answers, items = (batch[k].reshape(len(tokens), -1) for k in ("text_lengths", "answers", "items"))
@@ -80,11 +85,16 @@ def contextual_loss(
     predicted = (position >= answers[:, :1]) & (position + 1 < lengths) & (items[:, :1] > 0)
     rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])
     token_loss = text_loss(model.decoder, rows, tokens[:, 1:].reshape(-1), predicted.reshape(-1).astype(jnp.float32), chunk)
+    total = catalogue * item_loss + text * token_loss
     scalars = {"item_loss": item_loss, "text_loss": token_loss}
     if model.config.encoder is not None:
+        last = jnp.take_along_axis(states, jnp.maximum(batch["prefix"] - 1, 0)[..., None], axis=1).reshape(query.shape)
+        known = wanted * (batch["prefix"] > 0).reshape(-1)
+        scalars["align_loss"] = jnp.sum(known * jnp.mean(jnp.square(query - jax.lax.stop_gradient(last)), axis=-1))
+        total += align * scalars["align_loss"]
         gates = jnp.tanh(model.decoder.stack.cross.gate[...])
         scalars |= {f"gate/{layer}": gates[layer] for layer in range(gates.shape[0])}
-    return catalogue * item_loss + text * token_loss, scalars
+    return total, scalars
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -59,6 +59,7 @@ class Progress:
     best_value: float = float("-inf")
     stale_evals: int = 0
     evaluated_step: int = -1
+    unlogged: list[dict[str, float]] = dataclasses.field(default_factory=list)  # scalars of the steps since the last log
 
 
 class Preempted(SystemExit):
@@ -111,7 +112,7 @@ def run(
 
     log = MetricsLog(directory, task.name, step=step, total_steps=config.total_steps)
     with closing(checkpoints), log, sigterm_flag() as stop:  # Whatever ends the loop, pending saves are finished.
-        pending: list[dict[str, jax.Array]] = []
+        pending: list[dict[str, jax.Array] | dict[str, float]] = [*progress.unlogged]
         events, since, checked = 0, time.monotonic(), False
         while True:
             stopping = stop[0]  # read once: what arrives later waits for the next step
@@ -121,8 +122,9 @@ def run(
             stalled = 0 < config.patience_evals <= progress.stale_evals
             due = step % config.save_steps == 0 or progress.evaluated_step == step or stopping
             if due and saved_step != step:
+                progress.unlogged = [{k: float(v) for k, v in scalars.items()} for scalars in pending]
                 if pending:
-                    log.check_finite(step, {k: float(pending[-1][k]) for k in ("loss", "grad_norm")})
+                    log.check_finite(step, {k: progress.unlogged[-1][k] for k in ("loss", "grad_norm")})
                 metric = progress.best_value if progress.best_step == step else None
                 checkpoints.save(step, state, dataclasses.asdict(progress), data, metric)
                 saved_step = step
@@ -140,7 +142,7 @@ def run(
             pending.append(scalars)
             events += task.count_events(batch)
             if step % config.log_steps == 0 or step == config.total_steps:
-                means = {k: float(jnp.mean(jnp.stack([s[k] for s in pending]))) for k in pending[0]}
+                means = {k: float(jnp.mean(jnp.array([s[k] for s in pending]))) for k in pending[0]}
                 now = time.monotonic()
                 log.train(step, means, events_per_s=events / (now - since))
                 pending, events, since = [], 0, now
