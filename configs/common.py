@@ -131,9 +131,9 @@ def contextualize(method: str, *, total_steps: int, eval_steps: int, **changes) 
     return ConfigDict({
         "task": "contextualize",
         "method": method,
-        "batch_size": 16,
-        "examples": {"max_events": 200, "targets_per_history": 8, "text_items": 0},
-        "prompt": {"instruction": "The next film this user watches:", "max_tokens": 40, "max_title_tokens": 24},
+        "batch_size": 8,
+        "examples": {"max_events": 200, "targets_per_history": 16, "text_items": 0},
+        "prompt": {"instruction": "Next film:", "max_tokens": 32, "max_title_tokens": 24},
         "cross": {"every": 2, "heads": 4, "head_dim": 32, "seat": "after_attention"},
         "resampler": {"num_latents": 16, "heads": 4, "head_dim": 32, "mlp_width": 256, "num_layers": 1, "recency_buckets": 8},
         "load": LOAD,
@@ -165,12 +165,20 @@ def movielens(variant: str, phases: tuple[str, ...]) -> ConfigDict:
     config = base()
     config.phases = phases
     if variant == "small":
-        config.pretrain_encoder = pretrain_encoder(total_steps=3300, eval_steps=100)  # at most some 33 passes over the events
-        config.pretrain_lm = pretrain_lm(total_steps=600, eval_steps=200)
-        config.user_llm = contextualize("user_llm", total_steps=3000, eval_steps=250)
+        # 12 passes over the training events of ml-latest-union, 3,000 a step.
+        config.pretrain_encoder = pretrain_encoder(
+            total_steps=1200, eval_steps=100, optimizer=optimizer(2e-3, schedule="cosine")
+        )
+        config.pretrain_lm = pretrain_lm(total_steps=400, eval_steps=200)
+        # The text prompts see more targets: 128, 16 x 10 and 4 x (about) 50 a step.
+        config.user_llm = contextualize("user_llm", total_steps=1000, eval_steps=200)
+        config.user_llm.prompt.update(max_tokens=24, max_title_tokens=18)
         config.user_llm.eval.generate_users = 500
-        config.text_prompt_10 = text_prompt(10, total_steps=3000, eval_steps=250, max_tokens=160, batch_size=16)
-        config.text_prompt_50 = text_prompt(50, total_steps=2000, eval_steps=250, max_tokens=640, batch_size=4)
+        config.text_prompt_10 = text_prompt(10, total_steps=1200, eval_steps=200, max_tokens=128, batch_size=16)
+        config.text_prompt_50 = text_prompt(50, total_steps=900, eval_steps=150, max_tokens=640, batch_size=4)
+        for name in ("user_llm", "text_prompt_10", "text_prompt_50"):
+            config[name].optimizer.schedule = "cosine"
+            config[name].eval.validation_users = 2000
     elif variant == "full":
         # 6 encoder layers as in the paper (second-hand).
         config.encoder.update(num_layers=6, unroll=False, block=block(256, 4, 768, dropout=0.1))
@@ -178,7 +186,7 @@ def movielens(variant: str, phases: tuple[str, ...]) -> ConfigDict:
         batch = {"window": 200, "rows": 128, "row_length": 512}
         config.pretrain_encoder = pretrain_encoder(total_steps=60_000, eval_steps=1000, batch=batch)
         config.pretrain_lm = pretrain_lm(total_steps=5000, eval_steps=500, batch={"rows": 64, "row_length": 512})
-        config.user_llm = contextualize("user_llm", total_steps=50_000, eval_steps=1000, batch_size=128)
+        config.user_llm = contextualize("user_llm", total_steps=50_000, eval_steps=1000, batch_size=64)
         config.user_llm.eval.generate_users = 5000
         config.text_prompt_10 = text_prompt(10, total_steps=50_000, eval_steps=1000, max_tokens=160, batch_size=512)
         config.text_prompt_50 = text_prompt(50, total_steps=50_000, eval_steps=1000, max_tokens=640, batch_size=128)
