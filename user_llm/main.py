@@ -68,10 +68,12 @@ def run(config: ConfigDict, workdir: epath.Path) -> list[dict]:
     audit = audits.audit(timelines, split)
     (workdir / "audit.json").write_text(json.dumps(audit, indent=1))
     facts = {"dataset": timelines.name, "seed": config.seed, "split": split.name, "config_hash": config_hash}
-    rows = result_rows(popularity_ranks(timelines, split, "test"), method="popularity", **facts)
     mesh = meshes.make_mesh(**config.mesh)
     with jax.set_mesh(mesh):
         context = Context(config, timelines, split, mesh, workdir, facts)
+        ranks = popularity_ranks(timelines, split, "test")
+        context.save_breakdown("popularity", "popularity", ranks)
+        rows = result_rows(ranks, method="popularity", **facts)
         for name in config.phases:
             phase = config[name]
             task = BUILDERS[phase.task](config, name, context)

@@ -16,8 +16,8 @@ from user_llm.data.timelines import Timelines
 
 Batch = dict[str, np.ndarray]
 
-# Rows filled side by side, in batches: the more, the fuller each gets.
-PACKING_BINS = 8
+# Rows filled side by side, in batches: the more, the fuller each gets, and the later the first. Short windows need but one.
+MAX_PACKING_BATCHES = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ def packed_windows(
         return {"events": events[:-1], "next": events[1:]}
 
     windows = _stream(Windows(stops, window, seed), seed, process).map(cut)
-    return _pack(windows, "events", rows, row_length, seed)
+    return _pack(windows, "events", rows, row_length, np.minimum(stops - 1, window).mean(), seed)
 
 
 def packed_text(
@@ -111,11 +111,15 @@ def packed_text(
         line = line[: row_length + 1]
         return {"tokens": line[:-1], "next": line[1:]}
 
-    return _pack(_stream(grain.MapDataset.source(lines), seed, process).map(cut), "tokens", rows, row_length, seed)
+    typical = np.mean([len(line) for line in lines])
+    return _pack(_stream(grain.MapDataset.source(lines), seed, process).map(cut), "tokens", rows, row_length, typical, seed)
 
 
-def _pack(dataset: grain.IterDataset, name: str, rows: int, row_length: int, seed: int) -> grain.IterDataset:
-    """Pack elements {name, next} several to a row; adds `segments` (0 = padding) and `positions` within the segment."""
+def _pack(dataset: grain.IterDataset, name: str, rows: int, row_length: int, typical: float, seed: int) -> grain.IterDataset:
+    """Pack elements {name, next} of some `typical` length several to a row.
+
+    Adds `segments` (0 = padding) and `positions` within the segment.
+    """
 
     def tidy(batch: Batch) -> Batch:
         renamed = {
@@ -126,8 +130,9 @@ def _pack(dataset: grain.IterDataset, name: str, rows: int, row_length: int, see
         }
         return {key: array.astype(np.int32) for key, array in renamed.items()}
 
+    batches = int(np.clip(np.ceil(16 * typical / row_length), 1, MAX_PACKING_BATCHES))
     packed = grain.experimental.FirstFitPackIterDataset(
-        dataset, length_struct={name: row_length, "next": row_length}, num_packing_bins=PACKING_BINS * rows, seed=seed
+        dataset, length_struct={name: row_length, "next": row_length}, num_packing_bins=batches * rows, seed=seed
     )
     return packed.batch(rows, drop_remainder=True).map(tidy)
 

@@ -58,6 +58,7 @@ class Context:
     def save_breakdown(self, phase: str, method: str, ranks: Ranks) -> None:
         """Write recall by history length and by tie at the split boundary, for the report."""
         path = self.workdir / phase / "breakdown.json"
+        path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(breakdown(method, ranks, self.timelines), indent=1))
 
     def load(self, params: Params, rules: Rules) -> Params:
