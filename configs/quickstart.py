@@ -29,6 +29,7 @@ def get_config() -> ConfigDict:
     config.user_llm = common.contextualize(
         "user_llm",
         total_steps=240,
+        batch_size=16,
         eval_steps=120,
         examples={"max_events": 64, "targets_per_history": 8, "text_items": 0},
         prompt={"instruction": "The next film this user watches:", "max_tokens": 24, "max_title_tokens": 12},
