@@ -100,6 +100,19 @@ def test_patience_ends_training_after_so_many_evaluations_without_a_best(tmp_pat
     assert log.count("evaluate") == 4 and log.count("step") == 3
 
 
+def test_a_length_in_epochs_is_turned_into_steps(tmp_path):
+    """The tiny task has 5 steps an epoch."""
+    log = []
+    tiny.run(tmp_path, _scripted(range(9), log), total_steps=0, total_epochs=1.4)
+    assert log.count("step") == 7
+
+
+@pytest.mark.parametrize("lengths", [(0, 0), (3, 1.0)])
+def test_no_length_or_two_are_refused(tmp_path, lengths):
+    with pytest.raises(ValueError, match=r"^tiny: set one of loop.total_steps .* and loop.total_epochs"):
+        tiny.run(tmp_path, total_steps=lengths[0], total_epochs=lengths[1])
+
+
 def test_a_metric_that_the_task_lacks_is_refused(tmp_path):
     with pytest.raises(ValueError, match="tiny cannot monitor 'ndcg': it reports accuracy"):
         tiny.run(tmp_path, monitor="ndcg")

@@ -27,7 +27,7 @@ from user_llm.training.task import Task
 VOCAB, WIDTH, SEED = 11, 4, 5
 EVERYTHING = ((r".*", True),)
 LOOP = LoopConfig(
-    total_steps=12, eval_steps=4, save_steps=2, log_steps=1, monitor="accuracy", mode="max", patience_evals=0,
+    total_steps=12, total_epochs=0, eval_steps=4, save_steps=2, log_steps=1, monitor="accuracy", mode="max", patience_evals=0,
     dtype="float32", sharding=((r".*", ()),),
 )  # fmt: skip
 OPTIMIZER = OptimizerConfig(
@@ -73,6 +73,7 @@ def make_task(**changes) -> Task:
         init=_init,
         loss=_loss,
         train_data=packed_text(_lines(), rows=2, row_length=8, seed=SEED),
+        steps_per_epoch=5.0,
         count_events=lambda batch: int((batch["segments"] > 0).sum()),
         evaluate=lambda params: {"accuracy": float(_accuracy(params))},
         results=lambda params: [{"metric": "accuracy", "value": float(_accuracy(params))}],

@@ -91,7 +91,7 @@ def packed_windows(
         return {"events": events[:-1], "next": events[1:]}
 
     windows = _stream(Windows(stops, window, seed), seed, process).map(cut)
-    return _pack(windows, "events", rows, row_length, np.minimum(stops - 1, window).mean(), seed)
+    return _pack(windows, "events", rows, row_length, float(np.minimum(stops - 1, window).mean()), seed)
 
 
 def packed_text(
@@ -111,7 +111,7 @@ def packed_text(
         line = line[: row_length + 1]
         return {"tokens": line[:-1], "next": line[1:]}
 
-    typical = np.mean([len(line) for line in lines])
+    typical = float(np.mean([len(line) for line in lines]))
     return _pack(_stream(grain.MapDataset.source(lines), seed, process).map(cut), "tokens", rows, row_length, typical, seed)
 
 

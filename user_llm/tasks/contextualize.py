@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from user_llm.common import trees
 from user_llm.common.trees import Params
-from user_llm.data.pipeline import ExampleConfig, HistoryBatch, contextual_examples
+from user_llm.data.pipeline import ExampleConfig, HistoryBatch, Windows, contextual_examples
 from user_llm.data.prompts import NextItemPrompts, pad_rows
 from user_llm.evals.evaluator import rank_listed, rank_targets
 from user_llm.evals.ranking import Ranks, result_rows
@@ -173,6 +173,7 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
     timelines = context.timelines.select(tuple(config.encoder.features))
     context = dataclasses.replace(context, timelines=timelines)
     examples = ExampleConfig(**phase.examples)
+    windows = Windows(context.split.train_stop, examples.max_events or examples.text_items, context.seed)
     prompts = NextItemPrompts(tokenizer, timelines.catalogue.titles, **phase.prompt)
     full = model_config(config, name, context, tokenizer.vocab_size)
     create = lambda: UserLLM(full, rngs=nnx.Rngs(params=context.seed))  # noqa: E731
@@ -203,6 +204,7 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
             timelines, context.split.train_stop, prompts, examples,
             batch_size=phase.batch_size, seed=context.seed, process=context.process,
         ),
+        steps_per_epoch=len(windows) / (phase.batch_size * context.process[1]),
         count_events=lambda batch: int((batch["items"] > 0).sum()),
         evaluate=lambda params: ranker.by_catalogue(params, "validation", phase.eval.validation_users).metrics(),
         results=results,

@@ -134,6 +134,7 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
             timelines, split.train_stop, window=data.window, rows=data.rows, row_length=data.row_length,
             seed=context.seed, process=context.process,
         ),
+        steps_per_epoch=np.maximum(split.train_stop - 1, 0).sum() / (data.rows * data.row_length * context.process[1]),
         count_events=lambda batch: int((batch["segments"] > 0).sum()),
         evaluate=lambda params: rank(params, "validation", phase.eval.validation_users).metrics(),
         results=results,

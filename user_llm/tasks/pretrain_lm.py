@@ -56,13 +56,15 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
     held_out = np.random.default_rng(context.seed).random(len(lines)) < 0.05
     start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     lines = [np.array([*start, *line], np.int32) for line in lines]
+    train_lines, held_lines = (
+        [line for line, out in zip(lines, held_out, strict=True) if out == part] for part in (False, True)
+    )
     model_config = decoder_config(config.llm, tokenizer.vocab_size)
     create = lambda: Decoder(model_config, rngs=nnx.Rngs(params=context.seed))  # noqa: E731
     graphdef, _ = trees.abstract(create)
 
-    def stream(chosen: np.ndarray, process: tuple[int, int]):
-        picked = [line for line, keep in zip(lines, chosen, strict=True) if keep]
-        return packed_text(picked, rows=phase.batch.rows, row_length=phase.batch.row_length, seed=context.seed, process=process)
+    def stream(lines: list[np.ndarray], process: tuple[int, int]):
+        return packed_text(lines, rows=phase.batch.rows, row_length=phase.batch.row_length, seed=context.seed, process=process)
 
     def loss(params: Params, batch: Batch, key: Array | None):
         return lm_loss(trees.merge(graphdef, params), batch, key, phase.loss.chunk)
@@ -70,7 +72,7 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
     validation_loss = jax.jit(lambda params, batch: loss(params, batch, None)[0])
 
     def evaluate(params: Params) -> dict[str, float]:
-        data = iter(stream(held_out, (0, 1)))
+        data = iter(stream(held_lines, (0, 1)))
         losses = [float(validation_loss(params, next(data))) for _ in range(phase.eval.batches)]
         return {"loss": float(np.mean(losses)), "perplexity": float(np.exp(np.mean(losses)))}
 
@@ -78,7 +80,8 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
         name=name,
         init=lambda: trees.init(create),
         loss=loss,
-        train_data=stream(~held_out, context.process),
+        train_data=stream(train_lines, context.process),
+        steps_per_epoch=sum(map(len, train_lines)) / (phase.batch.rows * phase.batch.row_length * context.process[1]),
         count_events=lambda batch: int((batch["segments"] > 0).sum()),
         evaluate=evaluate,
         results=lambda params: [],

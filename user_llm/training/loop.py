@@ -34,6 +34,7 @@ class LoopConfig:
 
     Attributes:
       total_steps, eval_steps, save_steps, log_steps: in optimizer steps. Saves also happen after each evaluation.
+      total_epochs: how long in passes over the training data instead, with `total_steps` 0.
       monitor, mode: the validation metric that chooses the best parameters, and whether `max` or `min` is best.
       patience_evals: stop after this many evaluations without a new best; 0 never stops early.
       dtype: of the computation; parameters and optimizer are float32.
@@ -41,6 +42,7 @@ class LoopConfig:
     """
 
     total_steps: int
+    total_epochs: float
     eval_steps: int
     save_steps: int
     log_steps: int
@@ -93,6 +95,7 @@ def run(
       FloatingPointError: the loss became NaN or infinite.
       Preempted: after SIGTERM, once everything is saved; exits with code 0.
     """
+    config = settle_steps(config, task)
     directory = epath.Path(directory)
     finished = directory / "results.json"
     params = initial_params(task, config, mesh)
@@ -159,6 +162,21 @@ def run(
     temporary.write_text(json.dumps(rows, indent=1))
     temporary.rename(finished)
     return params, rows
+
+
+def settle_steps(config: LoopConfig, task: Task) -> LoopConfig:
+    """Return the config with its length in steps, however it was given.
+
+    Raises:
+      ValueError: no length, or two.
+    """
+    if (config.total_steps > 0) == (config.total_epochs > 0):
+        raise ValueError(
+            f"{task.name}: set one of loop.total_steps ({config.total_steps}) and loop.total_epochs ({config.total_epochs}), "
+            "and the other to 0."
+        )
+    steps = config.total_steps or max(round(config.total_epochs * task.steps_per_epoch), 1)
+    return dataclasses.replace(config, total_steps=steps, total_epochs=0.0)
 
 
 def initial_params(task: Task, config: LoopConfig, mesh: Mesh) -> Params:

@@ -22,6 +22,7 @@ class Task:
       init: () -> parameters, fresh or loaded.
       loss: (params, batch, dropout key) -> (mean loss, scalars to log). Traced; must not depend on anything mutable.
       train_data: endless batches for this process.
+      steps_per_epoch: batches, of all processes together, in one pass over the training data, on average.
       count_events: batch -> number of real training targets in it, for events/s.
       evaluate: params -> validation metrics.
       results: params -> rows for results.json, measured on the test split.
@@ -31,6 +32,7 @@ class Task:
     init: Callable[[], Params]
     loss: Callable[[Params, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
     train_data: grain.IterDataset
+    steps_per_epoch: float
     count_events: Callable[[dict[str, np.ndarray]], int]
     evaluate: Callable[[Params], dict[str, float]]
     results: Callable[[Params], list[dict]]
