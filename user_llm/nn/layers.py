@@ -60,7 +60,7 @@ class MLP(nnx.Module):
         self.down = linear_param(rngs, (mlp_width, width), fan_in=mlp_width)
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        # As one matrix of rows: XLA's gradient of products over [B, T, D] takes half as long again on CPU.
+        # As one matrix of rows: the gradients of products over [B, T, D] are slower on CPU.
         rows = x.reshape(-1, x.shape[-1])
         gate = ACTIVATIONS[self.activation](rows @ self.gate_proj[...])
         return ((gate * (rows @ self.up[...])) @ self.down[...]).reshape(x.shape)
