@@ -60,7 +60,8 @@ def optimizer(learning_rate: float, **changes) -> dict:
 def loop(total_steps: int, eval_steps: int, *, monitor: str, mode: str = "max", patience_evals: int = 0) -> dict:
     """How long and how often, `training.loop.LoopConfig`."""
     return {
-        "total_steps": total_steps, "total_epochs": 0.0, "eval_steps": eval_steps, "save_steps": eval_steps, "log_steps": 20, "monitor": monitor,
+        "total_steps": total_steps, "total_epochs": 0.0, "eval_steps": eval_steps, "save_steps": eval_steps, "log_steps": 20,
+        "monitor": monitor,
         "mode": mode, "patience_evals": patience_evals, "dtype": "float32", "sharding": SHARDING,
     }  # fmt: skip
 

@@ -107,7 +107,7 @@ class Resampler(nnx.Module):
         self.norm = RMSNorm(config.input_width, eps=config.norm_eps)
 
     def __call__(self, states: Float[Array, "B E D"], event_mask: Bool[Array, "B J E"]) -> Float[Array, "B J M D"]:
-        """Resample the states of histories to the user tokens at J ends of each, for little more than the price of one.
+        """Resample the states of histories to the user tokens at J ends of each.
 
         Each end's mask is True at the real events it sees, which come first.
         """

@@ -64,7 +64,7 @@ def contextual_loss(
 
     `catalogue`: cross entropy of the items at the answer positions. `text`: cross entropy of what follows the first answer
     position. `align`, with an encoder only: mean squared distance of the LLM's item query from the encoder's own, its last state.
-    The pretrained encoder knows what millions of events taught it, and one vector tells the LLM more than one item does.
+    The pretrained encoder knows what every event taught it, and its state tells the LLM more than the one next item does.
     """
     encoder_key, decoder_key = (None, None) if key is None else jax.random.split(key)
     tokens = batch["text"].reshape(-1, batch["text"].shape[-1])
