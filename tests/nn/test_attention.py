@@ -9,11 +9,13 @@ from user_llm.nn.attention import (
     Attention,
     AttentionConfig,
     KVCache,
+    RopeScaling,
     apply_rope,
     attention,
     cache_mask,
     causal_mask,
     rope_frequencies,
+    rotation,
     segment_mask,
 )
 
@@ -93,23 +95,35 @@ def test_rope_turns_by_position_times_frequency_and_scores_by_distance():
     frequencies = rope_frequencies(4, 100.0)
     np.testing.assert_allclose(frequencies, [1.0, 0.1], rtol=1e-6)
     x = jnp.array([1.0, 1.0, 0.0, 0.0]).reshape(1, 1, 1, 4)  # pairs (0, 2) and (1, 3)
-    turned = apply_rope(x, jnp.array([[3]]), frequencies)[0, 0, 0]
+    turned = apply_rope(x, rotation(jnp.array([[3]]), frequencies))[0, 0, 0]
     np.testing.assert_allclose(turned, [np.cos(3), np.cos(0.3), np.sin(3), np.sin(0.3)], rtol=1e-5)
 
     q, k, _ = _qkv(queries=1, keys=1, heads=1, kv_heads=1, batch=1)
     frequencies = rope_frequencies(8, 10_000.0)
     score = lambda at_q, at_k: (  # noqa: E731
-        apply_rope(q, jnp.array([[at_q]]), frequencies) * apply_rope(k, jnp.array([[at_k]]), frequencies)
+        apply_rope(q, rotation(jnp.array([[at_q]]), frequencies)) * apply_rope(k, rotation(jnp.array([[at_k]]), frequencies))
     ).sum()
     np.testing.assert_allclose(score(7, 4), score(103, 100), rtol=1e-4)
     assert abs(score(7, 4) - score(7, 5)) > 1e-3
 
 
+def test_scaled_rotary_frequencies_by_hand():
+    plain = rope_frequencies(8, 10_000.0)  # 1, 0.1, 0.01, 0.001
+    np.testing.assert_allclose(rope_frequencies(8, 10_000.0, RopeScaling("linear", 4.0)), plain / 4, rtol=1e-6)
+    # Within 200 pi positions they turn 100, 10, 1 and 0.1 times: kept, (10 - 1) / (21 - 1) kept, and twice divided.
+    scaling = RopeScaling("llama3", 4.0, low_freq_factor=1.0, high_freq_factor=21.0, original_length=200 * np.pi)
+    expected = plain * np.array([1, 0.45 + 0.55 / 4, 1 / 4, 1 / 4])
+    np.testing.assert_allclose(rope_frequencies(8, 10_000.0, scaling), expected, rtol=1e-5)
+    with pytest.raises(ValueError, match="Unknown scaling 'yarn'"):
+        RopeScaling("yarn", 4.0)
+
+
 def test_cache_write_puts_each_row_at_its_own_slots():
-    cache = KVCache(jnp.zeros((2, 4, 1, 1)), jnp.zeros((2, 4, 1, 1)))
+    cache = KVCache(jnp.zeros((2, 2, 4, 1, 1)), jnp.zeros((2, 2, 4, 1, 1)))
     k = jnp.arange(1.0, 5.0).reshape(2, 2, 1, 1)
-    cache = cache.write(k, -k, jnp.array([[0, 1], [3, 2]]))
-    np.testing.assert_array_equal(cache.k[..., 0, 0], [[1, 2, 0, 0], [0, 0, 4, 3]])
+    cache = cache.write(1, k, -k, jnp.array([[0, 1], [3, 2]]))
+    np.testing.assert_array_equal(cache.k[1, ..., 0, 0], [[1, 2, 0, 0], [0, 0, 4, 3]])
+    assert not cache.k[0].any()
     np.testing.assert_array_equal(cache.v, -cache.k)
 
 
@@ -118,12 +132,12 @@ def test_slots_of_the_cache_are_free_of_positions(drawn):
     graphdef, params = drawn(lambda: Attention(config, rngs=nnx.Rngs(params=0)))
     run = jax.jit(lambda *args, **kwargs: trees.merge(graphdef, params)(*args, **kwargs)[0])
     x = np.random.default_rng(1).normal(size=(1, 3, 16)).astype(np.float32)
-    positions = np.arange(3)[None]
-    expected = run(x, mask=causal_mask(jnp.ones((1, 3), bool)), positions=positions)
+    turn = rotation(jnp.arange(3)[None], rope_frequencies(8, 10_000.0))
+    expected = run(x, mask=causal_mask(jnp.ones((1, 3), bool)), rotate=turn)
     slots = np.array([[5, 0, 3]])
     mask = _drawn(". . . . . 1", "1 . . . . 1", "1 . . 1 . 1")
-    cache = KVCache(jnp.full((1, 6, 2, 8), 9.0), jnp.full((1, 6, 2, 8), 9.0))
-    out = run(x, mask=mask, positions=positions, cache=cache, slots=slots)
+    cache = KVCache(jnp.full((1, 1, 6, 2, 8), 9.0), jnp.full((1, 1, 6, 2, 8), 9.0))
+    out = run(x, mask=mask, rotate=turn, cache=cache, slots=slots)
     np.testing.assert_allclose(out, expected, atol=2e-6)
 
 

@@ -15,6 +15,7 @@ from user_llm.nn.transformer import BlockConfig, Stack
 WIDTH, DEPTH = 16, 4
 PLAIN = BlockConfig(width=WIDTH, heads=4, kv_heads=2, head_dim=8, mlp_width=24)
 GATED = dataclasses.replace(PLAIN, residual_gate=True, qk_norm=True, activation="gelu")
+WINDOWED = dataclasses.replace(PLAIN, window=2, window_rope_theta=100.0, post_norms=True, norm_offset=1.0, qkv_bias=True)
 DROPPED = dataclasses.replace(PLAIN, dropout=0.5)
 CROSS = CrossAttentionConfig(user_width=6, every=2, heads=2, head_dim=4)
 
@@ -133,7 +134,8 @@ def test_cross_attention_sits_in_the_last_layer_of_each_group(drawn, seat):
                 attend = lambda x, m=module: m(x, *m.user_kv(tokens), real)  # noqa: E731
             if seat == "before_block":
                 x, attend = attend(x), lambda x: x
-            x = x + block.attn(block.attn_norm(x), **_causal(3))[0]
+            view, _ = stack.views(**_causal(3), key_positions=_causal(3)["positions"])
+            x = x + block.attn(block.attn_norm(x), mask=view.mask, rotate=view.rotate)[0]
             x = attend(x)
             x = x + block.mlp(block.mlp_norm(x))
         return x
@@ -150,3 +152,74 @@ def test_depth_that_is_no_multiple_of_every_is_refused():
     cross = dataclasses.replace(CROSS, every=3)
     with pytest.raises(ValueError, match="every 3th of 4 layers"):
         Stack(PLAIN, DEPTH, cross=cross, rngs=nnx.Rngs(params=0))
+
+
+# --- windows ---
+
+
+def test_a_layer_with_a_window_sees_itself_and_what_is_near(drawn):
+    """One windowed layer of window 2: a change reaches the next position and no further; through four it reaches four."""
+    graphdef, params = drawn(lambda: Stack(WINDOWED, 1, windowed=(True,), rngs=nnx.Rngs(params=0)))
+    one = jax.jit(lambda x: trees.merge(graphdef, params)(x, **_causal(8))[0])
+    graphdef4, params4 = drawn(lambda: Stack(WINDOWED, 4, windowed=(True,) * 4, rngs=nnx.Rngs(params=0)))
+    four = jax.jit(lambda x: trees.merge(graphdef4, params4)(x, **_causal(8))[0])
+    x = _x(1, 8)
+    changed = x.copy()
+    changed[0, 1] += 1
+    for run, reach in ((one, 1), (four, 4)):
+        moved = np.abs(np.asarray(run(x)) - np.asarray(run(changed)))[0].max(-1) > 1e-5
+        np.testing.assert_array_equal(moved, [1 <= t <= 1 + reach for t in range(8)])
+
+
+MIXED = {"windowed": (True, True, False, True)}
+
+
+def test_layers_of_both_kinds_are_run_in_their_order(drawn):
+    """The stack's own blocks, put together here with each layer's own mask and theta."""
+    graphdef, params = drawn(lambda: Stack(WINDOWED, DEPTH, **MIXED, rngs=nnx.Rngs(params=0)))
+    x = _x(2, 6)
+
+    @jax.jit
+    def by_parts(x):
+        stack = trees.merge(graphdef, params)
+        inputs = _causal(6, 2)
+        full, near = stack.views(**inputs, key_positions=inputs["positions"])
+        block_def, blocks = nnx.split(stack.blocks)
+        for i, windowed in enumerate(MIXED["windowed"]):
+            x, _ = nnx.merge(block_def, jax.tree.map(lambda a, i=i: a[i], blocks))(x, near if windowed else full)
+        return x
+
+    at_once = jax.jit(lambda x: trees.merge(graphdef, params)(x, **_causal(6, 2))[0])
+    np.testing.assert_allclose(at_once(x), by_parts(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+def test_windows_and_a_cache_together_equal_the_whole_at_once(stack, unroll):
+    """Also where slots are not positions: the windows go by position."""
+    x, run = _x(1, 7), stack(WINDOWED, unroll=unroll, **MIXED)
+    expected = np.asarray(run(x, **_causal(7))[0])
+    slot_of = np.array([[8, 2, 0, 5, 1, 7, 3]])
+    key_positions = np.full((1, 9), 100)
+    key_positions[0, slot_of[0]] = np.arange(7)
+    cache = KVCache(*(jnp.full((DEPTH, 1, 9, 2, 8), 7.0) for _ in range(2)))
+    for t in range(7):
+        mask = (key_positions <= t)[None]
+        out, cache = run(
+            x[:, t : t + 1], mask=mask, positions=np.array([[t]]), key_positions=key_positions, cache=cache,
+            slots=slot_of[:, t : t + 1],
+        )  # fmt: skip
+        np.testing.assert_allclose(out[0, 0], expected[0, t], rtol=2e-6, atol=2e-5)
+
+
+def test_windows_stay_within_packed_segments(stack):
+    run, x = stack(WINDOWED, **MIXED), _x(1, 8)
+    segments = segment_mask(jnp.array([[1, 1, 1, 2, 2, 2, 2, 0]]))
+    packed, _ = run(x, mask=segments, positions=np.array([[0, 1, 2, 0, 1, 2, 3, 0]]))
+    np.testing.assert_allclose(packed[:, 3:7], run(x[:, 3:7], **_causal(4))[0], atol=5e-6)
+
+
+@pytest.mark.parametrize("windowed", [(True, False), (True,) * DEPTH])
+def test_windows_that_do_not_fit_the_stack_are_refused(windowed):
+    block = PLAIN if len(windowed) == DEPTH else WINDOWED
+    with pytest.raises(ValueError, match="4 layers need as many marks"):
+        Stack(block, DEPTH, windowed=windowed, rngs=nnx.Rngs(params=0))

@@ -48,6 +48,11 @@ def flatten(tree: Params) -> dict[str, Any]:
     return dict(sorted(flat.items()))
 
 
+def unflatten(flat: dict[str, Any]) -> Params:
+    """Undo `flatten`."""
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
 def match(rules: Rules, tree: Params) -> Params:
     """Return a tree of the same form holding, for each leaf, the value of the first rule found in its path.
 

@@ -1,8 +1,8 @@
-"""The decoder LLM (Llama family), with cross-attention to its user (section 3 of the paper).
+"""The decoder LLM (Llama, Qwen and Gemma 3 families), with cross-attention to its user (section 3 of the paper).
 
 It reads embeddings, of tokens or not. The cache and the user's K/V are arguments of each call: `user_kv` computes the
 latter once per user, and no state is kept on the module. Weights come from `models/pretrained.py` or from training.
-Left out: quantisation, rotary scaling, sliding windows.
+Left out: quantisation.
 """
 
 import dataclasses
@@ -25,6 +25,8 @@ class DecoderConfig:
     Attributes:
       block: every layer; its width is that of the embeddings.
       tie_embeddings: whether the embedding table is also the output table.
+      embed_scale: input embeddings are multiplied by it (Gemma: the square root of the width).
+      windowed: which layers see only a window of what came before; empty for none.
       cross: where and how the decoder attends to its user; None for a bare LLM.
       unroll: inline the layers instead of scanning them (faster on CPU, slower to compile).
     """
@@ -33,6 +35,8 @@ class DecoderConfig:
     num_layers: int
     block: BlockConfig
     tie_embeddings: bool
+    embed_scale: float = 1.0
+    windowed: tuple[bool, ...] = ()
     cross: CrossAttentionConfig | None = None
     unroll: bool = False
 
@@ -44,14 +48,16 @@ class Decoder(nnx.Module):
         c = self.config = config
         width = c.block.width
         self.embed = embedding_param(rngs, (c.vocab_size, width))
-        self.stack = Stack(c.block, c.num_layers, cross=c.cross, unroll=c.unroll, rngs=rngs)
-        self.norm = RMSNorm(width, eps=c.block.norm_eps)
+        self.stack = Stack(c.block, c.num_layers, windowed=c.windowed, cross=c.cross, unroll=c.unroll, rngs=rngs)
+        self.norm = RMSNorm(width, eps=c.block.norm_eps, offset=c.block.norm_offset)
         if not c.tie_embeddings:
             self.head = linear_param(rngs, (width, c.vocab_size), fan_in=width)
 
     def embed_tokens(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Return the input embeddings of tokens; a soft prompt is placed among these."""
-        return self.embed[...][ids]
+        embedded = self.embed[...][ids]
+        # Rounded to the computation's type first, as the models that scale were trained.
+        return embedded if self.config.embed_scale == 1.0 else embedded * jnp.asarray(self.config.embed_scale, embedded.dtype)
 
     def __call__(
         self,
@@ -59,6 +65,7 @@ class Decoder(nnx.Module):
         *,
         mask: Bool[Array, "B T S"],
         positions: Int[Array, "B T"],
+        key_positions: Int[Array, "B S"] | None = None,
         cache: KVCache | None = None,
         slots: Int[Array, "B T"] | None = None,
         user: UserKV | None = None,
@@ -69,7 +76,8 @@ class Decoder(nnx.Module):
         Args:
           inputs: embeddings, of tokens or not.
           mask: True where the query may see the key; S = T, or with a cache its number of slots.
-          positions: rotary positions.
+          positions: of `inputs` in their rows.
+          key_positions: of each key, for layers with a window; None for `positions`, or with a cache for the slots' numbers.
           cache: from `init_cache`.
           slots: cache slots that `inputs` are written to; None for their positions.
           user: from `user_kv`; None leaves cross-attention out.
@@ -77,7 +85,9 @@ class Decoder(nnx.Module):
         """
         if user is not None:
             self._require_cross()
-        x, cache = self.stack(inputs, mask=mask, positions=positions, cache=cache, slots=slots, user=user, key=key)
+        x, cache = self.stack(
+            inputs, mask=mask, positions=positions, key_positions=key_positions, cache=cache, slots=slots, user=user, key=key
+        )
         return self.norm(x), cache
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:

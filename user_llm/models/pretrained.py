@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import ml_dtypes  # noqa: F401 - teaches numpy bfloat16, which safetensors asks for
 import numpy as np
-from flax import traverse_util
 from numpy.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
+from user_llm.common import trees
 from user_llm.models.decoder import DecoderConfig
 from user_llm.nn.transformer import BlockConfig
 
@@ -160,7 +160,7 @@ def load_decoder(path: str | os.PathLike, config: DecoderConfig, *, dtype: DType
                 source, ours, at = wanted[name]
                 tensor = tensors.get_tensor(name)
                 params[ours][at] = (tensor.T if source.transposed else tensor).reshape(source.ours)
-    return traverse_util.unflatten_dict(params, sep="/")
+    return trees.unflatten(params)
 
 
 def _tensor_files(path: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:

@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from user_llm.nn.layers import RMSNorm, linear_param
+from user_llm.nn.lora import LoRAConfig, adapters
 
 # Added to the logits of hidden keys; large enough to absorb any logit, small enough that float32 never reaches -inf.
 HIDDEN = -1e30
@@ -31,12 +32,16 @@ def attention(
     *,
     mask: Bool[Array, "B #T S"] | None = None,
     bias: Float[Array, "#B N T S"] | None = None,
+    scale: float | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Attend with softmax(q k / sqrt(H) + bias), the softmax in float32; rows without a visible key are exactly 0."""
+    """Attend with softmax(scale q k + bias), the softmax in float32; rows without a visible key are exactly 0.
+
+    `scale` is 1 / sqrt(H) unless given.
+    """
     batch, length, heads, dim = q.shape
     kv_heads = k.shape[2]
     # Heads first, the queries of a group stacked: plain batched matrix products, faster on CPU than 5-axis einsums.
-    q = (q * dim**-0.5).transpose(0, 2, 1, 3).reshape(batch, kv_heads, -1, dim)
+    q = (q * (dim**-0.5 if scale is None else scale)).transpose(0, 2, 1, 3).reshape(batch, kv_heads, -1, dim)
     k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
     logits = jnp.matmul(q, k, preferred_element_type=jnp.float32).reshape(batch, heads, length, -1)
     if bias is not None:
@@ -85,52 +90,96 @@ def cache_mask(positions: Int[Array, "B T"], slots: int) -> Bool[Array, "B T S"]
     return jnp.arange(slots) <= positions[..., None]
 
 
-def rope_frequencies(head_dim: int, theta: float) -> Float[Array, "half"]:
-    """Return the angular frequencies theta^(-2i/H) of rotary embeddings (Su et al. 2021)."""
-    return theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary positions are stretched to reach beyond the length that a model was first trained on.
+
+    Attributes:
+      kind: `linear` divides all frequencies by `factor`; `llama3` only those that turn fewer than `low_freq_factor` times
+        within `original_length` positions, none that turn more than `high_freq_factor` times, and blends between.
+    """
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_length: int = 8192
+
+    def __post_init__(self):
+        if self.kind not in ("linear", "llama3"):
+            raise ValueError(f"Unknown scaling {self.kind!r} of rotary positions: choose linear or llama3.")
 
 
-def apply_rope(
-    x: Float[Array, "B T N H"], positions: Int[Array, "B T"], frequencies: Float[Array, "half"]
-) -> Float[Array, "B T N H"]:
-    """Rotate the pairs (i, i + H/2) of each head by position * frequency: the pairing of Hugging Face checkpoints."""
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Float[Array, "half"]:
+    """Return the angular frequencies theta^(-2i/H) of rotary embeddings (Su et al. 2021), scaled."""
+    frequencies = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if scaling is None:
+        return frequencies
+    kept = 0.0
+    if scaling.kind == "llama3":
+        turns = scaling.original_length * frequencies / (2 * jnp.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
+
+
+class Rotation(NamedTuple):
+    """Cosine and sine of position * frequency, by which rotary embeddings turn queries and keys."""
+
+    cos: Float[Array, "B T 1 half"]
+    sin: Float[Array, "B T 1 half"]
+
+
+def rotation(positions: Int[Array, "B T"], frequencies: Float[Array, "half"]) -> Rotation:
+    """Return the rotation of each position; all layers share it."""
     angle = positions[..., None, None].astype(jnp.float32) * frequencies
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    return Rotation(jnp.cos(angle), jnp.sin(angle))
+
+
+def apply_rope(x: Float[Array, "B T N H"], by: Rotation) -> Float[Array, "B T N H"]:
+    """Rotate the pairs (i, i + H/2) of each head: the pairing of Hugging Face checkpoints."""
+    cos, sin = by
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
 
 
 class KVCache(NamedTuple):
-    """Keys and values by slot; slot s holds position s unless the caller says otherwise. Masks hide unwritten slots."""
+    """Keys and values of all layers by slot; slot s holds position s unless the caller says otherwise.
 
-    k: Float[Array, "B S K H"]
-    v: Float[Array, "B S K H"]
+    Masks hide unwritten slots. One array for all layers, so that a step of decoding writes its few slots in place.
+    """
 
-    def write(self, k: Array, v: Array, slots: Int[Array, "B T"]) -> "KVCache":
-        """Return the cache with `k`, `v` [B, T, K, H] stored at `slots`; rows may be at different slots."""
+    k: Float[Array, "L B S K H"]
+    v: Float[Array, "L B S K H"]
+
+    def write(self, layer: int | Int[Array, ""], k: Array, v: Array, slots: Int[Array, "B T"]) -> "KVCache":
+        """Return the cache with `k`, `v` [B, T, K, H] of one layer stored at `slots`; rows may be at different slots."""
         rows = jnp.arange(slots.shape[0])[:, None]
         return KVCache(
-            self.k.at[rows, slots].set(k.astype(self.k.dtype)),
-            self.v.at[rows, slots].set(v.astype(self.v.dtype)),
+            self.k.at[layer, rows, slots].set(k.astype(self.k.dtype)),
+            self.v.at[layer, rows, slots].set(v.astype(self.v.dtype)),
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
-    """Sizes of one attention layer. `rope_theta` None means no rotary positions."""
+    """Sizes of one attention layer, as in `transformer.BlockConfig`."""
 
     width: int
     heads: int
     kv_heads: int
     head_dim: int
-    rope_theta: float | None = 10_000.0
+    query_scale: float | None = None
+    qkv_bias: bool = False
     qk_norm: bool = False
     norm_eps: float = 1e-6
+    norm_offset: float = 0.0
+    lora: LoRAConfig | None = None
 
 
 class Attention(nnx.Module):
-    """Self-attention. Parameters: q [D, N, H], k and v [D, K, H], o [N, H, D]."""
+    """Self-attention. Parameters: q [D, N, H], k and v [D, K, H], o [N, H, D]; biases, norms and adapters by config."""
 
     def __init__(self, config: AttentionConfig, *, rngs: nnx.Rngs):
         c = self.config = config
@@ -140,31 +189,47 @@ class Attention(nnx.Module):
         self.k = linear_param(rngs, (c.width, c.kv_heads, c.head_dim), fan_in=c.width)
         self.v = linear_param(rngs, (c.width, c.kv_heads, c.head_dim), fan_in=c.width)
         self.o = linear_param(rngs, (c.heads, c.head_dim, c.width), fan_in=c.heads * c.head_dim)
+        if c.qkv_bias:
+            self.q_bias, self.k_bias, self.v_bias = (
+                nnx.Param(jnp.zeros((heads, c.head_dim), jnp.float32)) for heads in (c.heads, c.kv_heads, c.kv_heads)
+            )
         if c.qk_norm:
-            self.q_norm = RMSNorm(c.head_dim, eps=c.norm_eps)
-            self.k_norm = RMSNorm(c.head_dim, eps=c.norm_eps)
+            self.q_norm = RMSNorm(c.head_dim, eps=c.norm_eps, offset=c.norm_offset)
+            self.k_norm = RMSNorm(c.head_dim, eps=c.norm_eps, offset=c.norm_offset)
+        self.lora = adapters(c.lora, "attn", {"q": (self.q, 1), "k": (self.k, 1), "v": (self.v, 1), "o": (self.o, 2)}, rngs)
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
         *,
         mask: Bool[Array, "B T S"],
-        positions: Int[Array, "B T"],
+        rotate: Rotation | None,
         cache: KVCache | None = None,
+        layer: int | Int[Array, ""] = 0,
         slots: Int[Array, "B T"] | None = None,
+        key: Array | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-        """Attend within `x` (S = T) or to a cache, after writing to it at `slots` (None: `positions`)."""
+        """Attend within `x` (S = T), or to this layer's part of a cache after writing to it at `slots`.
+
+        `rotate` None means no rotary positions.
+        """
         c = self.config
         q = jnp.einsum("BTD,DNH->BTNH", x, self.q[...])
         k = jnp.einsum("BTD,DKH->BTKH", x, self.k[...])
         v = jnp.einsum("BTD,DKH->BTKH", x, self.v[...])
+        if self.lora is not None:
+            q, k, v = (out + self.lora(name, x, key) for name, out in (("q", q), ("k", k), ("v", v)))
+        if c.qkv_bias:
+            q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        if c.rope_theta is not None:
-            frequencies = rope_frequencies(c.head_dim, c.rope_theta)
-            q, k = apply_rope(q, positions, frequencies), apply_rope(k, positions, frequencies)
+        if rotate is not None:
+            q, k = apply_rope(q, rotate), apply_rope(k, rotate)
         if cache is not None:
-            cache = cache.write(k, v, positions if slots is None else slots)
-            k, v = cache
-        out = attention(q, k, v, mask=mask)
-        return jnp.einsum("BTNH,NHD->BTD", out, self.o[...]), cache
+            cache = cache.write(layer, k, v, slots)
+            k, v = cache.k[layer], cache.v[layer]
+        heads = attention(q, k, v, mask=mask, scale=c.query_scale)
+        out = jnp.einsum("BTNH,NHD->BTD", heads, self.o[...])
+        if self.lora is not None:
+            out += self.lora("o", heads, key)
+        return out, cache

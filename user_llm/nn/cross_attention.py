@@ -14,7 +14,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from user_llm.nn.attention import attention
-from user_llm.nn.layers import MLP, RMSNorm, linear_param
+from user_llm.nn.layers import RMSNorm, linear_param
+from user_llm.nn.mlp import MLP
 
 
 @dataclasses.dataclass(frozen=True)

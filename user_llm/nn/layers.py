@@ -1,18 +1,9 @@
-"""Norms, dropout, the MLP and parameter initialisers that every model here shares."""
-
-from collections.abc import Callable
+"""The norm, dropout and parameter initialisers that every model here shares."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "silu": jax.nn.silu,
-    "relu": jax.nn.relu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": jax.nn.gelu,
-}
 
 
 def linear_param(rngs: nnx.Rngs, shape: tuple[int, ...], *, fan_in: int) -> nnx.Param:
@@ -36,31 +27,13 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale over the last axis, computed in float32 (Zhang and Sennrich 2019)."""
+    """x / rms(x) * (scale + offset) over the last axis, in float32 (Zhang and Sennrich 2019); Gemma's offset is 1."""
 
-    def __init__(self, width: int, *, eps: float = 1e-6):
-        self.eps = eps
-        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
+    def __init__(self, width: int, *, eps: float = 1e-6, offset: float = 0.0):
+        self.eps, self.offset = eps, offset
+        self.scale = nnx.Param(jnp.full((width,), 1.0 - offset, jnp.float32))
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         wide = x.astype(jnp.float32)
         wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return (wide * self.scale[...].astype(jnp.float32)).astype(x.dtype)
-
-
-class MLP(nnx.Module):
-    """down(activation(gate_proj(x)) * up(x)), the gated MLP of Shazeer 2020."""
-
-    def __init__(self, width: int, mlp_width: int, *, activation: str, rngs: nnx.Rngs):
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"Unknown activation {activation!r}: choose one of {', '.join(ACTIVATIONS)}.")
-        self.activation = activation
-        self.gate_proj = linear_param(rngs, (width, mlp_width), fan_in=width)
-        self.up = linear_param(rngs, (width, mlp_width), fan_in=width)
-        self.down = linear_param(rngs, (mlp_width, width), fan_in=mlp_width)
-
-    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        # As one matrix of rows: the gradients of products over [B, T, D] are slower on CPU.
-        rows = x.reshape(-1, x.shape[-1])
-        gate = ACTIVATIONS[self.activation](rows @ self.gate_proj[...])
-        return ((gate * (rows @ self.up[...])) @ self.down[...]).reshape(x.shape)
+        return (wide * (self.scale[...].astype(jnp.float32) + self.offset)).astype(x.dtype)

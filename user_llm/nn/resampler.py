@@ -12,7 +12,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from user_llm.nn.attention import attention
-from user_llm.nn.layers import MLP, RMSNorm, embedding_param, linear_param
+from user_llm.nn.layers import RMSNorm, embedding_param, linear_param
+from user_llm.nn.mlp import MLP
 
 # The steepest latent gives the last event e^4 = 55 times the weight of each of the two before it.
 MAX_RECENCY_SLOPE = 4.0

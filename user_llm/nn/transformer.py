@@ -2,21 +2,24 @@
 
 Layers are stored stacked (each parameter has a leading layer axis) and run by `jax.lax.scan`, so that compile time does not
 grow with depth. `unroll=True` inlines them, which is faster on CPU. Cross-attention sits in the last layer of each
-group of `every` layers, hence the scan runs over groups.
+group of `every` layers, hence the scan runs over groups. Layers may differ in what they see: all that the mask allows, or
+a window of it (Gemma 3).
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from user_llm.nn.attention import Attention, AttentionConfig, KVCache
+from user_llm.nn.attention import Attention, AttentionConfig, KVCache, RopeScaling, Rotation, rope_frequencies, rotation
 from user_llm.nn.cross_attention import CrossAttentionConfig, GatedCrossAttention, UserKV
-from user_llm.nn.layers import MLP, RMSNorm, dropout, linear_param
+from user_llm.nn.layers import RMSNorm, dropout, linear_param
+from user_llm.nn.lora import LoRAConfig
+from user_llm.nn.mlp import MLP
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,10 +29,18 @@ class BlockConfig:
     Attributes:
       width, heads, kv_heads, head_dim, mlp_width: D, N, K, H, F.
       rope_theta: base of the rotary positions; None for none.
+      rope_scaling: of those positions.
+      window: keys that a layer with a window sees, its own included; None if the stack has no such layers.
+      window_rope_theta: base of the rotary positions in layers with a window, never scaled; None for `rope_theta`, scaled alike.
       activation: of the gated MLP.
-      qk_norm: RMSNorm on queries and keys, per head (Qwen3).
+      norm_offset: what norms add to their scale (1 in Gemma).
+      post_norms: also normalise the output of each branch before adding it (Gemma).
+      qk_norm: RMSNorm on queries and keys, per head (Qwen3, Gemma 3).
+      qkv_bias: biases on queries, keys and values (Qwen2).
+      query_scale: queries are scaled by it, and by 1 / sqrt(H) if None.
       residual_gate: multiply each branch by sigmoid(x W) before adding it (LiGR, as in eSASRec).
       dropout: on the output of both branches.
+      lora: low-rank adapters of this layer's weights.
     """
 
     width: int
@@ -38,11 +49,19 @@ class BlockConfig:
     head_dim: int
     mlp_width: int
     rope_theta: float | None = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    window: int | None = None
+    window_rope_theta: float | None = None
     activation: str = "silu"
     norm_eps: float = 1e-6
+    norm_offset: float = 0.0
+    post_norms: bool = False
     qk_norm: bool = False
+    qkv_bias: bool = False
+    query_scale: float | None = None
     residual_gate: bool = False
     dropout: float = 0.0
+    lora: LoRAConfig | None = None
 
     @property
     def attention(self) -> AttentionConfig:
@@ -50,15 +69,25 @@ class BlockConfig:
         return AttentionConfig(**{name: getattr(self, name) for name in names})
 
 
+class View(NamedTuple):
+    """What the queries of a layer see and how they are turned."""
+
+    mask: Bool[Array, "B T S"]
+    rotate: Rotation | None
+
+
 class Block(nnx.Module):
     """x + attention(norm(x)), cross-attention if given, then x + mlp(norm(x))."""
 
     def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs):
         c = self.config = config
-        self.attn_norm = RMSNorm(c.width, eps=c.norm_eps)
+        norm = lambda: RMSNorm(c.width, eps=c.norm_eps, offset=c.norm_offset)  # noqa: E731
+        self.attn_norm = norm()
         self.attn = Attention(c.attention, rngs=rngs)
-        self.mlp_norm = RMSNorm(c.width, eps=c.norm_eps)
-        self.mlp = MLP(c.width, c.mlp_width, activation=c.activation, rngs=rngs)
+        self.mlp_norm = norm()
+        self.mlp = MLP(c.width, c.mlp_width, activation=c.activation, lora=c.lora, rngs=rngs)
+        if c.post_norms:
+            self.attn_post_norm, self.mlp_post_norm = norm(), norm()
         if c.residual_gate:
             self.attn_gate = linear_param(rngs, (c.width, c.width), fan_in=c.width)
             self.mlp_gate = linear_param(rngs, (c.width, c.width), fan_in=c.width)
@@ -66,23 +95,29 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
+        view: View,
         *,
-        mask: Bool[Array, "B T S"],
-        positions: Int[Array, "B T"],
         cache: KVCache | None = None,
+        layer: int | Int[Array, ""] = 0,
         slots: Int[Array, "B T"] | None = None,
         cross: Callable[[Array], Array] | None = None,
         key: Array | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         c = self.config
         attn_key, mlp_key = (None, None) if key is None else jax.random.split(key)
-        out, cache = self.attn(self.attn_norm(x), mask=mask, positions=positions, cache=cache, slots=slots)
+        out, cache = self.attn(
+            self.attn_norm(x), mask=view.mask, rotate=view.rotate, cache=cache, layer=layer, slots=slots, key=attn_key
+        )
+        if c.post_norms:
+            out = self.attn_post_norm(out)
         if c.residual_gate:
             out *= jax.nn.sigmoid(x @ self.attn_gate[...])
         x = x + dropout(out, c.dropout, attn_key)
         if cross is not None:
             x = cross(x)
-        out = self.mlp(self.mlp_norm(x))
+        out = self.mlp(self.mlp_norm(x), key=mlp_key)
+        if c.post_norms:
+            out = self.mlp_post_norm(out)
         if c.residual_gate:
             out *= jax.nn.sigmoid(x @ self.mlp_gate[...])
         return x + dropout(out, c.dropout, mlp_key), cache
@@ -94,13 +129,14 @@ def stacked(create: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs
 
 
 class Stack(nnx.Module):
-    """`num_layers` blocks, cross-attention in each `cross.every`-th of them."""
+    """`num_layers` blocks, cross-attention in each `cross.every`-th of them, a window in those that `windowed` marks."""
 
     def __init__(
         self,
         config: BlockConfig,
         num_layers: int,
         *,
+        windowed: tuple[bool, ...] = (),
         cross: CrossAttentionConfig | None = None,
         unroll: bool = False,
         rngs: nnx.Rngs,
@@ -110,6 +146,9 @@ class Stack(nnx.Module):
             raise ValueError(
                 f"Cross-attention in every {self.every}th of {num_layers} layers leaves a rest: choose a divisor of the depth."
             )
+        self.config, self.windowed = config, windowed or (False,) * num_layers
+        if len(self.windowed) != num_layers or (any(self.windowed) and config.window is None):
+            raise ValueError(f"{num_layers} layers need as many marks of who has a window, and a window: {self.windowed}.")
         self.groups, self.unroll = num_layers // self.every, unroll
         self.seat = cross.seat if cross else None
         self.blocks = stacked(lambda rngs: Block(config, rngs=rngs), num_layers, rngs)
@@ -126,12 +165,28 @@ class Stack(nnx.Module):
         k, v = jax.vmap(lambda p: nnx.merge(graphdef, p).user_kv(tokens))(params)
         return UserKV(k, v, mask)
 
+    def views(
+        self, mask: Bool[Array, "B T S"], positions: Int[Array, "B T"], key_positions: Int[Array, "B S"]
+    ) -> tuple[View, View]:
+        """Return what layers without and with a window see."""
+        c = self.config
+
+        def rotate(theta: float | None, scaling: RopeScaling | None) -> Rotation | None:
+            return None if theta is None else rotation(positions, rope_frequencies(c.head_dim, theta, scaling))
+
+        full = View(mask, rotate(c.rope_theta, c.rope_scaling))
+        if c.window is None:
+            return full, full
+        near = positions[:, :, None] - key_positions[:, None, :] < c.window
+        return full, View(mask & near, full.rotate if c.window_rope_theta is None else rotate(c.window_rope_theta, None))
+
     def __call__(
         self,
         x: Float[Array, "B T D"],
         *,
         mask: Bool[Array, "B T S"],
         positions: Int[Array, "B T"],
+        key_positions: Int[Array, "B S"] | None = None,
         cache: KVCache | None = None,
         slots: Int[Array, "B T"] | None = None,
         user: UserKV | None = None,
@@ -142,41 +197,43 @@ class Stack(nnx.Module):
         Args:
           mask: True where the query may see the key; S = T, or the number of cache slots.
           positions: rotary position of each query.
-          cache: arrays with a leading layer axis; returned updated.
+          key_positions: of each key; None for `positions`, or with a cache for the slots' numbers.
+          cache: returned updated.
           slots: the cache slot each query's keys and values are written to; None for its position.
           user: keys and values of each row's user; None leaves cross-attention out.
           key: dropout key; None for evaluation.
         """
+        if key_positions is None:
+            key_positions = positions if cache is None else jnp.arange(mask.shape[-1])[None]
+        full, near = self.views(mask, positions, key_positions)
+        slots = positions if slots is None else slots
         block_def, block_params = nnx.split(self.blocks)
-        by_group = jax.tree.map(lambda a: a.reshape(self.groups, self.every, *a.shape[1:]), (block_params, cache))
+        layers = (block_params, jnp.arange(len(self.windowed)), jnp.array(self.windowed))
+        by_group = jax.tree.map(lambda a: a.reshape(self.groups, self.every, *a.shape[1:]), layers)
         keys = None if key is None else jax.random.split(key, (self.groups, self.every))
         cross_def, cross_params, user_kv = None, None, None
         if user is not None:
             cross_def, cross_params = nnx.split(self.cross)
             user_kv = (user.k, user.v)
 
-        def run_group(x, group):
-            (params, caches), keys, cross_params, user_kv = group
-            new_caches = []
+        def run_group(carry, group):
+            x, cache = carry
+            layers, keys, cross_params, user_kv = group
             for i in range(self.every):
-                layer_params, layer_cache = jax.tree.map(lambda a, i=i: a[i], (params, caches))
+                params, layer, windowed = jax.tree.map(lambda a, i=i: a[i], layers)
+                view = full
+                if any(self.windowed):
+                    view = jax.tree.map(lambda near, full, windowed=windowed: jnp.where(windowed, near, full), near, full)
                 cross = None
                 if user is not None and i == self.every - 1:
                     module = nnx.merge(cross_def, cross_params)
                     cross = lambda x: module(x, *user_kv, user.mask)  # noqa: B023, E731
                     if self.seat == "before_block":
                         x, cross = cross(x), None
-                x, new_cache = nnx.merge(block_def, layer_params)(
-                    x, mask=mask, positions=positions, cache=layer_cache, slots=slots, cross=cross,
-                    key=None if keys is None else keys[i],
-                )  # fmt: skip
-                new_caches.append(new_cache)
-            if cache is not None:
-                return x, jax.tree.map(lambda *a: jnp.stack(a), *new_caches)
-            return x, None
+                x, cache = nnx.merge(block_def, params)(
+                    x, view, cache=cache, layer=layer, slots=slots, cross=cross, key=None if keys is None else keys[i]
+                )
+            return (x, cache), None
 
         xs = (by_group, keys, cross_params, user_kv)
-        x, caches = jax.lax.scan(run_group, x, xs, unroll=self.groups if self.unroll else 1)
-        if cache is not None:
-            caches = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), caches)
-        return x, caches
+        return jax.lax.scan(run_group, (x, cache), xs, unroll=self.groups if self.unroll else 1)[0]
