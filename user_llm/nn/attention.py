@@ -115,11 +115,11 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = 
     frequencies = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     if scaling is None:
         return frequencies
-    kept = 0.0
-    if scaling.kind == "llama3":
-        turns = scaling.original_length * frequencies / (2 * jnp.pi)
-        low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    turns = scaling.original_length * frequencies / (2 * jnp.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
     return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
@@ -211,7 +211,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Attend within `x` (S = T), or to this layer's part of a cache after writing to it at `slots`.
 
-        `rotate` None means no rotary positions.
+        `rotate` None means no rotary positions. A cache needs `slots`.
         """
         c = self.config
         q = jnp.einsum("BTD,DNH->BTNH", x, self.q[...])
@@ -225,7 +225,7 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rotate is not None:
             q, k = apply_rope(q, rotate), apply_rope(k, rotate)
-        if cache is not None:
+        if cache is not None and slots is not None:
             cache = cache.write(layer, k, v, slots)
             k, v = cache.k[layer], cache.v[layer]
         heads = attention(q, k, v, mask=mask, scale=c.query_scale)

@@ -1,0 +1,194 @@
+"""The open decoder families in Hugging Face's terms: Llama (and SmolLM2), Qwen2.5, Qwen3 and Gemma 3.
+
+A family is a handful of fields of our DecoderConfig, read from what a config.json holds, and a table that says for each of our
+parameters the checkpoint's name, its shape there and its shape here. A setting that the decoder lacks is refused by name.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from user_llm.models.decoder import DecoderConfig
+from user_llm.nn.attention import RopeScaling
+from user_llm.nn.transformer import BlockConfig
+
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text")
+ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
+
+# Settings that change nothing about the function a checkpoint computes, or that transformers has turned into others here.
+NEUTRAL = frozenset({
+    "_name_or_path", "architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "use_cache",
+    "initializer_range", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "pretraining_tp",
+    "is_llama_config", "output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward", "id2label",
+    "label2id", "problem_type", "cache_implementation", "transformers.js_config",
+    "use_sliding_window", "max_window_layers", "sliding_window_pattern", "_sliding_window_pattern", "rope_local_base_freq",
+})  # fmt: skip
+
+
+def config_from_settings(settings: dict[str, Any], source: str, **overrides: Any) -> DecoderConfig:
+    """Turn what a config.json holds into a DecoderConfig; `source` is named in errors.
+
+    Raises:
+      ValueError: another family, or a setting that is missing or that the decoder does not implement.
+    """
+    if settings.get("model_type") == "gemma3":  # with images; its language model's settings are a part
+        settings = {"model_type": "gemma3_text", **settings.get("text_config", {})}
+    family = settings.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(f"{source}: model_type {family!r} is not supported, only {', '.join(FAMILIES)}.")
+    for name in ("hidden_size", "intermediate_size", "num_hidden_layers"):
+        if name not in settings:
+            raise ValueError(f"{source}: the setting {name!r} is missing.")
+    raw = _with_defaults(settings, source)
+    gemma = family == "gemma3_text"
+    activation = raw.pop("hidden_activation" if gemma else "hidden_act")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{source}: the activation {activation!r} is not supported, only {', '.join(ACTIVATIONS)}.")
+    width, heads, depth = raw.pop("hidden_size"), raw.pop("num_attention_heads"), raw.pop("num_hidden_layers")
+    windowed, window = _windows(raw, depth, source)
+    ropes = _ropes(raw, source)
+    block = BlockConfig(
+        width=width,
+        heads=heads,
+        kv_heads=raw.pop("num_key_value_heads", None) or heads,
+        head_dim=raw.pop("head_dim", None) or width // heads,
+        mlp_width=raw.pop("intermediate_size"),
+        window=window,
+        activation=ACTIVATIONS[activation],
+        norm_eps=raw.pop("rms_norm_eps"),
+        norm_offset=1.0 if gemma else 0.0,
+        post_norms=gemma,
+        qk_norm=gemma or family == "qwen3",
+        qkv_bias=family == "qwen2",
+        query_scale=raw.pop("query_pre_attn_scalar") ** -0.5 if gemma else None,
+        **ropes,
+    )
+    fields = {
+        "vocab_size": raw.pop("vocab_size"),
+        "num_layers": depth,
+        "block": block,
+        "tie_embeddings": raw.pop("tie_word_embeddings"),
+        "embed_scale": width**0.5 if gemma else 1.0,
+        "windowed": windowed,
+    }
+    # What is left and switched on would change the function, and is not implemented.
+    for name, value in raw.items():
+        if name not in NEUTRAL and value not in (None, False, 0, {}, []):
+            raise ValueError(f"{source}: the setting {name!r} = {value!r} is not supported.")
+    return DecoderConfig(**{**fields, **overrides})
+
+
+def _with_defaults(settings: dict[str, Any], source: str) -> dict[str, Any]:
+    """Complete settings by the family's defaults, older spellings turned into today's."""
+    from transformers import AutoConfig  # here, since it takes seconds
+
+    try:
+        return AutoConfig.for_model(**settings).to_dict()
+    except Exception as error:  # whatever its validation raises
+        raise ValueError(f"{source} is no valid {settings['model_type']} config: {' '.join(str(error).split())}.") from error
+
+
+def _windows(raw: dict[str, Any], depth: int, source: str) -> tuple[tuple[bool, ...], int | None]:
+    kinds, window = raw.pop("layer_types", None) or ["full_attention"] * depth, raw.pop("sliding_window", None)
+    unknown = set(kinds) - {"full_attention", "sliding_attention"}
+    if unknown or len(kinds) != depth:
+        raise ValueError(f"{source}: the setting 'layer_types' of {len(kinds)} layers, {sorted(set(kinds))}, is not supported.")
+    windowed = tuple(kind == "sliding_attention" for kind in kinds)
+    if any(windowed):
+        return windowed, window
+    if window is not None:
+        raise ValueError(f"{source}: the setting 'sliding_window' = {window} without layers that have it is not supported.")
+    return (), None
+
+
+def _ropes(raw: dict[str, Any], source: str) -> dict[str, Any]:
+    """Take the rotary settings: one for all layers, or one for each kind of layer."""
+    rope = raw.pop("rope_parameters")
+    if "full_attention" not in rope:
+        theta, scaling = _rope(rope, source)
+        return {"rope_theta": theta, "rope_scaling": scaling}
+    theta, scaling = _rope(rope["full_attention"], source)
+    window_theta, window_scaling = _rope(rope["sliding_attention"], source)
+    if window_scaling is not None:
+        raise ValueError(f"{source}: scaled rotary positions in layers with a window are not supported.")
+    return {"rope_theta": theta, "rope_scaling": scaling, "window_rope_theta": window_theta}
+
+
+def _rope(settings: dict[str, Any], source: str) -> tuple[float, RopeScaling | None]:
+    settings = dict(settings)
+    theta, kind = float(settings.pop("rope_theta")), settings.pop("rope_type", "default")
+    names = {"factor": "factor", "low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor",
+             "original_max_position_embeddings": "original_length"}  # fmt: skip
+    known = {"default": 0, "linear": 1, "llama3": 4}
+    if kind not in known:
+        raise ValueError(f"{source}: rotary positions of type {kind!r} are not supported, only {', '.join(known)}.")
+    fields = {names[name]: settings.pop(name) for name in list(names)[: known[kind]] if name in settings}
+    if settings:
+        raise ValueError(f"{source}: the setting {next(iter(settings))!r} of {kind} rotary positions is not supported.")
+    return theta, RopeScaling(kind, **fields) if fields else None
+
+
+class Tensor(NamedTuple):
+    """One parameter, or one layer's part of it, here and in a checkpoint; a matrix is stored [out, in] there.
+
+    Attributes:
+      path: of our parameter within a `Decoder`.
+      layer: which part of a stacked parameter; None for a parameter outside the layers.
+      name: in the checkpoint, after the prefix of the language model.
+    """
+
+    path: str
+    layer: int | None
+    name: str
+    theirs: tuple[int, ...]
+    ours: tuple[int, ...]
+    transposed: bool
+
+    def read(self, tensor: np.ndarray) -> np.ndarray:
+        """Return a checkpoint's tensor as ours; a view."""
+        return (tensor.T if self.transposed else tensor).reshape(self.ours)
+
+    def write(self, array: np.ndarray) -> np.ndarray:
+        """Undo `read`."""
+        return np.ascontiguousarray(array.reshape(self.theirs[::-1]).T) if self.transposed else array.reshape(self.theirs)
+
+
+def table(c: DecoderConfig) -> Iterator[Tensor]:
+    """List the tensors of a checkpoint of this config."""
+    b, vocab = c.block, c.vocab_size
+    width, heads, kv_heads, dim, mlp = b.width, b.heads, b.kv_heads, b.head_dim, b.mlp_width
+
+    def vector(path: str, name: str, *shape: int) -> Tensor:
+        return Tensor(path, None, name, (math.prod(shape),), shape, False)
+
+    def matrix(path: str, name: str, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Tensor:
+        return Tensor(path, None, name, (math.prod(outputs), math.prod(inputs)), (*inputs, *outputs), True)
+
+    yield Tensor("embed", None, "embed_tokens.weight", (vocab, width), (vocab, width), False)
+    yield vector("norm/scale", "norm.weight", width)
+    if not c.tie_embeddings:
+        yield matrix("head", "lm_head.weight", (width,), (vocab,))
+    layer = [
+        vector("attn_norm/scale", "input_layernorm.weight", width),
+        matrix("attn/q", "self_attn.q_proj.weight", (width,), (heads, dim)),
+        matrix("attn/k", "self_attn.k_proj.weight", (width,), (kv_heads, dim)),
+        matrix("attn/v", "self_attn.v_proj.weight", (width,), (kv_heads, dim)),
+        matrix("attn/o", "self_attn.o_proj.weight", (heads, dim), (width,)),
+        vector("mlp_norm/scale", f"{'pre_feedforward' if b.post_norms else 'post_attention'}_layernorm.weight", width),
+        matrix("mlp/gate_proj", "mlp.gate_proj.weight", (width,), (mlp,)),
+        matrix("mlp/up", "mlp.up_proj.weight", (width,), (mlp,)),
+        matrix("mlp/down", "mlp.down_proj.weight", (mlp,), (width,)),
+    ]
+    if b.post_norms:
+        layer.append(vector("attn_post_norm/scale", "post_attention_layernorm.weight", width))
+        layer.append(vector("mlp_post_norm/scale", "post_feedforward_layernorm.weight", width))
+    if b.qk_norm:
+        layer += [vector(f"attn/{x}_norm/scale", f"self_attn.{x}_norm.weight", dim) for x in "qk"]
+    if b.qkv_bias:
+        counts = (("q", heads), ("k", kv_heads), ("v", kv_heads))
+        layer += [vector(f"attn/{x}_bias", f"self_attn.{x}_proj.bias", count, dim) for x, count in counts]
+    for i in range(c.num_layers):
+        for t in layer:
+            yield t._replace(path=f"stack/blocks/{t.path}", layer=i, name=f"layers.{i}.{t.name}")
