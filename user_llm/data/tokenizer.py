@@ -1,14 +1,19 @@
 """Text to token ids and back: a checkpoint's own tokenizer, or a byte-level BPE trained on a dataset's text.
 
 Both are one `tokenizers.Tokenizer` underneath. Special tokens are never added by `encode`, and a title that reads
-"<eos>" is text like any other; whoever builds a prompt puts their ids where they belong. Left out: chat templates.
+"<eos>" is text like any other; whoever builds a prompt puts their ids where they belong, and `chat` does so by the
+checkpoint's own template. Left out: images and other parts of a message that are no text.
 """
 
 import dataclasses
+import functools
 import json
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
+import jinja2
 import numpy as np
 import tokenizers
 from etils import epath
@@ -16,6 +21,7 @@ from jaxtyping import Int
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 SPECIALS = ("<pad>", "<bos>", "<eos>")
+GUARD = 0xF0000  # first of 65,534 private-use characters, which stand for what only looks like special tokens
 MIN_BPE_VOCAB = len(SPECIALS) + 256  # one token per byte, so that any text can be encoded
 
 
@@ -26,12 +32,18 @@ class Tokenizer:
     Attributes:
       bos_id, eos_id: None where the model has no such token.
       pad_id: 0 where the model names none; padding is masked, so any id would do.
+      stop_ids: tokens that end a text: those of generation_config.json, else `eos_id` if there is one.
+      special_tokens: texts of the special tokens by role, such as {"eos_token": "</s>"}, for the chat template.
+      chat_template: Jinja template of a conversation; None where the checkpoint has none.
     """
 
     backend: tokenizers.Tokenizer
     bos_id: int | None
     eos_id: int | None
     pad_id: int
+    stop_ids: tuple[int, ...] = ()
+    special_tokens: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    chat_template: str | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -45,6 +57,65 @@ class Tokenizer:
     def decode(self, ids: Sequence[int] | Int[np.ndarray, "T"]) -> str:
         """Return the text of `ids`; special tokens are left out."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any) -> list[int]:
+        """Return the ids of a conversation, as the checkpoint's template writes it.
+
+        Special tokens are those of the template: what a message holds is text, even if it reads "<|im_end|>". Added tokens
+        that the checkpoint does not call special, such as Qwen3's <think>, are parsed wherever they stand.
+
+        Args:
+          messages: such as {"role": "user", "content": "Hello"}.
+          add_generation_prompt: end where the assistant's answer begins.
+          variables: of the template, such as enable_thinking=False.
+
+        Raises:
+          ValueError: a tokenizer without a template, or messages that its template refuses.
+        """
+        if self.chat_template is None:
+            raise ValueError("This tokenizer has no chat template: build the prompt from `encode` and special ids.")
+        from transformers.utils import chat_template_utils  # here, since it takes seconds
+
+        given = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        try:
+            rendered = chat_template_utils.render_jinja_template(
+                [self._guarded(given)], chat_template=self.chat_template, add_generation_prompt=add_generation_prompt,
+                **{**self.special_tokens, **self._guarded(variables)},
+            )[0][0]  # fmt: skip
+        except jinja2.TemplateError as error:
+            raise ValueError(f"The chat template refuses these messages: {error}.") from error
+        ids = []
+        for part in re.split(f"([{self._guards}])", rendered):
+            if re.fullmatch(f"[{self._guards}]", part):
+                ids += self.encode(self._specials[ord(part) - GUARD])
+            elif part:
+                ids += self._parsing.encode(part, add_special_tokens=False).ids
+        return ids
+
+    def _guarded(self, value: Any) -> Any:
+        """Replace each special token in all texts of a message by one character, which no template can cut apart."""
+        if isinstance(value, str):
+            special = "|".join(map(re.escape, self._specials)) or "(?!)"
+            plain = re.sub(f"[{self._guards}]", "", value)
+            return re.sub(special, lambda match: chr(GUARD + self._specials.index(match[0])), plain)
+        if isinstance(value, Mapping):
+            return {key: self._guarded(item) for key, item in value.items()}
+        return [self._guarded(item) for item in value] if isinstance(value, list | tuple) else value
+
+    @functools.cached_property
+    def _specials(self) -> list[str]:
+        """Texts of the special tokens, the longer before those that they begin with."""
+        added = self.backend.get_added_tokens_decoder().values()
+        return sorted((token.content for token in added if token.special), key=len, reverse=True)
+
+    @property
+    def _guards(self) -> str:
+        return f"{chr(GUARD)}-{chr(GUARD + len(self._specials))}"
+
+    @functools.cached_property
+    def _parsing(self) -> tokenizers.Tokenizer:
+        """A backend of its own that reads special tokens as such, since threads may share the other."""
+        return tokenizers.Tokenizer.from_str(self.backend.to_str())  # what `_wrap` sets is not stored
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, directory: str | os.PathLike) -> Tokenizer:
@@ -94,25 +165,46 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_str(file.read_text())
     except Exception as error:  # the library raises nothing more precise
         raise ValueError(f"{file} is no tokenizer: {error}.") from error
-    names: dict = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (path / name).exists():
-            names |= json.loads((path / name).read_text())
-    return _wrap(backend, names)
+    settings = _settings(path / "special_tokens_map.json") | _settings(path / "tokenizer_config.json")
+    if (path / "chat_template.jinja").exists():
+        settings["chat_template"] = (path / "chat_template.jinja").read_text()
+    return _wrap(backend, settings, _settings(path / "generation_config.json").get("eos_token_id"))
 
 
-def _wrap(backend: tokenizers.Tokenizer, names: dict) -> Tokenizer:
-    """Look up the ids of the special tokens that Hugging Face's settings name."""
+def _settings(file: epath.Path) -> dict:
+    """Return what a JSON file holds; nothing if there is none."""
+    if not file.exists():
+        return {}
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}, line {error.lineno}: not valid JSON: {error.msg}.") from error
 
-    def token_id(role: str) -> int | None:
-        token = names.get(role)
-        if isinstance(token, dict):  # an AddedToken, as older versions write it
-            token = token["content"]
-        return None if token is None else backend.token_to_id(token)
 
+def _wrap(backend: tokenizers.Tokenizer, settings: dict, stop_ids: int | list[int] | None = None) -> Tokenizer:
+    """Look up the ids of the special tokens that Hugging Face's settings name, and the chat template."""
+    special = {}
+    for role, token in settings.items():
+        text = token["content"] if isinstance(token, dict) and "content" in token else token  # an AddedToken of older versions
+        if role.endswith("_token") and isinstance(text, str):
+            special[role] = text
+    bos_id, eos_id, pad_id = (
+        backend.token_to_id(special[role]) if role in special else None for role in ("bos_token", "eos_token", "pad_token")
+    )
+    if stop_ids is None:
+        stop_ids = [] if eos_id is None else [eos_id]
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = {named["name"]: named["template"] for named in template}
+    if isinstance(template, dict):
+        template = template.get("default")
     backend.encode_special_tokens = True  # means: as ordinary text
-    pad_id = token_id("pad_token")
-    return Tokenizer(backend, token_id("bos_token"), token_id("eos_token"), 0 if pad_id is None else pad_id)
+    return Tokenizer(
+        backend, bos_id, eos_id, 0 if pad_id is None else pad_id,
+        stop_ids=(stop_ids,) if isinstance(stop_ids, int) else tuple(stop_ids),
+        special_tokens=special,
+        chat_template=template,
+    )  # fmt: skip
 
 
 def _load_with_transformers(path: epath.Path) -> Tokenizer:
@@ -122,7 +214,9 @@ def _load_with_transformers(path: epath.Path) -> Tokenizer:
         loaded = transformers.AutoTokenizer.from_pretrained(os.fspath(path))
     except (OSError, ValueError) as error:
         raise ValueError(f"No tokenizer at {path}: a tokenizer.json or a known tokenizer is needed.") from error
-    return _wrap(
-        loaded.backend_tokenizer,
-        {"bos_token": loaded.bos_token, "eos_token": loaded.eos_token, "pad_token": loaded.pad_token},
-    )
+    try:
+        stop_ids = transformers.GenerationConfig.from_pretrained(os.fspath(path)).eos_token_id
+    except OSError:  # there is none
+        stop_ids = None
+    settings = {**loaded.special_tokens_map, "chat_template": loaded.chat_template}
+    return _wrap(loaded.backend_tokenizer, settings, stop_ids)
