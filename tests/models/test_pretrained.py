@@ -162,10 +162,9 @@ def test_stories260k_continues_once_upon_a_time(models_dir):
     path = models_dir / "stories260K"
     config, tokenizer = decoder_config(path, unroll=True), load_tokenizer(path)
     graphdef, _ = trees.abstract(lambda: Decoder(config, rngs=nnx.Rngs(params=0)))
-    prompt = np.array([[tokenizer.bos_id, *tokenizer.encode("Once upon a time")]])
-    params, lengths = load_decoder(path, config), np.array([prompt.shape[1]])
-    tokens = generate(graphdef, params, prompt, lengths, max_tokens=60, eos_id=tokenizer.eos_id)
-    text = tokenizer.decode([*prompt[0].tolist(), *tokens[0].tolist()])
+    prompt = [tokenizer.bos_id, *tokenizer.encode("Once upon a time")]
+    written = generate(graphdef, load_decoder(path, config), [prompt], max_tokens=60, stop_ids=tokenizer.stop_ids)
+    text = tokenizer.decode([*prompt, *written.rows()[0]])
     assert text.startswith(
         "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "
         "One day, she saw a big, red ball."

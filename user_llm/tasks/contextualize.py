@@ -22,9 +22,10 @@ from user_llm.data.pipeline import ExampleConfig, HistoryBatch, Windows, context
 from user_llm.data.prompts import NextItemPrompts, pad_rows
 from user_llm.evals.evaluator import rank_listed, rank_targets
 from user_llm.evals.ranking import Ranks, result_rows
-from user_llm.models.generate import Trie, beam_search
+from user_llm.models.beam_search import beam_search
 from user_llm.models.pretrained import decoder_config as pretrained_config
 from user_llm.models.pretrained import load_decoder
+from user_llm.models.trie import Trie
 from user_llm.models.user_llm import UserLLM, UserLLMConfig
 from user_llm.nn.cross_attention import CrossAttentionConfig
 from user_llm.nn.losses import chunked_cross_entropy

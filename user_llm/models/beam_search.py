@@ -1,0 +1,257 @@
+"""Beam search: texts that end where they like, and the titles of a catalogue, which a trie holds.
+
+Both are one loop over beams that lie side by side over one prompt (`models/prefill.py`); they differ in how the beams of a
+step are extended. Left out: beams in groups, beams that are sampled.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from user_llm.common.trees import Params, merge
+from user_llm.models.decoder import Decoder
+from user_llm.models.prefill import Prompts, bucket, check_user, lane_mask, lane_positions, pad_prompts, prefill
+from user_llm.models.trie import Trie
+from user_llm.nn.cross_attention import UserKV
+
+
+def _search(
+    decoder: Decoder,
+    prompts: Array,
+    lengths: Int[Array, "B"],
+    user: UserKV | None,
+    *,
+    beams: int,
+    steps: int,
+    start: Callable[[Array], tuple[Array, Array, Any]],
+    extend: Callable[[Array, Any, Array], tuple[Array, Array, Any]],
+    unfinished: Callable[[Array, Any], Array],
+) -> Any:
+    """Read and extend the beams of each row until they are finished; return their last state.
+
+    Args:
+      beams: of each row.
+      steps: most calls of `extend`.
+      start: from the first token's logits [B, V] to what `extend` returns.
+      extend: from the tokens written so far, the state and the logits [B, beams, V] to the beam of origin and the last token
+        of each beam, [B, beams], and the state.
+      unfinished: from the tokens written so far and the state to whether to go on.
+    """
+    hidden, cache = prefill(decoder, prompts, lengths, user, steps * beams)
+    batch, prompt_slots = prompts.shape[:2]
+    lane = jnp.arange(beams)
+    key_positions = lane_positions(lengths, prompt_slots, steps, beams)
+
+    def advance(carry):
+        step, token, state, past, cache = carry
+        past = past.at[:, :, step].set(lane)
+        hidden, cache = decoder(
+            decoder.embed_tokens(token),
+            mask=lane_mask(lengths, prompt_slots, past, beams),
+            positions=jnp.broadcast_to((lengths + step)[:, None], (batch, beams)),
+            key_positions=key_positions,
+            cache=cache,
+            slots=jnp.broadcast_to(prompt_slots + step * beams + lane, (batch, beams)),
+            user=user,
+        )
+        origin, token, state = extend(step + 1, state, decoder.logits(hidden))
+        return step + 1, token, state, jnp.take_along_axis(past, origin[..., None], axis=1), cache
+
+    _, token, state = start(decoder.logits(hidden))
+    past = jnp.full((batch, beams, steps), -1, jnp.int32)
+    carry = (jnp.int32(0), token, state, past, cache)
+    return jax.lax.while_loop(lambda carry: unfinished(carry[0] + 1, carry[2]), advance, carry)[2]
+
+
+class Hypotheses(NamedTuple):
+    """The beams of each row, best first.
+
+    Attributes:
+      tokens: of each text, PAD (0) after its end.
+      lengths: tokens of each text, the stop token included; 0 where there are fewer texts than beams.
+      scores: sum of log-probs / length ** length_penalty; -inf where there is no text.
+    """
+
+    tokens: Int[Array | np.ndarray, "B beams T"]
+    lengths: Int[Array | np.ndarray, "B beams"]
+    scores: Float[Array | np.ndarray, "B beams"]
+
+
+class _Texts(NamedTuple):
+    """Texts that go on and texts that have ended, both best first, the latter -inf where there are too few.
+
+    `closed` rows accept no more texts.
+    """
+
+    live: Int[Array, "B beams T"]
+    live_score: Float[Array, "B beams"]
+    done: Hypotheses
+    closed: Bool[Array, "B"]
+
+
+def _extend_texts(
+    written: Int[Array, ""],
+    texts: _Texts,
+    logits: Float[Array, "B beams V"],
+    *,
+    stop_ids: Int[Array, "stops"],
+    length_penalty: float,
+    max_tokens: int,
+) -> tuple[Int[Array, "B beams"], Int[Array, "B beams"], _Texts]:
+    batch, beams, vocab = logits.shape
+    total = (texts.live_score[..., None] + jax.nn.log_softmax(logits)).reshape(batch, -1)
+    # So many that `beams` are left to go on even if all the others end.
+    score, index = jax.lax.top_k(total, min(beams * (1 + len(stop_ids)), beams * vocab))
+    origin, token = index // vocab, index % vocab
+    tokens = jnp.take_along_axis(texts.live, origin[..., None], axis=1).at[:, :, written].set(token)
+    stops = (token[..., None] == stop_ids).any(-1)
+    length = written + 1
+    penalty = length.astype(jnp.float32) ** length_penalty
+
+    # A text ends only where it is among the best `beams` of its step.
+    ends = (stops | (length == max_tokens)) & (jnp.arange(score.shape[1]) < beams) & ~texts.closed[:, None]
+    ending = Hypotheses(tokens, jnp.full_like(token, length), jnp.where(ends, score / penalty, -jnp.inf))
+    merged = jax.tree.map(lambda old, new: jnp.concatenate([old, new], axis=1), texts.done, ending)
+    done = _take(merged, jax.lax.top_k(merged.scores, beams)[1])
+
+    live_score, best = jax.lax.top_k(jnp.where(stops, -jnp.inf, score), beams)
+    origin, token, live = _take((origin, token, tokens), best)
+    closed = texts.closed | (live_score[:, 0] / penalty <= done.scores[:, -1])
+    return origin, token, _Texts(live, live_score, done, closed)
+
+
+def _take(tree: Any, index: Int[Array, "B beams"]) -> Any:
+    """Gather along the second axis of all arrays."""
+    return jax.tree.map(lambda a: jnp.take_along_axis(a, jnp.expand_dims(index, range(2, a.ndim)), axis=1), tree)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "beams", "room"))
+def _beam_texts(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    prompts: Array,
+    lengths: Int[Array, "B"],
+    user: UserKV | None,
+    stop_ids: Int[Array, "stops"],
+    length_penalty: float,
+    max_tokens: int,
+    *,
+    beams: int,
+    room: int,
+) -> Hypotheses:
+    batch = prompts.shape[0]
+    extend = functools.partial(_extend_texts, stop_ids=stop_ids, length_penalty=length_penalty, max_tokens=max_tokens)
+    empty = jnp.zeros((batch, beams, room), jnp.int32)
+    nothing = jnp.full((batch, beams), -jnp.inf)
+    # All beams but one start impossible, or all would be the same.
+    first = _Texts(
+        live=empty,
+        live_score=nothing.at[:, 0].set(0.0),
+        done=Hypotheses(empty, jnp.zeros((batch, beams), jnp.int32), nothing),
+        closed=jnp.zeros(batch, bool),
+    )
+    done = _search(
+        merge(graphdef, params), prompts, lengths, user, beams=beams, steps=room,
+        start=lambda logits: extend(jnp.int32(0), first, jnp.broadcast_to(logits[:, None], (batch, beams, logits.shape[-1]))),
+        extend=extend,
+        unfinished=lambda written, texts: (written < max_tokens) & ~texts.closed.all(),
+    ).done  # fmt: skip
+    real = done.scores > -jnp.inf
+    return Hypotheses(jnp.where(real[..., None], done.tokens, 0), jnp.where(real, done.lengths, 0), done.scores)
+
+
+def beam_generate(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    prompts: Prompts,
+    *,
+    beams: int,
+    max_tokens: int,
+    lengths: Sequence[int] | None = None,
+    stop_ids: Sequence[int] = (),
+    length_penalty: float = 1.0,
+    user: UserKV | None = None,
+) -> Hypotheses:
+    """Continue each prompt by the `beams` best texts that beam search finds.
+
+    This is `num_beams` of Hugging Face transformers, with its default early stopping: a text that ends with a stop token is
+    set aside, `beams` others go on, and a row is closed when its worst text set aside is at least as good as the best that
+    goes on, at its present length. A row that stops so has lost nothing at a `length_penalty` of 0 or below, where texts only
+    grow worse; above, a text might have grown better. What still goes on at `max_tokens` ends there.
+
+    Args:
+      beams: texts of each row.
+      length_penalty: exponent of the length that a text's log-prob is divided by; above 0 favours long texts.
+
+    All other arguments and errors as in `generate`.
+    """
+    if beams < 1 or max_tokens < 1:
+        raise ValueError(f"beams {beams} and max_tokens {max_tokens} must be at least 1.")
+    table, sizes = pad_prompts(prompts, lengths)
+    check_user(user, len(sizes))
+    found = _beam_texts(
+        graphdef, params, table, sizes, user, jnp.asarray(stop_ids, jnp.int32), length_penalty, max_tokens,
+        beams=beams, room=bucket(max_tokens),
+    )  # fmt: skip
+    tokens, written, scores = jax.device_get(found)
+    return Hypotheses(tokens[..., :max_tokens], written, scores)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "beams"))
+def beam_search(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    prompts: Int[Array, "B T"] | Float[Array, "B T D"],
+    lengths: Int[Array, "B"],
+    trie: Trie,
+    *,
+    beams: int,
+    user: UserKV | None = None,
+) -> tuple[Int[Array, "B beams"], Float[Array, "B beams"]]:
+    """Return the likeliest items of each row and the log-probs of their titles, best first; item 0 at -inf if too few.
+
+    A title's log-prob is the sum of its tokens' under the model's softmax over the whole vocabulary: the trie chooses
+    what is scored and changes no score. With as many beams as titles the result is exact.
+
+    Args:
+      graphdef: of a `Decoder`.
+      params: of the same.
+      prompts: right-padded tokens, or embeddings where a prompt holds more than tokens.
+      lengths: of the prompts, at least 1.
+      trie: of the titles.
+      beams: titles of each row.
+      user: K/V of each row's user.
+    """
+
+    def extend(_, state, logits, fanout=trie.fanout):
+        node, score = state
+        child, log_prob = trie.expand(node, logits, fanout)
+        origin, node, score = _best(child, score[..., None] + log_prob, beams)
+        return origin, trie.token[node], (node, score)
+
+    root = (jnp.zeros((prompts.shape[0], 1), jnp.int32), jnp.zeros((prompts.shape[0], 1)))
+    node, score = _search(
+        merge(graphdef, params), prompts, lengths, user, beams=beams, steps=trie.depth,
+        start=lambda logits: extend(0, root, logits[:, None], trie.root_fanout),
+        extend=extend,
+        unfinished=lambda written, state: (written < trie.depth) & ((trie.item[state[0]] == 0) & (state[1] > -jnp.inf)).any(),
+    )  # fmt: skip
+    return jnp.where(score > -jnp.inf, trie.item[node], 0), score
+
+
+def _best(
+    child: Int[Array, "B R C"], score: Float[Array, "B R C"], beams: int
+) -> tuple[Int[Array, "B beams"], Int[Array, "B beams"], Float[Array, "B beams"]]:
+    """Return the beam of origin, node and score of each row's best candidates, with -inf where there are too few."""
+    batch, _, fanout = child.shape
+    missing = max(beams - child[0].size, 0)
+    flat = jnp.pad(score.reshape(batch, -1), ((0, 0), (0, missing)), constant_values=-jnp.inf)
+    score, index = jax.lax.top_k(flat, beams)
+    node = jnp.take_along_axis(jnp.pad(child.reshape(batch, -1), ((0, 0), (0, missing))), index, axis=1)
+    return index // fanout, node, score
