@@ -1,7 +1,7 @@
 """Drawing the next token: temperature, top-k, top-p and min-p, for each row of a batch its own.
 
-The filters mean what they mean in Hugging Face transformers, except that ties at a threshold are all kept there by top-k
-and min-p alone. Left out: penalties on repetition, typical sampling.
+The filters mean what they mean in Hugging Face transformers, but for tokens that tie at top-p's threshold: they are all kept
+here, and some of them there. Left out: penalties on repetition, typical sampling.
 """
 
 import dataclasses
