@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 # What never decays: gates, norms, biases, embeddings, latents and other tables.
 DECAY = (
-    (r"(gate|mlp_gate|scale|latents|recency|position)$", False),
+    (r"(gate|mlp_gate|scale|latents|recency|position|bias)$", False),
     (r"(^|/)(item|items|embed)$", False),
     (r"(^|/)features/", False),
     (r".*", True),
@@ -25,8 +25,18 @@ SHARDING = (
     (r".*", ()),
 )
 
-# The strategies of contextualization: what trains. More are added as rule lists, not as code.
-FULL = ((r"^encoder/heads/", False), (r".*", True))
+# The strategies of contextualization: what trains, and whether the LLM gets low-rank adapters. The paper's names are full,
+# LoRA, Enc and Proj; which parts each of them trains follows the followers of the paper.
+ITS_HEADS = (r"^encoder/heads/", False)  # the encoder's heads are of use in pretraining alone
+USER_SIDE = (r"^decoder/stack/cross/", True)
+BARE_LLM = (r"^decoder/", False)
+STRATEGIES = {
+    "all": {"adapters": False, "trainable": ((r".*", True),)},
+    "full": {"adapters": False, "trainable": (ITS_HEADS, (r".*", True))},
+    "lora": {"adapters": True, "trainable": (ITS_HEADS, USER_SIDE, (r"/lora/", True), BARE_LLM, (r".*", True))},
+    "enc": {"adapters": False, "trainable": (ITS_HEADS, USER_SIDE, BARE_LLM, (r".*", True))},
+    "proj": {"adapters": False, "trainable": (USER_SIDE, BARE_LLM, (r"^encoder/", False), (r".*", True))},
+}
 
 # The pretrained encoder moves slowly, the gates, which start shut, quickly.
 CONTEXTUAL_LEARNING_RATES = ((r"^encoder/", 0.1), (r"cross/gate$", 10.0), (r".*", 1.0))
@@ -34,10 +44,45 @@ CONTEXTUAL_LEARNING_RATES = ((r"^encoder/", 0.1), (r"cross/gate$", 10.0), (r".*"
 # Where each part of a contextualized LLM starts from.
 LOAD = (
     (r"^encoder/", "pretrain_encoder"),
-    (r"^decoder/stack/cross/", "fresh"),
+    (r"^decoder/stack/cross/|/lora/", "fresh"),
     (r"^decoder/", "pretrain_lm"),
     (r".*", "fresh"),
 )
+
+# Open LLMs by name: the model on the hub, and what its config.json says, so that shapes are known without a download. The
+# settings are those of the models' pages on huggingface.co; what is not said here is the family's default in transformers.
+GEMMA3 = {
+    "model_type": "gemma3_text", "vocab_size": 262_144, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256,
+    "query_pre_attn_scalar": 256, "sliding_window": 512, "rope_theta": 1e6, "rope_local_base_freq": 1e4, "rms_norm_eps": 1e-6,
+    "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 32_768, "tie_word_embeddings": True,
+}  # fmt: skip
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+LLMS = {
+    "gemma3_270m": ("google/gemma-3-270m", GEMMA3 | {
+        "hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18,
+    }),
+    "gemma3_1b": ("google/gemma-3-1b-pt", GEMMA3 | {
+        "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26,
+    }),
+    "qwen3_0_6b": ("Qwen/Qwen3-0.6B", {
+        "model_type": "qwen3", "vocab_size": 151_936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "rope_theta": 1e6, "rms_norm_eps": 1e-6,
+        "hidden_act": "silu", "max_position_embeddings": 40_960, "tie_word_embeddings": True,
+    }),
+    "llama3_2_1b": ("meta-llama/Llama-3.2-1B", {
+        "model_type": "llama", "vocab_size": 128_256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "rope_theta": 5e5, "rope_scaling": LLAMA3_ROPE,
+        "rms_norm_eps": 1e-5, "hidden_act": "silu", "max_position_embeddings": 131_072, "tie_word_embeddings": True,
+    }),
+    "smollm2_135m": ("HuggingFaceTB/SmolLM2-135M", {
+        "model_type": "llama", "vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "rope_theta": 1e5, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+        "max_position_embeddings": 8192, "tie_word_embeddings": True,
+    }),
+}  # fmt: skip
 
 
 def block(width: int, heads: int, mlp_width: int, *, dropout: float) -> dict:
@@ -53,7 +98,7 @@ def optimizer(learning_rate: float, **changes) -> dict:
     """AdamW, `training.optimizer.OptimizerConfig`."""
     return {
         "learning_rate": learning_rate, "warmup_steps": 100, "schedule": "constant", "weight_decay": 0.01, "clip_norm": 1.0,
-        "b1": 0.9, "b2": 0.98, "trainable": ((r".*", True),), "lr_multiplier": ((r".*", 1.0),), "decay": DECAY,
+        "b1": 0.9, "b2": 0.98, "lr_multiplier": ((r".*", 1.0),), "decay": DECAY,
     } | changes  # fmt: skip
 
 
@@ -72,6 +117,9 @@ def base() -> ConfigDict:
         {
             "seed": 0,
             "phases": (),
+            "strategies": STRATEGIES,
+            # Of strategies with adapters. The targets are weights of a layer; rank 8 is the paper's (second-hand).
+            "lora": {"rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": r"attn/(q|k|v|o)|mlp/(gate_proj|up|down)"},
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
             "data": {
                 "source": "movielens",  # or `synthetic`, which needs no dir
@@ -93,7 +141,10 @@ def base() -> ConfigDict:
                 "block": block(128, 2, 256, dropout=0.2),
             },
             "llm": {
-                "checkpoint": "",  # a Hugging Face directory; empty to train a small one in phase pretrain_lm
+                # An open LLM: a directory in Hugging Face layout, or a model's name on the hub. What it is then comes from its
+                # own config.json, and no phase pretrain_lm runs. Empty to train the small one that is described below.
+                "checkpoint": "",
+                "published": {},  # what config.json says, where it is known before a download
                 "vocab_size": 2048,
                 "num_layers": 4,
                 "unroll": True,
@@ -107,6 +158,7 @@ def pretrain_encoder(*, total_steps: int, eval_steps: int, **changes) -> ConfigD
     """Phase 1: the encoder, by next-event prediction over packed histories."""
     return ConfigDict({
         "task": "pretrain_encoder",
+        "strategy": "all",
         "batch": {"window": 200, "rows": 15, "row_length": 200},
         "loss": {"head_weights": {}, "negatives": 0, "chunk": 512},
         "eval": {"max_events": 200, "batch_size": 64, "validation_users": 2000},
@@ -119,6 +171,7 @@ def pretrain_lm(*, total_steps: int, eval_steps: int, **changes) -> ConfigDict:
     """Phase 0: a small decoder on the catalogue's titles and genres, where no checkpoint is given."""
     return ConfigDict({
         "task": "pretrain_lm",
+        "strategy": "all",
         "batch": {"rows": 16, "row_length": 128},
         "loss": {"chunk": 512},
         "eval": {"batches": 4},
@@ -131,6 +184,7 @@ def contextualize(method: str, *, total_steps: int, eval_steps: int, **changes) 
     """Phase 2: the LLM attends to its user's events by cross-attention in every second layer."""
     return ConfigDict({
         "task": "contextualize",
+        "strategy": "full",
         "method": method,
         "batch_size": 8,
         "examples": {"max_events": 200, "targets_per_history": 16, "text_items": 0},
@@ -140,7 +194,7 @@ def contextualize(method: str, *, total_steps: int, eval_steps: int, **changes) 
         "load": LOAD,
         "loss": {"catalogue": 1.0, "text": 0.2, "align": 1.0, "chunk": 512},
         "eval": {"batch_size": 64, "validation_users": 1000, "generate_users": 0, "beams": 10},
-        "optimizer": optimizer(1e-3, trainable=FULL, lr_multiplier=CONTEXTUAL_LEARNING_RATES),
+        "optimizer": optimizer(1e-3, lr_multiplier=CONTEXTUAL_LEARNING_RATES),
         "loop": loop(total_steps, eval_steps, monitor="ndcg@10", patience_evals=8),
     } | changes)  # fmt: skip
 
@@ -161,10 +215,11 @@ def movielens(variant: str, phases: tuple[str, ...]) -> ConfigDict:
     """Return a MovieLens experiment of `phases`: all sizes and steps of both variants, so that its parts stay comparable.
 
     Raises:
-      ValueError: a variant other than `small` (2 CPU cores, some 2,000 users) and `full` (MovieLens-20M, one TPU host).
+      ValueError: a variant other than `small` (2 CPU cores, some 2,000 users), `full` (MovieLens-20M, one TPU host) and `full`
+        with an open LLM in place of the small one that is trained from scratch, by its name in `LLMS`.
     """
     config = base()
-    config.phases = phases
+    config.phases = tuple(name for name in phases if name != "pretrain_lm" or variant not in LLMS)
     if variant == "small":
         # 12 passes over the training events of ml-latest-union, 3,000 a step.
         config.pretrain_encoder = pretrain_encoder(
@@ -180,7 +235,7 @@ def movielens(variant: str, phases: tuple[str, ...]) -> ConfigDict:
         for name in ("user_llm", "text_prompt_10", "text_prompt_50"):
             config[name].optimizer.schedule = "cosine"
             config[name].eval.validation_users = 2000
-    elif variant == "full":
+    elif variant == "full" or variant in LLMS:
         # 6 encoder layers as in the paper (second-hand).
         config.encoder.update(num_layers=6, unroll=False, block=block(256, 4, 768, dropout=0.1))
         config.llm.update(vocab_size=8192, num_layers=12, unroll=False, block=block(512, 8, 1536, dropout=0.1))
@@ -193,6 +248,11 @@ def movielens(variant: str, phases: tuple[str, ...]) -> ConfigDict:
         config.text_prompt_50 = text_prompt(50, total_steps=50_000, eval_steps=1000, max_tokens=640, batch_size=128)
         for name in phases:  # parameters and optimizers stay float32
             config[name].loop.dtype = "bfloat16"
+        if variant in LLMS:
+            config.llm.checkpoint, published = LLMS[variant]
+            config.llm.published = ConfigDict(published)
+            for name in ("user_llm", "text_prompt_10", "text_prompt_50"):
+                config[name].strategy = "lora"
     else:
-        raise ValueError(f"Unknown variant {variant!r}: choose full or small.")
+        raise ValueError(f"Unknown variant {variant!r}: choose full, small or an open LLM: {', '.join(LLMS)}.")
     return config

@@ -33,9 +33,7 @@ def get_config() -> ConfigDict:
         eval_steps=120,
         examples={"max_events": 64, "targets_per_history": 8, "text_items": 0},
         prompt={"instruction": "The next film this user watches:", "max_tokens": 24, "max_title_tokens": 12},
-        optimizer=common.optimizer(
-            3e-3, schedule="cosine", warmup_steps=30, trainable=common.FULL, lr_multiplier=common.CONTEXTUAL_LEARNING_RATES
-        ),
+        optimizer=common.optimizer(3e-3, schedule="cosine", warmup_steps=30, lr_multiplier=common.CONTEXTUAL_LEARNING_RATES),
     )
     config.user_llm.cross.every = 1
     # All three see about 30,700 training targets: 240 x 128, 96 x 32 x 10, 96 x 8 x (about) 40.

@@ -8,11 +8,17 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from flax import nnx
 
+from user_llm.common import mesh as meshes
 from user_llm.common import trees
 from user_llm.data.splits import make_split
 from user_llm.main import BUILDERS
+from user_llm.models.decoder import Decoder
+from user_llm.models.families import config_from_settings
+from user_llm.models.user_llm import UserLLM
 from user_llm.tasks.context import Context
+from user_llm.tasks.contextualize import model_config
 from user_llm.training.loop import LoopConfig
 from user_llm.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer, partition_trainable
 
@@ -43,10 +49,10 @@ def context(request, tmp_path, make_timelines, mesh_of):
 
 def _shapes(context, name, monkeypatch):
     """The task of a phase, and the shapes of its parameters, without what earlier phases would have saved."""
-    monkeypatch.setattr(trees, "init", lambda create: trees.abstract(create)[1])
-    monkeypatch.setattr(Context, "load", lambda self, params, rules: trees.match(rules, params) and params)
+    monkeypatch.setattr(trees, "init", lambda create, place, wanted=None: trees.abstract(create)[1])
+    monkeypatch.setattr(Context, "init", lambda self, create, rules, place: trees.init(create, place))
     task = BUILDERS[context.config[name].task](context.config, name, context)
-    return task, task.init()
+    return task, task.init(None)
 
 
 def test_rules_cover_every_parameter_and_losses_have_gradients(context, monkeypatch):
@@ -54,7 +60,8 @@ def test_rules_cover_every_parameter_and_losses_have_gradients(context, monkeypa
     assert config.phases
     for name in config.phases:
         phase = config[name]
-        loop, optimizer = LoopConfig(**phase.loop), OptimizerConfig(**phase.optimizer)
+        loop = LoopConfig(**phase.loop)
+        optimizer = OptimizerConfig(**phase.optimizer, trainable=config.strategies[phase.strategy].trainable)
         task, params = _shapes(context, name, monkeypatch)
         for rules in (optimizer.decay, optimizer.lr_multiplier, optimizer.trainable, loop.sharding):
             trees.match(rules, params)
@@ -87,5 +94,49 @@ def test_gates_norms_embeddings_and_latents_never_decay(context, monkeypatch):
 def test_an_unknown_variant_is_refused(path):
     if "variant" not in path.read_text():
         pytest.skip("has no variants")
-    with pytest.raises(ValueError, match="Unknown variant 'huge': choose full or small"):
+    with pytest.raises(ValueError, match="Unknown variant 'huge': choose full, small or an open LLM: gemma3_270m"):
         load(path, "huge")
+
+
+# The parameters that the models' pages on huggingface.co give; Qwen3-0.6B's stores its tied table twice, here it counts once
+# (its page: 0.44B without embeddings, here 596,049,920 - 151,936 x 1024 = 440,467,456).
+PUBLISHED = {
+    "gemma3_270m": 268_098_176,
+    "gemma3_1b": 999_885_952,
+    "qwen3_0_6b": 596_049_920,
+    "llama3_2_1b": 1_235_814_400,
+    "smollm2_135m": 134_515_008,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("strategy", ["full", "lora", "enc", "proj"])
+def test_open_llms_have_their_published_sizes_and_rules_for_every_parameter(name, strategy, make_timelines, mesh_of, tmp_path):
+    config = load(ROOT / "configs" / "movielens_xattn.py", name)
+    assert "pretrain_lm" not in config.phases
+    timelines = make_timelines([list(range(1, 101))] * 4)
+    context = Context(config, timelines, make_split(timelines, config.data.split), mesh_of(), epath.Path(tmp_path), {})
+    base = config_from_settings(config.llm.published.to_dict(), name)
+    _, bare = trees.abstract(lambda: Decoder(base, rngs=nnx.Rngs(params=0)))
+    assert trees.count(bare) == PUBLISHED[name]
+
+    config.user_llm.strategy = strategy
+    full = model_config(config, "user_llm", context, base)
+    _, params = trees.abstract(lambda: UserLLM(full, rngs=nnx.Rngs(params=0)))
+    chosen = config.strategies[strategy]
+    phase = config.user_llm
+    for rules in (phase.optimizer.decay, phase.optimizer.lr_multiplier, phase.loop.sharding, phase.load):
+        trees.match(rules, params)
+    trains = {path for path, yes in trees.flatten(trees.match(chosen.trainable, params)).items() if yes}
+    llm = {path for path in trees.flatten(params) if path.startswith("decoder/") and "/cross/" not in path}
+    adapters = {path for path in llm if "/lora/" in path}
+    assert bool(adapters) == (strategy == "lora")
+    assert trains & llm == {"full": llm, "lora": adapters, "enc": set(), "proj": set()}[strategy]
+    assert any(path.startswith("encoder/") for path in trains) == (strategy != "proj")
+    assert {"item_head", "decoder/stack/cross/gate", "resampler/latents"} <= trains
+    sources = trees.flatten(trees.match(phase.load, params))
+    assert {path for path, source in sources.items() if source == "pretrain_lm"} == llm - adapters
+    # Over eight chips every matrix is split.
+    where = trees.flatten(meshes.shardings(phase.loop.sharding, params, mesh_of(fsdp=4, tensor=2)))
+    whole = [path for path in llm - adapters if where[path].is_fully_replicated and trees.flatten(params)[path].size > 2**20]
+    assert not whole

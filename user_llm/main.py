@@ -76,10 +76,16 @@ def run(config: ConfigDict, workdir: epath.Path) -> list[dict]:
         rows = result_rows(ranks, method="popularity", **facts)
         for name in config.phases:
             phase = config[name]
+            if phase.task == "pretrain_lm" and config.llm.checkpoint:
+                logging.info("%s: left out, the LLM is %s", name, config.llm.checkpoint)
+                continue
+            if phase.strategy not in config.strategies:
+                raise ValueError(
+                    f"Unknown strategy {phase.strategy!r} of {name}: choose one of {', '.join(config.strategies)}."
+                )
+            optimizer = OptimizerConfig(**phase.optimizer, trainable=config.strategies[phase.strategy].trainable)
             task = BUILDERS[phase.task](config, name, context)
-            _, found = loop.run(
-                task, LoopConfig(**phase.loop), OptimizerConfig(**phase.optimizer), mesh, workdir / name, config.seed
-            )
+            _, found = loop.run(task, LoopConfig(**phase.loop), optimizer, mesh, workdir / name, config.seed)
             rows += found
     if jax.process_index() == 0:
         (workdir / "results.json").write_text(json.dumps(rows, indent=1))

@@ -137,13 +137,13 @@ def test_greedy_continuations_are_torchs_token_for_token(reference):
     torch, model, path = reference
     config = decoder_config(path, unroll=True)
     graphdef, _ = trees.abstract(lambda: Decoder(config, rngs=nnx.Rngs(params=0)))
-    prompts, lengths = np.random.default_rng(2).integers(3, 50, (2, 9)), np.array([9, 4])
-    ours = generate(graphdef, load_decoder(path, config), prompts, lengths, max_tokens=64, eos_id=None)
-    for row, length in enumerate(lengths):
-        prompt = torch.tensor(prompts[row : row + 1, :length])
+    prompts = [np.random.default_rng(2).integers(3, 50, length).tolist() for length in (9, 4)]
+    ours = generate(graphdef, load_decoder(path, config), prompts, max_tokens=64)
+    for row, tokens in enumerate(prompts):
+        prompt = torch.tensor([tokens])
         options = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         theirs = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
-        np.testing.assert_array_equal(ours[row], theirs[0, length:].numpy())
+        np.testing.assert_array_equal(ours.tokens[row], theirs[0, len(tokens) :].numpy())
 
 
 def test_stories260k_equals_torch(models_dir):

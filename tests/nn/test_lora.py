@@ -45,7 +45,7 @@ def test_an_adapter_by_hand():
 
 
 def test_a_fresh_adapter_changes_nothing_bit_for_bit():
-    params = trees.init(lambda: Stack(ADAPTED, 2, rngs=nnx.Rngs(params=0)))
+    params = trees.init(lambda: Stack(ADAPTED, 2, rngs=nnx.Rngs(params=0)), lambda shapes: None)
     assert sum("/lora/" in path for path in trees.flatten(params)) == 2 * 7
     np.testing.assert_array_equal(_run(ADAPTED, params), _run(PLAIN, _without_adapters(params)))
 

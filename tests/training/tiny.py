@@ -36,10 +36,11 @@ OPTIMIZER = OptimizerConfig(
 )  # fmt: skip
 
 
-def _init():
+def _init(place):
     rng = np.random.default_rng(0)
     shapes = {"embed": (VOCAB, WIDTH), "head": (WIDTH, VOCAB), "frozen": (WIDTH,)}
-    return {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    params = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    return jax.device_put(params, place(params))
 
 
 def _logits(params, tokens, key):

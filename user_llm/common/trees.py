@@ -28,13 +28,23 @@ def merge(graphdef: nnx.GraphDef, params: Params) -> Any:
     return nnx.merge(graphdef, params)
 
 
-def init(create: Callable[[], nnx.Module]) -> Params:
-    """Draw the parameters of a module in one compiled program."""
+def init(create: Callable[[], nnx.Module], place: Callable[[Params], Params], wanted: Params | None = None) -> Params:
+    """Draw the parameters of a module in one compiled program, each in its sharding.
+
+    Args:
+      place: maps a tree of shapes to one of shardings.
+      wanted: a tree of booleans; parameters that are False there are left out, and never drawn.
+    """
+
+    def draw() -> Params:
+        params = split(create())[1]
+        return params if wanted is None else partition(wanted, params)[0]
+
     options: dict[str, Any] = {}
     if jax.default_backend() == "cpu":
         # It runs once: without LLVM's optimisations random initialisers compile far sooner.
         options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    return jax.jit(lambda: split(create())[1], compiler_options=options)()
+    return jax.jit(draw, out_shardings=place(jax.eval_shape(draw)), compiler_options=options)()
 
 
 def abstract(create: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, Params]:

@@ -68,7 +68,6 @@ class Decoder(nnx.Module):
         key_positions: Int[Array, "B S"] | None = None,
         cache: KVCache | None = None,
         slots: Int[Array, "B T"] | None = None,
-        key_positions: Int[Array, "B S"] | None = None,
         user: UserKV | None = None,
         key: Array | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
@@ -81,7 +80,6 @@ class Decoder(nnx.Module):
           key_positions: of each key, for layers with a window; None for `positions`, or with a cache for the slots' numbers.
           cache: from `init_cache`.
           slots: cache slots that `inputs` are written to; None for their positions.
-          key_positions: the position each key slot holds; without sliding windows of no effect.
           user: from `user_kv`; None leaves cross-attention out.
           key: dropout key; None for evaluation.
         """

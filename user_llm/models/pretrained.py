@@ -81,8 +81,8 @@ def load_decoder(
     """Load the weights as the parameters of a `Decoder`; what a checkpoint lacks (cross-attention, adapters) is left out.
 
     Args:
-      shardings: where each parameter goes, in a tree that may hold more; None puts all on the first device. Besides the
-        parameters themselves, host memory holds two tensors at a time.
+      shardings: where each parameter goes; None puts all on the first device. Besides the parameters themselves, host
+        memory holds two tensors at a time.
       dtype: of the parameters, whatever the checkpoint's.
 
     Raises:

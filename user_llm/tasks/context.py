@@ -1,14 +1,17 @@
 """What all phases of a run share: the data, the seed, the mesh, the directory, and the tokenizer."""
 
 import dataclasses
+import functools
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 import jax
 from etils import epath
+from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from user_llm.common import mesh as meshes
 from user_llm.common import trees
 from user_llm.common.checkpoint import load_params
 from user_llm.common.trees import Params, Rules
@@ -16,6 +19,9 @@ from user_llm.data.splits import Split
 from user_llm.data.timelines import Timelines
 from user_llm.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from user_llm.evals.ranking import Ranks, breakdown
+from user_llm.models import pretrained
+from user_llm.models.decoder import DecoderConfig
+from user_llm.nn.transformer import BlockConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +49,25 @@ class Context:
         """(index, count) of this process, for sharing out data."""
         return jax.process_index(), jax.process_count()
 
+    @functools.cached_property
+    def checkpoint(self) -> Path:
+        """The directory of the open LLM, downloaded if need be."""
+        return pretrained.find_checkpoint(self.config.llm.checkpoint)
+
+    def decoder_config(self, vocab_size: int) -> DecoderConfig:
+        """Return the LLM as it comes: the checkpoint's own, or a small one to train from scratch."""
+        llm = self.config.llm
+        if llm.checkpoint:
+            return pretrained.decoder_config(self.checkpoint, unroll=llm.unroll)
+        return DecoderConfig(
+            vocab_size=vocab_size, num_layers=llm.num_layers, block=BlockConfig(**llm.block), tie_embeddings=True,
+            unroll=llm.unroll,
+        )  # fmt: skip
+
     def tokenizer(self) -> Tokenizer:
         """Return the LLM's tokenizer: the checkpoint's own, or BPE trained once on this dataset's titles and genres."""
         if self.config.llm.checkpoint:
-            return load_tokenizer(self.config.llm.checkpoint)
+            return load_tokenizer(self.checkpoint)
         path = self.workdir / "tokenizer"
         if not path.exists():
             phases = [self.config[name] for name in self.config.phases]
@@ -61,20 +82,30 @@ class Context:
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(breakdown(method, ranks, self.timelines), indent=1))
 
-    def load(self, params: Params, rules: Rules) -> Params:
-        """Replace parameters by what earlier phases saved.
+    def init(self, create: Callable[[], nnx.Module], rules: Rules, place: Callable[[Params], Params]) -> Params:
+        """Return a model's parameters, those that start from elsewhere read straight into their shardings.
 
         Args:
-          rules: to the name of a phase, whose own tree is that below the path's first part, or `fresh` to keep the value.
+          rules: to the name of a phase, whose own tree is that below the path's first part; to `checkpoint` for the weights
+            of the open LLM below `decoder`; or to `fresh`. Where a checkpoint is configured it stands in for `pretrain_lm`.
+          place: maps a tree of shapes to one of shardings.
         """
-        sources = trees.match(rules, params)
-        one = meshes.replicated(self.mesh)
-        for phase in sorted(set(trees.flatten(sources).values()) - {"fresh"}):
-            chosen, rest = trees.partition(jax.tree.map(lambda source, phase=phase: source == phase, sources), params)
-            like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one), chosen)
-            for root, subtree in like.items():
-                chosen[root] = load_params(self.workdir / phase / "params", subtree)
-            params = trees.combine(chosen, rest)
+        shapes = trees.abstract(create)[1]
+        instead = {"pretrain_lm": "checkpoint"} if self.config.llm.checkpoint else {}
+        sources = jax.tree.map(lambda source: instead.get(source, source), trees.match(rules, shapes))
+        chosen = lambda name: jax.tree.map(lambda source: source == name, sources)  # noqa: E731
+        params = trees.init(create, place, chosen("fresh"))
+        where = place(shapes)
+        for source in sorted(set(trees.flatten(sources).values()) - {"fresh"}):
+            for root, shardings in trees.partition(chosen(source), where)[0].items():
+                if source == "checkpoint":
+                    config = pretrained.decoder_config(self.checkpoint)
+                    found = pretrained.load_decoder(self.checkpoint, config, shardings=shardings)
+                else:
+                    wanted = trees.partition(chosen(source), shapes)[0][root]
+                    like = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), wanted, shardings)
+                    found = load_params(self.workdir / source / "params", like)
+                params = trees.combine(params, {root: found})
         return params
 
 

@@ -23,24 +23,27 @@ from user_llm.data.prompts import NextItemPrompts, pad_rows
 from user_llm.evals.evaluator import rank_listed, rank_targets
 from user_llm.evals.ranking import Ranks, result_rows
 from user_llm.models.beam_search import beam_search
-from user_llm.models.pretrained import decoder_config as pretrained_config
-from user_llm.models.pretrained import load_decoder
+from user_llm.models.decoder import DecoderConfig
 from user_llm.models.trie import Trie
 from user_llm.models.user_llm import UserLLM, UserLLMConfig
 from user_llm.nn.cross_attention import CrossAttentionConfig
+from user_llm.nn.lora import LoRAConfig
 from user_llm.nn.losses import chunked_cross_entropy
 from user_llm.nn.resampler import ResamplerConfig
 from user_llm.tasks.context import Context
 from user_llm.tasks.pretrain_encoder import encoder_config
-from user_llm.tasks.pretrain_lm import decoder_config, text_loss
+from user_llm.tasks.pretrain_lm import text_loss
 from user_llm.training.task import Batch, Task
 
 
-def model_config(config: ConfigDict, name: str, context: Context, vocab_size: int) -> UserLLMConfig:
-    """Put the parts together: with an encoder if the phase encodes events, else for text prompts alone."""
+def model_config(config: ConfigDict, name: str, context: Context, base: DecoderConfig) -> UserLLMConfig:
+    """Put the parts together: with an encoder if the phase encodes events, else for text prompts alone.
+
+    The LLM gets adapters if the phase's strategy trains them.
+    """
     phase = config[name]
-    llm = config.llm
-    base = pretrained_config(llm.checkpoint, unroll=llm.unroll) if llm.checkpoint else decoder_config(llm, vocab_size)
+    lora = LoRAConfig(**config.lora) if config.strategies[phase.strategy].adapters else None
+    base = dataclasses.replace(base, block=dataclasses.replace(base.block, lora=lora))
     encoder = encoder_config(config.encoder, context.timelines.schema)
     shared: dict[str, Any] = {
         "num_items": encoder.schema.num_items,
@@ -176,17 +179,10 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
     examples = ExampleConfig(**phase.examples)
     windows = Windows(context.split.train_stop, examples.max_events or examples.text_items, context.seed)
     prompts = NextItemPrompts(tokenizer, timelines.catalogue.titles, **phase.prompt)
-    full = model_config(config, name, context, tokenizer.vocab_size)
+    full = model_config(config, name, context, context.decoder_config(tokenizer.vocab_size))
     create = lambda: UserLLM(full, rngs=nnx.Rngs(params=context.seed))  # noqa: E731
     graphdef, _ = trees.abstract(create)
     ranker = Ranker(graphdef, context, prompts, examples, phase.eval.batch_size)
-
-    def init() -> Params:
-        params = context.load(trees.init(create), phase.load)
-        if config.llm.checkpoint:
-            weights = trees.flatten(load_decoder(config.llm.checkpoint, full.decoder))
-            params["decoder"] = trees.replace(params["decoder"], weights)
-        return params
 
     def results(params: Params) -> list[dict]:
         ranks = ranker.by_catalogue(params, "test")
@@ -199,7 +195,7 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
 
     return Task(
         name=name,
-        init=init,
+        init=lambda place: context.init(create, phase.load, place),
         loss=lambda params, batch, key: contextual_loss(trees.merge(graphdef, params), batch, key, **phase.loss),
         train_data=contextual_examples(
             timelines, context.split.train_stop, prompts, examples,

@@ -128,7 +128,7 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
 
     return Task(
         name=name,
-        init=lambda: trees.init(create),
+        init=lambda place: trees.init(create, place),
         loss=lambda params, batch, key: loss(trees.merge(graphdef, params), batch, key),
         train_data=packed_windows(
             timelines, split.train_stop, window=data.window, rows=data.rows, row_length=data.row_length,

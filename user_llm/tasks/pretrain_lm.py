@@ -14,20 +14,11 @@ from ml_collections import ConfigDict
 from user_llm.common import trees
 from user_llm.common.trees import Params
 from user_llm.data.pipeline import packed_text
-from user_llm.models.decoder import Decoder, DecoderConfig
+from user_llm.models.decoder import Decoder
 from user_llm.nn.attention import segment_mask
 from user_llm.nn.losses import chunked_cross_entropy
-from user_llm.nn.transformer import BlockConfig
 from user_llm.tasks.context import Context, catalogue_lines
 from user_llm.training.task import Batch, Task
-
-
-def decoder_config(config: ConfigDict, vocab_size: int) -> DecoderConfig:
-    """Turn a config's `llm` section into a decoder that is trained from scratch."""
-    return DecoderConfig(
-        vocab_size=vocab_size, num_layers=config.num_layers, block=BlockConfig(**config.block),
-        tie_embeddings=True, unroll=config.unroll,
-    )  # fmt: skip
 
 
 def text_loss(decoder: Decoder, hidden: Array, tokens: Array, weights: Array, chunk: int) -> Array:
@@ -59,7 +50,7 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
     train_lines, held_lines = (
         [line for line, out in zip(lines, held_out, strict=True) if out == part] for part in (False, True)
     )
-    model_config = decoder_config(config.llm, tokenizer.vocab_size)
+    model_config = context.decoder_config(tokenizer.vocab_size)
     create = lambda: Decoder(model_config, rngs=nnx.Rngs(params=context.seed))  # noqa: E731
     graphdef, _ = trees.abstract(create)
 
@@ -78,7 +69,7 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
 
     return Task(
         name=name,
-        init=lambda: trees.init(create),
+        init=lambda place: trees.init(create, place),
         loss=loss,
         train_data=stream(train_lines, context.process),
         steps_per_epoch=sum(map(len, train_lines)) / (phase.batch.rows * phase.batch.row_length * context.process[1]),

@@ -181,8 +181,7 @@ def settle_steps(config: LoopConfig, task: Task) -> LoopConfig:
 
 def initial_params(task: Task, config: LoopConfig, mesh: Mesh) -> Params:
     """Return the parameters at step 0, sharded over the mesh."""
-    params = task.init()
-    return jax.device_put(params, meshes.shardings(config.sharding, params, mesh))
+    return task.init(lambda shapes: meshes.shardings(config.sharding, shapes, mesh))
 
 
 def initial_state(

@@ -19,7 +19,7 @@ class Task:
 
     Attributes:
       name: names the phase's directory and log lines.
-      init: () -> parameters, fresh or loaded.
+      init: place -> parameters, fresh or loaded, where `place` maps a tree of their shapes to one of their shardings.
       loss: (params, batch, dropout key) -> (mean loss, scalars to log). Traced; must not depend on anything mutable.
       train_data: endless batches for this process.
       steps_per_epoch: batches, of all processes together, in one pass over the training data, on average.
@@ -29,7 +29,7 @@ class Task:
     """
 
     name: str
-    init: Callable[[], Params]
+    init: Callable[[Callable[[Params], Params]], Params]
     loss: Callable[[Params, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
     train_data: grain.IterDataset
     steps_per_epoch: float
