@@ -7,7 +7,7 @@ from flax import nnx
 
 from user_llm.common import trees
 from user_llm.nn.attention import causal_mask
-from user_llm.nn.lora import LoRAConfig, merge_lora
+from user_llm.nn.lora import LoRA, LoRAConfig, merge_lora
 from user_llm.nn.transformer import BlockConfig, Stack
 
 PLAIN = BlockConfig(width=16, heads=4, kv_heads=2, head_dim=8, mlp_width=24)
@@ -34,8 +34,6 @@ def _without_adapters(params):
 
 def test_an_adapter_by_hand():
     """W x + alpha / rank * B A x of one weight, in numbers."""
-    from user_llm.nn.lora import LoRA
-
     lora = LoRA(LoRAConfig(rank=1, alpha=2.0, dropout=0.0, targets="attn/q"), "attn",
                 {"q": (nnx.Param(np.zeros((2, 1, 2))), 1), "k": (nnx.Param(np.zeros((2, 1, 2))), 1)}, rngs=nnx.Rngs(params=0))  # fmt: skip
     lora.q["a"][...] = np.array([[1.0], [3.0]])
@@ -60,6 +58,12 @@ def test_merged_equals_unmerged(drawn, targets):
     expected = _run(block, params)
     assert np.abs(expected - _run(PLAIN, _without_adapters(params))).max() > 1e-2
     np.testing.assert_allclose(_run(PLAIN, merged), expected, atol=1e-5)
+
+
+def test_the_structure_of_an_adapted_model_is_hashable():
+    """Or no compiled function could take it as a static argument."""
+    graphdef, _ = trees.abstract(lambda: Stack(ADAPTED, 2, rngs=nnx.Rngs(params=0)))
+    assert hash(graphdef) == hash(trees.abstract(lambda: Stack(ADAPTED, 2, rngs=nnx.Rngs(params=0)))[0])
 
 
 def test_only_targets_have_adapters():

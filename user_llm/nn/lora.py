@@ -45,23 +45,22 @@ class LoRA(nnx.Module):
     def __init__(self, config: LoRAConfig, module: str, weights: Mapping[str, tuple[nnx.Param, int]], *, rngs: nnx.Rngs):
         """Adapt those of `weights` that the config targets; each comes with the number of its input dimensions."""
         self.config = config
-        self.inputs = {
-            name: inputs for name, (_, inputs) in weights.items() if re.fullmatch(config.targets, f"{module}/{name}")
-        }
-        for name, inputs in self.inputs.items():
+        self.names = tuple(name for name in weights if re.fullmatch(config.targets, f"{module}/{name}"))
+        for name in self.names:
+            inputs = weights[name][1]
             shape = weights[name][0].shape
             a = linear_param(rngs, (*shape[:inputs], config.rank), fan_in=math.prod(shape[:inputs]))
             setattr(self, name, nnx.data({"a": a, "b": nnx.Param(jnp.zeros((config.rank, *shape[inputs:]), jnp.float32))}))
 
     def __call__(self, name: str, x: Float[Array, "..."], key: Array | None) -> Array | float:
         """Return what the adapter of weight `name` adds to its output for input `x`: 0 where it has none."""
-        if name not in self.inputs:
+        if name not in self.names:
             return 0.0
         if key is not None:
-            key = jax.random.fold_in(key, list(self.inputs).index(name))
+            key = jax.random.fold_in(key, self.names.index(name))
         x = dropout(x, self.config.dropout, key)
         adapter = getattr(self, name)
-        low = jnp.tensordot(x, adapter["a"][...], axes=self.inputs[name])
+        low = jnp.tensordot(x, adapter["a"][...], axes=adapter["a"].ndim - 1)
         return jnp.tensordot(low * (self.config.alpha / self.config.rank), adapter["b"][...], axes=1)
 
 
@@ -70,7 +69,7 @@ def adapters(
 ) -> LoRA | None:
     """Return the adapters of a module, or None where none of its weights is a target."""
     lora = None if config is None else LoRA(config, module, weights, rngs=rngs)
-    return lora if lora is not None and lora.inputs else None
+    return lora if lora is not None and lora.names else None
 
 
 def merge_lora(params: Params, config: LoRAConfig) -> Params:
