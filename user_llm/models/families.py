@@ -4,6 +4,7 @@ A family is a handful of fields of our DecoderConfig, read from what a config.js
 parameters the checkpoint's name, its shape there and its shape here. A setting that the decoder lacks is refused by name.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -192,3 +193,40 @@ def table(c: DecoderConfig) -> Iterator[Tensor]:
     for i in range(c.num_layers):
         for t in layer:
             yield t._replace(path=f"stack/blocks/{t.path}", layer=i, name=f"layers.{i}.{t.name}")
+
+
+def settings_from_config(c: DecoderConfig) -> dict[str, Any]:
+    """Return what a config.json says of a decoder: the inverse of `config_from_settings`.
+
+    Raises:
+      ValueError: a decoder that no family of `FAMILIES` describes, such as one with gated residuals.
+    """
+    b = c.block
+    family = "gemma3_text" if b.post_norms else "qwen2" if b.qkv_bias else "qwen3" if b.qk_norm else "llama"
+    activations = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
+    settings: dict[str, Any] = {
+        "model_type": family, "vocab_size": c.vocab_size, "hidden_size": b.width, "intermediate_size": b.mlp_width,
+        "num_hidden_layers": c.num_layers, "num_attention_heads": b.heads, "num_key_value_heads": b.kv_heads,
+        "head_dim": b.head_dim, "rms_norm_eps": b.norm_eps, "tie_word_embeddings": c.tie_embeddings,
+        "hidden_activation" if family == "gemma3_text" else "hidden_act": activations[b.activation],
+    }  # fmt: skip
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": b.rope_theta}
+    if b.rope_scaling is not None:
+        s = b.rope_scaling
+        rope |= {"rope_type": s.kind, "factor": s.factor}
+        if s.kind == "llama3":
+            rope |= {"low_freq_factor": s.low_freq_factor, "high_freq_factor": s.high_freq_factor,
+                     "original_max_position_embeddings": s.original_length}  # fmt: skip
+    settings["rope_parameters"] = rope
+    if family == "gemma3_text":
+        local = {"rope_type": "default", "rope_theta": b.window_rope_theta}
+        settings["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
+        settings["query_pre_attn_scalar"] = b.head_dim if b.query_scale is None else b.query_scale**-2
+    if any(c.windowed):
+        settings["layer_types"] = ["sliding_attention" if windowed else "full_attention" for windowed in c.windowed]
+        settings |= {"sliding_window": b.window, "use_sliding_window": True}
+    plain = dataclasses.replace(c, cross=None, unroll=False, block=dataclasses.replace(b, lora=None, dropout=0.0))
+    again = config_from_settings(settings, "this decoder")
+    if again != plain:
+        raise ValueError(f"No family of {', '.join(FAMILIES)} describes this decoder: {plain}.")
+    return settings
