@@ -17,15 +17,12 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from user_llm.common import mesh as meshes
-from user_llm.data import audits, movielens, synthetic
-from user_llm.data.splits import Split, make_split
-from user_llm.data.timelines import Timelines
+from user_llm.data import audits
 from user_llm.evals.popularity import popularity_ranks
 from user_llm.evals.ranking import result_rows
 from user_llm.report import write_report
 from user_llm.tasks import contextualize, pretrain_encoder, pretrain_lm
-from user_llm.tasks.context import Context
+from user_llm.tasks.context import open_context
 from user_llm.training import loop
 from user_llm.training.loop import LoopConfig
 from user_llm.training.optimizer import OptimizerConfig
@@ -41,39 +38,16 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment to run.", 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; runs/<config name> by default.")
 
 
-def load_data(config: ConfigDict, workdir: epath.Path) -> tuple[Timelines, Split]:
-    """Read or prepare the dataset and split it.
-
-    Raises:
-      ValueError: no data given, bad data, or a leak between the parts of the split.
-    """
-    data, directory = config.data, config.data.dir
-    if data.source == "synthetic":
-        directory = workdir / "synthetic"
-        if not directory.exists():
-            synthetic.write_movielens(directory, seed=config.seed, **data.synthetic)
-    elif not directory:
-        raise ValueError(
-            "No data: name a MovieLens directory, zip or release by --config.data.dir=..., or run configs/quickstart.py, "
-            "which makes its own."
-        )
-    timelines = movielens.load(directory, workdir / "data", ties=data.ties, seed=config.seed, min_events=data.min_events)
-    return timelines, make_split(timelines, data.split)
-
-
 def run(config: ConfigDict, workdir: epath.Path) -> list[dict]:
     """Run all phases of `config` in `workdir` and return the result rows."""
     config_hash = save_config(config, workdir)
-    timelines, split = load_data(config, workdir)
-    audit = audits.audit(timelines, split)
+    context = open_context(config, workdir, config_hash)
+    audit = audits.audit(context.timelines, context.split)
     (workdir / "audit.json").write_text(json.dumps(audit, indent=1))
-    facts = {"dataset": timelines.name, "seed": config.seed, "split": split.name, "config_hash": config_hash}
-    mesh = meshes.make_mesh(**config.mesh)
-    with jax.set_mesh(mesh):
-        context = Context(config, timelines, split, mesh, workdir, facts)
-        ranks = popularity_ranks(timelines, split, "test")
+    with jax.set_mesh(context.mesh):
+        ranks = popularity_ranks(context.timelines, context.split, "test")
         context.save_breakdown("popularity", "popularity", ranks)
-        rows = result_rows(ranks, method="popularity", **facts)
+        rows = result_rows(ranks, method="popularity", **context.row_facts)
         for name in config.phases:
             phase = config[name]
             if phase.task == "pretrain_lm" and config.llm.checkpoint:
@@ -85,7 +59,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> list[dict]:
                 )
             optimizer = OptimizerConfig(**phase.optimizer, trainable=config.strategies[phase.strategy].trainable)
             task = BUILDERS[phase.task](config, name, context)
-            _, found = loop.run(task, LoopConfig(**phase.loop), optimizer, mesh, workdir / name, config.seed)
+            _, found = loop.run(task, LoopConfig(**phase.loop), optimizer, context.mesh, workdir / name, config.seed)
             rows += found
     if jax.process_index() == 0:
         (workdir / "results.json").write_text(json.dumps(rows, indent=1))

@@ -12,10 +12,12 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from user_llm.common import mesh as meshes
 from user_llm.common import trees
 from user_llm.common.checkpoint import load_params
 from user_llm.common.trees import Params, Rules
-from user_llm.data.splits import Split
+from user_llm.data import movielens, synthetic
+from user_llm.data.splits import Split, make_split
 from user_llm.data.timelines import Timelines
 from user_llm.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from user_llm.evals.ranking import Ranks, breakdown
@@ -107,6 +109,37 @@ class Context:
                     found = load_params(self.workdir / source / "params", like)
                 params = trees.combine(params, {root: found})
         return params
+
+
+def open_context(config: ConfigDict, workdir: epath.Path, config_hash: str) -> Context:
+    """Read or prepare the dataset of a run, split it, and put up the mesh.
+
+    Raises:
+      ValueError: no data given, bad data, or a mesh that does not fit the devices.
+    """
+    timelines, split = load_data(config, workdir)
+    facts = {"dataset": timelines.name, "seed": config.seed, "split": split.name, "config_hash": config_hash}
+    return Context(config, timelines, split, meshes.make_mesh(**config.mesh), workdir, facts)
+
+
+def load_data(config: ConfigDict, workdir: epath.Path) -> tuple[Timelines, Split]:
+    """Read or prepare the dataset and split it.
+
+    Raises:
+      ValueError: no data given, bad data, or a leak between the parts of the split.
+    """
+    data, directory = config.data, config.data.dir
+    if data.source == "synthetic":
+        directory = workdir / "synthetic"
+        if not directory.exists():
+            synthetic.write_movielens(directory, seed=config.seed, **data.synthetic)
+    elif not directory:
+        raise ValueError(
+            "No data: name a MovieLens directory, zip or release by --config.data.dir=..., or run configs/quickstart.py, "
+            "which makes its own."
+        )
+    timelines = movielens.load(directory, workdir / "data", ties=data.ties, seed=config.seed, min_events=data.min_events)
+    return timelines, make_split(timelines, data.split)
 
 
 def catalogue_lines(timelines: Timelines) -> list[str]:

@@ -1,0 +1,148 @@
+"""The way of an open LLM: load -> contextualize by each strategy -> generate -> export -> reload here and in torch."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from flax import nnx
+from safetensors.numpy import load_file
+from test_main import TINY
+
+from configs import quickstart
+from user_llm import export, main
+from user_llm.common import trees
+from user_llm.common.checkpoint import load_params
+from user_llm.data.tokenizer import train_bpe
+from user_llm.models.decoder import Decoder
+from user_llm.models.export import is_bare_llm
+from user_llm.models.generate import generate
+from user_llm.models.pretrained import decoder_config, load_decoder
+from user_llm.models.user_llm import UserLLM
+from user_llm.nn.attention import causal_mask
+from user_llm.tasks.contextualize import user_kv
+
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 8, "max_position_embeddings": 128, "tie_word_embeddings": True,
+}  # fmt: skip
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32}  # fmt: skip
+FAMILIES = {
+    "llama": {"rope_parameters": LLAMA3},
+    "qwen3": {},
+    "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6, "query_pre_attn_scalar": 12},
+}
+STRATEGIES = ("full", "lora", "enc", "proj")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def checkpoint(request, tmp_path_factory):
+    """A tiny random checkpoint of each family, made by transformers, with a tokenizer."""
+    torch = pytest.importorskip("torch", reason="torch is the reference here")
+    transformers = pytest.importorskip("transformers")
+    path = tmp_path_factory.mktemp("checkpoints") / request.param
+    vocab = train_bpe(["The next film this user watches:\n"] * 9, 300, path).vocab_size
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(request.param, vocab_size=vocab, **SIZES | FAMILIES[request.param])
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module", params=STRATEGIES)
+def run(request, checkpoint, tmp_path_factory):
+    """A finished run of a few steps: (checkpoint, strategy, workdir)."""
+    config = quickstart.get_config()
+    config.update_from_flattened_dict({key: value for key, value in TINY.items() if not key.startswith("text_prompt_10")})
+    config.phases = ("pretrain_encoder", "pretrain_lm", "user_llm")
+    config.llm.checkpoint = str(checkpoint)
+    config.user_llm.strategy = request.param
+    workdir = tmp_path_factory.mktemp("run")
+    main.run(config, epath.Path(workdir))
+    assert not (workdir / "pretrain_lm").exists()
+    return checkpoint, request.param, workdir
+
+
+def _logits(config, params, ids):
+    graphdef, _ = trees.abstract(lambda: Decoder(config, rngs=nnx.Rngs(params=0)))
+
+    @jax.jit
+    def forward(params):
+        decoder = trees.merge(graphdef, params)
+        positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+        hidden, _ = decoder(decoder.embed_tokens(ids), mask=causal_mask(jnp.ones(ids.shape, bool)), positions=positions)
+        return decoder.logits(hidden)
+
+    return np.asarray(forward(params))
+
+
+@pytest.mark.slow
+def test_from_checkpoint_to_checkpoint(run, tmp_path):
+    import torch
+    import transformers
+
+    checkpoint, strategy, workdir = run
+    _, config = export.open_run(workdir, "user_llm")
+    trained = load_params(workdir / "user_llm" / "params", export.shapes(config))
+    ids = np.random.default_rng(0).integers(3, 200, (2, 20))
+
+    # What the strategy freezes keeps every bit.
+    before = trees.flatten(load_decoder(checkpoint, decoder_config(checkpoint)))
+    after = trees.flatten(trained["decoder"])
+    moved = {path for path, leaf in before.items() if not np.array_equal(leaf, after[path])}
+    assert (len(moved) > len(before) / 2) if strategy == "full" else not moved
+    assert any("/lora/" in path for path in after) == (strategy == "lora")
+    assert all(np.abs(leaf).max() > 0 for path, leaf in after.items() if path.endswith("/b"))
+
+    # torch computes the same from what is exported.
+    export.export(workdir, "user_llm", tmp_path / "out", adapter=False)
+    ours = _logits(config.decoder, trained["decoder"], ids)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
+    with torch.no_grad():
+        theirs = reference(torch.tensor(ids)).logits.numpy()
+    np.testing.assert_allclose(theirs, ours, atol=1e-4)
+    base = _logits(decoder_config(checkpoint), load_decoder(checkpoint, decoder_config(checkpoint)), ids)
+    assert (np.abs(ours - base).max() > 1e-4) == (strategy in ("full", "lora"))
+
+    # We read it back whole: the same users are answered in the same words.
+    events = np.random.default_rng(1).integers(1, 3, (2, 5, 5))
+    answers = []
+    full_def, _ = trees.abstract(lambda: UserLLM(config, rngs=nnx.Rngs(params=0)))
+    for graphdef, params in ((full_def, trained), export.load(tmp_path / "out", workdir, "user_llm")):
+        users = user_kv(graphdef, params, events, np.array([5, 3]))
+        decoder_def, decoder_params = trees.split(trees.merge(graphdef, params).decoder)
+        answers.append(generate(decoder_def, decoder_params, ids.tolist(), max_tokens=12, user=users).tokens)
+    np.testing.assert_array_equal(*answers)
+
+    if strategy == "lora":  # the adapters alone, in peft's layout and by its formula, on the base model
+        export.export(workdir, "user_llm", tmp_path / "adapter", adapter=True)
+        settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+        assert settings["base_model_name_or_path"] == str(checkpoint)
+        tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+        reference = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="eager").eval()
+        weights = dict(reference.named_parameters())
+        scale, adapted = settings["lora_alpha"] / settings["r"], set()
+        with torch.no_grad():
+            for name in (name for name in tensors if name.endswith("lora_A.weight")):
+                target = name.removeprefix("base_model.model.").replace("lora_A.weight", "weight")
+                weights[target] += scale * torch.tensor(tensors[name.replace("lora_A", "lora_B")] @ tensors[name])
+                adapted.add(target.split(".")[-2])
+            theirs = reference(torch.tensor(ids)).logits.numpy()
+        np.testing.assert_allclose(theirs, ours, atol=1e-4)
+        assert sorted(adapted) == settings["target_modules"]
+    else:
+        with pytest.raises(ValueError, match="no adapters"):
+            export.export(workdir, "user_llm", tmp_path / "adapter", adapter=True)
+    assert {path for path in trees.flatten(trained) if is_bare_llm(path)} == {f"decoder/{path}" for path in before}
+
+
+@pytest.mark.slow
+def test_what_cannot_be_exported_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no finished phase user_llm"):
+        export.export(tmp_path, "user_llm", tmp_path / "out", adapter=False)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match="exists: choose another directory"):
+        export.export(tmp_path, "user_llm", tmp_path / "out", adapter=False)
