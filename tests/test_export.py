@@ -1,6 +1,9 @@
 """The way of an open LLM: load -> contextualize by each strategy -> generate -> export -> reload here and in torch."""
 
 import json
+import shutil
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +12,7 @@ import pytest
 from etils import epath
 from flax import nnx
 from safetensors.numpy import load_file
-from test_main import TINY
 
-from configs import quickstart
 from user_llm import export, main
 from user_llm.common import trees
 from user_llm.common.checkpoint import load_params
@@ -23,6 +24,11 @@ from user_llm.models.pretrained import decoder_config, load_decoder
 from user_llm.models.user_llm import UserLLM
 from user_llm.nn.attention import causal_mask
 from user_llm.tasks.contextualize import user_kv
+from user_llm.training import loop
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from tiny_quickstart import tiny_config
 
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -52,16 +58,38 @@ def checkpoint(request, tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module", params=STRATEGIES)
-def run(request, checkpoint, tmp_path_factory):
-    """A finished run of a few steps: (checkpoint, strategy, workdir)."""
-    config = quickstart.get_config()
-    config.update_from_flattened_dict({key: value for key, value in TINY.items() if not key.startswith("text_prompt_10")})
+def _config():
+    config = tiny_config()
     config.phases = ("pretrain_encoder", "pretrain_lm", "user_llm")
+    config.user_llm.eval.generate_users = 0
+    return config
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A workdir in which the encoder is pretrained."""
+    config, workdir = _config(), tmp_path_factory.mktemp("pretrained")
+    config.phases = config.phases[:1]
+    main.run(config, epath.Path(workdir))
+    (workdir / "config.json").unlink()
+    return workdir
+
+
+@pytest.fixture(scope="module", params=STRATEGIES)
+def run(request, checkpoint, pretrained, tmp_path_factory):
+    """A finished run of a few steps: (checkpoint, strategy, workdir)."""
+    config = _config()
     config.llm.checkpoint = str(checkpoint)
     config.user_llm.strategy = request.param
     workdir = tmp_path_factory.mktemp("run")
-    main.run(config, epath.Path(workdir))
+    shutil.copytree(pretrained, workdir, dirs_exist_ok=True)
+
+    def newest_is_best(task, config, state, step, progress, log):
+        progress.evaluated_step = progress.best_step = step
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_evaluate", newest_is_best)
+        main.run(config, epath.Path(workdir))
     assert not (workdir / "pretrain_lm").exists()
     return checkpoint, request.param, workdir
 

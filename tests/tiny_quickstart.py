@@ -1,0 +1,46 @@
+"""The quick start in seconds instead of minutes: a tiny world, tiny models, few steps."""
+
+from ml_collections import ConfigDict
+
+from configs import quickstart
+
+PHASES = ("pretrain_encoder", "pretrain_lm", "user_llm", "text_prompt_10")
+TINY = {
+    "data.synthetic.num_users": 60,
+    "data.synthetic.num_items": 48,
+    "data.synthetic.events_per_user": 14,
+    "encoder.num_layers": 1,
+    "encoder.max_events": 16,
+    "llm.num_layers": 2,
+    "llm.vocab_size": 300,
+    "pretrain_encoder.loop.total_steps": 8,
+    "pretrain_encoder.loop.eval_steps": 4,
+    "pretrain_encoder.batch.rows": 8,
+    "pretrain_encoder.batch.window": 16,
+    "pretrain_encoder.batch.row_length": 16,
+    "pretrain_encoder.loss.chunk": 64,
+    "pretrain_lm.loop.total_steps": 4,
+    "pretrain_lm.loop.eval_steps": 2,
+    "pretrain_lm.eval.batches": 1,
+    "pretrain_lm.batch.rows": 8,
+    "pretrain_lm.batch.row_length": 64,
+    "user_llm.loop.total_steps": 4,
+    "user_llm.loop.eval_steps": 2,
+    "user_llm.batch_size": 8,
+    "user_llm.examples.max_events": 16,
+    "user_llm.examples.targets_per_history": 2,
+    "user_llm.prompt.max_tokens": 48,
+    "user_llm.eval.generate_users": 10,
+    "user_llm.eval.beams": 4,
+    "text_prompt_10.loop.total_steps": 2,
+    "text_prompt_10.loop.eval_steps": 2,
+    "text_prompt_10.batch_size": 8,
+    "text_prompt_10.prompt.max_tokens": 96,
+} | {f"{phase}.optimizer.warmup_steps": 1 for phase in PHASES}
+
+
+def tiny_config() -> ConfigDict:
+    config = quickstart.get_config()
+    config.phases = PHASES
+    config.update_from_flattened_dict(TINY)
+    return config
