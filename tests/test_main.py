@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from etils import epath
 
+from configs.common import LLMS
 from user_llm import main
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -78,7 +79,10 @@ def test_no_data_says_how_to_get_some(tmp_path):
         (["--config.llm.block.widht=8"], 'the config has no key \'widht\'. Did you mean "width" instead of "widht"?'),
         (["--config.seed=abc"], "flag --config.seed=abc: invalid literal for int() with base 10: 'abc'"),
         (["--nonsense=1"], "Unknown command line flag 'nonsense'"),
-        (["--config=configs/movielens_xattn.py:huge"], "Unknown variant 'huge': choose full or small."),
+        (
+            ["--config=configs/movielens_xattn.py:huge"],
+            f"Unknown variant 'huge': choose full, small or an open LLM: {', '.join(LLMS)}.",
+        ),
         (["--workdir=/proc/run"], "Cannot write the run to --workdir=/proc/run: No such file or directory."),
     ],
 )

@@ -4,7 +4,8 @@ import pytest
 from flax import nnx
 
 from user_llm.common import trees
-from user_llm.nn.layers import MLP, RMSNorm
+from user_llm.nn.layers import RMSNorm
+from user_llm.nn.mlp import MLP
 
 TREE = {"encoder": {"stack": {"q": 1, "o": 2}, "item": 3}, "layers": {0: {"q": 4}, 1: {"q": 5}}}
 
