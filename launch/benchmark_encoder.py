@@ -33,7 +33,6 @@ def ours(data: str, steps: int) -> dict:
     from user_llm.tasks import pretrain_encoder
     from user_llm.tasks.context import Context
     from user_llm.training.loop import LoopConfig, initial_state
-    from user_llm.training.optimizer import OptimizerConfig
 
     config = movielens_encoder.get_config("small")
     phase = config.pretrain_encoder
@@ -43,7 +42,9 @@ def ours(data: str, steps: int) -> dict:
         with jax.set_mesh(mesh):
             context = Context(config, timelines, leave_last_out(timelines), mesh, epath.Path(work), {})
             task = pretrain_encoder.build(config, "pretrain_encoder", context)
-            state, step = initial_state(task, LoopConfig(**phase.loop), OptimizerConfig(**phase.optimizer), mesh, seed=0)
+            state, step = initial_state(
+                task, LoopConfig(**phase.loop), context.optimizer_config("pretrain_encoder"), mesh, seed=0
+            )
             batches, events = iter(task.train_data), 0
             for number in range(steps + 2):
                 if number == 2:

@@ -20,7 +20,7 @@ from user_llm.models.user_llm import UserLLM
 from user_llm.tasks.context import Context
 from user_llm.tasks.contextualize import model_config
 from user_llm.training.loop import LoopConfig
-from user_llm.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer, partition_trainable
+from user_llm.training.optimizer import learning_rate_schedule, make_optimizer, partition_trainable
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path for path in ROOT.glob("configs/*.py") if path.stem != "common")
@@ -61,7 +61,7 @@ def test_rules_cover_every_parameter_and_losses_have_gradients(context, monkeypa
     for name in config.phases:
         phase = config[name]
         loop = LoopConfig(**phase.loop)
-        optimizer = OptimizerConfig(**phase.optimizer, trainable=config.strategies[phase.strategy].trainable)
+        optimizer = context.optimizer_config(name)
         task, params = _shapes(context, name, monkeypatch)
         for rules in (optimizer.decay, optimizer.lr_multiplier, optimizer.trainable, loop.sharding):
             trees.match(rules, params)
@@ -140,3 +140,12 @@ def test_open_llms_have_their_published_sizes_and_rules_for_every_parameter(name
     where = trees.flatten(meshes.shardings(phase.loop.sharding, params, mesh_of(fsdp=4, tensor=2)))
     whole = [path for path in llm - adapters if where[path].is_fully_replicated and trees.flatten(params)[path].size > 2**20]
     assert not whole
+
+
+def test_an_unknown_strategy_is_refused(make_timelines, mesh_of, tmp_path):
+    config = load(ROOT / "configs" / "movielens_xattn.py", "small")
+    timelines = make_timelines([list(range(1, 101))] * 4)
+    context = Context(config, timelines, make_split(timelines, config.data.split), mesh_of(), epath.Path(tmp_path), {})
+    config.user_llm.strategy = "some"
+    with pytest.raises(ValueError, match="Unknown strategy 'some' of user_llm: choose one of all, enc, full, lora, proj"):
+        context.optimizer_config("user_llm")

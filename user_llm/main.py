@@ -25,7 +25,6 @@ from user_llm.tasks import contextualize, pretrain_encoder, pretrain_lm
 from user_llm.tasks.context import open_context
 from user_llm.training import loop
 from user_llm.training.loop import LoopConfig
-from user_llm.training.optimizer import OptimizerConfig
 
 BUILDERS = {
     "pretrain_lm": pretrain_lm.build,
@@ -53,12 +52,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> list[dict]:
             if phase.task == "pretrain_lm" and config.llm.checkpoint:
                 logging.info("%s: left out, the LLM is %s", name, config.llm.checkpoint)
                 continue
-            if phase.strategy not in config.strategies:
-                raise ValueError(
-                    f"Unknown strategy {phase.strategy!r} of {name}: choose one of {', '.join(config.strategies)}."
-                )
-            optimizer = OptimizerConfig(**phase.optimizer, trainable=config.strategies[phase.strategy].trainable)
-            task = BUILDERS[phase.task](config, name, context)
+            task, optimizer = BUILDERS[phase.task](config, name, context), context.optimizer_config(name)
             _, found = loop.run(task, LoopConfig(**phase.loop), optimizer, context.mesh, workdir / name, config.seed)
             rows += found
     if jax.process_index() == 0:

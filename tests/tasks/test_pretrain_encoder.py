@@ -18,7 +18,6 @@ from user_llm.tasks.context import Context
 from user_llm.tasks.pretrain_encoder import EncoderLoss, encoder_config, negative_log_q
 from user_llm.training import loop
 from user_llm.training.loop import LoopConfig
-from user_llm.training.optimizer import OptimizerConfig
 
 # Of the optimal predictor's recall@10 on the quick start's world, after the quick start's 400 steps.
 SHARE = 0.8
@@ -36,7 +35,7 @@ def test_the_encoder_reaches_its_share_of_the_optimal_recall(tmp_path, mesh_of):
         context = Context(config, timelines, split, mesh, epath.Path(tmp_path / "run"), facts)
         phase = config.pretrain_encoder
         task = pretrain_encoder.build(config, "pretrain_encoder", context)
-        settings = LoopConfig(**phase.loop), OptimizerConfig(**phase.optimizer)
+        settings = LoopConfig(**phase.loop), context.optimizer_config("pretrain_encoder")
         _, rows = loop.run(task, *settings, mesh, context.workdir / "pretrain_encoder", seed=0)
     found = next(row["value"] for row in rows if row["metric"] == "recall@10/unseen")
     best = np.mean(optimal_ranks(world, timelines, *split.targets["test"]) <= 10)

@@ -24,6 +24,7 @@ from user_llm.evals.ranking import Ranks, breakdown
 from user_llm.models import pretrained
 from user_llm.models.decoder import DecoderConfig
 from user_llm.nn.transformer import BlockConfig
+from user_llm.training.optimizer import OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,17 @@ class Context:
             vocab_size=vocab_size, num_layers=llm.num_layers, block=BlockConfig(**llm.block), tie_embeddings=True,
             unroll=llm.unroll,
         )  # fmt: skip
+
+    def optimizer_config(self, name: str) -> OptimizerConfig:
+        """Return the optimizer of a phase, which trains what the phase's strategy says.
+
+        Raises:
+          ValueError: no such strategy.
+        """
+        phase, strategies = self.config[name], self.config.strategies
+        if phase.strategy not in strategies:
+            raise ValueError(f"Unknown strategy {phase.strategy!r} of {name}: choose one of {', '.join(strategies)}.")
+        return OptimizerConfig(**phase.optimizer, trainable=strategies[phase.strategy].trainable)
 
     def tokenizer(self) -> Tokenizer:
         """Return the LLM's tokenizer: the checkpoint's own, or BPE trained once on this dataset's titles and genres."""
