@@ -16,7 +16,7 @@ from user_llm.common import mesh as meshes
 from user_llm.common import trees
 from user_llm.data.tokenizer import load_tokenizer
 from user_llm.models.decoder import Decoder
-from user_llm.models.families import table
+from user_llm.models.families import config_from_settings, settings_from_config, table
 from user_llm.models.generate import generate
 from user_llm.models.pretrained import decoder_config, find_checkpoint, load_decoder
 from user_llm.nn.attention import causal_mask
@@ -132,6 +132,12 @@ def test_logits_equal_torch_on_random_models_of_every_family(reference):
     np.testing.assert_allclose(logits, expected, atol=1e-4)
 
 
+def test_a_config_said_in_a_familys_settings_reads_back_the_same(reference):
+    _, _, path = reference
+    config = decoder_config(path)
+    assert config_from_settings(settings_from_config(config), "what was said") == config
+
+
 def test_greedy_continuations_are_torchs_token_for_token(reference):
     """64 tokens from prompts of two lengths, so that caches, windows and left-over padding all matter."""
     torch, model, path = reference
@@ -223,7 +229,7 @@ def test_the_language_model_of_a_gemma_3_with_images(tmp_path):
 
 MEASURE = """
 import resource, sys, jax
-from user_llm.models.families import table
+from user_llm.models.families import config_from_settings, settings_from_config, table
 from user_llm.models.pretrained import decoder_config, find_checkpoint, load_decoder
 config = decoder_config(sys.argv[1])
 jax.numpy.zeros(8).block_until_ready()
@@ -359,3 +365,10 @@ def test_unreadable_files_are_refused_by_name(checkpoint, tmp_path):
     (path / "config.json").write_text(json.dumps(incomplete))
     with pytest.raises(ValueError, match="the setting 'hidden_size' is missing"):
         decoder_config(path)
+
+
+def test_a_decoder_of_no_family_is_not_exported(checkpoint):
+    config = decoder_config(checkpoint())
+    gated = dataclasses.replace(config, block=dataclasses.replace(config.block, residual_gate=True))
+    with pytest.raises(ValueError, match="No family of llama, qwen2, qwen3, gemma3_text describes this decoder"):
+        settings_from_config(gated)

@@ -221,7 +221,7 @@ def settings_from_config(c: DecoderConfig) -> dict[str, Any]:
     if family == "gemma3_text":
         local = {"rope_type": "default", "rope_theta": b.window_rope_theta}
         settings["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
-        settings["query_pre_attn_scalar"] = b.head_dim if b.query_scale is None else round(b.query_scale**-2, 6)
+        settings["query_pre_attn_scalar"] = b.head_dim if b.query_scale is None else round(b.query_scale**-2)
     if any(c.windowed):
         settings["layer_types"] = ["sliding_attention" if windowed else "full_attention" for windowed in c.windowed]
         settings |= {"sliding_window": b.window, "use_sliding_window": True}
