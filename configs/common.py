@@ -25,8 +25,8 @@ SHARDING = (
     (r".*", ()),
 )
 
-# The strategies of contextualization: what trains, and whether the LLM gets low-rank adapters. The paper's names are full,
-# LoRA, Enc and Proj; which parts each of them trains follows the followers of the paper.
+# The strategies of contextualization: what trains, and whether the LLM gets low-rank adapters. The names are
+# the paper's; which parts each of them trains is our reading of it.
 ITS_HEADS = (r"^encoder/heads/", False)  # the encoder's heads are of use in pretraining alone
 USER_SIDE = (r"^decoder/stack/cross/", True)
 BARE_LLM = (r"^decoder/", False)
@@ -219,7 +219,7 @@ def movielens(variant: str, phases: tuple[str, ...]) -> ConfigDict:
         with an open LLM in place of the small one that is trained from scratch, by its name in `LLMS`.
     """
     config = base()
-    config.phases = tuple(name for name in phases if name != "pretrain_lm" or variant not in LLMS)
+    config.phases = phases
     if variant == "small":
         # 12 passes over the training events of ml-latest-union, 3,000 a step.
         config.pretrain_encoder = pretrain_encoder(

@@ -21,6 +21,8 @@ from user_llm.common import mesh as meshes
 from user_llm.common import trees
 from user_llm.data.schema import Feature, Schema
 from user_llm.data.timelines import GAP_BUCKETS, Catalogue, Timelines
+from user_llm.models.decoder import Decoder, DecoderConfig
+from user_llm.nn.attention import causal_mask
 
 
 @pytest.fixture(scope="session")
@@ -58,6 +60,25 @@ def drawn() -> Callable[..., tuple[nnx.GraphDef, trees.Params]]:
         return graphdef, jax.tree_util.tree_map_with_path(leaf, shapes)
 
     return draw
+
+
+@pytest.fixture(scope="session")
+def bare_logits() -> Callable[..., np.ndarray]:
+    """Return `logits(config, params, ids)`: what a decoder without a user says of rows without padding, [B, T, V]."""
+
+    def logits(config: DecoderConfig, params: trees.Params, ids: np.ndarray) -> np.ndarray:
+        graphdef, _ = trees.abstract(lambda: Decoder(config, rngs=nnx.Rngs(params=0)))
+
+        @jax.jit
+        def run(params, ids):
+            decoder = trees.merge(graphdef, params)
+            positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+            hidden, _ = decoder(decoder.embed_tokens(ids), mask=causal_mask(jnp.ones(ids.shape, bool)), positions=positions)
+            return decoder.logits(hidden)
+
+        return np.asarray(run(params, ids))
+
+    return logits
 
 
 @pytest.fixture(scope="session")

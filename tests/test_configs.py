@@ -113,7 +113,6 @@ PUBLISHED = {
 @pytest.mark.parametrize("strategy", ["full", "lora", "enc", "proj"])
 def test_open_llms_have_their_published_sizes_and_rules_for_every_parameter(name, strategy, make_timelines, mesh_of, tmp_path):
     config = load(ROOT / "configs" / "movielens_xattn.py", name)
-    assert "pretrain_lm" not in config.phases
     timelines = make_timelines([list(range(1, 101))] * 4)
     context = Context(config, timelines, make_split(timelines, config.data.split), mesh_of(), epath.Path(tmp_path), {})
     base = config_from_settings(config.llm.published.to_dict(), name)

@@ -5,8 +5,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
@@ -17,12 +15,10 @@ from user_llm import export, main
 from user_llm.common import trees
 from user_llm.common.checkpoint import load_params
 from user_llm.data.tokenizer import train_bpe
-from user_llm.models.decoder import Decoder
 from user_llm.models.export import is_bare_llm
 from user_llm.models.generate import generate
 from user_llm.models.pretrained import decoder_config, load_decoder
 from user_llm.models.user_llm import UserLLM
-from user_llm.nn.attention import causal_mask
 from user_llm.tasks.contextualize import user_kv
 from user_llm.training import loop
 
@@ -94,21 +90,8 @@ def run(request, checkpoint, pretrained, tmp_path_factory):
     return checkpoint, request.param, workdir
 
 
-def _logits(config, params, ids):
-    graphdef, _ = trees.abstract(lambda: Decoder(config, rngs=nnx.Rngs(params=0)))
-
-    @jax.jit
-    def forward(params):
-        decoder = trees.merge(graphdef, params)
-        positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-        hidden, _ = decoder(decoder.embed_tokens(ids), mask=causal_mask(jnp.ones(ids.shape, bool)), positions=positions)
-        return decoder.logits(hidden)
-
-    return np.asarray(forward(params))
-
-
 @pytest.mark.slow
-def test_from_checkpoint_to_checkpoint(run, tmp_path):
+def test_from_checkpoint_to_checkpoint(run, bare_logits, tmp_path):
     import torch
     import transformers
 
@@ -127,12 +110,12 @@ def test_from_checkpoint_to_checkpoint(run, tmp_path):
 
     # torch computes the same from what is exported.
     export.export(workdir, "user_llm", tmp_path / "out", adapter=False)
-    ours = _logits(config.decoder, trained["decoder"], ids)
+    ours = bare_logits(config.decoder, trained["decoder"], ids)
     reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
     with torch.no_grad():
         theirs = reference(torch.tensor(ids)).logits.numpy()
     np.testing.assert_allclose(theirs, ours, atol=1e-4)
-    base = _logits(decoder_config(checkpoint), load_decoder(checkpoint, decoder_config(checkpoint)), ids)
+    base = bare_logits(decoder_config(checkpoint), load_decoder(checkpoint, decoder_config(checkpoint)), ids)
     assert (np.abs(ours - base).max() > 1e-4) == (strategy in ("full", "lora"))
 
     # We read it back whole: the same users are answered in the same words.

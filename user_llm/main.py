@@ -52,7 +52,8 @@ def run(config: ConfigDict, workdir: epath.Path) -> list[dict]:
             if phase.task == "pretrain_lm" and config.llm.checkpoint:
                 logging.info("%s: left out, the LLM is %s", name, config.llm.checkpoint)
                 continue
-            task, optimizer = BUILDERS[phase.task](config, name, context), context.optimizer_config(name)
+            optimizer = context.optimizer_config(name)
+            task = BUILDERS[phase.task](config, name, context)
             _, found = loop.run(task, LoopConfig(**phase.loop), optimizer, context.mesh, workdir / name, config.seed)
             rows += found
     if jax.process_index() == 0:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,9 @@ VOCAB, END = 12, 2
 CONFIG = DecoderConfig(
     vocab_size=VOCAB,
     num_layers=2,
-    block=BlockConfig(width=16, heads=4, kv_heads=2, head_dim=8, mlp_width=24),
+    block=BlockConfig(width=16, heads=4, kv_heads=2, head_dim=8, mlp_width=24, window=3, window_rope_theta=100.0),
     tie_embeddings=False,
+    windowed=(True, False),
     cross=CrossAttentionConfig(user_width=6, every=2, heads=2, head_dim=4),
 )
 
@@ -74,6 +75,20 @@ def _forward(graphdef, params, ids, length, user):
     mask = causal_mask(jnp.arange(ids.shape[1])[None] < length)
     hidden, _ = decoder(decoder.embed_tokens(ids), mask=mask, positions=jnp.arange(ids.shape[1])[None], user=user)
     return jax.nn.log_softmax(decoder.logits(hidden))[0]
+
+
+@pytest.fixture(scope="session")
+def random_titles() -> Callable[..., dict[int, list[int]]]:
+    """Return `draw(count, seed, most)`: distinct titles over few tokens, so that many share prefixes; ids out of order."""
+
+    def draw(count: int, seed: int, most: int = 6) -> dict[int, list[int]]:
+        rng, titles = np.random.default_rng(seed), set()
+        while len(titles) < count:
+            titles.add((*rng.integers(3, 7, rng.integers(0, most)).tolist(), END))
+        ids = rng.permutation(np.arange(1, count + 1)).tolist()
+        return dict(zip(ids, map(list, sorted(titles)), strict=True))
+
+    return draw
 
 
 @pytest.fixture(scope="session")

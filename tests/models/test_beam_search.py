@@ -124,21 +124,12 @@ def test_counts_below_one_are_refused(tiny):
 # --- titles of a catalogue ---
 
 
-def _random_titles(count, seed, most=6):
-    """Distinct titles over few tokens, so that many share prefixes; item ids are out of order."""
-    rng, titles = np.random.default_rng(seed), set()
-    while len(titles) < count:
-        titles.add((*rng.integers(3, 7, rng.integers(0, most)).tolist(), END))
-    ids = rng.permutation(np.arange(1, count + 1)).tolist()
-    return dict(zip(ids, map(list, sorted(titles)), strict=True))
-
-
 def _title_score(tiny, row, title):
     return tiny.log_probs(row, title[:-1])[np.arange(len(title)), title].sum()
 
 
-def test_as_many_beams_as_titles_is_exhaustive_scoring(tiny):
-    titles = _random_titles(25, seed=2, most=4) | {26: [9, 10, 11, 9, 10, END], 27: [9, 10, 11, 9, END]}
+def test_as_many_beams_as_titles_is_exhaustive_scoring(tiny, random_titles):
+    titles = random_titles(25, seed=2, most=4) | {26: [9, 10, 11, 9, 10, END], 27: [9, 10, 11, 9, END]}
     items, scores = beam_search(*tiny.model, tiny.padded, tiny.lengths, Trie.build(titles), beams=30, user=tiny.user)
     for row in range(3):
         expected = {item: _title_score(tiny, row, title) for item, title in titles.items()}
@@ -165,8 +156,8 @@ def _titles_by_hand(tiny, row, titles, beams):
     return [item[tokens] for _, tokens in live], [score for score, _ in live]
 
 
-def test_few_beams_equal_a_beam_search_by_hand(tiny):
-    titles = _random_titles(60, seed=3)
+def test_few_beams_equal_a_beam_search_by_hand(tiny, random_titles):
+    titles = random_titles(60, seed=3)
     items, scores = beam_search(*tiny.model, tiny.padded, tiny.lengths, Trie.build(titles), beams=4, user=tiny.user)
     for row in range(3):
         expected_items, expected_scores = _titles_by_hand(tiny, row, titles, 4)

@@ -4,8 +4,6 @@ import math
 import subprocess
 import sys
 
-import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -19,7 +17,6 @@ from user_llm.models.decoder import Decoder
 from user_llm.models.families import config_from_settings, settings_from_config, table
 from user_llm.models.generate import generate
 from user_llm.models.pretrained import decoder_config, find_checkpoint, load_decoder
-from user_llm.nn.attention import causal_mask
 from user_llm.nn.cross_attention import CrossAttentionConfig
 
 TINY = {
@@ -53,20 +50,6 @@ def checkpoint(tmp_path):
         return tmp_path
 
     return write
-
-
-def _logits(config, params, ids):
-    ids = jnp.asarray(ids)
-    graphdef, _ = trees.abstract(lambda: Decoder(config, rngs=nnx.Rngs(params=0)))
-
-    @jax.jit
-    def run(params):
-        decoder = trees.merge(graphdef, params)
-        positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-        hidden, _ = decoder(decoder.embed_tokens(ids), mask=causal_mask(jnp.ones(ids.shape, bool)), positions=positions)
-        return decoder.logits(hidden)
-
-    return np.asarray(run(params))
 
 
 # --- against torch ---
@@ -121,13 +104,13 @@ def reference(request, tmp_path_factory):
     return torch, model, path
 
 
-def test_logits_equal_torch_on_random_models_of_every_family(reference):
+def test_logits_equal_torch_on_random_models_of_every_family(reference, bare_logits):
     torch, model, path = reference
     ids = np.random.default_rng(1).integers(0, 50, (2, 40))
     with torch.no_grad():
         expected = model(torch.tensor(ids)).logits.numpy()
     config = decoder_config(path)
-    logits = _logits(config, load_decoder(path, config), ids)
+    logits = bare_logits(config, load_decoder(path, config), ids)
     assert np.abs(expected).max() > 0.3
     np.testing.assert_allclose(logits, expected, atol=1e-4)
 
@@ -152,7 +135,7 @@ def test_greedy_continuations_are_torchs_token_for_token(reference):
         np.testing.assert_array_equal(ours.tokens[row], theirs[0, len(tokens) :].numpy())
 
 
-def test_stories260k_equals_torch(models_dir):
+def test_stories260k_equals_torch(models_dir, bare_logits):
     torch = pytest.importorskip("torch", reason="torch is the reference here")
     transformers = pytest.importorskip("transformers")
     path = models_dir / "stories260K"
@@ -161,7 +144,7 @@ def test_stories260k_equals_torch(models_dir):
     with torch.no_grad():
         expected = reference(torch.tensor(ids)).logits.numpy()
     config = decoder_config(path)
-    np.testing.assert_allclose(_logits(config, load_decoder(path, config), ids), expected, atol=1e-4)
+    np.testing.assert_allclose(bare_logits(config, load_decoder(path, config), ids), expected, atol=1e-4)
 
 
 def test_stories260k_continues_once_upon_a_time(models_dir):
@@ -229,14 +212,13 @@ def test_the_language_model_of_a_gemma_3_with_images(tmp_path):
 
 MEASURE = """
 import resource, sys, jax
-from user_llm.models.families import config_from_settings, settings_from_config, table
-from user_llm.models.pretrained import decoder_config, find_checkpoint, load_decoder
+from user_llm.models.pretrained import decoder_config, load_decoder
 config = decoder_config(sys.argv[1])
 jax.numpy.zeros(8).block_until_ready()
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
 params = jax.block_until_ready(load_decoder(sys.argv[1], config, dtype="bfloat16"))
-print(before, peak(), sum(leaf.nbytes for leaf in jax.tree.leaves(params)), max(leaf.nbytes for leaf in jax.tree.leaves(params["embed"])))
+print(before, peak(), sum(leaf.nbytes for leaf in jax.tree.leaves(params)), params["embed"].nbytes)
 """
 
 
@@ -260,7 +242,7 @@ def test_loading_a_gigabyte_holds_two_tensors_besides_the_parameters(tmp_path):
 # --- where a checkpoint is found ---
 
 
-def test_a_directory_is_taken_as_it_is_and_anything_else_must_be_a_models_name(tmp_path, monkeypatch):
+def test_a_directory_is_taken_as_it_is_and_anything_else_must_be_a_models_name(tmp_path):
     assert find_checkpoint(tmp_path) == tmp_path
     for name in (tmp_path / "nowhere", "nowhere", "./a/b", "a/b/c"):
         with pytest.raises(ValueError, match="No checkpoint at"):
@@ -308,7 +290,6 @@ def test_missing_left_over_and_wrong_shaped_tensors_are_all_named(checkpoint):
 
 
 def test_an_output_table_in_a_tied_checkpoint_must_be_the_embeddings(checkpoint):
-    """Qwen3-0.6B stores it so."""
     path = checkpoint({"tie_word_embeddings": True})
     with pytest.raises(ValueError, match="tied, but lm_head.weight differs"):
         load_decoder(path, decoder_config(path))

@@ -21,17 +21,8 @@ def test_trie_by_hand():
     assert (trie.depth, trie.root_fanout, trie.fanout) == (3, 2, 2)
 
 
-def _random_titles(count, seed, most=6):
-    """Distinct titles over few tokens, so that many share prefixes; item ids are out of order."""
-    rng, titles = np.random.default_rng(seed), set()
-    while len(titles) < count:
-        titles.add((*rng.integers(3, 7, rng.integers(0, most)).tolist(), END))
-    ids = rng.permutation(np.arange(1, count + 1)).tolist()
-    return dict(zip(ids, map(list, sorted(titles)), strict=True))
-
-
-def test_every_title_and_nothing_else_is_in_the_trie():
-    titles = _random_titles(200, seed=1)
+def test_every_title_and_nothing_else_is_in_the_trie(random_titles):
+    titles = random_titles(200, seed=1)
     trie = Trie.build(titles)
     first, token, item = map(np.asarray, (trie.first, trie.token, trie.item))
 

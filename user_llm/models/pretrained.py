@@ -131,7 +131,7 @@ def _set_layer(stacked: jax.Array, part: jax.Array, layer: jax.Array) -> jax.Arr
 
 
 def _read_tensor(file: Path, name: str) -> np.ndarray:
-    # Opened anew for each: an open file keeps all the pages that were read of it in memory.
+    # Opened anew for each, or the pages already read would stay mapped.
     with safe_open(file, "np") as tensors:
         return tensors.get_tensor(name)
 
@@ -170,7 +170,7 @@ def _check_tensors(path: Path, wanted: dict[str, tuple[int, ...]], files: dict[s
 
 
 def _check_tied(files: dict[str, tuple[Path, tuple[int, ...]]], embed: str) -> None:
-    """Some checkpoints with tied embeddings (Qwen3-0.6B) store them twice: see that they are the same."""
+    """Some checkpoints with tied embeddings store them twice: see that they are the same."""
     head, table = (_read_tensor(files[name][0], name) for name in ("lm_head.weight", embed))
     if not np.array_equal(head, table):
         raise ValueError(f"{files['lm_head.weight'][0]}: the embeddings are tied, but lm_head.weight differs from them.")

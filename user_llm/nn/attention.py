@@ -211,7 +211,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Attend within `x` (S = T), or to this layer's part of a cache after writing to it at `slots`.
 
-        `rotate` None means no rotary positions. A cache needs `slots`.
+        `rotate` None means no rotary positions.
         """
         c = self.config
         q = jnp.einsum("BTD,DNH->BTNH", x, self.q[...])
@@ -225,7 +225,9 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rotate is not None:
             q, k = apply_rope(q, rotate), apply_rope(k, rotate)
-        if cache is not None and slots is not None:
+        if cache is not None:
+            if slots is None:
+                raise ValueError("A cache needs the slots that its new keys and values go to.")
             cache = cache.write(layer, k, v, slots)
             k, v = cache.k[layer], cache.v[layer]
         heads = attention(q, k, v, mask=mask, scale=c.query_scale)
