@@ -128,7 +128,7 @@ def test_logits_come_from_the_output_table(drawn, tied):
 def test_the_cache_has_a_layer_axis_and_the_asked_type():
     graphdef, params = trees.abstract(_create(BARE))
     cache = trees.merge(graphdef, params).init_cache(3, 5, jnp.bfloat16)
-    assert cache.k.shape == cache.v.shape == (2, 3, 5, 2, 8) and cache.k.dtype == jnp.bfloat16
+    assert cache.k.shape == cache.v.shape == (2, 3, 2, 5, 8) and cache.k.dtype == jnp.bfloat16
 
 
 def test_a_user_needs_cross_attention(drawn):

@@ -88,7 +88,8 @@ def test_other_lengths_and_settings_compile_nothing_anew(tiny):
 
 
 def test_the_user_matters_where_there_is_one(tiny):
-    written, without = (generate(*tiny.model, tiny.prompts, max_tokens=12, user=user).rows() for user in (tiny.user, None))
+    sampled = {"max_tokens": 12, "sampling": Sampling(temperature=1.0), "seeds": [1, 2, 3]}
+    written, without = (generate(*tiny.model, tiny.prompts, user=user, **sampled).rows() for user in (tiny.user, None))
     assert [a == b for a, b in zip(written, without, strict=True)] == [False, True, False]
 
 

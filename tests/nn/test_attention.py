@@ -21,23 +21,23 @@ from user_llm.nn.attention import (
 
 
 def _qkv(queries=5, keys=5, heads=4, kv_heads=2, dim=8, batch=2):
-    shapes = (batch, queries, heads, dim), (batch, keys, kv_heads, dim), (batch, keys, kv_heads, dim)
+    shapes = (batch, queries, heads, dim), (batch, kv_heads, keys, dim), (batch, kv_heads, keys, dim)
     rng = np.random.default_rng(0)
     return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
 
 
 def _textbook(q, k, v, mask):
     """Attention with repeated key/value heads and jax.nn.softmax; needs at least one visible key."""
-    k, v = (jnp.repeat(a, q.shape[2] // a.shape[2], axis=2) for a in (k, v))
-    logits = jnp.einsum("BTNH,BSNH->BNTS", q, k) / np.sqrt(q.shape[-1])
+    k, v = (jnp.repeat(a, q.shape[2] // a.shape[1], axis=1) for a in (k, v))
+    logits = jnp.einsum("BTNH,BNSH->BNTS", q, k) / np.sqrt(q.shape[-1])
     weights = jax.nn.softmax(jnp.where(mask[:, None], logits, -jnp.inf), axis=-1)
-    return jnp.einsum("BNTS,BSNH->BTNH", weights, v)
+    return jnp.einsum("BNTS,BNSH->BTNH", weights, v)
 
 
 def test_answer_by_hand():
     # One head of width 1: the logits are 0 and ln 3, hence the weights 1/4 and 3/4.
-    q, k = jnp.ones((1, 1, 1, 1)), jnp.array([0.0, np.log(3)]).reshape(1, 2, 1, 1)
-    v = jnp.array([4.0, 8.0]).reshape(1, 2, 1, 1)
+    q, k = jnp.ones((1, 1, 1, 1)), jnp.array([0.0, np.log(3)]).reshape(1, 1, 2, 1)
+    v = jnp.array([4.0, 8.0]).reshape(1, 1, 2, 1)
     np.testing.assert_allclose(attention(q, k, v).item(), 7.0, rtol=1e-6)
     only_first = jnp.array([[[True, False]]])
     assert attention(q, k, v, mask=only_first).item() == 4.0
@@ -119,10 +119,10 @@ def test_scaled_rotary_frequencies_by_hand():
 
 
 def test_cache_write_puts_each_row_at_its_own_slots():
-    cache = KVCache(jnp.zeros((2, 2, 4, 1, 1)), jnp.zeros((2, 2, 4, 1, 1)))
-    k = jnp.arange(1.0, 5.0).reshape(2, 2, 1, 1)
+    cache = KVCache(jnp.zeros((2, 2, 1, 4, 1)), jnp.zeros((2, 2, 1, 4, 1)))
+    k = jnp.arange(1.0, 5.0).reshape(2, 1, 2, 1)
     cache = cache.write(1, k, -k, jnp.array([[0, 1], [3, 2]]))
-    np.testing.assert_array_equal(cache.k[1, ..., 0, 0], [[1, 2, 0, 0], [0, 0, 4, 3]])
+    np.testing.assert_array_equal(cache.k[1, :, 0, :, 0], [[1, 2, 0, 0], [0, 0, 4, 3]])
     assert not cache.k[0].any()
     np.testing.assert_array_equal(cache.v, -cache.k)
 
@@ -136,7 +136,7 @@ def test_slots_of_the_cache_are_free_of_positions(drawn):
     expected = run(x, mask=causal_mask(jnp.ones((1, 3), bool)), rotate=turn)
     slots = np.array([[5, 0, 3]])
     mask = _drawn(". . . . . 1", "1 . . . . 1", "1 . . 1 . 1")
-    cache = KVCache(jnp.full((1, 1, 6, 2, 8), 9.0), jnp.full((1, 1, 6, 2, 8), 9.0))
+    cache = KVCache(jnp.full((1, 1, 2, 6, 8), 9.0), jnp.full((1, 1, 2, 6, 8), 9.0))
     out = run(x, mask=mask, rotate=turn, cache=cache, slots=slots)
     np.testing.assert_allclose(out, expected, atol=2e-6)
 

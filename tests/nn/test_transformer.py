@@ -79,9 +79,9 @@ def test_padding_on_the_right_changes_nothing(stack):
 @pytest.mark.parametrize("seat", ["after_attention", "before_block"])
 def test_scan_equals_unroll_with_users_cache_and_dropout(stack, seat):
     cross = dataclasses.replace(CROSS, seat=seat)
-    cache = KVCache(*(jnp.zeros((DEPTH, 1, 7, 2, 8)) for _ in range(2)))
+    cache = KVCache(*(jnp.zeros((DEPTH, 1, 2, 7, 8)) for _ in range(2)))
     rng = np.random.default_rng(3)
-    user = UserKV(*rng.normal(size=(2, DEPTH // 2, 1, 3, 2, 4)).astype(np.float32), np.ones((1, 3), bool))
+    user = UserKV(*rng.normal(size=(2, DEPTH // 2, 1, 2, 3, 4)).astype(np.float32), np.ones((1, 3), bool))
     positions = _causal(5)["positions"]
     scanned, unrolled = (
         stack(DROPPED, cross=cross, unroll=unroll)(
@@ -94,7 +94,7 @@ def test_scan_equals_unroll_with_users_cache_and_dropout(stack, seat):
 
 def test_cached_steps_equal_the_whole_at_once(stack):
     x = _x(2, 5)
-    cache = KVCache(*(jnp.full((DEPTH, 2, 6, 2, 8), 7.0) for _ in range(2)))  # unwritten slots must not be seen
+    cache = KVCache(*(jnp.full((DEPTH, 2, 2, 6, 8), 7.0) for _ in range(2)))  # unwritten slots must not be seen
     steps = []
     for t in range(5):
         positions = jnp.full((2, 1), t)
@@ -201,7 +201,7 @@ def test_windows_and_a_cache_together_equal_the_whole_at_once(stack, unroll):
     slot_of = np.array([[8, 2, 0, 5, 1, 7, 3]])
     key_positions = np.full((1, 9), 100)
     key_positions[0, slot_of[0]] = np.arange(7)
-    cache = KVCache(*(jnp.full((DEPTH, 1, 9, 2, 8), 7.0) for _ in range(2)))
+    cache = KVCache(*(jnp.full((DEPTH, 1, 2, 9, 8), 7.0) for _ in range(2)))
     for t in range(7):
         mask = (key_positions <= t)[None]
         out, cache = run(

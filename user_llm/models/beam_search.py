@@ -45,7 +45,7 @@ def _search(
     """
     hidden, cache = prefill(decoder, prompts, lengths, user, steps * beams)
     batch, prompt_slots = prompts.shape[:2]
-    lane = jnp.arange(beams)
+    lane, layers = jnp.arange(beams), decoder.stack.layers()
     key_positions = lane_positions(lengths, prompt_slots, steps, beams)
 
     def advance(carry):
@@ -59,6 +59,7 @@ def _search(
             cache=cache,
             slots=jnp.broadcast_to(prompt_slots + step * beams + lane, (batch, beams)),
             user=user,
+            layers=layers,
         )
         origin, token, state = extend(step + 1, state, decoder.logits(hidden))
         return step + 1, token, state, jnp.take_along_axis(past, origin[..., None], axis=1), cache

@@ -6,6 +6,7 @@ Left out: quantisation.
 """
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -69,6 +70,7 @@ class Decoder(nnx.Module):
         cache: KVCache | None = None,
         slots: Int[Array, "B T"] | None = None,
         user: UserKV | None = None,
+        layers: Any = None,
         key: Array | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Return the hidden states after the final norm, and the cache with `inputs` written to it.
@@ -81,13 +83,15 @@ class Decoder(nnx.Module):
           cache: from `init_cache`.
           slots: cache slots that `inputs` are written to; None for their positions.
           user: from `user_kv`; None leaves cross-attention out.
+          layers: from `stack.layers()`, for a loop around this call; None takes them here.
           key: dropout key; None for evaluation.
         """
         if user is not None:
             self._require_cross()
         x, cache = self.stack(
-            inputs, mask=mask, positions=positions, key_positions=key_positions, cache=cache, slots=slots, user=user, key=key
-        )
+            inputs, mask=mask, positions=positions, key_positions=key_positions, cache=cache, slots=slots, user=user,
+            layers=layers, key=key,
+        )  # fmt: skip
         return self.norm(x), cache
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
@@ -101,9 +105,9 @@ class Decoder(nnx.Module):
         return self.embed[...] if self.config.tie_embeddings else self.head[...].T
 
     def init_cache(self, batch: int, slots: int, dtype: DTypeLike = jnp.float32) -> KVCache:
-        """Return an empty cache, arrays [L, B, S, K, H]; `dtype` is best that of the computation."""
+        """Return an empty cache, arrays [L, B, K, S, H]; `dtype` is best that of the computation."""
         c = self.config
-        shape = (c.num_layers, batch, slots, c.block.kv_heads, c.block.head_dim)
+        shape = (c.num_layers, batch, c.block.kv_heads, slots, c.block.head_dim)
         return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
     def user_kv(self, tokens: Float[Array, "B M U"], mask: Bool[Array, "B M"]) -> UserKV:

@@ -91,13 +91,14 @@ def _start(graphdef: nnx.GraphDef, params: Params, prompts: Array, request: _Req
 def _decode(graphdef: nnx.GraphDef, params: Params, request: _Request, state: _State, until: int) -> _State:
     """Write on until all rows have ended or hold `until` tokens."""
     decoder = merge(graphdef, params)
-    slots = state.cache.k.shape[2]
+    slots, layers = state.cache.slots, decoder.stack.layers()
 
     def advance(state):
         positions = (request.lengths + state.step - 1)[:, None]
         hidden, cache = decoder(
             decoder.embed_tokens(state.tokens[:, state.step - 1][:, None]),
             mask=cache_mask(positions, slots), positions=positions, cache=state.cache, user=request.user,
+            layers=layers,
         )  # fmt: skip
         return _append(state._replace(cache=cache), decoder.logits(hidden[:, 0]), request)
 

@@ -71,7 +71,7 @@ def prefill(
     positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
     cache = decoder.init_cache(batch, length, inputs.dtype)
     hidden, filled = decoder(inputs, mask=cache_mask(positions, length), positions=positions, cache=cache, user=user)
-    cache = jax.tree.map(lambda a: jnp.pad(a, [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)]), filled)
+    cache = jax.tree.map(lambda a: jnp.pad(a, [(0, 0), (0, 0), (0, 0), (0, room), (0, 0)]), filled)
     return jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0], cache
 
 

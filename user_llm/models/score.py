@@ -50,7 +50,7 @@ def _score(
     by_step = texts.swapaxes(1, 2)
     step, lane = jnp.divmod(jnp.arange(steps * lanes), lanes)
     past = jnp.where(jnp.arange(steps) <= step[:, None], lane[:, None], -1)
-    prompt_slots = cache.k.shape[2] - steps * lanes
+    prompt_slots = cache.slots - steps * lanes
     hidden, _ = decoder(
         decoder.embed_tokens(by_step[:, :-1].reshape(batch, -1)),
         mask=lane_mask(lengths, prompt_slots, jnp.broadcast_to(past, (batch, *past.shape)), lanes),

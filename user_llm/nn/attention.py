@@ -27,8 +27,8 @@ HIDDEN = -1e30
 
 def attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
     *,
     mask: Bool[Array, "B #T S"] | None = None,
     bias: Float[Array, "#B N T S"] | None = None,
@@ -36,14 +36,14 @@ def attention(
 ) -> Float[Array, "B T N H"]:
     """Attend with softmax(scale q k + bias), the softmax in float32; rows without a visible key are exactly 0.
 
-    `scale` is 1 / sqrt(H) unless given.
+    Keys and values come heads first, as caches hold them, so that a step of decoding reads them where they lie. `scale` is
+    1 / sqrt(H) unless given.
     """
     batch, length, heads, dim = q.shape
-    kv_heads = k.shape[2]
-    # Heads first, the queries of a group stacked: plain batched matrix products, faster on CPU than 5-axis einsums.
+    kv_heads = k.shape[1]
+    # The queries of a group stacked: plain batched matrix products, faster on CPU than 5-axis einsums.
     q = (q * (dim**-0.5 if scale is None else scale)).transpose(0, 2, 1, 3).reshape(batch, kv_heads, -1, dim)
-    k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
-    logits = jnp.matmul(q, k, preferred_element_type=jnp.float32).reshape(batch, heads, length, -1)
+    logits = jnp.einsum("BKTH,BKSH->BKTS", q, k, preferred_element_type=jnp.float32).reshape(batch, heads, length, -1)
     if bias is not None:
         logits += bias
     if mask is not None:
@@ -150,15 +150,20 @@ class KVCache(NamedTuple):
     Masks hide unwritten slots. One array for all layers, so that a step of decoding writes its few slots in place.
     """
 
-    k: Float[Array, "L B S K H"]
-    v: Float[Array, "L B S K H"]
+    k: Float[Array, "L B K S H"]
+    v: Float[Array, "L B K S H"]
+
+    @property
+    def slots(self) -> int:
+        """The number of slots."""
+        return self.k.shape[3]
 
     def write(self, layer: int | Int[Array, ""], k: Array, v: Array, slots: Int[Array, "B T"]) -> "KVCache":
-        """Return the cache with `k`, `v` [B, T, K, H] of one layer stored at `slots`; rows may be at different slots."""
+        """Return the cache with `k`, `v` [B, K, T, H] of one layer stored at `slots`; rows may be at different slots."""
         rows = jnp.arange(slots.shape[0])[:, None]
         return KVCache(
-            self.k.at[layer, rows, slots].set(k.astype(self.k.dtype)),
-            self.v.at[layer, rows, slots].set(v.astype(self.v.dtype)),
+            self.k.at[layer, rows, :, slots].set(k.swapaxes(1, 2).astype(self.k.dtype)),
+            self.v.at[layer, rows, :, slots].set(v.swapaxes(1, 2).astype(self.v.dtype)),
         )
 
 
@@ -225,13 +230,15 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rotate is not None:
             q, k = apply_rope(q, rotate), apply_rope(k, rotate)
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         if cache is not None:
             if slots is None:
                 raise ValueError("A cache needs the slots that its new keys and values go to.")
             cache = cache.write(layer, k, v, slots)
             k, v = cache.k[layer], cache.v[layer]
         heads = attention(q, k, v, mask=mask, scale=c.query_scale)
-        out = jnp.einsum("BTNH,NHD->BTD", heads, self.o[...])
+        # As one matrix: XLA on CPU turns `o` around for a product over two axes.
+        out = heads.reshape(*x.shape[:2], -1) @ self.o[...].reshape(-1, c.width)
         if self.lora is not None:
             out += self.lora("o", heads, key)
         return out, cache

@@ -49,8 +49,8 @@ class UserKV(NamedTuple):
       mask: True where a user token is real; a row all False is a user without events.
     """
 
-    k: Float[Array, "L B M N H"]
-    v: Float[Array, "L B M N H"]
+    k: Float[Array, "L B N M H"]
+    v: Float[Array, "L B N M H"]
     mask: Bool[Array, "B M"]
 
 
@@ -70,17 +70,17 @@ class GatedCrossAttention(nnx.Module):
             self.mlp = MLP(width, mlp_width, activation="silu", rngs=rngs)
             self.mlp_gate = nnx.Param(jnp.zeros((), jnp.float32))
 
-    def user_kv(self, tokens: Float[Array, "B M U"]) -> tuple[Float[Array, "B M N H"], Float[Array, "B M N H"]]:
+    def user_kv(self, tokens: Float[Array, "B M U"]) -> tuple[Float[Array, "B N M H"], Float[Array, "B N M H"]]:
         """Project user tokens to this layer's keys and values."""
-        k = jnp.einsum("BMU,UNH->BMNH", tokens, self.k[...])
-        v = jnp.einsum("BMU,UNH->BMNH", tokens, self.v[...])
+        k = jnp.einsum("BMU,UNH->BNMH", tokens, self.k[...])
+        v = jnp.einsum("BMU,UNH->BNMH", tokens, self.v[...])
         return k, v
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        k: Float[Array, "B M N H"],
-        v: Float[Array, "B M N H"],
+        k: Float[Array, "B N M H"],
+        v: Float[Array, "B N M H"],
         mask: Bool[Array, "B M"],
     ) -> Float[Array, "B T D"]:
         q = jnp.einsum("BTD,DNH->BTNH", self.norm(x), self.q[...])

@@ -78,8 +78,8 @@ class ResamplerLayer(nnx.Module):
         # One attention for all ends, so that the events' keys and values are never copied for each.
         seen = jnp.concatenate([self.event_norm(states), own], axis=1)
         q = jnp.einsum("BTD,DNH->BTNH", own, self.q[...])
-        k = jnp.einsum("BSD,DNH->BSNH", seen, self.k[...])
-        v = jnp.einsum("BSD,DNH->BSNH", seen, self.v[...])
+        k = jnp.einsum("BSD,DNH->BNSH", seen, self.k[...])
+        v = jnp.einsum("BSD,DNH->BNSH", seen, self.v[...])
         end = jnp.arange(ends).repeat(count)
         same_end = jnp.broadcast_to(end[:, None] == end, (batch, ends * count, ends * count))
         mask = jnp.concatenate([event_mask.repeat(count, axis=1), same_end], axis=2)

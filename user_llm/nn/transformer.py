@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -123,6 +124,11 @@ class Block(nnx.Module):
         return x + dropout(out, c.dropout, mlp_key), cache
 
 
+def unstack(tree: Any, count: int) -> list:
+    """Return what `tree` holds at each of the `count` places of its leading axis."""
+    return [jax.tree.map(lambda a, i=i: a[i], tree) for i in range(count)]
+
+
 def stacked(create: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> Any:
     """Create `count` modules as one whose parameters have a leading axis of that length."""
     return nnx.vmap(lambda key: create(nnx.Rngs(params=key)))(jax.random.split(rngs.params(), count))
@@ -165,6 +171,19 @@ class Stack(nnx.Module):
         k, v = jax.vmap(lambda p: nnx.merge(graphdef, p).user_kv(tokens))(params)
         return UserKV(k, v, mask)
 
+    def layers(self) -> Any:
+        """Return the parameters by group, as `__call__` runs them: stacked for a scan, or each layer's own where inlined.
+
+        XLA on CPU copies a slice of a stack before it multiplies by it: a loop around the call takes the slices once, outside.
+        """
+        split = lambda a: a.reshape(self.groups, self.every, *a.shape[1:])  # noqa: E731
+        blocks = jax.tree.map(split, nnx.state(self.blocks))
+        cross = None if self.seat is None else nnx.state(self.cross)
+        if not self.unroll:
+            return blocks, cross
+        groups = zip(unstack(blocks, self.groups), unstack(cross, self.groups), strict=True)
+        return [(unstack(blocks, self.every), cross) for blocks, cross in groups]
+
     def views(
         self, mask: Bool[Array, "B T S"], positions: Int[Array, "B T"], key_positions: Int[Array, "B S"]
     ) -> tuple[View, View]:
@@ -190,6 +209,7 @@ class Stack(nnx.Module):
         cache: KVCache | None = None,
         slots: Int[Array, "B T"] | None = None,
         user: UserKV | None = None,
+        layers: Any = None,
         key: Array | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Run all layers.
@@ -201,29 +221,26 @@ class Stack(nnx.Module):
           cache: returned updated.
           slots: the cache slot each query's keys and values are written to; None for its position.
           user: keys and values of each row's user; None leaves cross-attention out.
+          layers: from `layers()`, for a loop around this call; None takes them here.
           key: dropout key; None for evaluation.
         """
         if key_positions is None:
             key_positions = positions if cache is None else jnp.arange(mask.shape[-1])[None]
         full, near = self.views(mask, positions, key_positions)
         slots = positions if slots is None else slots
-        block_def, block_params = nnx.split(self.blocks)
-        layers = (block_params, jnp.arange(len(self.windowed)), jnp.array(self.windowed))
-        by_group = jax.tree.map(lambda a: a.reshape(self.groups, self.every, *a.shape[1:]), layers)
+        block_def, cross_def = nnx.graphdef(self.blocks), None if user is None else nnx.graphdef(self.cross)
+        marks = (np.arange(len(self.windowed)), np.array(self.windowed))
+        numbers, windowed = (a.reshape(self.groups, self.every) for a in marks)
         keys = None if key is None else jax.random.split(key, (self.groups, self.every))
-        cross_def, cross_params, user_kv = None, None, None
-        if user is not None:
-            cross_def, cross_params = nnx.split(self.cross)
-            user_kv = (user.k, user.v)
+        user_kv = None if user is None else (user.k, user.v)
 
         def run_group(carry, group):
             x, cache = carry
-            layers, keys, cross_params, user_kv = group
-            for i in range(self.every):
-                params, layer, windowed = jax.tree.map(lambda a, i=i: a[i], layers)
+            (blocks, cross_params), numbers, windowed, keys, user_kv = group
+            for i, params in enumerate(blocks if self.unroll else unstack(blocks, self.every)):
                 view = full
                 if any(self.windowed):
-                    view = jax.tree.map(lambda near, full, windowed=windowed: jnp.where(windowed, near, full), near, full)
+                    view = jax.tree.map(lambda near, full, i=i: jnp.where(windowed[i], near, full), near, full)
                 cross = None
                 if user is not None and i == self.every - 1:
                     module = nnx.merge(cross_def, cross_params)
@@ -231,9 +248,14 @@ class Stack(nnx.Module):
                     if self.seat == "before_block":
                         x, cross = cross(x), None
                 x, cache = nnx.merge(block_def, params)(
-                    x, view, cache=cache, layer=layer, slots=slots, cross=cross, key=None if keys is None else keys[i]
+                    x, view, cache=cache, layer=numbers[i], slots=slots, cross=cross, key=None if keys is None else keys[i]
                 )
             return (x, cache), None
 
-        xs = (by_group, keys, cross_params, user_kv)
-        return jax.lax.scan(run_group, (x, cache), xs, unroll=self.groups if self.unroll else 1)[0]
+        layers = self.layers() if layers is None else layers
+        if not self.unroll:
+            return jax.lax.scan(run_group, (x, cache), (layers, numbers, windowed, keys, user_kv))[0]
+        carry = (x, cache)
+        for group in zip(layers, numbers, windowed, *(unstack(tree, self.groups) for tree in (keys, user_kv)), strict=True):
+            carry, _ = run_group(carry, group)
+        return carry
