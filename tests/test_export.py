@@ -108,6 +108,12 @@ def test_from_checkpoint_to_checkpoint(run, bare_logits, tmp_path):
     assert any("/lora/" in path for path in after) == (strategy == "lora")
     assert all(np.abs(leaf).max() > 0 for path, leaf in after.items() if path.endswith("/b"))
 
+    # And so the LLM forgets nothing, as long as it attends to nobody.
+    rows = json.loads((workdir / "results.json").read_text())
+    found = {(row["method"], row["metric"]): row["value"] for row in rows if row["task"] == "general_text"}
+    assert (found["user_llm", "perplexity"] == found["llm", "perplexity"]) == (strategy in ("enc", "proj"))
+    assert found["user_llm", "perplexity/with_user"] != found["user_llm", "perplexity"]
+
     # torch computes the same from what is exported.
     export.export(workdir, "user_llm", tmp_path / "out", adapter=False)
     ours = bare_logits(config.decoder, trained["decoder"], ids)

@@ -24,7 +24,12 @@ from user_llm.common.metrics import read_metrics
 ROW_KEYS = ("dataset", "task", "method", "metric", "value", "n", "seed", "split", "config_hash")
 METRICS = ("recall@1", "recall@5", "recall@10", "ndcg@10", "mrr")
 BREAKDOWN_METRICS = ("recall@10", "recall@10/unseen", "ndcg@10")
-FILTERS = {"": "Nothing filtered", "unseen": "History removed from the candidates (`unseen`)"}
+# What a metric's name says after its slash.
+KINDS = {
+    "": "Nothing filtered",
+    "unseen": "History removed from the candidates (`unseen`)",
+    "with_user": "While attending to a user (`with_user`)",
+}
 
 # Printed beside results on the same dataset alone, so that no figure of a large set ever stands
 # beside results on a small one.
@@ -212,10 +217,10 @@ def _result_sections(cells: Cells) -> list[str]:
             sections.append("Mean over seeds ± sample standard deviation.")
         metrics = sorted({metric for _, metric in group}, key=_metric_order)
         suffixes = {metric.partition("/")[2] for metric in metrics}
-        for suffix in [*FILTERS, *sorted(suffixes - set(FILTERS))]:
-            chosen = [metric for metric in metrics if metric.partition("/")[2] == suffix]
-            if chosen:
-                sections += [f"{FILTERS.get(suffix, suffix)}:", _result_table(group, chosen)]
+        for suffix in [kind for kind in KINDS if kind in suffixes] + sorted(suffixes - set(KINDS)):
+            if suffix or "unseen" in suffixes:  # only where something is filtered is there something to say of the rest
+                sections.append(f"{KINDS.get(suffix, suffix)}:")
+            sections.append(_result_table(group, [metric for metric in metrics if metric.partition("/")[2] == suffix]))
         if dataset in PUBLISHED and (task, split) == PUBLISHED_PROTOCOL:
             sections += [
                 f"Published on {dataset}; filter, preprocessing and order of ties differ:",

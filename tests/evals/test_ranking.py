@@ -106,7 +106,7 @@ def timelines(**columns):
 
 def test_rows_hold_every_metric_with_both_filters(ranks):
     facts = {"dataset": "toy", "seed": 3, "split": "leave_last_out", "config_hash": "abc"}
-    rows = result_rows(ranks, method="encoder", **facts)
+    rows = result_rows(ranks.metrics(), len(ranks), method="encoder", **facts)
     values = {row["metric"]: row["value"] for row in rows}
     assert len(values) == len(rows) == 10
     assert values["recall@10"] == values["recall@10/unseen"] == pytest.approx(2 / 3)

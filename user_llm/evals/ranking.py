@@ -5,6 +5,7 @@ constant scorer earns no recall. Left out on purpose: sampled metrics (Krichene 
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -37,6 +38,9 @@ class Ranks:
     positions: Int[np.ndarray, "n"]
     everything: Float[np.ndarray, "n"]
     unseen: Float[np.ndarray, "n"]
+
+    def __len__(self) -> int:
+        return len(self.users)
 
     def metrics(self) -> dict[str, float]:
         """Return every metric, with nothing filtered and `/unseen`."""
@@ -89,7 +93,8 @@ def both_metrics(everything: Float[np.ndarray, "n"], unseen: Float[np.ndarray, "
 
 
 def result_rows(
-    ranks: Ranks,
+    metrics: Mapping[str, float],
+    n: int,
     *,
     dataset: str,
     method: str,
@@ -98,7 +103,7 @@ def result_rows(
     config_hash: str,
     task: str = "next_item",
 ) -> list[dict]:
-    """Return a row for results.json per metric and filter; n is the number of targets."""
+    """Return a row for results.json per metric; n is the number of targets that it is a mean over."""
     return [
         {
             "dataset": dataset,
@@ -106,12 +111,12 @@ def result_rows(
             "method": method,
             "metric": metric,
             "value": value,
-            "n": len(ranks.everything),
+            "n": n,
             "seed": seed,
             "split": split,
             "config_hash": config_hash,
         }
-        for metric, value in ranks.metrics().items()
+        for metric, value in metrics.items()
     ]
 
 

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from user_llm.common import trees
 from user_llm.common.trees import Params
-from user_llm.data.pipeline import ExampleConfig, HistoryBatch, Windows, contextual_examples
+from user_llm.data.pipeline import ExampleConfig, HistoryBatch, Windows, contextual_examples, history_batches
 from user_llm.data.prompts import NextItemPrompts, pad_rows
 from user_llm.evals.evaluator import rank_listed, rank_targets
 from user_llm.evals.ranking import Ranks, result_rows
@@ -26,10 +26,11 @@ from user_llm.models.beam_search import beam_search
 from user_llm.models.decoder import DecoderConfig
 from user_llm.models.trie import Trie
 from user_llm.models.user_llm import UserLLM, UserLLMConfig
-from user_llm.nn.cross_attention import CrossAttentionConfig
+from user_llm.nn.cross_attention import CrossAttentionConfig, UserKV
 from user_llm.nn.lora import LoRAConfig
 from user_llm.nn.losses import chunked_cross_entropy
 from user_llm.nn.resampler import ResamplerConfig
+from user_llm.tasks import general_text
 from user_llm.tasks.context import Context
 from user_llm.tasks.pretrain_encoder import encoder_config
 from user_llm.tasks.pretrain_lm import text_loss
@@ -136,11 +137,19 @@ class Ranker:
         longest = self.prompts.max_tokens if count else int(lengths.max())
         return pad_rows(rows, min(longest, -(-int(lengths.max()) // 64) * 64)), lengths
 
-    def user(self, params: Params, batch: HistoryBatch):
+    def user(self, params: Params, batch: HistoryBatch) -> UserKV | None:
         """Return the K/V of the batch's users, or None without an encoder."""
         if not self.examples.max_events:
             return None
         return user_kv(self.graphdef, params, batch.events, batch.lengths)
+
+    def users(self, params: Params, count: int) -> UserKV | None:
+        """Return the K/V of the first `count` test users, over again where there are fewer."""
+        users, positions = (np.resize(part, count) for part in self.context.split.targets["test"])
+        batches = history_batches(
+            self.context.timelines, users, positions, max_events=max(self.examples.max_events, 1), batch_size=count
+        )
+        return self.user(params, next(batches)[1])
 
     def by_catalogue(self, params: Params, part: str, limit: int | None = None) -> Ranks:
         """Rank by the item head."""
@@ -187,10 +196,13 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
     def results(params: Params) -> list[dict]:
         ranks = ranker.by_catalogue(params, "test")
         context.save_breakdown(name, phase.method, ranks)
-        rows = result_rows(ranks, **context.row_facts, method=phase.method)
+        rows = result_rows(ranks.metrics(), len(ranks), **context.row_facts, method=phase.method)
         if phase.eval.generate_users:
             written = ranker.by_generation(params, "test", beams=phase.eval.beams, limit=phase.eval.generate_users)
-            rows += result_rows(written, **context.row_facts, method=f"{phase.method}/generate")
+            rows += result_rows(written.metrics(), len(written), **context.row_facts, method=f"{phase.method}/generate")
+        if config.llm.checkpoint:
+            decoder = trees.split(trees.merge(graphdef, params).decoder)
+            rows += general_text.tuned(context, phase.method, *decoder, lambda count: ranker.users(params, count))
         return rows
 
     return Task(

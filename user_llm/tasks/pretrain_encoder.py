@@ -124,7 +124,7 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
     def results(params: Params) -> list[dict]:
         ranks = rank(params, "test")
         context.save_breakdown(name, "encoder", ranks)
-        return result_rows(ranks, **context.row_facts, method="encoder")
+        return result_rows(ranks.metrics(), len(ranks), **context.row_facts, method="encoder")
 
     return Task(
         name=name,

@@ -1,0 +1,93 @@
+"""Forgetting: the perplexity of an open LLM on general text, as it came (method `llm`) and as a phase left it.
+
+`perplexity` is without a user, `perplexity/with_user` while it attends to users, another in each window of the text. Strategies
+that freeze the LLM leave the first as it was; only the second can tell what their cross-attention does to it.
+"""
+
+import json
+from collections.abc import Callable
+from importlib import resources
+
+import jax
+import numpy as np
+from etils import epath
+from flax import nnx
+
+from user_llm.common import mesh as meshes
+from user_llm.common import trees
+from user_llm.common.trees import Params
+from user_llm.data.tokenizer import Tokenizer
+from user_llm.evals.ranking import result_rows
+from user_llm.models import pretrained
+from user_llm.models.decoder import Decoder
+from user_llm.nn.cross_attention import UserKV
+from user_llm.tasks.context import Context
+from user_llm.tasks.pretrain_lm import lm_loss
+from user_llm.training.task import Batch
+
+CHUNK = 512  # rows of logits at a time
+
+
+def read_windows(tokenizer: Tokenizer, *, file: str, windows: int, window: int) -> Batch:
+    """Return the first windows of a text as rows, each read from the start token on; an incomplete last one is left out.
+
+    Args:
+      file: of UTF-8 text; empty for the one that comes along.
+      windows: the most rows.
+      window: tokens in each, besides the start token.
+
+    Raises:
+      ValueError: a text of less than one window.
+      OSError: a file that cannot be read.
+    """
+    source = epath.Path(file) if file else resources.files("user_llm.data") / "general.txt"
+    ids = tokenizer.encode(source.read_text(encoding="utf-8"))
+    count = min(len(ids) // window, windows)
+    if not count:
+        raise ValueError(f"{source} holds {len(ids)} tokens, less than one window: set general_text.window below {window}.")
+    rows = np.array(ids[: count * window], np.int32).reshape(count, -1)
+    if tokenizer.bos_id is not None:
+        rows = np.pad(rows, ((0, 0), (1, 0)), constant_values=tokenizer.bos_id)
+    tokens = rows[:, :-1]
+    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    return {"tokens": tokens, "next": rows[:, 1:], "segments": np.ones_like(tokens), "positions": positions}
+
+
+def perplexity(graphdef: nnx.GraphDef, params: Params, batch: Batch, user: UserKV | None = None) -> float:
+    """Return the perplexity of a decoder over all windows; `user` holds the K/V of as many users."""
+
+    @jax.jit
+    def measure(params, batch, user):
+        return lm_loss(trees.merge(graphdef, params), batch, None, CHUNK, user)[1]["perplexity"]
+
+    return float(measure(params, batch, user))
+
+
+def untouched(context: Context) -> list[dict]:
+    """Return the result row of the LLM as it came, measured once per run."""
+    path = context.workdir / "llm" / "results.json"
+    if not path.exists():
+        batch = read_windows(context.tokenizer(), **context.config.general_text)
+        model = context.decoder_config(context.tokenizer().vocab_size)
+        graphdef, shapes = trees.abstract(lambda: Decoder(model, rngs=nnx.Rngs(params=0)))
+        rules = context.config[context.config.phases[-1]].loop.sharding
+        params = pretrained.load_decoder(context.checkpoint, model, shardings=meshes.shardings(rules, shapes, context.mesh))
+        found = {"perplexity": perplexity(graphdef, params, batch)}
+        rows = result_rows(found, batch["next"].size, **context.row_facts, task="general_text", method="llm")
+        path.parent.mkdir(exist_ok=True)
+        temporary = path.parent / "results.json.tmp"
+        temporary.write_text(json.dumps(rows, indent=1))
+        temporary.rename(path)
+    return json.loads(path.read_text())
+
+
+def tuned(
+    context: Context, method: str, graphdef: nnx.GraphDef, params: Params, users: Callable[[int], UserKV | None]
+) -> list[dict]:
+    """Return the result rows of a contextualized decoder; `users` returns the K/V of so many users, or None without an encoder."""
+    batch = read_windows(context.tokenizer(), **context.config.general_text)
+    found = {"perplexity": perplexity(graphdef, params, batch)}
+    user = users(len(batch["tokens"]))
+    if user is not None:
+        found["perplexity/with_user"] = perplexity(graphdef, params, batch, user)
+    return result_rows(found, batch["next"].size, **context.row_facts, task="general_text", method=method)
