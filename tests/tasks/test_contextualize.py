@@ -1,22 +1,31 @@
 """The loss of contextualization by hand; what trains and learns is in tests/test_main.py and the quick start."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from configs import common
+from configs.common import STRATEGIES
 from user_llm.common import trees
 from user_llm.data.schema import Feature, Schema
 from user_llm.models.decoder import DecoderConfig
 from user_llm.models.user_encoder import UserEncoderConfig
 from user_llm.models.user_llm import UserLLM, UserLLMConfig
 from user_llm.nn.cross_attention import CrossAttentionConfig
+from user_llm.nn.lora import LoRAConfig
 from user_llm.nn.resampler import ResamplerConfig
 from user_llm.nn.transformer import BlockConfig
 from user_llm.tasks.contextualize import contextual_loss
+from user_llm.training.loop import LoopConfig, initial_state, train_summary
+from user_llm.training.optimizer import OptimizerConfig
+from user_llm.training.task import Task
 
 SCHEMA = Schema((Feature("item", "item", 12),))
+RATED = Schema((Feature("item", "item", 12), Feature("rating", "ordinal", 6)))
 CONFIG = UserLLMConfig(
     decoder=DecoderConfig(
         vocab_size=13, num_layers=1, block=BlockConfig(width=12, heads=2, kv_heads=2, head_dim=6, mlp_width=16),
@@ -107,3 +116,71 @@ def test_a_history_is_not_seen_beyond_its_end(model):
     same = _loss(model, first)[0]
     assert all(jnp.array_equal(changed(event), same) for event in (1, 2, 3))
     assert not jnp.array_equal(changed(0), same)
+
+
+TRAINED = {  # the parts of the model, by how their paths start or what they hold
+    "all": {"llm", "cross", "encoder", "encoder heads", "rest"},
+    "full": {"llm", "cross", "encoder", "rest"},
+    "lora": {"adapters", "cross", "encoder", "rest"},
+    "enc": {"cross", "encoder", "rest"},
+    "proj": {"cross", "rest"},
+}
+
+
+def _part(path):
+    """Name the part of the model that a parameter belongs to."""
+    marks = {
+        "/lora/": "adapters",
+        "/cross/": "cross",
+        "decoder/": "llm",
+        "encoder/heads/": "encoder heads",
+        "encoder/": "encoder",
+    }
+    return next((name for mark, name in marks.items() if mark in path), "rest")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_strategy_trains_its_parts_and_keeps_every_bit_of_the_others(drawn, mesh_of, bare_logits, strategy):
+    chosen = STRATEGIES[strategy]
+    lora = LoRAConfig(rank=2, alpha=4.0, dropout=0.0, targets=".*") if chosen["adapters"] else None
+    block = dataclasses.replace(CONFIG.decoder.block, lora=lora)
+    config = dataclasses.replace(
+        CONFIG,
+        decoder=dataclasses.replace(CONFIG.decoder, block=block),
+        encoder=dataclasses.replace(CONFIG.encoder, schema=RATED, heads=("rating",)),
+    )
+    graphdef, params = drawn(lambda: UserLLM(config, rngs=nnx.Rngs(0)))
+    weights = {"catalogue": 1.0, "text": 0.25, "align": 0.5}
+    task = Task(
+        name="user_llm", train_data=None, steps_per_epoch=1.0, count_events=None, evaluate=None, results=None,
+        init=lambda place: jax.device_put(params, place(params)),
+        loss=lambda params, batch, key: contextual_loss(trees.merge(graphdef, params), batch, key, **weights, chunk=2),
+    )  # fmt: skip
+    loop = LoopConfig(**common.loop(3, 3, monitor="loss"))
+    optimizer = OptimizerConfig(**common.optimizer(0.1, warmup_steps=0), trainable=chosen["trainable"])
+    mesh = mesh_of()
+    with jax.set_mesh(mesh):
+        state, step = initial_state(task, loop, optimizer, mesh, seed=0)
+        before = jax.tree.map(np.array, trees.flatten(state.params))
+        trainable = trees.count(state.trainable)
+        # Two moments of 4 bytes for each parameter that trains and for no other, and the two counters of Adam and its schedule.
+        assert sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state)) == 8 * trainable + 8
+        total = trees.count(params)
+        assert train_summary(state).startswith(f"{trainable:,} of {total:,} parameters trainable, optimizer state 0.")
+        for _ in range(3):
+            state, _ = step(state, BATCH | {"events": np.pad(BATCH["events"], ((0, 0), (0, 0), (0, 1)), constant_values=1)})
+    after = jax.tree.map(np.array, trees.flatten(state.params))
+    moved = {path for path in before if not np.array_equal(before[path], after[path])}
+    by_part = {part: {path for path in before if _part(path) == part} for part in map(_part, before)}
+    assert moved == set().union(*(by_part[part] for part in TRAINED[strategy]))
+    if strategy in ("lora", "enc", "proj"):  # without adapters and user it is the LLM that it was, bit for bit
+        ids = np.arange(1, 13)[None]
+        bare = dataclasses.replace(CONFIG.decoder, cross=None)
+        logits = [bare_logits(bare, _llm(flat), ids) for flat in (before, after)]
+        np.testing.assert_array_equal(*logits)
+
+
+def _llm(flat):
+    """Return the parameters of the LLM alone."""
+    return trees.unflatten({path.removeprefix("decoder/"): leaf for path, leaf in flat.items() if _part(path) == "llm"})

@@ -192,9 +192,9 @@ def initial_state(
         params = initial_params(task, config, mesh)
     trainable, frozen = partition_trainable(optimizer_config, params)
     optimizer = make_optimizer(optimizer_config, trainable, config.total_steps)
-    _log_summary(task.name, trainable, frozen)
     step = jax.device_put(jnp.zeros((), jnp.int32), meshes.replicated(mesh))
     state = TrainState(step, trainable, frozen, init_optimizer(optimizer, trainable, mesh))
+    logging.info("%s: %s", task.name, train_summary(state))
     return state, make_train_step(task, optimizer, state, seed=seed, dtype=jnp.dtype(config.dtype))
 
 
@@ -212,9 +212,8 @@ def _evaluate(task: Task, config: LoopConfig, state: TrainState, step: int, prog
         progress.stale_evals += 1
 
 
-def _log_summary(name: str, trainable: Params, frozen: Params) -> None:
-    """Say how much is trained; both halves of Adam's state are float32 like the parameters."""
-    moving, fixed = trees.count(trainable), trees.count(frozen)
-    logging.info(
-        "%s: %s of %s parameters trainable, optimizer state %.1f MB", name, f"{moving:,}", f"{moving + fixed:,}", moving * 8e-6
-    )
+def train_summary(state: TrainState) -> str:
+    """Say how much is trained, and what its optimizer keeps."""
+    moving, fixed = trees.count(state.trainable), trees.count(state.frozen)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))
+    return f"{moving:,} of {moving + fixed:,} parameters trainable, optimizer state {size / 1e6:,.1f} MB"
