@@ -33,6 +33,7 @@ def audit(timelines: Timelines, split: Split) -> dict[str, float]:
     untitled = np.array([title == key for title, key in zip(catalogue.titles, catalogue.keys, strict=True)])
     untitled[0] = False  # PAD
     facts = {
+        **timelines.facts,
         "users": len(timelines),
         "items": timelines.schema.num_items,
         "events": len(timelines.item),

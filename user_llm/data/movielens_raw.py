@@ -1,4 +1,4 @@
-"""Reads every published layout of MovieLens (Harper and Konstan 2015) into one table.
+"""Reads every published layout of MovieLens (Harper and Konstan 2015) .
 
 | layout | releases | ratings | movies |
 |---|---|---|---|
@@ -8,35 +8,22 @@
 """
 
 import csv
-import dataclasses
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from etils import epath
-from jaxtyping import Float, Int
+from jaxtyping import Float
+
+from user_llm.data.raw import Raw, pieces
 
 NO_GENRES = "(no genres listed)"
 RATINGS_HEADER = ["userId", "movieId", "rating", "timestamp"]
 RATINGS_FILES = {"ratings.csv": ",", "ratings.dat": "::", "u.data": "\t"}
-FILES = (*RATINGS_FILES, "movies.csv", "movies.dat", "u.item", "u.genre")  # all that is ever read
-
-
-@dataclasses.dataclass(frozen=True)
-class RawMovieLens:
-    """The publisher's table, rows in file order, with the publisher's own ids.
-
-    Attributes:
-      titles, genres: by movie id, of every movie in the movies file; a rated one that it lacks has its id as title.
-    """
-
-    user: Int[np.ndarray, "N"]
-    movie: Int[np.ndarray, "N"]
-    rating: Float[np.ndarray, "N"]
-    timestamp: Int[np.ndarray, "N"]
-    titles: dict[int, str]
-    genres: dict[int, list[str]]
+MOVIES_FILES = {",": ("movies.csv",), "::": ("movies.dat",), "\t": ("u.item", "u.genre")}
 
 
 def find_layout(directory: epath.Path) -> epath.Path:
@@ -55,29 +42,40 @@ def find_layout(directory: epath.Path) -> epath.Path:
     raise ValueError(f"No MovieLens release in {directory}: it needs one of {', '.join(RATINGS_FILES)}.")
 
 
-def read(directory: epath.PathLike) -> RawMovieLens:
-    """Read a release from its directory.
+def open_release(directory: epath.PathLike) -> Raw:
+    """Return a release in its directory; half stars become the ratings 1 to 10.
 
     Raises:
-      ValueError: a missing or empty file, or a bad row, named by file and line.
+      ValueError: a missing file. A bad row, named by file and line, is refused when it is read.
     """
     ratings = find_layout(epath.Path(directory))
     separator = RATINGS_FILES[ratings.name]
-    table = _read_ratings(ratings, separator)
-    needed = {",": ["movies.csv"], "::": ["movies.dat"], "\t": ["u.item", "u.genre"]}[separator]
-    for name in needed:
-        if not (ratings.parent / name).exists():
-            raise ValueError(f"{ratings.parent / name} is missing: titles and genres are read from it.")
-    movies = ratings.parent / needed[0]
-    rows = {",": _csv_movies, "::": _dat_movies, "\t": _tab_movies}[separator](movies)
-    titles, genres = {}, {}
-    for movie, title, names in rows:
-        titles[movie] = readable_title(title)
-        genres[movie] = [name for name in names if name and name != NO_GENRES]
-    movie = table[:, 1].astype(np.int64)
-    for untitled in set(np.unique(movie).tolist()) - titles.keys():
-        titles[untitled], genres[untitled] = str(untitled), []
-    return RawMovieLens(table[:, 0].astype(np.int64), movie, table[:, 2], table[:, 3].astype(np.int64), titles, genres)
+    needed = [ratings.parent / name for name in MOVIES_FILES[separator]]
+    for file in needed:
+        if not file.exists():
+            raise ValueError(f"{file} is missing: titles and genres are read from it.")
+    return Raw(
+        name=epath.Path(directory).absolute().name,
+        files=(ratings, *needed),
+        events=lambda: _events(ratings, separator),
+        items=lambda: _items(needed[0], separator),
+        ordinals={"rating": 10},
+        bags=("genres",),
+    )
+
+
+def _events(path: epath.Path, separator: str) -> Iterator[pa.RecordBatch]:
+    user, movie, rating, timestamp = _read_ratings(path, separator).T
+    ids = (pc.cast(pa.array(column.astype(np.int64)), pa.string()) for column in (user, movie))
+    numbers = (pa.array(timestamp.astype(np.int64)), pa.array(np.round(rating * 2).astype(np.int32)))
+    yield pa.RecordBatch.from_arrays([*ids, *numbers], names=["user", "item", "time", "rating"])
+
+
+def _items(path: epath.Path, separator: str) -> Iterator[pa.RecordBatch]:
+    rows = {",": _csv_movies, "::": _dat_movies, "\t": _tab_movies}[separator](path)
+    schema = pa.schema({"item": pa.string(), "title": pa.string(), "genres": pa.list_(pa.string())})
+    kept = lambda names: [name for name in names if name and name != NO_GENRES]  # noqa: E731
+    return pieces(((str(movie), readable_title(title), kept(names)) for movie, title, names in rows), schema)
 
 
 def readable_title(title: str) -> str:

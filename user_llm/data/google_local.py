@@ -1,0 +1,48 @@
+"""Google Local Review in the layout of 2021 (Li, Shang and McAuley 2022; Yan et al. 2023).
+
+review-<State>_10.json.gz (or the whole review-<State>.json.gz) and meta-<State>.json.gz, a JSON object each line, gzipped or not;
+several states make one dataset. A place without metadata keeps its id as its title, and the audit counts it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from user_llm.data.amazon import existing
+from user_llm.data.raw import Raw, clean, json_lines, pieces, whole
+
+REVIEWS = ("review-{}_10.json", "review-{}.json")
+
+
+def find(directory: epath.PathLike, states: Sequence[str]) -> Raw:
+    """Return the reviews of one or several states.
+
+    Raises:
+      ValueError: no state named, or one whose reviews or places are not in `directory`. A bad line is refused when it is read.
+    """
+    folder = epath.Path(directory)
+    if not states:
+        raise ValueError("No state named: set --config.data.states=\"('Vermont',)\" to those whose files you have.")
+    reviews, places = ([existing(folder, patterns, state)[:1] for state in states] for patterns in (REVIEWS, ("meta-{}.json",)))
+    for state, found, kind in [*zip(states, reviews, [REVIEWS[0]] * len(states)), *zip(states, places, ["meta-{}.json"] * len(states))]:
+        if not found:
+            raise ValueError(f"{folder} has no {kind.format(state)}.gz: download it, or leave {state} out.")
+    raw = Raw(
+        name=f"google-local-{'-'.join(states)}",
+        files=tuple(path for found in (*reviews, *places) for path in found),
+        events=lambda: pieces((row for path, in reviews for row in json_lines(path, _review)), raw.event_schema),
+        items=lambda: pieces((row for path, in places for row in json_lines(path, _place)), raw.item_schema),
+        ordinals={"rating": 5}, texts=("review",), bags=("categories",),
+    )  # fmt: skip
+    return raw
+
+
+def _review(line: dict[str, Any]) -> tuple:
+    time = whole(line["time"], "time", 0, 10**14) // 1000
+    return line["user_id"], line["gmap_id"], time, whole(line["rating"], "rating", 1, 5), clean(line.get("text"))
+
+
+def _place(line: dict[str, Any]) -> tuple[str, str | None, list[str]]:
+    names = dict.fromkeys(map(clean, line.get("category") or []))
+    return line["gmap_id"], clean(line.get("name")) or None, [name for name in names if name]

@@ -1,0 +1,268 @@
+"""From raw files to timelines: numbered, sorted and stored once as a tensorflow-datasets dataset, one record per user.
+
+    Raw -> DuckDB (drops duplicates, numbers items and users, sorts on disk) -> array_record -> Timelines
+
+Records keep the publisher's order of rows; how ties are broken, and which users are long enough, is decided when timelines are
+loaded, so that one prepared dataset serves all protocols. Titles, bags and ids are stored with the dataset as metadata. Runs
+without TensorFlow.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import tensorflow_datasets as tfds
+from etils import epath
+from jaxtyping import Int
+
+from user_llm.data.raw import ROWS, Raw
+from user_llm.data.schema import Feature, Schema
+from user_llm.data.timelines import GAP_BUCKETS, Catalogue, Timelines, order_events
+
+RECORDS = 1000  # read at a time
+MEMORY = "1GB"  # of DuckDB, beyond which it sorts on disk
+# Ids that are numbers are ordered as numbers, before those that are not.
+IN_ORDER = "try_cast({0} AS HUGEINT) NULLS LAST, {0}"
+
+
+@dataclasses.dataclass
+class EventsConfig(tfds.core.BuilderConfig):
+    """What is to be prepared."""
+
+    raw: Raw | None = None
+
+
+class Events(tfds.core.GeneratorBasedBuilder):
+    """One record per user: `user`, `number`, and of each event `item`, `time` and the dataset's own columns, in the file's order."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS: list = []
+    url_infos: dict = {}  # nothing is downloaded here; left to itself tfds looks for a file of checksums
+
+    @property
+    def raw(self) -> Raw:
+        """What is to be prepared."""
+        return self.builder_config.raw
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        column = lambda dtype: tfds.features.Tensor(shape=(None,), dtype=dtype)  # noqa: E731
+        features = {"user": np.str_, "number": np.int64, "item": column(np.int32), "time": column(np.int64)}
+        features |= {name: column(np.int32) for name in self.raw.ordinals} | {name: column(np.str_) for name in self.raw.texts}
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features), metadata=tfds.core.MetadataDict()
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
+        root = Path(self.data_dir_root)  # where there is room for the dataset
+        root.mkdir(parents=True, exist_ok=True)
+        self._scratch = tempfile.TemporaryDirectory(dir=root)
+        table = _table(self.raw, Path(self._scratch.name))
+        self.info.metadata.update(_facts(table, self.raw))
+        return {"train": self._generate_examples(table)}
+
+    def _generate_examples(self, table: duckdb.DuckDBPyConnection) -> Iterator[tuple[int, dict]]:
+        names = ["time", *self.raw.ordinals, *self.raw.texts]
+        chosen = ", ".join(f"kept.{name}" for name in names)
+        query = f"""
+            SELECT users.user AS user, users.number AS number, items.number AS item, {chosen}
+            FROM kept JOIN users ON kept.user = users.user JOIN items ON kept.item = items.item
+            ORDER BY users.number, kept.row
+        """
+        held = None
+        for piece in table.sql(query).to_arrow_reader(ROWS):
+            rows = {name: piece[name].to_numpy(zero_copy_only=False) for name in piece.schema.names}
+            if held is not None:
+                rows = {name: np.concatenate([held[name], rows[name]]) for name in rows}
+            starts = np.flatnonzero(np.diff(rows["number"], prepend=-1))
+            for start, stop in itertools.pairwise(starts):
+                yield _record(rows, slice(start, stop))
+            held = {name: column[starts[-1] :] for name, column in rows.items()}  # the last user may go on in the next piece
+        if held is not None:
+            yield _record(held, slice(None))
+        table.close()
+        self._scratch.cleanup()
+
+
+def _record(rows: dict[str, np.ndarray], events: slice) -> tuple[int, dict]:
+    """Return the record of the user whose events these rows are."""
+    record: dict[str, Any] = {name: column[events] for name, column in rows.items()}
+    record["item"] = record["item"].astype(np.int32)
+    user, number = record.pop("user")[0], int(record.pop("number")[0])
+    return number, {"user": user, "number": number, **record}
+
+
+def _table(raw: Raw, scratch: Path) -> duckdb.DuckDBPyConnection:
+    """Return a database on disk with `kept` (events without duplicates), `users`, `items` (both numbered) and `catalogue`."""
+    table = duckdb.connect(str(scratch / "events.duckdb"))
+    table.execute(f"SET memory_limit = '{MEMORY}'; SET temp_directory = '{scratch}'; SET enable_progress_bar = false")
+    for name, schema, source in (("events", raw.event_schema, raw.events), ("published", raw.item_schema, raw.items)):
+        numbered = schema.insert(0, pa.field("row", pa.int64()))
+        reader = pa.RecordBatchReader.from_batches(numbered, _numbered(source(), numbered))
+        table.register("source", reader)
+        table.execute(f"CREATE TABLE {name} AS SELECT * FROM source")
+        table.unregister("source")
+    table.execute("""
+        CREATE TABLE kept AS SELECT * FROM events QUALIFY row_number() OVER (PARTITION BY "user", item, time ORDER BY row) = 1
+    """)
+    for name, of in (("users", '"user"'), ("items", "item")):
+        order = IN_ORDER.format(of)
+        table.execute(f"""
+            CREATE TABLE {name} AS
+            SELECT {of}, row_number() OVER (ORDER BY {order}) AS number FROM (SELECT DISTINCT {of} FROM kept)
+        """)
+    table.execute("""
+        CREATE TABLE catalogue AS SELECT items.number, items.item AS "key", published.* EXCLUDE (row, item)
+        FROM items LEFT JOIN published ON items.item = published.item
+        QUALIFY row_number() OVER (PARTITION BY items.item ORDER BY published.row) = 1
+        ORDER BY items.number
+    """)
+    return table
+
+
+def _numbered(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """Number the rows of all pieces: the publisher's order, which no database keeps by itself."""
+    first = 0
+    for batch in batches:
+        rows = pa.array(np.arange(first, first + len(batch)))
+        yield pa.RecordBatch.from_arrays([rows, *batch.columns], schema=schema)
+        first += len(batch)
+
+
+def _facts(table: duckdb.DuckDBPyConnection, raw: Raw) -> dict:
+    """Return the dataset's metadata."""
+    rows, kept, users = (
+        table.sql(f"SELECT count(*) FROM {name}").fetchall()[0][0] for name in ("events", "kept", "users")
+    )
+    if not rows:
+        raise ValueError(f"{raw.files[0]} holds no events.")
+    items = table.sql("SELECT * FROM catalogue ORDER BY number").to_arrow_table()
+    bags = {name: [bag or [] for bag in items[name].to_pylist()] for name in raw.bags}
+    vocab = {name: sorted({value for bag in bags[name] for value in bag}) for name in raw.bags}
+    number = {name: {value: i for i, value in enumerate(values, 1)} for name, values in vocab.items()}
+    keys = items["key"].to_pylist()
+    titles = [title or key for title, key in zip(items["title"].to_pylist(), keys, strict=True)]
+    return {
+        "keys": keys,
+        "titles": unique_titles(titles),
+        "bags": {name: [[number[name][value] for value in bag] for bag in found] for name, found in bags.items()},
+        "vocab": vocab,
+        "audit": {"rows": rows, "duplicates_dropped": rows - kept, "users_before_min_events": users},
+    }
+
+
+def unique_titles(titles: list[str]) -> list[str]:
+    """Number repeated titles " [2]", " [3]", ... so that a title names one item."""
+    taken: set[str] = set()
+    latest: dict[str, int] = {}
+    out = []
+    for title in titles:
+        name, n = title, latest.get(title, 1)
+        while name in taken:
+            n += 1
+            name = f"{title} [{n}]"
+        latest[title] = n
+        taken.add(name)
+        out.append(name)
+    return out
+
+
+def load(
+    raw: Raw, prepared_dir: epath.PathLike, *, ties: str = "hashed", seed: int = 0, min_events: int = 3, word_ids: int = 4096,
+    words: int = 8,
+) -> Timelines:  # fmt: skip
+    """Prepare a dataset once and load its timelines.
+
+    Args:
+      prepared_dir: where the prepared dataset is kept, apart for each state of the raw files.
+      ties: `hashed` (by `seed`) or `file`; see `order_events`.
+      min_events: users with fewer are left out.
+      word_ids, words: the size of a text feature's vocabulary, and how many of its words count.
+
+    Raises:
+      ValueError: a bad row, named by file and line, or no user that is long enough.
+    """
+    config = EventsConfig(name=raw.name, raw=raw)
+    builder = Events(config=config, data_dir=str(epath.Path(prepared_dir) / fingerprint(raw.files)), file_format="array_record")
+    builder.download_and_prepare()
+    source = builder.as_data_source(split="train")
+    # tfds writes records in an order of its own (by hash), so users are put back in theirs.
+    # Many at a time: one read for each costs more than all decoding.
+    chunks = (range(first, min(first + RECORDS, len(source))) for first in range(0, len(source), RECORDS))
+    records = [record for chunk in chunks for record in source.__getitems__(chunk) if len(record["item"]) >= min_events]
+    records.sort(key=lambda record: record["number"])
+    if not records:
+        raise ValueError(f"No user in {raw.files[0].parent} has {min_events} events: lower min_events.")
+    lengths = np.array([len(record["item"]) for record in records])
+    columns = {name: np.concatenate([record[name] for record in records]) for name in ("item", "time", *raw.ordinals)}
+    columns |= {name: _strings(record[name] for record in records) for name in raw.texts}
+    keys = [record["user"].decode() if isinstance(record["user"], bytes) else record["user"] for record in records]
+    user = np.repeat(np.array([_number(key) for key in keys], np.uint64), lengths)
+    # By record first, so that ids that hash alike stay apart.
+    order = order_events(np.repeat(np.arange(len(records)), lengths), user, columns["item"], columns["time"], ties=ties, seed=seed)
+    columns = {name: column[order] for name, column in columns.items()}
+    catalogue = _catalogue(builder.info.metadata)
+    schema = Schema(
+        (
+            Feature("item", "item", len(catalogue.titles)),
+            *(Feature(name, "ordinal", highest + 1) for name, highest in raw.ordinals.items()),
+            *(
+                Feature(name, "multi", max(len(catalogue.vocab[name]), 2), catalogue.multi[name].shape[1])
+                for name in raw.bags
+            ),
+            *(Feature(name, "text", word_ids, words) for name in raw.texts),
+            *((Feature("gap", "time", GAP_BUCKETS),) if raw.timed else ()),
+        )
+    )
+    item, time = columns.pop("item"), columns.pop("time")
+    return Timelines(
+        name=raw.name,
+        user_keys=keys,
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        item=item,
+        columns=columns | ({"timestamp": time} if raw.timed else {}),
+        schema=schema,
+        catalogue=catalogue,
+        facts=dict(builder.info.metadata["audit"]),
+    )
+
+
+def _strings(rows: Iterable[np.ndarray]) -> np.ndarray:
+    """Join texts to one array of strings without a Python object each."""
+    return np.concatenate([np.array([text.decode() for text in row], np.dtypes.StringDType()) for row in rows])
+
+
+def _number(key: str) -> int:
+    """Return a user's number for the hash that breaks ties: its own if it is one."""
+    if key.isdecimal() and len(key) < 19:
+        return int(key)
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
+
+
+def fingerprint(files: Iterable[epath.Path]) -> str:
+    """Identify files by name and content; sizes and times, in whole seconds here, miss a quick edit."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:12]
+
+
+def _catalogue(metadata: dict) -> Catalogue:
+    multi: dict[str, Int[np.ndarray, "V W"]] = {}
+    for name, found in metadata["bags"].items():
+        multi[name] = np.zeros((len(found) + 1, max(max(map(len, found), default=1), 1)), np.int32)
+        for item, bag in enumerate(found, 1):
+            multi[name][item, : len(bag)] = bag
+    return Catalogue(
+        titles=["", *metadata["titles"]],
+        keys=["", *metadata["keys"]],
+        multi=multi,
+        vocab={name: ["", *values] for name, values in metadata["vocab"].items()},
+    )
