@@ -122,8 +122,24 @@ def base() -> ConfigDict:
             "lora": {"rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": r"attn/(q|k|v|o)|mlp/(gate_proj|up|down)"},
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
             "data": {
-                "source": "movielens",  # or `synthetic`, which needs no dir
-                "dir": "",  # any MovieLens release: a directory, a zip, or the release's name to download it
+                # movielens | amazon | google_local | events | synthetic, which needs no dir. For MovieLens the dir may also be a
+                # zip, or a release's name to download it; for your own events, a file or a glob.
+                "source": "movielens",
+                "dir": "",
+                "category": "Movies_and_TV",  # of Amazon Review
+                "states": (),  # of Google Local Review
+                # Of your own events: what they are called in the report, and which column holds what.
+                "name": "events",
+                "columns": {
+                    "user": "user_id",
+                    "item": "item_id",
+                    "time": "",
+                    "order": "",
+                    "title": "",
+                    "categories": (),
+                    "numbers": (),
+                    "texts": (),
+                },
                 "ties": "hashed",
                 "min_events": 5,
                 "split": "leave_last_out",

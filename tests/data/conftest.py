@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from user_llm.data import movielens, synthetic
+from user_llm.data import movielens, prepare, synthetic
 from user_llm.data.synthetic import World
 from user_llm.data.timelines import Timelines
 
@@ -72,4 +72,4 @@ def small_world(tmp_path_factory) -> tuple[World, Timelines]:
     """A world of 240 films with 400 users of 20 to 60 events, written and read again."""
     directory = tmp_path_factory.mktemp("world")
     world = synthetic.write_movielens(directory / "raw", num_users=400, num_items=240, events_per_user=40, seed=3)
-    return world, movielens.load(directory / "raw", directory / "prepared")
+    return world, prepare.load(movielens.find(directory / "raw", directory), directory / "prepared")

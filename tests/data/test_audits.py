@@ -5,8 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
+from user_llm.data import movielens
 from user_llm.data.audits import audit
-from user_llm.data.movielens import load
+from user_llm.data.prepare import load
 from user_llm.data.splits import Split, global_time, leave_last_out
 
 
@@ -133,7 +134,7 @@ def test_without_times_a_repeat_in_a_row_is_a_duplicate(make_timelines):
 
 
 def test_facts_of_the_real_union_set(data_dir, tmp_path):
-    timelines = load(data_dir / "movielens" / "ml-latest-union", tmp_path)
+    timelines = load(movielens.find(data_dir / "movielens" / "ml-latest-union", tmp_path), tmp_path)
     facts = audit(timelines, leave_last_out(timelines))
     assert timelines.name == "ml-latest-union"
     assert (facts["events"], facts["users"], facts["items"]) == (297_710, 1_972, 13_004)

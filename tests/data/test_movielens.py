@@ -11,11 +11,23 @@ import zipfile
 import numpy as np
 import pytest
 
-from user_llm.data import movielens, movielens_raw
+from user_llm.data import movielens, movielens_raw, prepare
 from user_llm.data.audits import audit
-from user_llm.data.movielens import load, unique_titles
 from user_llm.data.movielens_raw import readable_title
+from user_llm.data.prepare import unique_titles
 from user_llm.data.splits import leave_last_out
+
+
+def load(source, prepared, *, base_url=movielens.BASE_URL, **options):
+    """Find MovieLens and load its timelines."""
+    return prepare.load(movielens.find(source, prepared, base_url=base_url), prepared, **options)
+
+
+def read(directory):
+    """Read all of a release, and return its titles."""
+    raw = movielens_raw.open_release(directory, name="release")
+    list(raw.events())
+    return {int(row["item"]): row["title"] for piece in raw.items() for row in piece.to_pylist()}
 
 
 def assert_tiny(timelines, tied=(2, 3, 4)):
@@ -160,10 +172,10 @@ def test_half_stars_and_windows_line_ends(write_release, tmp_path):
 def test_titles_in_utf8_or_with_bytes_that_look_like_line_ends(write_release, tmp_path):
     movies = [(2, "Amélie (2001)", ["Drama"]), (3, "Wait\x85 (1990)", ["Drama"])]
     directory = write_release(tmp_path / "raw", "dat", [(1, 2, 3, 4), (1, 3, 3, 5)], movies)
-    assert movielens_raw.read(directory).titles == {2: "Amélie (2001)", 3: "Wait (1990)"}
+    assert read(directory) == {2: "Amélie (2001)", 3: "Wait (1990)"}
     text = (directory / "movies.dat").read_text(encoding="latin-1")
     (directory / "movies.dat").write_text(text, encoding="utf-8")
-    assert movielens_raw.read(directory).titles[2] == "Amélie (2001)"
+    assert read(directory)[2] == "Amélie (2001)"
 
 
 @pytest.mark.parametrize(
@@ -217,7 +229,7 @@ def test_a_bad_rating_is_refused_naming_file_and_line(write_release, tmp_path, l
     lines[header + 3] = row.replace(" ", separator)
     (directory / name).write_text("\n".join([*lines, ""]))
     with pytest.raises(ValueError, match=rf"{name}, line {header + 4}: .*{words}"):
-        movielens_raw.read(directory)
+        read(directory)
 
 
 @pytest.mark.parametrize("header", ["movieId,userId,rating,timestamp\n", "9,7,4,500\n"])
@@ -225,7 +237,7 @@ def test_other_columns_or_none_named_are_refused(write_release, tmp_path, header
     path = write_release(tmp_path) / "ratings.csv"
     path.write_text(header + path.read_text().partition("\n")[2])
     with pytest.raises(ValueError, match=r"ratings\.csv, line 1: the header must begin with userId,movieId,rating,timestamp"):
-        movielens_raw.read(tmp_path)
+        read(tmp_path)
 
 
 @pytest.mark.parametrize("layout", RATING_FILES)
@@ -234,14 +246,14 @@ def test_a_file_cut_off_within_a_number_is_refused(write_release, tmp_path, layo
     path = write_release(tmp_path, layout) / name
     path.write_text(path.read_text()[:-2])
     with pytest.raises(ValueError, match=rf"{name}, line {8 + header}: no line end"):
-        movielens_raw.read(tmp_path)
+        read(tmp_path)
 
 
 def test_a_comment_sign_does_not_cut_a_number(write_release, tmp_path):
     path = write_release(tmp_path) / "ratings.csv"
     path.write_text(path.read_text().replace("9,7,4,500", "9,7,4,5#0"))
     with pytest.raises(ValueError, match=r"ratings\.csv, line 2: .* does not hold four numbers"):
-        movielens_raw.read(tmp_path)
+        read(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["ratings.csv", "movies.csv"])
@@ -249,7 +261,7 @@ def test_bytes_that_are_no_utf8_are_named(write_release, tmp_path, name):
     path = write_release(tmp_path) / name
     path.write_bytes(path.read_bytes() + b"9,\xff\n")
     with pytest.raises(ValueError, match=rf"{name}, line \d+: not utf-8") as caught:
-        movielens_raw.read(tmp_path)
+        read(tmp_path)
     assert type(caught.value) is ValueError
 
 
@@ -294,7 +306,7 @@ def test_a_bad_movie_is_refused_naming_file_and_line(write_release, tmp_path, la
     lines[header + 1] = row.replace(" ", separator)
     (directory / name).write_text("\n".join([*lines, ""]), encoding=encoding)
     with pytest.raises(ValueError, match=rf"{name}, line {header + 2}: .* is no id, title and genres"):
-        movielens_raw.read(directory)
+        read(directory)
 
 
 @pytest.mark.filterwarnings("ignore:loadtxt")
@@ -311,14 +323,14 @@ def test_empty_and_missing_files_are_named(write_release, tmp_path, layout):
     ):
         (directory / name).write_bytes(content)
         with pytest.raises(ValueError, match=words):
-            movielens_raw.read(directory)
+            read(directory)
         (directory / name).write_bytes(whole[name])
     (directory / ("u.genre" if layout == "tab" else movies)).unlink()
     with pytest.raises(ValueError, match=f"{'u.genre' if layout == 'tab' else movies} is missing"):
-        movielens_raw.read(directory)
+        read(directory)
     (directory / ratings).unlink()
     with pytest.raises(ValueError, match="No MovieLens release in .*ratings.csv, ratings.dat, u.data"):
-        movielens_raw.read(directory)
+        read(directory)
 
 
 def change_first_rating(path):
@@ -361,14 +373,14 @@ def test_prepared_data_serves_again_whatever_the_protocol(write_release, tmp_pat
     def never(*args):
         raise AssertionError("read twice")
 
-    monkeypatch.setattr(movielens_raw, "read", never)
+    monkeypatch.setattr(movielens_raw, "_read_ratings", never)
     (directory / "README.txt").write_text("not data")
     assert_tiny(load(directory, tmp_path / "prepared", ties="file", seed=1, min_events=1), tied=(3, 2, 4))
 
 
 def test_a_half_written_dataset_is_never_accepted(write_release, tmp_path, monkeypatch):
     directory, prepared, killed = write_release(tmp_path / "raw"), tmp_path / "prepared", tmp_path / "killed"
-    whole = movielens.MovieLens._generate_examples
+    whole = prepare.Events._generate_examples
 
     def interrupted(*args):
         examples = whole(*args)
@@ -377,7 +389,7 @@ def test_a_half_written_dataset_is_never_accepted(write_release, tmp_path, monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(movielens.MovieLens, "_generate_examples", interrupted)
+        patch.setattr(prepare.Events, "_generate_examples", interrupted)
         with pytest.raises(KeyboardInterrupt):
             load(directory, prepared)
     assert list(killed.rglob("*incomplete*"))
@@ -412,9 +424,11 @@ def test_a_broken_zip_is_refused(write_release, tmp_path):
 
 
 def test_the_real_small_release_is_read_whole(data_dir):
-    raw = movielens_raw.read(data_dir / "movielens" / "ml-latest-small")
-    assert len(raw.user) == 100_836
-    assert len(np.unique(raw.user)) == 610
-    assert len(raw.titles) == 9_742
-    assert raw.titles[2571] == "The Matrix (1999)"
-    assert raw.genres[1] == ["Adventure", "Animation", "Children", "Comedy", "Fantasy"]
+    raw = movielens.find(data_dir / "movielens" / "ml-latest-small", "unused")
+    (events,) = raw.events()
+    items = {row["item"]: row for piece in raw.items() for row in piece.to_pylist()}
+    assert len(events) == 100_836
+    assert len(events["user"].unique()) == 610
+    assert len(items) == 9_742
+    assert items["2571"]["title"] == "The Matrix (1999)"
+    assert items["1"]["genres"] == ["Adventure", "Animation", "Children", "Comedy", "Fantasy"]

@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
-from user_llm.data import movielens, synthetic
+from user_llm.data import movielens, prepare, synthetic
 from user_llm.data.audits import audit
 from user_llm.data.splits import leave_last_out
 from user_llm.data.synthetic import World, optimal_ranks, write_movielens
@@ -162,4 +162,4 @@ def test_an_interrupted_world_leaves_no_directory(tmp_path, monkeypatch):
             write_movielens(tmp_path / "w", **options)
     assert not (tmp_path / "w").exists()
     write_movielens(tmp_path / "w", **options)
-    assert len(movielens.load(tmp_path / "w", tmp_path / "prepared")) == 5
+    assert len(prepare.load(movielens.find(tmp_path / "w", tmp_path), tmp_path / "prepared")) == 5

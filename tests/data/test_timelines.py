@@ -17,7 +17,8 @@ def tied_events(seed=0):
 
 
 def ordered(columns, **options):
-    order = order_events(*columns, **options)
+    user, item, time = columns
+    order = order_events(user, user.astype(np.uint64), item, time, **options)
     return np.stack(columns)[:, order]
 
 
@@ -52,13 +53,13 @@ def test_hashed_ties_tell_nothing_of_the_item_id():
 
 def test_file_ties_keep_the_file():
     time = np.array([5, 5, 1, 5])
-    order = order_events(np.ones(4, int), np.array([9, 3, 4, 7]), time, ties="file")
+    order = order_events(np.ones(4, int), np.ones(4, np.uint64), np.array([9, 3, 4, 7]), time, ties="file")
     np.testing.assert_array_equal(order, [2, 0, 1, 3])
 
 
 def test_unknown_order_of_ties_is_refused():
     with pytest.raises(ValueError, match="choose hashed or file"):
-        order_events(np.ones(1, int), np.ones(1, int), np.ones(1, int), ties="random")
+        order_events(*np.ones((1, 1), int), np.ones(1, np.uint64), *np.ones((2, 1), int), ties="random")
 
 
 def test_gap_buckets_are_powers_of_two_seconds():

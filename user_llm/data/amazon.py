@@ -14,7 +14,7 @@ from typing import Any
 
 from etils import epath
 
-from user_llm.data.raw import Raw, clean, json_lines, pieces, whole
+from user_llm.data.raw import Raw, clean, identifier, json_lines, pieces, whole
 
 REVIEWS = ("reviews_{}_5.json", "reviews_{}.json", "{}_5.json", "{}.json", "{}.jsonl")
 PRODUCTS = ("meta_{}.json", "meta_{}.jsonl")
@@ -35,7 +35,9 @@ def find(directory: epath.PathLike, category: str) -> Raw:
     if len(reviews) != 1:
         names = ", ".join(pattern.format(category) for pattern in REVIEWS)
         found = f"holds {' and '.join(path.name for path in reviews)}" if reviews else f"has none of {names}, gzipped or not"
-        raise ValueError(f"{folder} {found}: name the folder and the category of one set of reviews (--config.data.category=...).")
+        raise ValueError(
+            f"{folder} {found}: name the folder and the category of one set of reviews (--config.data.category=...)."
+        )
     products = existing(folder, PRODUCTS, category)[:1]
     raw = Raw(
         name=f"amazon-{category}", files=(*reviews, *products), events=lambda: pieces(json_lines(reviews[0], _review), raw.event_schema),
@@ -59,7 +61,8 @@ def _review(line: dict[str, Any]) -> tuple:
         time = whole(line["unixReviewTime"], "unixReviewTime", 0, 10**11)
         names = ("reviewerID", "asin", "overall", "summary", "reviewText")
     user, item, rating, summary, text = names
-    return line[user], line[item], time, whole(line[rating], rating, 1, 5), clean(line.get(summary)), clean(line.get(text))
+    ids = (identifier(line[name], name) for name in (user, item))
+    return *ids, time, whole(line[rating], rating, 1, 5), clean(line.get(summary)), clean(line.get(text))
 
 
 def _product(line: dict[str, Any]) -> tuple[str, str | None, list[str]]:
@@ -68,4 +71,4 @@ def _product(line: dict[str, Any]) -> tuple[str, str | None, list[str]]:
     if path and isinstance(path[0], list):  # 2014: several paths, of which the first is the main one
         path = path[0]
     names = [name for name in dict.fromkeys(map(clean, path[:LEVELS])) if name and len(name) <= LONGEST]
-    return line.get("parent_asin") or line["asin"], None if SCRIPT in title else title or None, names
+    return identifier(line.get("parent_asin") or line["asin"], "asin"), None if SCRIPT in title else title or None, names

@@ -19,7 +19,12 @@ READERS = {
     ".csv": "read_csv([{}], filename = true, header = true, null_padding = false)",
     ".jsonl": "read_json([{}], filename = true, format = 'newline_delimited')",
 }
-READERS |= {".csv.gz": READERS[".csv"], ".jsonl.gz": READERS[".jsonl"], ".json": READERS[".jsonl"], ".json.gz": READERS[".jsonl"]}
+READERS |= {
+    ".csv.gz": READERS[".csv"],
+    ".jsonl.gz": READERS[".jsonl"],
+    ".json": READERS[".jsonl"],
+    ".json.gz": READERS[".jsonl"],
+}
 LEVELS = 10  # of a number; one more stands for a missing one
 # Later than this many seconds since 1970 (the year 5138) a number must be meant in milliseconds.
 MILLISECONDS = 100_000_000_000
@@ -93,7 +98,9 @@ def find(source: str, columns: Columns, *, name: str) -> Raw:
 
 def _files(source: str) -> tuple[epath.Path, ...]:
     path = epath.Path(source)
-    found = sorted(path.iterdir()) if path.is_dir() else [epath.Path(file) for file in sorted(glob.glob(source, recursive=True))]
+    found = (
+        sorted(path.iterdir()) if path.is_dir() else [epath.Path(file) for file in sorted(glob.glob(source, recursive=True))]
+    )
     files = tuple(file for file in found if _suffix(file) in READERS)
     kinds = {READERS[_suffix(file)] for file in files}
     if len(kinds) != 1:
@@ -140,7 +147,9 @@ def _levels(table: duckdb.DuckDBPyConnection, name: str, kind: str, source: str)
     """Return SQL for the level of a number."""
     column = _quoted(name)
     try:
-        values = table.sql(f"SELECT DISTINCT {column} AS v FROM files WHERE v IS NOT NULL ORDER BY v LIMIT {LEVELS + 1}").fetchall()
+        values = table.sql(
+            f"SELECT DISTINCT {column} AS v FROM files WHERE v IS NOT NULL ORDER BY v LIMIT {LEVELS + 1}"
+        ).fetchall()
         if len(values) > LEVELS:
             shares = [i / LEVELS for i in range(1, LEVELS)]
             edges = table.sql(f"SELECT quantile_disc({column}, {shares}) FROM files").fetchall()[0][0]
@@ -172,7 +181,9 @@ def _events(files: tuple[epath.Path, ...], selected: dict[str, str], schema: pa.
         raise ValueError(f"{files[0].parent}: {_first_line(error)}") from None
 
 
-def _items(files: tuple[epath.Path, ...], columns: Columns, types: dict[str, str], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+def _items(
+    files: tuple[epath.Path, ...], columns: Columns, types: dict[str, str], schema: pa.Schema
+) -> Iterator[pa.RecordBatch]:
     title = f"CAST(any_value({_quoted(columns.title)}) AS VARCHAR)" if columns.title else "CAST(NULL AS VARCHAR)"
     as_list = lambda name: _quoted(name) if types[name].endswith("[]") else f"[CAST({_quoted(name)} AS VARCHAR)]"  # noqa: E731
     lists = ", ".join(f"coalesce({as_list(name)}, [])" for name in columns.categories)

@@ -10,9 +10,10 @@ from typing import Any
 from etils import epath
 
 from user_llm.data.amazon import existing
-from user_llm.data.raw import Raw, clean, json_lines, pieces, whole
+from user_llm.data.raw import Raw, clean, identifier, json_lines, pieces, whole
 
 REVIEWS = ("review-{}_10.json", "review-{}.json")
+PLACES = ("meta-{}.json",)
 
 
 def find(directory: epath.PathLike, states: Sequence[str]) -> Raw:
@@ -24,15 +25,18 @@ def find(directory: epath.PathLike, states: Sequence[str]) -> Raw:
     folder = epath.Path(directory)
     if not states:
         raise ValueError("No state named: set --config.data.states=\"('Vermont',)\" to those whose files you have.")
-    reviews, places = ([existing(folder, patterns, state)[:1] for state in states] for patterns in (REVIEWS, ("meta-{}.json",)))
-    for state, found, kind in [*zip(states, reviews, [REVIEWS[0]] * len(states)), *zip(states, places, ["meta-{}.json"] * len(states))]:
-        if not found:
-            raise ValueError(f"{folder} has no {kind.format(state)}.gz: download it, or leave {state} out.")
+    reviews, places = [], []
+    for state in states:
+        for found, patterns in ((reviews, REVIEWS), (places, PLACES)):
+            files = existing(folder, patterns, state)
+            if not files:
+                raise ValueError(f"{folder} has no {patterns[0].format(state)}.gz: download it, or leave {state} out.")
+            found.append(files[0])
     raw = Raw(
         name=f"google-local-{'-'.join(states)}",
-        files=tuple(path for found in (*reviews, *places) for path in found),
-        events=lambda: pieces((row for path, in reviews for row in json_lines(path, _review)), raw.event_schema),
-        items=lambda: pieces((row for path, in places for row in json_lines(path, _place)), raw.item_schema),
+        files=(*reviews, *places),
+        events=lambda: pieces((row for path in reviews for row in json_lines(path, _review)), raw.event_schema),
+        items=lambda: pieces((row for path in places for row in json_lines(path, _place)), raw.item_schema),
         ordinals={"rating": 5}, texts=("review",), bags=("categories",),
     )  # fmt: skip
     return raw
@@ -40,9 +44,10 @@ def find(directory: epath.PathLike, states: Sequence[str]) -> Raw:
 
 def _review(line: dict[str, Any]) -> tuple:
     time = whole(line["time"], "time", 0, 10**14) // 1000
-    return line["user_id"], line["gmap_id"], time, whole(line["rating"], "rating", 1, 5), clean(line.get("text"))
+    user, place = (identifier(line[name], name) for name in ("user_id", "gmap_id"))
+    return user, place, time, whole(line["rating"], "rating", 1, 5), clean(line.get("text"))
 
 
 def _place(line: dict[str, Any]) -> tuple[str, str | None, list[str]]:
     names = dict.fromkeys(map(clean, line.get("category") or []))
-    return line["gmap_id"], clean(line.get("name")) or None, [name for name in names if name]
+    return identifier(line["gmap_id"], "gmap_id"), clean(line.get("name")) or None, [name for name in names if name]

@@ -21,7 +21,6 @@ CHECKSUMS = {
 }
 
 
-
 def find(source: epath.PathLike, directory: epath.PathLike, *, base_url: str = BASE_URL) -> Raw:
     """Return MovieLens as published.
 
@@ -37,4 +36,5 @@ def find(source: epath.PathLike, directory: epath.PathLike, *, base_url: str = B
         path = fetch(f"{base_url}/{source}.zip", directory / "downloads", CHECKSUMS[str(source)])
     elif not path.is_dir() and not (path.suffix == ".zip" and path.exists()):
         raise ValueError(f"No MovieLens at {str(source)!r}: name a directory, a zip, or one of {', '.join(CHECKSUMS)}.")
-    return movielens_raw.open_release(path if path.is_dir() else unzip(path, directory / "unzipped"))
+    folder = path if path.is_dir() else unzip(path, directory / "unzipped")
+    return movielens_raw.open_release(folder, name=str(source) if str(source) in CHECKSUMS else path.absolute().stem)

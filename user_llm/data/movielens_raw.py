@@ -42,7 +42,7 @@ def find_layout(directory: epath.Path) -> epath.Path:
     raise ValueError(f"No MovieLens release in {directory}: it needs one of {', '.join(RATINGS_FILES)}.")
 
 
-def open_release(directory: epath.PathLike) -> Raw:
+def open_release(directory: epath.PathLike, *, name: str) -> Raw:
     """Return a release in its directory; half stars become the ratings 1 to 10.
 
     Raises:
@@ -55,7 +55,7 @@ def open_release(directory: epath.PathLike) -> Raw:
         if not file.exists():
             raise ValueError(f"{file} is missing: titles and genres are read from it.")
     return Raw(
-        name=epath.Path(directory).absolute().name,
+        name=name,
         files=(ratings, *needed),
         events=lambda: _events(ratings, separator),
         items=lambda: _items(needed[0], separator),

@@ -7,6 +7,7 @@ loaded, so that one prepared dataset serves all protocols. Titles, bags and ids 
 without TensorFlow.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -62,12 +63,13 @@ class Events(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
         root = Path(self.data_dir_root)  # where there is room for the dataset
         root.mkdir(parents=True, exist_ok=True)
-        self._scratch = tempfile.TemporaryDirectory(dir=root)
-        table = _table(self.raw, Path(self._scratch.name))
-        self.info.metadata.update(_facts(table, self.raw))
-        return {"train": self._generate_examples(table)}
+        with contextlib.ExitStack() as stack:
+            scratch = stack.enter_context(tempfile.TemporaryDirectory(dir=root))
+            table = stack.enter_context(_table(self.raw, Path(scratch)))
+            self.info.metadata.update(_facts(table, self.raw))
+            return {"train": self._generate_examples(table, stack.pop_all())}
 
-    def _generate_examples(self, table: duckdb.DuckDBPyConnection) -> Iterator[tuple[int, dict]]:
+    def _generate_examples(self, table: duckdb.DuckDBPyConnection, scratch: contextlib.ExitStack) -> Iterator[tuple[int, dict]]:
         names = ["time", *self.raw.ordinals, *self.raw.texts]
         chosen = ", ".join(f"kept.{name}" for name in names)
         query = f"""
@@ -75,19 +77,20 @@ class Events(tfds.core.GeneratorBasedBuilder):
             FROM kept JOIN users ON kept.user = users.user JOIN items ON kept.item = items.item
             ORDER BY users.number, kept.row
         """
-        held = None
-        for piece in table.sql(query).to_arrow_reader(ROWS):
-            rows = {name: piece[name].to_numpy(zero_copy_only=False) for name in piece.schema.names}
+        with scratch:
+            held = None
+            for piece in table.sql(query).to_arrow_reader(ROWS):
+                rows = {name: piece[name].to_numpy(zero_copy_only=False) for name in piece.schema.names}
+                if held is not None:
+                    rows = {name: np.concatenate([held[name], rows[name]]) for name in rows}
+                starts = np.flatnonzero(np.diff(rows["number"], prepend=-1))
+                for start, stop in itertools.pairwise(starts):
+                    yield _record(rows, slice(start, stop))
+                held = {
+                    name: column[starts[-1] :] for name, column in rows.items()
+                }  # the last user may go on in the next piece
             if held is not None:
-                rows = {name: np.concatenate([held[name], rows[name]]) for name in rows}
-            starts = np.flatnonzero(np.diff(rows["number"], prepend=-1))
-            for start, stop in itertools.pairwise(starts):
-                yield _record(rows, slice(start, stop))
-            held = {name: column[starts[-1] :] for name, column in rows.items()}  # the last user may go on in the next piece
-        if held is not None:
-            yield _record(held, slice(None))
-        table.close()
-        self._scratch.cleanup()
+                yield _record(held, slice(None))
 
 
 def _record(rows: dict[str, np.ndarray], events: slice) -> tuple[int, dict]:
@@ -104,9 +107,15 @@ def _table(raw: Raw, scratch: Path) -> duckdb.DuckDBPyConnection:
     table.execute(f"SET memory_limit = '{MEMORY}'; SET temp_directory = '{scratch}'; SET enable_progress_bar = false")
     for name, schema, source in (("events", raw.event_schema, raw.events), ("published", raw.item_schema, raw.items)):
         numbered = schema.insert(0, pa.field("row", pa.int64()))
-        reader = pa.RecordBatchReader.from_batches(numbered, _numbered(source(), numbered))
+        faults: list[ValueError] = []
+        reader = pa.RecordBatchReader.from_batches(numbered, _numbered(source(), numbered, faults))
         table.register("source", reader)
-        table.execute(f"CREATE TABLE {name} AS SELECT * FROM source")
+        try:
+            table.execute(f"CREATE TABLE {name} AS SELECT * FROM source")
+        except duckdb.Error:
+            if faults:  # what a reader refuses, in its own words
+                raise faults[0] from None
+            raise
         table.unregister("source")
     table.execute("""
         CREATE TABLE kept AS SELECT * FROM events QUALIFY row_number() OVER (PARTITION BY "user", item, time ORDER BY row) = 1
@@ -126,20 +135,22 @@ def _table(raw: Raw, scratch: Path) -> duckdb.DuckDBPyConnection:
     return table
 
 
-def _numbered(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """Number the rows of all pieces: the publisher's order, which no database keeps by itself."""
+def _numbered(batches: Iterable[pa.RecordBatch], schema: pa.Schema, faults: list[ValueError]) -> Iterator[pa.RecordBatch]:
+    """Number the rows of all pieces, for no database keeps the publisher's order by itself; keep what ends it too early."""
     first = 0
-    for batch in batches:
-        rows = pa.array(np.arange(first, first + len(batch)))
-        yield pa.RecordBatch.from_arrays([rows, *batch.columns], schema=schema)
-        first += len(batch)
+    try:
+        for batch in batches:
+            rows = pa.array(np.arange(first, first + len(batch)))
+            yield pa.RecordBatch.from_arrays([rows, *batch.columns], schema=schema)
+            first += len(batch)
+    except ValueError as fault:
+        faults.append(fault)
+        raise
 
 
 def _facts(table: duckdb.DuckDBPyConnection, raw: Raw) -> dict:
     """Return the dataset's metadata."""
-    rows, kept, users = (
-        table.sql(f"SELECT count(*) FROM {name}").fetchall()[0][0] for name in ("events", "kept", "users")
-    )
+    rows, kept, users = (table.sql(f"SELECT count(*) FROM {name}").fetchall()[0][0] for name in ("events", "kept", "users"))
     if not rows:
         raise ValueError(f"{raw.files[0]} holds no events.")
     items = table.sql("SELECT * FROM catalogue ORDER BY number").to_arrow_table()
@@ -205,17 +216,16 @@ def load(
     keys = [record["user"].decode() if isinstance(record["user"], bytes) else record["user"] for record in records]
     user = np.repeat(np.array([_number(key) for key in keys], np.uint64), lengths)
     # By record first, so that ids that hash alike stay apart.
-    order = order_events(np.repeat(np.arange(len(records)), lengths), user, columns["item"], columns["time"], ties=ties, seed=seed)
+    order = order_events(
+        np.repeat(np.arange(len(records)), lengths), user, columns["item"], columns["time"], ties=ties, seed=seed
+    )
     columns = {name: column[order] for name, column in columns.items()}
     catalogue = _catalogue(builder.info.metadata)
     schema = Schema(
         (
             Feature("item", "item", len(catalogue.titles)),
             *(Feature(name, "ordinal", highest + 1) for name, highest in raw.ordinals.items()),
-            *(
-                Feature(name, "multi", max(len(catalogue.vocab[name]), 2), catalogue.multi[name].shape[1])
-                for name in raw.bags
-            ),
+            *(Feature(name, "multi", max(len(catalogue.vocab[name]), 2), catalogue.multi[name].shape[1]) for name in raw.bags),
             *(Feature(name, "text", word_ids, words) for name in raw.texts),
             *((Feature("gap", "time", GAP_BUCKETS),) if raw.timed else ()),
         )

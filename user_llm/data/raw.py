@@ -125,3 +125,14 @@ def whole(value: Any, name: str, lowest: int, highest: int) -> int:
     if not (lowest <= number <= highest and number == int(number)):
         raise ValueError(f"{name} {value!r} is no whole number from {lowest} to {highest}")
     return int(number)
+
+
+def identifier(value: Any, name: str) -> str:
+    """Return an id as text.
+
+    Raises:
+      ValueError: there is none.
+    """
+    if value in (None, ""):
+        raise ValueError(f"no {name}")
+    return str(value)

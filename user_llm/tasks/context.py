@@ -16,7 +16,8 @@ from user_llm.common import mesh as meshes
 from user_llm.common import trees
 from user_llm.common.checkpoint import load_params
 from user_llm.common.trees import Params, Rules
-from user_llm.data import movielens, synthetic
+from user_llm.data import amazon, event_files, google_local, movielens, prepare, synthetic
+from user_llm.data.raw import Raw
 from user_llm.data.splits import Split, make_split
 from user_llm.data.timelines import Timelines
 from user_llm.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
@@ -140,18 +141,38 @@ def load_data(config: ConfigDict, workdir: epath.Path) -> tuple[Timelines, Split
     Raises:
       ValueError: no data given, bad data, or a leak between the parts of the split.
     """
-    data, directory = config.data, config.data.dir
+    data = config.data
+    raw = find_data(config, workdir)
+    timelines = prepare.load(raw, workdir / "data", ties=data.ties, seed=config.seed, min_events=data.min_events)
+    return timelines, make_split(timelines, data.split)
+
+
+def find_data(config: ConfigDict, workdir: epath.Path) -> Raw:
+    """Return the dataset as published, which for the synthetic world is written first.
+
+    Raises:
+      ValueError: no data given, or none of its kind there.
+    """
+    data = config.data
     if data.source == "synthetic":
         directory = workdir / "synthetic"
         if not directory.exists():
             synthetic.write_movielens(directory, seed=config.seed, **data.synthetic)
-    elif not directory:
+        return movielens.find(directory, workdir / "data")
+    find = {
+        "movielens": lambda: movielens.find(data.dir, workdir / "data"),
+        "amazon": lambda: amazon.find(data.dir, data.category),
+        "google_local": lambda: google_local.find(data.dir, data.states),
+        "events": lambda: event_files.find(data.dir, event_files.Columns(**data.columns), name=data.name),
+    }
+    if data.source not in find:
+        raise ValueError(f"Unknown data.source {data.source!r}: choose synthetic, {', '.join(find)}.")
+    if not data.dir:
         raise ValueError(
-            "No data: name a MovieLens directory, zip or release by --config.data.dir=..., or run configs/quickstart.py, "
-            "which makes its own."
+            "No data: name where it is by --config.data.dir=... (for MovieLens also a zip or a release to download), or run "
+            "configs/quickstart.py, which makes its own."
         )
-    timelines = movielens.load(directory, workdir / "data", ties=data.ties, seed=config.seed, min_events=data.min_events)
-    return timelines, make_split(timelines, data.split)
+    return find[data.source]()
 
 
 def catalogue_lines(timelines: Timelines) -> list[str]:
