@@ -137,10 +137,11 @@ def _seconds(column: str, kind: str) -> str:
     """Return SQL for seconds since 1970."""
     if kind in ("DATE", "TIMESTAMP WITH TIME ZONE") or kind.startswith("TIMESTAMP"):
         return f"CAST(floor(epoch({column})) AS BIGINT)"
+    number = f"CAST(floor(try_cast({column} AS DOUBLE)) AS BIGINT)"
+    seconds = f"CASE WHEN {number} > {MILLISECONDS} THEN {number} // 1000 ELSE {number} END"
     if kind == "VARCHAR":
-        return f"CAST(floor(epoch(try_cast({column} AS TIMESTAMP))) AS BIGINT)"
-    number = f"try_cast(floor({column}) AS BIGINT)"
-    return f"CASE WHEN {number} > {MILLISECONDS} THEN {number} // 1000 ELSE {number} END"
+        return f"coalesce({seconds}, CAST(floor(epoch(try_cast({column} AS TIMESTAMP))) AS BIGINT))"
+    return seconds
 
 
 def _levels(table: duckdb.DuckDBPyConnection, name: str, kind: str, source: str) -> str:
@@ -185,9 +186,13 @@ def _items(
     files: tuple[epath.Path, ...], columns: Columns, types: dict[str, str], schema: pa.Schema
 ) -> Iterator[pa.RecordBatch]:
     title = f"CAST(any_value({_quoted(columns.title)}) AS VARCHAR)" if columns.title else "CAST(NULL AS VARCHAR)"
-    as_list = lambda name: _quoted(name) if types[name].endswith("[]") else f"[CAST({_quoted(name)} AS VARCHAR)]"  # noqa: E731
-    lists = ", ".join(f"coalesce({as_list(name)}, [])" for name in columns.categories)
-    bags = f", any_value(list_filter(list_concat({lists}), x -> x IS NOT NULL)) AS categories" if columns.categories else ""
+    lists = [
+        _quoted(name)
+        if types[name].endswith("[]")
+        else f"CASE WHEN {_quoted(name)} IS NULL THEN [] ELSE [CAST({_quoted(name)} AS VARCHAR)] END"
+        for name in columns.categories
+    ]
+    bags = f", any_value(list_concat({', '.join(lists)})) AS categories" if lists else ""
     query = f"SELECT CAST({_quoted(columns.item)} AS VARCHAR) AS item, {title} AS title{bags} FROM files GROUP BY 1"
     for piece in _connect(files).sql(query).to_arrow_reader(ROWS):
         yield pa.RecordBatch.from_arrays([piece[field.name].cast(field.type) for field in schema], schema=schema)

@@ -154,7 +154,7 @@ def _facts(table: duckdb.DuckDBPyConnection, raw: Raw) -> dict:
     if not rows:
         raise ValueError(f"{raw.files[0]} holds no events.")
     items = table.sql("SELECT * FROM catalogue ORDER BY number").to_arrow_table()
-    bags = {name: [bag or [] for bag in items[name].to_pylist()] for name in raw.bags}
+    bags = {name: [list(filter(None, bag or [])) for bag in items[name].to_pylist()] for name in raw.bags}
     vocab = {name: sorted({value for bag in bags[name] for value in bag}) for name in raw.bags}
     number = {name: {value: i for i, value in enumerate(values, 1)} for name, values in vocab.items()}
     keys = items["key"].to_pylist()
