@@ -28,6 +28,7 @@ from user_llm.data.schema import Feature, Schema
 from user_llm.data.timelines import GAP_BUCKETS, Catalogue, Timelines, order_events
 
 RECORDS = 1000  # read at a time
+SEPARATOR = "\x1e"  # of the texts of a user's events
 MEMORY = "1GB"  # of DuckDB, beyond which it sorts on disk
 # Ids that are numbers are ordered as numbers, before those that are not.
 IN_ORDER = "try_cast({0} AS HUGEINT) NULLS LAST, {0}"
@@ -55,7 +56,7 @@ class Events(tfds.core.GeneratorBasedBuilder):
     def _info(self) -> tfds.core.DatasetInfo:
         column = lambda dtype: tfds.features.Tensor(shape=(None,), dtype=dtype)  # noqa: E731
         features = {"user": np.str_, "number": np.int64, "item": column(np.int32), "time": column(np.int64)}
-        features |= {name: column(np.int32) for name in self.raw.ordinals} | {name: column(np.str_) for name in self.raw.texts}
+        features |= {name: column(np.int32) for name in self.raw.ordinals} | dict.fromkeys(self.raw.texts, np.str_)
         return tfds.core.DatasetInfo(
             builder=self, features=tfds.features.FeaturesDict(features), metadata=tfds.core.MetadataDict()
         )
@@ -85,20 +86,22 @@ class Events(tfds.core.GeneratorBasedBuilder):
                     rows = {name: np.concatenate([held[name], rows[name]]) for name in rows}
                 starts = np.flatnonzero(np.diff(rows["number"], prepend=-1))
                 for start, stop in itertools.pairwise(starts):
-                    yield _record(rows, slice(start, stop))
+                    yield self._record(rows, slice(start, stop))
                 held = {
                     name: column[starts[-1] :] for name, column in rows.items()
                 }  # the last user may go on in the next piece
             if held is not None:
-                yield _record(held, slice(None))
+                yield self._record(held, slice(None))
 
 
-def _record(rows: dict[str, np.ndarray], events: slice) -> tuple[int, dict]:
-    """Return the record of the user whose events these rows are."""
-    record: dict[str, Any] = {name: column[events] for name, column in rows.items()}
-    record["item"] = record["item"].astype(np.int32)
-    user, number = record.pop("user")[0], int(record.pop("number")[0])
-    return number, {"user": user, "number": number, **record}
+    def _record(self, rows: dict[str, np.ndarray], events: slice) -> tuple[int, dict]:
+        """Return the record of the user whose events these rows are."""
+        record: dict[str, Any] = {name: column[events] for name, column in rows.items()}
+        record["item"] = record["item"].astype(np.int32)
+        # One string a user: tfds encodes many short ones slowly.
+        record |= {name: SEPARATOR.join(text.replace(SEPARATOR, " ") for text in record[name]) for name in self.raw.texts}
+        user, number = record.pop("user")[0], int(record.pop("number")[0])
+        return number, record | {"user": user, "number": number}
 
 
 def _table(raw: Raw, scratch: Path) -> duckdb.DuckDBPyConnection:
@@ -184,6 +187,18 @@ def unique_titles(titles: list[str]) -> list[str]:
     return out
 
 
+def prepare(raw: Raw, prepared_dir: epath.PathLike) -> Events:
+    """Return the dataset's builder, prepared; tfds renames a directory into place only when it is complete.
+
+    Raises:
+      ValueError: a bad row, named by file and line.
+    """
+    folder = epath.Path(prepared_dir) / fingerprint(raw.files)
+    builder = Events(config=EventsConfig(name=raw.name, raw=raw), data_dir=str(folder), file_format="array_record")
+    builder.download_and_prepare()
+    return builder
+
+
 def load(
     raw: Raw, prepared_dir: epath.PathLike, *, ties: str = "hashed", seed: int = 0, min_events: int = 3, word_ids: int = 4096,
     words: int = 8,
@@ -199,9 +214,7 @@ def load(
     Raises:
       ValueError: a bad row, named by file and line, or no user that is long enough.
     """
-    config = EventsConfig(name=raw.name, raw=raw)
-    builder = Events(config=config, data_dir=str(epath.Path(prepared_dir) / fingerprint(raw.files)), file_format="array_record")
-    builder.download_and_prepare()
+    builder = prepare(raw, prepared_dir)
     source = builder.as_data_source(split="train")
     # tfds writes records in an order of its own (by hash), so users are put back in theirs.
     # Many at a time: one read for each costs more than all decoding.
@@ -243,9 +256,9 @@ def load(
     )
 
 
-def _strings(rows: Iterable[np.ndarray]) -> np.ndarray:
+def _strings(rows: Iterable[bytes]) -> np.ndarray:
     """Join texts to one array of strings without a Python object each."""
-    return np.concatenate([np.array([text.decode() for text in row], np.dtypes.StringDType()) for row in rows])
+    return np.concatenate([np.array(row.decode().split(SEPARATOR), np.dtypes.StringDType()) for row in rows])
 
 
 def _number(key: str) -> int:
