@@ -112,7 +112,11 @@ def clean(text: str | None) -> str:
     """Return text without HTML: entities turned into what they stand for, tags and scripts dropped, spaces single."""
     if not text:
         return ""
-    return " ".join(TAGS.sub(" ", html.unescape(text)).split())
+    if "&" in text:
+        text = html.unescape(text)
+    if "<" in text:
+        text = TAGS.sub(" ", text)
+    return " ".join(text.split())
 
 
 def whole(value: Any, name: str, lowest: int, highest: int) -> int:
