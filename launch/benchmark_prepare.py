@@ -17,7 +17,28 @@ import tempfile
 import time
 
 HERE = pathlib.Path(__file__).parent
-WORDS = "good bad fine great poor small large cheap dear old new works broke fits slow fast loud quiet soft hard".split()
+WORDS = [
+    "good",
+    "bad",
+    "fine",
+    "great",
+    "poor",
+    "small",
+    "large",
+    "cheap",
+    "dear",
+    "old",
+    "new",
+    "works",
+    "broke",
+    "fits",
+    "slow",
+    "fast",
+    "loud",
+    "quiet",
+    "soft",
+    "hard",
+]
 PIECE = 1_000_000
 
 
@@ -42,7 +63,9 @@ def write(folder: pathlib.Path, events: int) -> None:
                 )
     with (folder / "meta_Toys.json").open("w") as file:
         for i in range(items):
-            file.write(json.dumps({"asin": f"B{i:08d}", "title": f"Toy number {i}", "category": ["Toys", f"Kind {i % 50}"]}) + "\n")
+            file.write(
+                json.dumps({"asin": f"B{i:08d}", "title": f"Toy number {i}", "category": ["Toys", f"Kind {i % 50}"]}) + "\n"
+            )
 
 
 def prepare(folder: str) -> None:

@@ -25,7 +25,8 @@ def find(directory: epath.PathLike, states: Sequence[str]) -> Raw:
     folder = epath.Path(directory)
     if not states:
         raise ValueError("No state named: set --config.data.states=\"('Vermont',)\" to those whose files you have.")
-    reviews, places = [], []
+    reviews: list[epath.Path] = []
+    places: list[epath.Path] = []
     for state in states:
         for found, patterns in ((reviews, REVIEWS), (places, PLACES)):
             files = existing(folder, patterns, state)

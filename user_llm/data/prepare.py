@@ -93,7 +93,6 @@ class Events(tfds.core.GeneratorBasedBuilder):
             if held is not None:
                 yield self._record(held, slice(None))
 
-
     def _record(self, rows: dict[str, np.ndarray], events: slice) -> tuple[int, dict]:
         """Return the record of the user whose events these rows are."""
         record: dict[str, Any] = {name: column[events] for name, column in rows.items()}
