@@ -85,6 +85,9 @@ LLMS = {
 }  # fmt: skip
 
 
+PAST = "Films this user watched, in order:"
+
+
 def block(width: int, heads: int, mlp_width: int, *, dropout: float) -> dict:
     """One transformer layer, `nn.transformer.BlockConfig`."""
     return {
@@ -143,8 +146,12 @@ def base() -> ConfigDict:
                 "ties": "hashed",
                 "min_events": 5,
                 "split": "leave_last_out",
+                # The share of each timeline's end that no phase trains on, beyond the split's targets: the future of favorite_future.
+                "withhold": 0.0,
                 "synthetic": {"num_users": 1500, "num_items": 120, "events_per_user": 40},
             },
+            # Of the tasks favorite and favorite_future: the bag that holds an item's classes, and whether the whole bag is one.
+            "labels": {"feature": "genres", "whole": False},
             "encoder": {
                 "features": ("item", "rating", "genres", "gap"),
                 "feature_width": 32,
@@ -198,6 +205,31 @@ def pretrain_lm(*, total_steps: int, eval_steps: int, **changes) -> ConfigDict:
     } | changes)  # fmt: skip
 
 
+def prompts(instruction: str, *, max_tokens: int, max_title_tokens: int = 24, history: str = "") -> dict:
+    """What is asked, `data.prompts`: a task of weight 0 is neither trained nor measured; `text` weighs the loss of its target.
+
+    Args:
+      instruction: of the next item.
+      max_tokens: of a row of the next item, and of the history of the other tasks.
+      history: the line before the history of the other tasks, where their prompts hold it as text.
+    """
+    asked = {"instruction": history, "weight": 0.0, "text": 1.0}
+    return {
+        "max_title_tokens": max_title_tokens,
+        "next_item": {"instruction": instruction, "max_tokens": max_tokens, "weight": 1.0, "text": 0.2},
+        "favorite": asked | {
+            "question": "Favorite of this user:", "max_tokens": max_tokens + 32, "max_target_tokens": 24,
+        },
+        "favorite_future": asked | {
+            "question": "Favorite of this user from now on:", "max_tokens": max_tokens + 32, "max_target_tokens": 24,
+        },
+        "review": asked | {
+            "question": "What this user writes about {title}, rated {rating} of 5:", "column": "review",
+            "max_tokens": max_tokens + 128, "max_target_tokens": 64,
+        },
+    }  # fmt: skip
+
+
 def contextualize(method: str, *, total_steps: int, eval_steps: int, **changes) -> ConfigDict:
     """Phase 2: the LLM attends to its user's events by cross-attention in every second layer."""
     return ConfigDict({
@@ -205,13 +237,13 @@ def contextualize(method: str, *, total_steps: int, eval_steps: int, **changes) 
         "strategy": "full",
         "method": method,
         "batch_size": 8,
-        "examples": {"max_events": 200, "targets_per_history": 16, "text_items": 0},
-        "prompt": {"instruction": "Next film:", "max_tokens": 32, "max_title_tokens": 24},
+        "examples": {"max_events": 200, "targets_per_history": 16, "text_items": 0, "history": "titles"},
+        "prompts": prompts("Next film:", max_tokens=32),
         "cross": {"every": 2, "heads": 4, "head_dim": 32, "seat": "after_attention"},
         "resampler": {"num_latents": 16, "heads": 4, "head_dim": 32, "mlp_width": 256, "num_layers": 1, "recency_buckets": 8},
         "load": LOAD,
-        "loss": {"catalogue": 1.0, "text": 0.2, "align": 1.0, "chunk": 512},
-        "eval": {"batch_size": 64, "validation_users": 1000, "generate_users": 0, "beams": 10},
+        "loss": {"catalogue": 1.0, "align": 1.0, "chunk": 512},
+        "eval": {"batch_size": 64, "validation_users": 1000, "generate_users": 0, "beams": 10, "review_users": 500},
         "optimizer": optimizer(1e-3, lr_multiplier=CONTEXTUAL_LEARNING_RATES),
         "loop": loop(total_steps, eval_steps, monitor="ndcg@10", patience_evals=8),
     } | changes)  # fmt: skip
@@ -223,8 +255,8 @@ def text_prompt(items: int, *, total_steps: int, eval_steps: int, max_tokens: in
         f"text_prompt_{items}",
         total_steps=total_steps,
         eval_steps=eval_steps,
-        examples={"max_events": 0, "targets_per_history": 1, "text_items": items},
-        prompt={"instruction": "Films this user watched, in order:", "max_tokens": max_tokens, "max_title_tokens": 24},
+        examples={"max_events": 0, "targets_per_history": 1, "text_items": items, "history": "titles"},
+        prompts=prompts(PAST, max_tokens=max_tokens, history=PAST),
         **({"optimizer": optimizer(1e-3)} | changes),
     )
 
@@ -246,7 +278,8 @@ def movielens(variant: str, phases: tuple[str, ...]) -> ConfigDict:
         config.pretrain_lm = pretrain_lm(total_steps=400, eval_steps=200)
         # The text prompts see more targets: 128, 16 x 10 and 4 x (about) 50 a step.
         config.user_llm = contextualize("user_llm", total_steps=1000, eval_steps=200)
-        config.user_llm.prompt.update(max_tokens=24, max_title_tokens=18)
+        config.user_llm.prompts.max_title_tokens = 18
+        config.user_llm.prompts.next_item.max_tokens = 24
         config.user_llm.eval.generate_users = 500
         config.text_prompt_10 = text_prompt(10, total_steps=1200, eval_steps=200, max_tokens=128, batch_size=16)
         config.text_prompt_50 = text_prompt(50, total_steps=900, eval_steps=150, max_tokens=640, batch_size=4)

@@ -31,8 +31,8 @@ def get_config() -> ConfigDict:
         total_steps=240,
         batch_size=16,
         eval_steps=120,
-        examples={"max_events": 64, "targets_per_history": 8, "text_items": 0},
-        prompt={"instruction": "The next film this user watches:", "max_tokens": 24, "max_title_tokens": 12},
+        examples={"max_events": 64, "targets_per_history": 8, "text_items": 0, "history": "titles"},
+        prompts=common.prompts("The next film this user watches:", max_tokens=24, max_title_tokens=12),
         optimizer=common.optimizer(3e-3, schedule="cosine", warmup_steps=30, lr_multiplier=common.CONTEXTUAL_LEARNING_RATES),
     )
     config.user_llm.cross.every = 1

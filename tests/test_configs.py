@@ -67,7 +67,7 @@ def test_rules_cover_every_parameter_and_losses_have_gradients(context, monkeypa
             trees.match(rules, params)
         learning_rate_schedule(optimizer, loop.total_steps)
         assert task.steps_per_epoch > 0
-        batch = {key: jax.ShapeDtypeStruct(a.shape, a.dtype) for key, a in next(iter(task.train_data)).items()}
+        batch = jax.eval_shape(lambda batch: batch, next(iter(task.train_data)))
         trainable, frozen = partition_trainable(optimizer, params)
         key = jax.eval_shape(lambda: jax.random.key(0))
 

@@ -29,13 +29,13 @@ TINY = {
     "user_llm.batch_size": 8,
     "user_llm.examples.max_events": 16,
     "user_llm.examples.targets_per_history": 2,
-    "user_llm.prompt.max_tokens": 48,
+    "user_llm.prompts.next_item.max_tokens": 48,
     "user_llm.eval.generate_users": 10,
     "user_llm.eval.beams": 4,
     "text_prompt_10.loop.total_steps": 2,
     "text_prompt_10.loop.eval_steps": 2,
     "text_prompt_10.batch_size": 8,
-    "text_prompt_10.prompt.max_tokens": 96,
+    "text_prompt_10.prompts.next_item.max_tokens": 96,
 } | {f"{phase}.optimizer.warmup_steps": 1 for phase in PHASES}
 
 

@@ -18,10 +18,9 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from user_llm.data import audits
-from user_llm.evals.popularity import popularity_ranks
-from user_llm.evals.ranking import result_rows
 from user_llm.report import write_report
 from user_llm.tasks import contextualize, general_text, pretrain_encoder, pretrain_lm
+from user_llm.tasks.asking import baseline_rows
 from user_llm.tasks.context import open_context
 from user_llm.training import loop
 from user_llm.training.loop import LoopConfig
@@ -44,9 +43,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> list[dict]:
     audit = audits.audit(context.timelines, context.split)
     (workdir / "audit.json").write_text(json.dumps(audit, indent=1))
     with jax.set_mesh(context.mesh):
-        ranks = popularity_ranks(context.timelines, context.split, "test")
-        context.save_breakdown("popularity", "popularity", ranks)
-        rows = result_rows(ranks.metrics(), len(ranks), method="popularity", **context.row_facts)
+        rows = baseline_rows(context)
         if config.llm.checkpoint:
             rows += general_text.untouched(context)
         for name in config.phases:

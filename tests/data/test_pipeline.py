@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from itertools import islice, pairwise
 
+import jax
 import numpy as np
 import pytest
 
@@ -15,7 +16,8 @@ from user_llm.data.pipeline import (
     packed_text,
     packed_windows,
 )
-from user_llm.data.prompts import NextItemPrompts
+from user_llm.data.prompts.base import Lines
+from user_llm.data.prompts.next_item import NextItem
 from user_llm.data.splits import leave_last_out
 from user_llm.data.tokenizer import train_bpe
 
@@ -79,7 +81,7 @@ def test_packing_keeps_windows_whole_and_processes_share_them(unique, count):
     options = {"window": 5, "rows": 3, "row_length": 12, "seed": 0}
     shares = [packed_windows(unique, stops, **options, process=(index, count)) for index in range(count)]
     for batch in (batch for share in shares for batch in islice(share, 30 // count)):
-        assert {name: array.shape for name, array in batch.items()} == {
+        assert jax.tree.map(np.shape, batch) == {
             "events": (3, 12, 5), "next": (3, 12, 5), "segments": (3, 12), "positions": (3, 12),
         }  # fmt: skip
         assert all(array.dtype == np.int32 for array in batch.values())
@@ -138,10 +140,9 @@ def test_packed_lines_are_kept_whole_and_long_ones_cut():
 def make_prompts(unique, tmp_path_factory):
     tokenizer = train_bpe(unique.catalogue.titles, 300, tmp_path_factory.mktemp("bpe") / "tokenizer")
 
-    def make(max_tokens=120):
-        return tokenizer, NextItemPrompts(
-            tokenizer, unique.catalogue.titles, instruction="Films:", max_tokens=max_tokens, max_title_tokens=16
-        )
+    def make(text_items=0):
+        lines = Lines(tokenizer, unique, max_title_tokens=16, history="titles", text_items=text_items)
+        return tokenizer, NextItem(lines, instruction="Films:", max_tokens=120)
 
     return make
 
@@ -149,7 +150,7 @@ def make_prompts(unique, tmp_path_factory):
 @pytest.fixture(scope="module")
 def make_examples(unique, make_prompts):
     def make(*, max_events, ends=1, text_items=0, batch_size=1, process=(0, 1), seed=0):
-        config, (_, prompts) = ExampleConfig(max_events, ends, text_items), make_prompts()
+        config, (_, prompts) = ExampleConfig(max_events, ends, text_items), make_prompts(text_items)
         stops = np.array(LENGTHS)
         return contextual_examples(unique, stops, prompts, config, batch_size=batch_size, seed=seed, process=process)
 
@@ -157,9 +158,8 @@ def make_examples(unique, make_prompts):
 
 
 def assert_equal(batch, other):
-    assert batch.keys() == other.keys()
-    for name in batch:
-        np.testing.assert_array_equal(batch[name], other[name], err_msg=name)
+    assert jax.tree.structure(batch) == jax.tree.structure(other)
+    jax.tree.map(np.testing.assert_array_equal, batch, other)
 
 
 @pytest.mark.parametrize("kind", ["packed", "contextual", "text"])
@@ -214,9 +214,9 @@ def test_examples_agree_with_their_timelines(unique, make_prompts, make_examples
     tokenizer, prompts = make_prompts()
     seen_ends = set()
     for batch in islice(make_examples(max_events=6, ends=3, text_items=text_items, batch_size=4), 40):
-        assert {name: array.shape for name, array in batch.items()} == {
+        assert jax.tree.map(np.shape, batch) == {
             "events": (4, 6, 5), "lengths": (4,), "prefix": (4, 3), "text": (4, 3, 120), "text_lengths": (4, 3),
-            "answers": (4, 3, 1), "items": (4, 3, 1),
+            "answers": (4, 3, 1), "items": (4, 3, 1), "text_weight": {"next_item": (4,)},
         }  # fmt: skip
         for row in range(4):
             length = int(batch["lengths"][row])
@@ -236,10 +236,10 @@ def test_examples_agree_with_their_timelines(unique, make_prompts, make_examples
                 (item,), (answer,) = batch["items"][row, k], batch["answers"][row, k]
                 assert item == unique.items(user, start + end, start + end + 1)[0]
                 text, text_length = batch["text"][row, k], batch["text_lengths"][row, k]
-                given = unique.items(user, start + max(end - text_items, 0), start + end)
+                given = unique.items(user, max(start + end - text_items, 0), start + end)
                 titles = [unique.catalogue.titles[i] for i in (*given, item)]
                 assert titles_in(text, text_length, tokenizer) == ["Films:", *titles, ""]
-                assert text[answer] == prompts.end_id
+                assert text[answer] == prompts.lines.end_id
                 assert tokenizer.decode(text[answer + 1 : text_length]) == titles[-1] + "\n"
                 assert not text[text_length:].any()
     assert seen_ends == {1, 2, 3, 4, 5, 6}
@@ -248,8 +248,8 @@ def test_examples_agree_with_their_timelines(unique, make_prompts, make_examples
 def test_without_an_encoder_every_title_after_the_first_is_an_answer(unique, make_prompts, make_examples):
     tokenizer, prompts = make_prompts()
     for batch in islice(make_examples(max_events=0, text_items=4, ends=3, batch_size=4), 20):
-        assert {name: array.shape for name, array in batch.items()} == {
-            "prefix": (4, 1), "text": (4, 1, 120), "text_lengths": (4, 1), "answers": (4, 1, 4), "items": (4, 1, 4),
+        assert jax.tree.map(np.shape, batch) == {
+            "prefix": (4, 1), "text": (4, 1, 120), "text_lengths": (4, 1), "answers": (4, 1, 4), "items": (4, 1, 4), "text_weight": {"next_item": (4,)},
         }  # fmt: skip
         assert not batch["prefix"].any()
         columns = (batch[name][:, 0] for name in ("text", "text_lengths", "answers", "items"))
@@ -260,7 +260,7 @@ def test_without_an_encoder_every_title_after_the_first_is_an_answer(unique, mak
             titles = [unique.catalogue.titles[i] for i in (real[0] - 1, *real)]
             assert titles_in(text, length, tokenizer) == ["Films:", *titles, ""]
             for (begin, end), title in zip(pairwise([*answers[: len(real)], length - 1]), titles[1:], strict=True):
-                assert text[begin] == prompts.end_id
+                assert text[begin] == prompts.lines.end_id
                 assert tokenizer.decode(text[begin + 1 : end]) == title
 
 

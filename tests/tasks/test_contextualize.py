@@ -46,6 +46,7 @@ BATCH = {
     "text_lengths": np.array([[5, 4], [5, 0]]),
     "answers": np.array([[[1], [1]], [[1], [0]]]),
     "items": np.array([[[5], [9]], [[8], [0]]]),
+    "text_weight": {"next_item": np.full(2, 0.25, np.float32)},
 }
 
 
@@ -54,9 +55,9 @@ def model(drawn):
     return drawn(lambda: UserLLM(CONFIG, rngs=nnx.Rngs(0)))
 
 
-def _loss(model, batch, catalogue=1.0, text=0.25, align=0.5):
+def _loss(model, batch, catalogue=1.0, align=0.5):
     graphdef, params = model
-    weights = {"catalogue": catalogue, "text": text, "align": align}
+    weights = {"catalogue": catalogue, "align": align}
     return jax.jit(lambda p: contextual_loss(trees.merge(graphdef, p), batch, None, **weights, chunk=2))(params)
 
 
@@ -77,7 +78,7 @@ def test_the_loss_is_of_items_at_the_answers_the_titles_that_follow_and_the_way_
         logits = jax.nn.log_softmax(hidden @ llm.decoder.output_table().T)
         tokens += [-logits[t, text[t + 1]] for t in range(1, length - 1)]
     np.testing.assert_allclose(scalars["item_loss"], np.mean(items), rtol=1e-5)
-    np.testing.assert_allclose(scalars["text_loss"], np.mean(tokens), rtol=1e-5)
+    np.testing.assert_allclose(scalars["next_item/text_loss"], np.mean(tokens), rtol=1e-5)
     np.testing.assert_allclose(scalars["align_loss"], np.mean(distances), rtol=1e-5)
     np.testing.assert_allclose(total, np.mean(items) + 0.25 * np.mean(tokens) + 0.5 * np.mean(distances), rtol=1e-5)
 
@@ -88,17 +89,26 @@ def test_the_llm_moves_to_the_encoder_and_not_the_encoder_to_the_llm(model):
     closed = trees.replace(params, {"decoder/stack/cross/gate": np.zeros(1, np.float32)})
 
     def loss(params):
-        weights = {"catalogue": 0.0, "text": 0.0, "align": 1.0}
-        return contextual_loss(trees.merge(graphdef, params), BATCH, None, **weights, chunk=2)[0]
+        batch = BATCH | {"text_weight": {"next_item": np.zeros(2)}}
+        return contextual_loss(trees.merge(graphdef, params), batch, None, catalogue=0.0, align=1.0, chunk=2)[0]
 
     grads = jax.jit(jax.grad(loss))(closed)
     assert np.abs(grads["item_head"]).max() > 0
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads["encoder"]))
 
 
+def test_a_task_without_items_trains_its_text_alone(model):
+    asked = {name: value for name, value in BATCH.items() if name != "items"} | {"text_weight": {"review": np.full(2, 3.0)}}
+    total, scalars = _loss(model, asked)
+    both = _loss(model, BATCH)[1]
+    np.testing.assert_allclose(scalars["review/text_loss"], both["next_item/text_loss"], rtol=1e-6)
+    np.testing.assert_allclose(total, 3 * both["next_item/text_loss"], rtol=1e-6)
+    assert not {"item_loss", "align_loss"} & set(scalars)
+
+
 def test_ends_that_are_padding_train_nothing(model):
     changed = {name: BATCH[name].copy() for name in BATCH}
-    changed["text"][1, 1], changed["answers"][1, 1], changed["prefix"][1, 1] = [4, 3, 2, 1, 5], 2, 2
+    changed["text"][1, 1], changed["prefix"][1, 1] = [4, 3, 2, 1, 5], 2
     changed["text_lengths"][1, 1] = 5
     np.testing.assert_allclose(_loss(model, changed)[0], _loss(model, BATCH)[0], rtol=1e-6)
 
@@ -106,7 +116,7 @@ def test_ends_that_are_padding_train_nothing(model):
 def test_a_history_is_not_seen_beyond_its_end(model):
     """Events after the last end of a history change nothing, those before it do."""
     graphdef, params = model
-    first = {**BATCH, "items": np.array([[[5], [0]], [[0], [0]]])}
+    first = {**BATCH, "items": np.array([[[5], [0]], [[0], [0]]]), "answers": np.array([[[1], [0]], [[0], [0]]])}
 
     def changed(event):
         events = BATCH["events"].copy()
@@ -151,7 +161,7 @@ def test_a_strategy_trains_its_parts_and_keeps_every_bit_of_the_others(drawn, me
         encoder=dataclasses.replace(CONFIG.encoder, schema=RATED, heads=("rating",)),
     )
     graphdef, params = drawn(lambda: UserLLM(config, rngs=nnx.Rngs(0)))
-    weights = {"catalogue": 1.0, "text": 0.25, "align": 0.5}
+    weights = {"catalogue": 1.0, "align": 0.5}
     task = Task(
         name="user_llm", train_data=None, steps_per_epoch=1.0, count_events=None, evaluate=None, results=None,
         init=lambda place: jax.device_put(params, place(params)),

@@ -5,6 +5,7 @@ split). Without an accelerator the mesh is whatever CPU devices there are; all c
 """
 
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -57,7 +58,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+def put_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
     """Put each process's rows on its devices; the leading axis is split over `data` and `fsdp`.
 
     Raises:
@@ -65,11 +66,15 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """
     sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    for name, array in batch.items():
+
+    def put(path, array: np.ndarray) -> jax.Array:
         rows = array.shape[0] * jax.process_count()
         if rows % shards:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise ValueError(f"Batch {name!r} has {rows} rows, which {shards} devices (data x fsdp) cannot share evenly.")
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+        return jax.make_array_from_process_local_data(sharding, array)
+
+    return jax.tree_util.tree_map_with_path(put, batch)
 
 
 def free_bytes(mesh: Mesh) -> int:

@@ -5,16 +5,19 @@ by a grid that moves at random from epoch to epoch, so that over time every even
 """
 
 import dataclasses
+import itertools
+import operator
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
 from jaxtyping import Int
 
-from user_llm.data.prompts import NextItemPrompts, TextRow, pad_rows
+from user_llm.data.prompts.base import Prompts, TextRow, pad_rows
 from user_llm.data.timelines import Timelines
 
-Batch = dict[str, np.ndarray]
+Batch = dict[str, Any]
 
 # Rows filled side by side, in batches: the more, the fuller each gets, and the later the first. Short windows need but one.
 MAX_PACKING_BATCHES = 8
@@ -205,63 +208,83 @@ class ExampleConfig:
       targets_per_history: J ends of each history that are predicted, each from the events before it. The encoder runs once
         for all of them.
       text_items: how many of the most recent items stand in the prompt as text.
+      history: how they do, `titles` or `summary`.
     """
 
     max_events: int
     targets_per_history: int
     text_items: int
+    history: str = "titles"
+
+    @property
+    def window(self) -> int:
+        """The longest stretch of events of an example."""
+        return self.max_events or max(self.text_items, 1)
+
+    @property
+    def answers(self) -> int:
+        """The most answers of a row: without an encoder, the events of a stretch."""
+        return 1 if self.max_events or self.history != "titles" else max(self.text_items, 1)
 
 
 def contextual_examples(
     timelines: Timelines,
     stops: Int[np.ndarray, "U"],
-    prompts: NextItemPrompts,
+    prompts: Prompts,
     config: ExampleConfig,
     *,
     batch_size: int,
     seed: int,
     process: tuple[int, int] = (0, 1),
+    task: str = "next_item",
+    text_weight: float = 1.0,
 ) -> grain.IterDataset:
-    """Return endless batches for contextualization.
+    """Return endless batches of one task for contextualization.
 
     Each batch of B histories with J ends has `events` [B, E, A] and `lengths` [B] (absent without an encoder), `prefix` [B, J]
-    (events before each end), `text` [B, J, T] and `text_lengths` [B, J], `answers` and `items` [B, J, P] (positions in the
-    text and the items to predict there; item 0 = none).
+    (events before each end), `text` [B, J, T] and `text_lengths` [B, J], `answers` [B, J, P] (positions in the text, 0 = none), if
+    the task ranks, `items` [B, J, P] (the items to rank there, 0 = none), and `text_weight` {task: [B]}, the given one.
 
-    With an encoder each end is one row with one answer. Without, a row is a stretch of `text_items` titles and every title in
-    it after the first is an answer: a causal decoder learns from all of them at the cost of one.
+    With an encoder each end is one row with one answer. Without, a row is a task's `stretch`. A window in which nothing can be
+    asked is left out.
     """
-    window = config.max_events or config.text_items
-    answers = 1 if config.max_events else config.text_items
     ends = config.targets_per_history if config.max_events else 1
 
-    def cut(w: Window) -> Batch:
-        items = timelines.items(w.user, w.start, w.stop + 1)
-        if not config.max_events:
-            return {"prefix": np.zeros(1, np.int32), **_text_arrays([prompts.row(items, 1)], prompts.max_tokens, answers)}
+    def cut(w: Window) -> Batch | None:
         rng = np.random.default_rng((seed, w.epoch, w.slot))
+        weight = {task: np.array(text_weight, np.float32)}
+        if not config.max_events:
+            row = prompts.stretch(w.user, w.start, w.stop, rng)
+            if row is None:
+                return None
+            text = _text_arrays([row], prompts, config.answers)
+            return {"prefix": np.zeros(1, np.int32), "text_weight": weight, **text}
         count = w.stop - w.start
-        chosen = np.sort(rng.permutation(np.arange(1, count + 1))[:ends])
-        rows = [prompts.row(items[max(end - config.text_items, 0) : end + 1], min(end, config.text_items)) for end in chosen]
+        asked = ((end, prompts.row(w.user, w.start + end)) for end in rng.permutation(np.arange(1, count + 1)).tolist())
+        found = sorted(itertools.islice((pair for pair in asked if pair[1] is not None), ends), key=operator.itemgetter(0))
+        if not found:
+            return None
         events = timelines.events(w.user, w.start, w.stop)
         padded = np.zeros((config.max_events, events.shape[1]), np.int32)
         padded[:count] = events
-        text = _text_arrays(rows, prompts.max_tokens, answers)
+        text = _text_arrays([row for _, row in found if row is not None], prompts, config.answers)
+        short = ends - len(found)
         return {
             "events": padded,
             "lengths": np.array(count, np.int32),
-            **{name: np.pad(a, [(0, ends - len(chosen))] + [(0, 0)] * (a.ndim - 1)) for name, a in text.items()},
-            "prefix": np.pad(chosen.astype(np.int32), (0, ends - len(chosen))),
+            "text_weight": weight,
+            **{name: np.pad(a, [(0, short)] + [(0, 0)] * (a.ndim - 1)) for name, a in text.items()},
+            "prefix": np.pad(np.array([end for end, _ in found], np.int32), (0, short)),
         }
 
-    windows = Windows(stops, window, seed)
-    return _stream(windows, seed, process).map(cut).batch(batch_size, drop_remainder=True)
+    windows = _stream(Windows(stops, config.window, seed), seed, process)
+    return windows.map(cut).filter(lambda example: example is not None).batch(batch_size, drop_remainder=True)
 
 
-def _text_arrays(rows: list[TextRow], length: int, answers: int) -> Batch:
-    return {
-        "text": pad_rows([row.ids for row in rows], length),
+def _text_arrays(rows: list[TextRow], prompts: Prompts, answers: int) -> Batch:
+    found = {
+        "text": pad_rows([row.ids for row in rows], prompts.max_tokens),
         "text_lengths": np.array([len(row.ids) for row in rows], np.int32),
         "answers": pad_rows([row.answers for row in rows], answers),
-        "items": pad_rows([row.items for row in rows], answers),
     }
+    return found | ({"items": pad_rows([row.items for row in rows], answers)} if prompts.ranks else {})

@@ -1,6 +1,7 @@
 """Train, validation and test by time. Split first, window after: no window ever holds an event that is a target elsewhere."""
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Int
@@ -23,13 +24,21 @@ class Split:
     targets: dict[str, tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]]
 
 
-def make_split(timelines: Timelines, name: str) -> Split:
-    """Split by name with the default options."""
-    if name == "leave_last_out":
-        return leave_last_out(timelines)
-    if name == "global_time":
-        return global_time(timelines)
-    raise ValueError(f"Unknown split {name!r}: choose leave_last_out or global_time.")
+def make_split(timelines: Timelines, name: str, *, withhold: float = 0.0) -> Split:
+    """Split by name with the default options.
+
+    Args:
+      withhold: the share of each timeline's end that does not train, besides what the split keeps for its targets; at least one
+        event trains.
+    """
+    splits: dict[str, Callable[[Timelines], Split]] = {"leave_last_out": leave_last_out, "global_time": global_time}
+    if name not in splits:
+        raise ValueError(f"Unknown split {name!r}: choose {' or '.join(splits)}.")
+    if not 0 <= withhold < 1:
+        raise ValueError(f"data.withhold is a share from 0 to below 1, not {withhold}.")
+    split = splits[name](timelines)
+    kept = np.maximum(np.floor(timelines.lengths * (1 - withhold)), 1).astype(split.train_stop.dtype)
+    return dataclasses.replace(split, train_stop=np.minimum(split.train_stop, kept))
 
 
 def leave_last_out(timelines: Timelines, *, min_events: int = 3) -> Split:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from user_llm.data.prompts import pad_rows
+from user_llm.data.prompts.base import pad_rows
 from user_llm.models.decoder import Decoder
 from user_llm.nn.attention import KVCache, cache_mask
 from user_llm.nn.cross_attention import UserKV

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import numpy as np
 from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
@@ -26,6 +27,8 @@ from user_llm.models import pretrained
 from user_llm.models.decoder import DecoderConfig
 from user_llm.nn.transformer import BlockConfig
 from user_llm.training.optimizer import OptimizerConfig
+
+CORPUS_TEXTS = 50_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,10 +89,22 @@ class Context:
         path = self.workdir / "tokenizer"
         if not path.exists():
             phases = [self.config[name] for name in self.config.phases]
-            instructions = [phase.prompt.instruction + "\n" for phase in phases if "prompt" in phase]
             # Often enough for byte-pair merges to make whole words of them: every prompt starts with one.
-            train_bpe(catalogue_lines(self.timelines) + 100 * instructions, self.config.llm.vocab_size, path)
+            asked = [line + "\n" for phase in phases if "prompts" in phase for line in templates(phase.prompts)]
+            train_bpe(self.corpus() + 100 * asked, self.config.llm.vocab_size, path)
         return load_tokenizer(path)
+
+    def corpus(self) -> list[str]:
+        """Return what the small LLM learns from: a line per item, and of what users wrote in training, at most CORPUS_TEXTS lines."""
+        timelines = self.timelines
+        trains = timelines.positions < np.repeat(self.split.train_stop, timelines.lengths)
+        lines = catalogue_lines(timelines)
+        for _, column in sorted(timelines.columns.items()):
+            if column.dtype.kind == "T":
+                written = np.flatnonzero(trains & (column != ""))
+                chosen = np.random.default_rng(self.seed).permutation(written)[:CORPUS_TEXTS]
+                lines += [text + "\n" for text in column[chosen]]
+        return lines
 
     def save_breakdown(self, phase: str, method: str, ranks: Ranks) -> None:
         """Write recall by history length and by tie at the split boundary, for the report."""
@@ -144,7 +159,7 @@ def load_data(config: ConfigDict, workdir: epath.Path) -> tuple[Timelines, Split
     data = config.data
     raw = find_data(config, workdir)
     timelines = prepare.load(raw, workdir / "data", ties=data.ties, seed=config.seed, min_events=data.min_events)
-    return timelines, make_split(timelines, data.split)
+    return timelines, make_split(timelines, data.split, withhold=data.withhold)
 
 
 def find_data(config: ConfigDict, workdir: epath.Path) -> Raw:
@@ -173,6 +188,12 @@ def find_data(config: ConfigDict, workdir: epath.Path) -> Raw:
             "configs/quickstart.py, which makes its own."
         )
     return find[data.source]()
+
+
+def templates(prompts: ConfigDict) -> list[str]:
+    """Return the instructions and questions of a phase's tasks."""
+    asked = [task for task in prompts.values() if isinstance(task, ConfigDict) and task.weight]
+    return [task[part] for task in asked for part in ("instruction", "question") if task.get(part)]
 
 
 def catalogue_lines(timelines: Timelines) -> list[str]:

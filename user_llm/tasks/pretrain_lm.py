@@ -18,7 +18,7 @@ from user_llm.models.decoder import Decoder
 from user_llm.nn.attention import segment_mask
 from user_llm.nn.cross_attention import UserKV
 from user_llm.nn.losses import chunked_cross_entropy
-from user_llm.tasks.context import Context, catalogue_lines
+from user_llm.tasks.context import Context
 from user_llm.training.task import Batch, Task
 
 
@@ -47,7 +47,7 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
     """Build the task; a twentieth of the lines, chosen by seed, is held out for validation."""
     phase = config[name]
     tokenizer = context.tokenizer()
-    lines = [np.array(tokenizer.encode(line), np.int32) for line in catalogue_lines(context.timelines)]
+    lines = [np.array(tokenizer.encode(line), np.int32) for line in context.corpus()]
     held_out = np.random.default_rng(context.seed).random(len(lines)) < 0.05
     start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     lines = [np.array([*start, *line], np.int32) for line in lines]

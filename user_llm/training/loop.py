@@ -116,7 +116,8 @@ def run(
     log = MetricsLog(directory, task.name, step=step, total_steps=config.total_steps)
     with closing(checkpoints), log, sigterm_flag() as stop:  # Whatever ends the loop, pending saves are finished.
         pending: list[dict[str, jax.Array] | dict[str, float]] = [*progress.unlogged]
-        events, since, checked = 0, time.monotonic(), False
+        events, since = 0, time.monotonic()
+        checked: set[tuple] = set()  # shapes of batches: several tasks may take turns
         while True:
             stopping = stop[0]  # read once: what arrives later waits for the next step
             last = step >= config.total_steps
@@ -137,15 +138,17 @@ def run(
                 break
             batch = next(data)
             arrays = meshes.put_batch(batch, mesh)
-            if not checked:
+            shapes = tuple(array.shape for array in jax.tree.leaves(arrays))
+            if shapes not in checked:
                 check_memory(step_fn, state, arrays, mesh)
-                checked = True
+                checked.add(shapes)
             state, scalars = step_fn(state, arrays)
             step += 1
             pending.append(scalars)
             events += task.count_events(batch)
             if step % config.log_steps == 0 or step == config.total_steps:
-                means = {k: float(jnp.mean(jnp.array([s[k] for s in pending]))) for k in pending[0]}
+                names = dict.fromkeys(name for scalars in pending for name in scalars)
+                means = {k: float(jnp.mean(jnp.array([s[k] for s in pending if k in s]))) for k in names}
                 now = time.monotonic()
                 log.train(step, means, events_per_s=events / (now - since))
                 pending, events, since = [], 0, now

@@ -1,0 +1,182 @@
+r"""What the prompts of all tasks share: lines of token ids, and a user's events as text.
+
+    <instruction> \n <line of history> \n ... <line of history> \n <question> \n <target> \n
+
+Every line ends in the end token, one newline; instruction, history and question may each be absent. The token before a target is
+the *answer position*: from there an item is ranked or the target is written. With no events as text this is the prompt of
+User-LLM; with the last 10 or 50 titles it is the text-prompt baseline; with both, the paper's hybrid.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Int
+
+from user_llm.data.timelines import Timelines
+from user_llm.data.tokenizer import Tokenizer
+
+Ids = Int[np.ndarray, "T"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TextRow:
+    """One tokenised row.
+
+    Attributes:
+      ids: the tokens, unpadded.
+      answers: the answer positions.
+      items: the item to rank at each of them; 0 where the target is text alone.
+    """
+
+    ids: Ids
+    answers: Int[np.ndarray, "P"]
+    items: Int[np.ndarray, "P"]
+
+
+class Prompts(Protocol):
+    """A task's prompts. An `end` is a number of events: the history is all of the user's events before it.
+
+    Attributes:
+      ranks: whether the target is an item, to be ranked too.
+      max_tokens: of a row or prompt.
+      shared_tokens: how many tokens all prompts start with.
+    """
+
+    ranks: bool
+    max_tokens: int
+    shared_tokens: int
+
+    def row(self, user: int, end: int) -> TextRow | None:
+        """Return the training row with its target, or None where the task has none."""
+
+    def stretch(self, user: int, start: int, end: int, rng: np.random.Generator) -> TextRow | None:
+        """Return a training row out of the events [start, end] of a user whom no encoder shows."""
+
+    def prompt(self, user: int, end: int) -> Ids:
+        """Return the row up to its answer position."""
+
+
+class Lines:
+    """Text as lines of token ids: titles, encoded once, and a user's history.
+
+    Args:
+      max_title_tokens: longer titles are cut in prompts and training targets, never in the ranking trie.
+      history: how events stand as text: `titles`, or `summary`, one line of prose.
+      text_items: the most recent events that do; 0 for none. A summary names these, and counts all.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, timelines: Timelines, *, max_title_tokens: int, history: str, text_items: int):
+        if history not in ("titles", "summary"):
+            raise ValueError(f"Unknown kind of history {history!r}: choose titles or summary.")
+        self.tokenizer, self.timelines = tokenizer, timelines
+        self.max_title_tokens, self.kind, self.text_items = max_title_tokens, history, text_items
+        # Encoded apart and joined, so that a title has the same tokens wherever it stands.
+        self.end_id = tokenizer.encode("\n")[-1]
+        self.start = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], np.int32)
+        self.titles = [np.array(tokenizer.encode(title), np.int32) for title in timelines.catalogue.titles]
+
+    def line(self, text: str, most: int | None = None) -> Ids:
+        """Return a text's first `most` tokens and the end token; nothing for no text."""
+        ids = self.tokenizer.encode(text)[:most] if text else []
+        return np.array([*ids, self.end_id] if ids else [], np.int32)
+
+    def title(self, item: int) -> Ids:
+        """Return an item's title as a line."""
+        return np.append(self.titles[item][: self.max_title_tokens], self.end_id).astype(np.int32)
+
+    def titles_as_targets(self) -> dict[int, list[int]]:
+        """Return the whole title of every item id, with its end token."""
+        return {item: [*self.titles[item].tolist(), self.end_id] for item in range(1, len(self.titles))}
+
+    def history(self, user: int, end: int) -> list[Ids]:
+        """Return the lines of a user's events before `end`, oldest first."""
+        if not self.text_items:
+            return []
+        if self.kind == "summary":
+            return [self.line(self.summary(user, end))] if end else []
+        return [self.title(item) for item in self.timelines.items(user, max(end - self.text_items, 0), end)]
+
+    def summary(self, user: int, end: int) -> str:
+        """Return the events before `end` as prose: how many, of which categories, seen most often, and the last ones."""
+        catalogue = self.timelines.catalogue
+        items = self.timelines.items(user, 0, end)
+        parts = [f"{end} events"]
+        for name, bag in sorted(catalogue.multi.items()):
+            ids, counts = np.unique(bag[items], return_counts=True)
+            most = sorted(zip(-counts[ids > 0], ids[ids > 0], strict=True))[:5]
+            if most:
+                parts.append(f"{name}: " + ", ".join(f"{catalogue.vocab[name][i]} {-count}" for count, i in most))
+        again = [(item, count) for item, count in Counter(items.tolist()).most_common(3) if count > 1]
+        if again:
+            parts.append("most often: " + ", ".join(f"{catalogue.titles[item]} {count} times" for item, count in again))
+        parts.append("last: " + ", ".join(catalogue.titles[item] for item in items[::-1][: self.text_items]))
+        return "; ".join(parts)
+
+
+def fitting(lines: Sequence[Ids], budget: int) -> int:
+    """Return how many of the oldest lines must be left out for the rest to fit `budget` tokens."""
+    drop, total = 0, sum(map(len, lines))
+    while total > budget:
+        total -= len(lines[drop])
+        drop += 1
+    return drop
+
+
+class Question:
+    """Prompts whose target is a text: what the tasks but the next item have in common.
+
+    `ask` and `answer` say what the question's fields and the target are at an end.
+    """
+
+    ranks = False
+
+    def __init__(self, lines: Lines, *, instruction: str, question: str, max_tokens: int, max_target_tokens: int):
+        self.lines, self.max_tokens, self.max_target_tokens = lines, max_tokens, max_target_tokens
+        self.question = question
+        self.instruction = np.concatenate([lines.start, lines.line(instruction)]).astype(np.int32)
+        self.shared_tokens = len(self.instruction)
+        if not (instruction or question):
+            raise ValueError("A prompt needs an instruction or a question: both are empty.")
+
+    def ask(self, user: int, end: int) -> str:
+        """Return the question."""
+        return self.question
+
+    def answer(self, user: int, end: int) -> str:
+        """Return the target, empty for none."""
+        raise NotImplementedError
+
+    def prompt(self, user: int, end: int) -> Ids:
+        """Return the prompt, without the oldest lines of history where it would leave no room for the target."""
+        question = self.lines.line(self.ask(user, end))
+        budget = self.max_tokens - len(self.instruction) - len(question) - self.max_target_tokens - 1
+        if budget < 0:
+            raise ValueError(
+                f"The question {self.lines.tokenizer.decode(question)!r} and {self.max_target_tokens} tokens of target do not fit "
+                f"{self.max_tokens} tokens: raise max_tokens."
+            )
+        history = self.lines.history(user, end)
+        return np.concatenate([self.instruction, *history[fitting(history, budget) :], question]).astype(np.int32)
+
+    def row(self, user: int, end: int) -> TextRow | None:
+        """Return the prompt with its target, cut to `max_target_tokens`."""
+        target = self.lines.line(self.answer(user, end), self.max_target_tokens)
+        if not len(target):
+            return None
+        prompt = self.prompt(user, end)
+        return TextRow(np.concatenate([prompt, target]), np.array([len(prompt) - 1], np.int32), np.zeros(1, np.int32))
+
+    def stretch(self, user: int, start: int, end: int, rng: np.random.Generator) -> TextRow | None:
+        """Return the row of a random end after `start`."""
+        return self.row(user, int(rng.integers(start + 1, end + 1)))
+
+
+def pad_rows(rows: Sequence[Ids], length: int) -> Int[np.ndarray, "B T"]:
+    """Right-pad rows with 0 to `length`."""
+    out = np.zeros((len(rows), length), np.int32)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return out

@@ -1,0 +1,204 @@
+"""Answers of a contextualized LLM, and how each task measures them.
+
+| task | answer | metrics |
+|---|---|---|
+| `next_item` | all items ranked by the item head; method `/generate`: titles written by beam search in a trie | ranks |
+| `favorite`, `favorite_future` | the likeliest class's name, among all, by beam search in a trie | accuracy |
+| `review` | a text written greedily | ROUGE |
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
+
+from user_llm.common import trees
+from user_llm.common.trees import Params
+from user_llm.data.pipeline import ExampleConfig, HistoryBatch, history_batches
+from user_llm.data.prompts.base import Prompts, pad_rows
+from user_llm.data.prompts.favorite import Favorite
+from user_llm.data.prompts.next_item import NextItem
+from user_llm.data.prompts.review import Review
+from user_llm.evals.evaluator import rank_listed, rank_targets
+from user_llm.evals.ranking import Ranks
+from user_llm.evals.rouge import rouge
+from user_llm.models.beam_search import beam_search
+from user_llm.models.generate import generate
+from user_llm.models.prefill import bucket
+from user_llm.models.trie import Trie
+from user_llm.nn.cross_attention import UserKV
+from user_llm.tasks.context import Context
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def user_kv(graphdef: nnx.GraphDef, params: Params, events: Int[Array, "B E A"], lengths: Int[Array, "B"]):
+    """Return the user K/V of whole histories: what a server stores per user."""
+    model = trees.merge(graphdef, params)
+    return model.user_kv(model.encode(events, lengths), lengths[:, None])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def score_catalogue(graphdef: nnx.GraphDef, params: Params, text: Array, lengths: Array, user=None) -> Float[Array, "B V"]:
+    """Score all items at the end of each right-padded prompt."""
+    model = trees.merge(graphdef, params)
+    hidden = model.hidden(text, lengths, user=user)
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    return model.score(model.item_query(last))
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictor:
+    """Answers prompts with a contextualized LLM."""
+
+    graphdef: nnx.GraphDef
+    context: Context
+    examples: ExampleConfig
+    batch_size: int
+
+    @property
+    def max_events(self) -> int:
+        """Events of a history that are read."""
+        return max(self.examples.max_events, 1)
+
+    def decoder(self, params: Params) -> tuple[nnx.GraphDef, Params]:
+        """Return the decoder alone."""
+        return trees.split(trees.merge(self.graphdef, params).decoder)
+
+    def read(self, params: Params, prompts: Prompts, batch: HistoryBatch) -> tuple[np.ndarray, np.ndarray, UserKV | None]:
+        """Return a batch's right-padded prompts, their lengths, and its users' K/V; few different widths."""
+        rows = [prompts.prompt(int(user), int(end)) for user, end in zip(batch.users, batch.positions, strict=True)]
+        lengths = np.array([len(row) for row in rows], np.int32)
+        longest, alike = int(lengths.max()), not self.examples.text_items and lengths.min() == lengths.max()
+        width = longest if alike else min(max(prompts.max_tokens, longest), bucket(longest))
+        return pad_rows(rows, width), lengths, self.user(params, batch)
+
+    def user(self, params: Params, batch: HistoryBatch) -> UserKV | None:
+        """Return the K/V of the batch's users, or None without an encoder."""
+        if not self.examples.max_events:
+            return None
+        return user_kv(self.graphdef, params, batch.events, batch.lengths)
+
+    def users(self, params: Params, count: int) -> UserKV | None:
+        """Return the K/V of the first `count` test users, over again where there are fewer."""
+        users, positions = (np.resize(part, count) for part in self.context.split.targets["test"])
+        [(_, batch)] = self.batches(users, positions, batch_size=count)
+        return self.user(params, batch)
+
+    def batches(self, users: np.ndarray, ends: np.ndarray, batch_size: int = 0) -> Iterator[tuple[np.ndarray, HistoryBatch]]:
+        """Yield (indices into `users`, batch)."""
+        size = batch_size or self.batch_size
+        return history_batches(self.context.timelines, users, ends, max_events=self.max_events, batch_size=size)
+
+    def rank(self, params: Params, prompts: Prompts, part: str, limit: int | None) -> Ranks:
+        """Rank all items by the item head."""
+
+        def score(batch: HistoryBatch) -> Array:
+            text, lengths, user = self.read(params, prompts, batch)
+            return score_catalogue(self.graphdef, params, text, lengths, user)
+
+        return rank_targets(
+            score, self.context.timelines, self.context.split, part,
+            max_events=self.max_events, batch_size=self.batch_size, limit=limit,
+        )  # fmt: skip
+
+    def rank_written(self, params: Params, prompts: NextItem, part: str, limit: int | None, *, beams: int) -> Ranks:
+        """Rank items by beam search over the titles of the catalogue; what is not among the beams is not found."""
+        trie = Trie.build(prompts.lines.titles_as_targets())
+
+        def propose(batch: HistoryBatch) -> np.ndarray:
+            return self.choose(params, prompts, batch, trie, beams)
+
+        return rank_listed(
+            propose, self.context.timelines, self.context.split, part,
+            max_events=self.max_events, batch_size=self.batch_size, limit=limit,
+        )  # fmt: skip
+
+    def choose(
+        self, params: Params, prompts: Prompts, batch: HistoryBatch, trie: Trie, beams: int
+    ) -> Int[np.ndarray, "B beams"]:
+        """Return the ids of the likeliest texts of a trie, best first."""
+        text, lengths, user = self.read(params, prompts, batch)
+        return np.asarray(beam_search(*self.decoder(params), text, lengths, trie, beams=beams, user=user)[0])
+
+    def write(self, params: Params, prompts: Review, users: np.ndarray, ends: np.ndarray) -> list[str]:
+        """Write an answer to each prompt, greedily, one line."""
+        tokenizer, out = prompts.lines.tokenizer, [""] * len(users)
+        decoder = self.decoder(params)
+        for indices, batch in self.batches(users, ends):
+            text, lengths, user = self.read(params, prompts, batch)
+            rows = [row[:length] for row, length in zip(text, lengths, strict=True)]
+            stop = [prompts.lines.end_id]
+            found = generate(*decoder, rows, max_tokens=prompts.max_target_tokens, stop_ids=stop, user=user).rows()
+            for index, row in zip(indices, found, strict=False):
+                out[index] = tokenizer.decode(row).strip()
+        return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What one way of answering a task was worth.
+
+    Attributes:
+      metrics: means over `n` targets.
+      suffix: of the method's name.
+      ranks: of the items, if it was a ranking.
+    """
+
+    metrics: dict[str, float]
+    n: int
+    suffix: str = ""
+    ranks: Ranks | None = None
+
+
+def measure_next_item(
+    predictor: Predictor, params: Params, prompts: NextItem, part: str, limit: int | None, settings: ConfigDict
+) -> list[Measured]:
+    """Rank the next item, in the test part also by writing titles."""
+    ranks = predictor.rank(params, prompts, part, limit)
+    found = [Measured(ranks.metrics(), len(ranks), ranks=ranks)]
+    if part == "test" and settings.generate_users:
+        written = predictor.rank_written(params, prompts, part, settings.generate_users, beams=settings.beams)
+        found.append(Measured(written.metrics(), len(written), "/generate", written))
+    return found
+
+
+def measure_favorite(
+    predictor: Predictor, params: Params, prompts: Favorite, part: str, limit: int | None, settings: ConfigDict
+) -> list[Measured]:
+    """Say how often the likeliest class is the label."""
+    users, ends = (array[:limit] for array in prompts.asked.targets(part))
+    if not len(users):
+        raise ValueError(f"No user of the {part} part has a favourite: raise data.withhold, or ask no favourites.")
+    trie, beams = Trie.build(prompts.names), min(len(prompts.names), settings.beams)
+    correct = np.zeros(len(users))
+    for indices, batch in predictor.batches(users, ends):
+        best = predictor.choose(params, prompts, batch, trie, beams)[: batch.count, 0]
+        labels = [prompts.asked.label(int(user), int(end)) for user, end in zip(users[indices], ends[indices], strict=True)]
+        correct[indices] = best == labels
+    return [Measured({"accuracy": float(correct.mean())}, len(users))]
+
+
+def measure_review(
+    predictor: Predictor, params: Params, prompts: Review, part: str, limit: int | None, settings: ConfigDict
+) -> list[Measured]:
+    """Compare what is written with what the user wrote, for the first `review_users`."""
+    users, ends = (array[: min(limit or len(array), settings.review_users)] for array in prompts.targets(part))
+    if not len(users):
+        raise ValueError(f"No user of the {part} part wrote anything: leave the task review out.")
+    targets = [prompts.answer(int(user), int(end)) for user, end in zip(users, ends, strict=True)]
+    scores = rouge(targets, predictor.write(params, prompts, users, ends))
+    return [Measured({name: float(values.mean()) for name, values in scores.items()}, len(users))]
+
+
+MEASURES: dict[str, Callable[..., list[Measured]]] = {
+    "next_item": measure_next_item,
+    "favorite": measure_favorite,
+    "favorite_future": measure_favorite,
+    "review": measure_review,
+}

@@ -1,0 +1,75 @@
+"""From a phase's config to the prompts of its tasks."""
+
+from collections.abc import Callable, Mapping
+
+from ml_collections import ConfigDict
+
+from user_llm.data.pipeline import ExampleConfig
+from user_llm.data.prompts.base import Lines, Prompts
+from user_llm.data.prompts.favorite import Favorite, Labels, OfFuture, OfHistory
+from user_llm.data.prompts.next_item import NextItem
+from user_llm.data.prompts.review import Review
+from user_llm.evals.counting import favorite_baselines
+from user_llm.evals.popularity import popularity_ranks
+from user_llm.evals.ranking import result_rows
+from user_llm.tasks.context import Context
+
+# Each from (lines, context, the run's labels, the task's template).
+TASKS: dict[str, Callable[..., Prompts]] = {
+    "next_item": lambda lines, context, template: NextItem(lines, **template),
+    "favorite": lambda lines, context, template: Favorite(lines, favorites(context, "favorite"), **template),
+    "favorite_future": lambda lines, context, template: Favorite(lines, favorites(context, "favorite_future"), **template),
+    "review": lambda lines, context, template: Review(lines, context.split, **template),
+}
+
+
+FAVORITES = {"favorite": OfHistory, "favorite_future": OfFuture}
+
+
+def favorites(context: Context, task: str) -> OfHistory:
+    """Return what the favourite is of, and among which classes.
+
+    Raises:
+      ValueError: items without classes.
+    """
+    return FAVORITES[task](Labels(context.timelines, **context.config.labels), context.split)
+
+
+def baseline_rows(context: Context) -> list[dict]:
+    """Return the result rows of what needs no model: of the next item popularity, of favourites counting and the majority class."""
+    ranks = popularity_ranks(context.timelines, context.split, "test")
+    context.save_breakdown("popularity", "popularity", ranks)
+    rows = result_rows(ranks.metrics(), len(ranks), method="popularity", **context.row_facts)
+    config = context.config
+    asked = {task for name in config.phases if "prompts" in config[name] for task in asked_tasks(config[name])}
+    for task in FAVORITES:
+        if task in asked:
+            for method, correct in favorite_baselines(favorites(context, task)).items():
+                rows += result_rows({"accuracy": correct.mean()}, len(correct), method=method, task=task, **context.row_facts)
+    return rows
+
+
+def asked_tasks(phase: ConfigDict) -> list[str]:
+    """Return the tasks of a phase, the one that it monitors first.
+
+    Raises:
+      ValueError: none, or a weight below 0.
+    """
+    weights: Mapping[str, float] = {task: phase.prompts[task].weight for task in TASKS}
+    if any(weight < 0 for weight in weights.values()) or not any(weights.values()):
+        raise ValueError(f"The weights of a phase's tasks must be 0 or more and not all 0, not {weights}.")
+    return [task for task, weight in weights.items() if weight]
+
+
+def build_prompts(phase: ConfigDict, context: Context, examples: ExampleConfig) -> dict[str, Prompts]:
+    """Return the prompts of each task of a phase.
+
+    Raises:
+      ValueError: a task that this dataset has not what it takes for, or a template that does not fit.
+    """
+    lines = Lines(
+        context.tokenizer(), context.timelines, max_title_tokens=phase.prompts.max_title_tokens,
+        history=examples.history, text_items=examples.text_items,
+    )  # fmt: skip
+    template = lambda task: {key: value for key, value in phase.prompts[task].items() if key not in ("weight", "text")}  # noqa: E731
+    return {task: TASKS[task](lines, context, template(task)) for task in asked_tasks(phase)}
