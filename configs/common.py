@@ -85,9 +85,6 @@ LLMS = {
 }  # fmt: skip
 
 
-PAST = "Films this user watched, in order:"
-
-
 def block(width: int, heads: int, mlp_width: int, *, dropout: float) -> dict:
     """One transformer layer, `nn.transformer.BlockConfig`."""
     return {
@@ -153,7 +150,7 @@ def base() -> ConfigDict:
             # Of the tasks favorite and favorite_future: the bag that holds an item's classes, and whether the whole bag is one.
             "labels": {"feature": "genres", "whole": False},
             "encoder": {
-                "features": ("item", "rating", "genres", "gap"),
+                "features": ("item", "rating", "genres", "gap"),  # of an event; () for all
                 "feature_width": 32,
                 "positions": "rotary",
                 "max_events": 200,
@@ -249,61 +246,13 @@ def contextualize(method: str, *, total_steps: int, eval_steps: int, **changes) 
     } | changes)  # fmt: skip
 
 
-def text_prompt(items: int, *, total_steps: int, eval_steps: int, max_tokens: int, **changes) -> ConfigDict:
-    """The baseline: the same decoder reads the last `items` titles as text; no encoder."""
+def text_prompt(items: int, past: str, *, total_steps: int, eval_steps: int, max_tokens: int, **changes) -> ConfigDict:
+    """The baseline: the same decoder reads the last `items` titles as text, after the line `past`; no encoder."""
     return contextualize(
         f"text_prompt_{items}",
         total_steps=total_steps,
         eval_steps=eval_steps,
         examples={"max_events": 0, "targets_per_history": 1, "text_items": items, "history": "titles"},
-        prompts=prompts(PAST, max_tokens=max_tokens, history=PAST),
+        prompts=prompts(past, max_tokens=max_tokens, history=past),
         **({"optimizer": optimizer(1e-3)} | changes),
     )
-
-
-def movielens(variant: str, phases: tuple[str, ...]) -> ConfigDict:
-    """Return a MovieLens experiment of `phases`: all sizes and steps of both variants, so that its parts stay comparable.
-
-    Raises:
-      ValueError: a variant other than `small` (2 CPU cores, some 2,000 users), `full` (MovieLens-20M, one TPU host) and `full`
-        with an open LLM in place of the small one that is trained from scratch, by its name in `LLMS`.
-    """
-    config = base()
-    config.phases = phases
-    if variant == "small":
-        # 12 passes over the training events of ml-latest-union, 3,000 a step.
-        config.pretrain_encoder = pretrain_encoder(
-            total_steps=1200, eval_steps=100, optimizer=optimizer(2e-3, schedule="cosine")
-        )
-        config.pretrain_lm = pretrain_lm(total_steps=400, eval_steps=200)
-        # The text prompts see more targets: 128, 16 x 10 and 4 x (about) 50 a step.
-        config.user_llm = contextualize("user_llm", total_steps=1000, eval_steps=200)
-        config.user_llm.prompts.max_title_tokens = 18
-        config.user_llm.prompts.next_item.max_tokens = 24
-        config.user_llm.eval.generate_users = 500
-        config.text_prompt_10 = text_prompt(10, total_steps=1200, eval_steps=200, max_tokens=128, batch_size=16)
-        config.text_prompt_50 = text_prompt(50, total_steps=900, eval_steps=150, max_tokens=640, batch_size=4)
-        for name in ("user_llm", "text_prompt_10", "text_prompt_50"):
-            config[name].optimizer.schedule = "cosine"
-            config[name].eval.validation_users = 2000
-    elif variant == "full" or variant in LLMS:
-        # 6 encoder layers as in the paper (second-hand).
-        config.encoder.update(num_layers=6, unroll=False, block=block(256, 4, 768, dropout=0.1))
-        config.llm.update(vocab_size=8192, num_layers=12, unroll=False, block=block(512, 8, 1536, dropout=0.1))
-        batch = {"window": 200, "rows": 128, "row_length": 512}
-        config.pretrain_encoder = pretrain_encoder(total_steps=60_000, eval_steps=1000, batch=batch)
-        config.pretrain_lm = pretrain_lm(total_steps=5000, eval_steps=500, batch={"rows": 64, "row_length": 512})
-        config.user_llm = contextualize("user_llm", total_steps=50_000, eval_steps=1000, batch_size=64)
-        config.user_llm.eval.generate_users = 5000
-        config.text_prompt_10 = text_prompt(10, total_steps=50_000, eval_steps=1000, max_tokens=160, batch_size=512)
-        config.text_prompt_50 = text_prompt(50, total_steps=50_000, eval_steps=1000, max_tokens=640, batch_size=128)
-        for name in phases:  # parameters and optimizers stay float32
-            config[name].loop.dtype = "bfloat16"
-        if variant in LLMS:
-            config.llm.checkpoint, published = LLMS[variant]
-            config.llm.published = ConfigDict(published)
-            for name in ("user_llm", "text_prompt_10", "text_prompt_50"):
-                config[name].strategy = "lora"
-    else:
-        raise ValueError(f"Unknown variant {variant!r}: choose full, small or an open LLM: {', '.join(LLMS)}.")
-    return config

@@ -1,15 +1,16 @@
-"""The user encoder alone on MovieLens: next film by a causal transformer, full softmax, full ranking.
+"""The user encoder alone on MovieLens: next item by a causal transformer, full softmax, full ranking.
 
-    python -m user_llm.main --config=configs/movielens_encoder.py:small --config.data.dir=DIR --workdir=runs/encoder
+    python -m user_llm.main --config=configs/movielens_encoder.py:small --config.data.dir=DIR --workdir=runs/movielens_encoder
 
-Sizes and steps are those of configs/movielens_xattn.py, whose encoder this is.
+DIR is a directory or zip of any MovieLens release, or a release's name, such as ml-20m, to download it.
+`:small` is for 2 CPU cores, `:synthetic` needs no data, and the default is for one TPU host: `configs/datasets.py` has the sizes.
 """
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import datasets
 
 
 def get_config(variant: str = "full") -> ConfigDict:
-    """Return the config; `variant` is `full` or `small`."""
-    return common.movielens(variant, phases=("pretrain_encoder",))
+    """Return the config of a variant of `datasets.experiment`."""
+    return datasets.experiment("movielens", "encoder", variant)

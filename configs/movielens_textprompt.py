@@ -1,15 +1,16 @@
 """The text-prompt baselines alone on MovieLens: the decoder reads the last 10 or 50 films as text.
 
-    python -m user_llm.main --config=configs/movielens_textprompt.py:small --config.data.dir=DIR --workdir=runs/textprompt
+    python -m user_llm.main --config=configs/movielens_textprompt.py:small --config.data.dir=DIR --workdir=runs/movielens_textprompt
 
-Sizes and steps are those of configs/movielens_xattn.py, whose runs have these baselines too.
+DIR is a directory or zip of any MovieLens release, or a release's name, such as ml-20m, to download it.
+`:small` is for 2 CPU cores, `:synthetic` needs no data, and the default is for one TPU host: `configs/datasets.py` has the sizes.
 """
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import datasets
 
 
 def get_config(variant: str = "full") -> ConfigDict:
-    """Return the config; `variant` is `full` or `small`."""
-    return common.movielens(variant, phases=("pretrain_lm", "text_prompt_10", "text_prompt_50"))
+    """Return the config of a variant of `datasets.experiment`."""
+    return datasets.experiment("movielens", "textprompt", variant)

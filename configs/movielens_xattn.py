@@ -1,19 +1,16 @@
-"""User-LLM on MovieLens: encoder, LLM, gated cross-attention, and both text-prompt baselines; next film, full ranking.
+"""User-LLM on MovieLens: encoder, LLM, gated cross-attention, and both text-prompt baselines.
 
-    python -m user_llm.main --config=configs/movielens_xattn.py:small --config.data.dir=DIR --workdir=runs/xattn
+    python -m user_llm.main --config=configs/movielens_xattn.py:small --config.data.dir=DIR --workdir=runs/movielens_xattn
 
-`small` is for 2 CPU cores and sets like ml-latest-small; the default is for MovieLens-20M on one TPU host. DIR is a directory or
-zip of any MovieLens release, or a release's name, such as ml-20m, to download it. `--config.llm.checkpoint=PATH` takes an open
-LLM in Hugging Face layout instead of training a small one, and `:gemma3_270m`, `:gemma3_1b`, `:qwen3_0_6b`, `:llama3_2_1b` and
-`:smollm2_135m` name one on the hub; `--config.user_llm.strategy=` says what of it trains: `full`, `lora`, `enc` or `proj`.
+DIR is a directory or zip of any MovieLens release, or a release's name, such as ml-20m, to download it.
+`:small` is for 2 CPU cores, `:synthetic` needs no data, and the default is for one TPU host: `configs/datasets.py` has the sizes, and names open LLMs that stand in for the small one (`:gemma3_270m`, ...).
 """
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import datasets
 
 
 def get_config(variant: str = "full") -> ConfigDict:
-    """Return the config; `variant` is `full`, `small`, or an open LLM of `common.LLMS`."""
-    phases = ("pretrain_encoder", "pretrain_lm", "user_llm", "text_prompt_10", "text_prompt_50")
-    return common.movielens(variant, phases=phases)
+    """Return the config of a variant of `datasets.experiment`."""
+    return datasets.experiment("movielens", "xattn", variant)

@@ -1,5 +1,6 @@
 """Every config and variant builds: rules cover every parameter, loss and gradients have shapes. Nothing is computed."""
 
+import dataclasses
 import importlib.util
 import re
 from pathlib import Path
@@ -12,6 +13,7 @@ from flax import nnx
 
 from user_llm.common import mesh as meshes
 from user_llm.common import trees
+from user_llm.data.schema import Feature, Schema
 from user_llm.data.splits import make_split
 from user_llm.main import BUILDERS
 from user_llm.models.decoder import Decoder
@@ -23,8 +25,16 @@ from user_llm.training.loop import LoopConfig
 from user_llm.training.optimizer import learning_rate_schedule, make_optimizer, partition_trainable
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted(path for path in ROOT.glob("configs/*.py") if path.stem != "common")
-VARIANTS = [(path, name) for path in FILES for name in (("small", "full") if "variant" in path.read_text() else [None])]
+FILES = sorted(path for path in ROOT.glob("configs/*.py") if path.stem not in ("common", "datasets"))
+# The rest differ from these in sizes and names.
+FAST = {("movielens_xattn", "small"), ("movielens_xattn", "full"), ("amazon_xattn", "small"), ("amazon_softprompt", "small")}
+
+
+def cases():
+    for path in FILES:
+        for variant in ("small", "full", "synthetic") if "variant" in path.read_text() else (None,):
+            marks = () if (path.stem, variant) in FAST else pytest.mark.slow
+            yield pytest.param((path, variant), marks=marks, id=f"{path.stem}:{variant}")
 
 
 def load(path, variant):
@@ -34,16 +44,32 @@ def load(path, variant):
     return module.get_config() if variant is None else module.get_config(variant)
 
 
-@pytest.fixture(params=VARIANTS, ids=lambda case: f"{case[0].stem}:{case[1]}")
+def written(timelines):
+    """The same timelines with what Amazon Review and Google Local hold besides: categories and texts."""
+    catalogue, schema = timelines.catalogue, timelines.schema
+    texts = {name: np.full(len(timelines.item), "fine and dandy", np.dtypes.StringDType()) for name in ("summary", "review")}
+    return dataclasses.replace(
+        timelines,
+        columns=timelines.columns | texts,
+        schema=Schema((*schema, Feature("categories", "multi", 5, 2), *(Feature(name, "text", 64, 4) for name in texts))),
+        catalogue=dataclasses.replace(
+            catalogue,
+            multi=catalogue.multi | {"categories": catalogue.multi["genres"]},
+            vocab=catalogue.vocab | {"categories": catalogue.vocab["genres"]},
+        ),
+    )
+
+
+@pytest.fixture(params=cases())
 def context(request, tmp_path, make_timelines, mesh_of):
-    """A run of the config on four users; batches are small, whatever the config says."""
+    """A run of the config on four users, who have all that any dataset has; batches are small, whatever the config says."""
     config = load(*request.param)
     for name in config.phases:
         if "batch" in config[name]:
             config[name].batch.rows = 1  # many take long to fill
         else:
             config[name].batch_size = 2
-    timelines = make_timelines([list(range(1, 101))] * 4)
+    timelines = written(make_timelines([list(range(1, 101))] * 4))
     return Context(config, timelines, make_split(timelines, config.data.split), mesh_of(), epath.Path(tmp_path), {})
 
 
@@ -94,7 +120,7 @@ def test_gates_norms_embeddings_and_latents_never_decay(context, monkeypatch):
 def test_an_unknown_variant_is_refused(path):
     if "variant" not in path.read_text():
         pytest.skip("has no variants")
-    with pytest.raises(ValueError, match="Unknown variant 'huge': choose full, small or an open LLM: gemma3_270m"):
+    with pytest.raises(ValueError, match="Unknown variant 'huge': choose full, small, synthetic or an open LLM: gemma3_270m"):
         load(path, "huge")
 
 

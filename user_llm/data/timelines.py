@@ -104,7 +104,9 @@ class Timelines:
         return self.item[first + start : first + stop]
 
     def select(self, names: tuple[str, ...]) -> "Timelines":
-        """Return the same timelines with only these features, in this order."""
+        """Return the same timelines with only these features, in this order; all of them for none."""
+        if not names:
+            return self
         return dataclasses.replace(self, schema=Schema(tuple(self.schema[name] for name in names)))
 
 

@@ -184,8 +184,8 @@ def find_data(config: ConfigDict, workdir: epath.Path) -> Raw:
         raise ValueError(f"Unknown data.source {data.source!r}: choose synthetic, {', '.join(find)}.")
     if not data.dir:
         raise ValueError(
-            "No data: name where it is by --config.data.dir=... (for MovieLens also a zip or a release to download), or run "
-            "configs/quickstart.py, which makes its own."
+            "No data: name where it is by --config.data.dir=... (for MovieLens also a zip or a release to download), or take "
+            "the config's :synthetic variant, which makes its own."
         )
     return find[data.source]()
 

@@ -29,8 +29,8 @@ from user_llm.training.task import Batch, Task
 
 
 def encoder_config(config: ConfigDict, schema: Schema) -> UserEncoderConfig:
-    """Turn a config's `encoder` section into the model's own; features are chosen and ordered by `features`."""
-    chosen = Schema(tuple(schema[name] for name in config.features))
+    """Turn a config's `encoder` section into the model's own; features are chosen and ordered by `features`, () for all."""
+    chosen = Schema(tuple(schema[name] for name in config.features or schema.names))
     block = BlockConfig(**config.block)
     rest = {name: value for name, value in config.items() if name not in ("features", "block", "heads")}
     return UserEncoderConfig(schema=chosen, block=block, heads=tuple(config.heads), **rest)

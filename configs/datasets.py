@@ -1,0 +1,169 @@
+"""Experiments by dataset, method and size: all numbers in one place, so that what is compared stays comparable.
+
+| variant | for |
+|---|---|
+| `full` | the paper's sets, one TPU host |
+| an open LLM by its name in `common.LLMS` | the same with that LLM in place of the small one that is trained from scratch |
+| `small` | 2 CPU cores and the small real sets, by `--config.data.dir` |
+| `synthetic` | minutes on 2 CPU cores, no data: a generated world in the dataset's layout |
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+# A few thousand events, of five or ten a user: smaller batches, fewer steps.
+TINY = {
+    "pretrain_encoder.batch.rows": 4, "pretrain_encoder.loop.total_steps": 400, "pretrain_encoder.loop.eval_steps": 20,
+    "user_llm.loop.total_steps": 200, "user_llm.loop.eval_steps": 25,
+    "text_prompt_10.loop.total_steps": 200, "text_prompt_10.loop.eval_steps": 25,
+    "text_prompt_50.loop.total_steps": 200, "text_prompt_50.loop.eval_steps": 25,
+}  # fmt: skip
+
+# What sets the datasets apart: features of an event, lines of a prompt, classes of the favourites, which tasks besides the next item
+# one LLM learns, with their weights, and what the real set at hand for `small` asks for.
+DATASETS = {
+    "movielens": {
+        "features": ("item", "rating", "genres", "gap"),
+        "next": "Next film:",
+        "past": "Films this user watched, in order:",
+        "labels": {"feature": "genres", "whole": False},
+        "tasks": {},
+        "small": {},
+    },
+    "amazon": {
+        "features": ("item", "rating", "categories", "summary", "gap"),
+        "next": "Next product:",
+        "past": "Products this user reviewed, in order:",
+        "labels": {"feature": "categories", "whole": True},
+        "tasks": {"favorite": 0.25, "favorite_future": 0.25, "review": 0.5},
+        "small": TINY,
+    },
+    "google_local": {
+        "features": ("item", "rating", "categories", "review", "gap"),
+        "next": "Next place:",
+        "past": "Places this user reviewed, in order:",
+        "labels": {"feature": "categories", "whole": False},
+        "tasks": {"favorite": 0.25, "favorite_future": 0.25, "review": 0.5},
+        "small": TINY,
+    },
+    "events": {
+        "features": (),  # all that the columns declare
+        "next": "Next:",
+        "past": "Past events of this user, in order:",
+        "labels": {"feature": "", "whole": False},
+        "tasks": {},
+        "small": {"user_llm.batch_size": 16, "text_prompt_10.batch_size": 32, "text_prompt_50.batch_size": 16},
+    },
+}
+
+# The phases of each method.
+TEXT_PROMPTS = ("text_prompt_10", "text_prompt_50")
+METHODS = {
+    "encoder": ("pretrain_encoder",),
+    "xattn": ("pretrain_encoder", "pretrain_lm", "user_llm", *TEXT_PROMPTS),
+    "softprompt": ("pretrain_encoder", "pretrain_lm", "user_llm"),
+    "textprompt": ("pretrain_lm", *TEXT_PROMPTS),
+}
+
+
+def experiment(dataset: str, method: str, variant: str) -> ConfigDict:
+    """Return the config of one of METHODS on one of DATASETS.
+
+    Raises:
+      ValueError: an unknown variant.
+    """
+    facts, config = DATASETS[dataset], common.base()
+    config.phases = METHODS[method]
+    config.data.source = dataset
+    config.encoder.features = facts["features"]
+    config.labels = ConfigDict(facts["labels"])
+    if variant == "synthetic":
+        synthetic(config, dataset, facts)
+    elif variant == "small":
+        small(config, facts)
+    elif variant == "full" or variant in common.LLMS:
+        full(config, facts)
+        if variant in common.LLMS:
+            config.llm.checkpoint, published = common.LLMS[variant]
+            config.llm.published = ConfigDict(published)
+            for name in ("user_llm", *TEXT_PROMPTS):
+                config[name].strategy = "lora"
+    else:
+        raise ValueError(
+            f"Unknown variant {variant!r}: choose full, small, synthetic or an open LLM: {', '.join(common.LLMS)}."
+        )
+    more = 1 + sum(facts["tasks"].values())  # so that the next item keeps its steps
+    for name in ("user_llm", *TEXT_PROMPTS):
+        for task, weight in facts["tasks"].items():
+            config[name].prompts[task].weight = weight
+        config[name].loop.total_steps = round(config[name].loop.total_steps * more)
+    if method == "softprompt":
+        config.user_llm.method = "user_llm_soft_prompt"
+        config.user_llm.injection = "soft_prompt"
+    return config
+
+
+def full(config: ConfigDict, facts: dict) -> None:
+    """Fill in the sizes for the paper's sets; 6 encoder layers as in the paper (second-hand)."""
+    config.encoder.update(num_layers=6, unroll=False, block=common.block(256, 4, 768, dropout=0.1))
+    config.llm.update(vocab_size=8192, num_layers=12, unroll=False, block=common.block(512, 8, 1536, dropout=0.1))
+    batch = {"window": 200, "rows": 128, "row_length": 512}
+    config.pretrain_encoder = common.pretrain_encoder(total_steps=60_000, eval_steps=1000, batch=batch)
+    config.pretrain_lm = common.pretrain_lm(total_steps=5000, eval_steps=500, batch={"rows": 64, "row_length": 512})
+    steps = {"total_steps": 50_000, "eval_steps": 1000}
+    asked = common.prompts(facts["next"], max_tokens=32)
+    config.user_llm = common.contextualize("user_llm", batch_size=64, prompts=asked, **steps)
+    config.user_llm.eval.generate_users = 5000
+    config.text_prompt_10 = common.text_prompt(10, facts["past"], max_tokens=160, batch_size=512, **steps)
+    config.text_prompt_50 = common.text_prompt(50, facts["past"], max_tokens=640, batch_size=128, **steps)
+    for name in config.phases:  # parameters and optimizers stay float32
+        config[name].loop.dtype = "bfloat16"
+
+
+def small(config: ConfigDict, facts: dict) -> None:
+    """Fill in the sizes for 2 CPU cores and some 2,000 users."""
+    # 12 passes over the training events of ml-latest-union, 3,000 a step.
+    optimizer = common.optimizer(2e-3, schedule="cosine")
+    config.pretrain_encoder = common.pretrain_encoder(total_steps=1200, eval_steps=100, optimizer=optimizer)
+    config.pretrain_lm = common.pretrain_lm(total_steps=400, eval_steps=200)
+    # The text prompts see more targets: 128, 16 x 10 and 4 x (about) 50 a step.
+    asked = common.prompts(facts["next"], max_tokens=24, max_title_tokens=18)
+    config.user_llm = common.contextualize("user_llm", total_steps=1000, eval_steps=200, prompts=asked)
+    config.user_llm.eval.generate_users = 500
+    past = facts["past"]
+    config.text_prompt_10 = common.text_prompt(10, past, total_steps=1200, eval_steps=200, max_tokens=128, batch_size=16)
+    config.text_prompt_50 = common.text_prompt(50, past, total_steps=900, eval_steps=150, max_tokens=640, batch_size=4)
+    for name in ("user_llm", *TEXT_PROMPTS):
+        config[name].optimizer.schedule = "cosine"
+        config[name].eval.validation_users = 2000
+    config.update_from_flattened_dict(facts["small"])
+
+
+def synthetic(config: ConfigDict, dataset: str, facts: dict) -> None:
+    """Fill in the sizes for the generated world."""
+    config.data.source = "synthetic"
+    config.data.synthetic.layout = dataset
+    config.encoder.update(max_events=64, block=common.block(64, 2, 128, dropout=0.1), dropout=0.1)
+    config.llm.update(vocab_size=768, num_layers=2, block=common.block(64, 2, 192, dropout=0.0))
+    optimizer = common.optimizer(3e-3, schedule="cosine", warmup_steps=30)
+    config.pretrain_encoder = common.pretrain_encoder(
+        total_steps=400, eval_steps=200, batch={"window": 64, "rows": 48, "row_length": 64}, optimizer=optimizer
+    )
+    config.pretrain_lm = common.pretrain_lm(total_steps=100, eval_steps=50)
+    config.pretrain_lm.optimizer.warmup_steps = 30
+    config.user_llm = common.contextualize(
+        "user_llm", total_steps=240, eval_steps=120, batch_size=16,
+        examples={"max_events": 64, "targets_per_history": 8, "text_items": 0, "history": "titles"},
+        prompts=common.prompts(facts["next"], max_tokens=24, max_title_tokens=12),
+        optimizer=optimizer | {"lr_multiplier": common.CONTEXTUAL_LEARNING_RATES},
+    )  # fmt: skip
+    config.user_llm.cross.every = 1
+    config.user_llm.eval.generate_users = 200
+    # All three see about 30,700 training targets: 240 x 128, 96 x 32 x 10, 96 x 8 x (about) 40.
+    steps = {"total_steps": 96, "eval_steps": 48, "optimizer": optimizer}
+    config.text_prompt_10 = common.text_prompt(10, facts["past"], max_tokens=128, batch_size=32, **steps)
+    config.text_prompt_50 = common.text_prompt(50, facts["past"], max_tokens=512, batch_size=8, **steps)
+    for name in ("user_llm", *TEXT_PROMPTS):
+        config[name].eval.validation_users = 200
+        config[name].eval.review_users = 100

@@ -1,0 +1,16 @@
+"""User-LLM on MovieLens by soft prompt: the user's tokens stand among the prompt's, and no layer is added.
+
+    python -m user_llm.main --config=configs/movielens_softprompt.py:small --config.data.dir=DIR --workdir=runs/movielens_softprompt
+
+DIR is a directory or zip of any MovieLens release, or a release's name, such as ml-20m, to download it.
+`:small` is for 2 CPU cores, `:synthetic` needs no data, and the default is for one TPU host: `configs/datasets.py` has the sizes.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import datasets
+
+
+def get_config(variant: str = "full") -> ConfigDict:
+    """Return the config of a variant of `datasets.experiment`."""
+    return datasets.experiment("movielens", "softprompt", variant)
