@@ -222,7 +222,7 @@ def prompts(instruction: str, *, max_tokens: int, max_title_tokens: int = 24, hi
         },
         "review": asked | {
             "question": "What this user writes about {title}, rated {rating} of 5:", "column": "review",
-            "max_tokens": max_tokens + 128, "max_target_tokens": 64,
+            "max_tokens": max_tokens + 96, "max_target_tokens": 48,
         },
     }  # fmt: skip
 

@@ -15,7 +15,7 @@ from configs import common
 # A few thousand events, of five or ten a user: smaller batches, fewer steps.
 TINY = {
     "pretrain_encoder.batch.rows": 4, "pretrain_encoder.loop.total_steps": 400, "pretrain_encoder.loop.eval_steps": 20,
-    "user_llm.loop.total_steps": 200, "user_llm.loop.eval_steps": 25,
+    "user_llm.examples.targets_per_history": 4, "user_llm.loop.total_steps": 200, "user_llm.loop.eval_steps": 25,
     "text_prompt_10.loop.total_steps": 200, "text_prompt_10.loop.eval_steps": 25,
     "text_prompt_50.loop.total_steps": 200, "text_prompt_50.loop.eval_steps": 25,
 }  # fmt: skip

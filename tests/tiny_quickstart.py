@@ -1,4 +1,4 @@
-"""The quick start in seconds instead of minutes: a tiny world, tiny models, few steps."""
+"""The quick start, or any other config on a synthetic world, in seconds: a tiny world, tiny models, few steps."""
 
 from ml_collections import ConfigDict
 
@@ -39,8 +39,8 @@ TINY = {
 } | {f"{phase}.optimizer.warmup_steps": 1 for phase in PHASES}
 
 
-def tiny_config() -> ConfigDict:
-    config = quickstart.get_config()
-    config.phases = PHASES
+def tiny_config(config: ConfigDict | None = None) -> ConfigDict:
+    config = config or quickstart.get_config()
+    config.phases = tuple(phase for phase in PHASES if phase in config.phases)
     config.update_from_flattened_dict(TINY)
     return config
