@@ -67,9 +67,9 @@ def test_the_loss_is_of_items_at_the_answers_the_titles_that_follow_and_the_way_
     for user, end in ((0, 0), (0, 1), (1, 0)):
         prefix, length = BATCH["prefix"][user, end], BATCH["text_lengths"][user, end]
         states = llm.encode(BATCH["events"][user : user + 1, :prefix], np.array([prefix]))
-        kv = llm.user_kv(states, np.array([[prefix]]))
+        user_now = llm.user(states, np.array([[prefix]]))
         text = BATCH["text"][user, end]
-        hidden = llm.hidden(text[None, :length], np.array([length]), user=kv)[0]
+        hidden = llm.hidden(text[None, :length], np.array([length]), user=user_now)[0]
         query = llm.item_query(hidden[1:2])
         scores = jax.nn.log_softmax(llm.score(query)[0])
         distances.append(jnp.mean((query[0] - states[0, prefix - 1]) ** 2))

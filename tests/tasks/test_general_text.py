@@ -9,6 +9,7 @@ from flax import nnx
 
 from user_llm.data.tokenizer import train_bpe
 from user_llm.models.decoder import Decoder, DecoderConfig
+from user_llm.models.user import SoftPrompt, User
 from user_llm.nn.cross_attention import CrossAttentionConfig, UserKV
 from user_llm.nn.transformer import BlockConfig
 from user_llm.tasks.general_text import perplexity, read_windows

@@ -25,8 +25,9 @@ from user_llm.evals.ranking import Ranks, result_rows
 from user_llm.models.beam_search import beam_search
 from user_llm.models.decoder import DecoderConfig
 from user_llm.models.trie import Trie
+from user_llm.models.user import User, embed_prompts
 from user_llm.models.user_llm import UserLLM, UserLLMConfig
-from user_llm.nn.cross_attention import CrossAttentionConfig, UserKV
+from user_llm.nn.cross_attention import CrossAttentionConfig
 from user_llm.nn.lora import LoRAConfig
 from user_llm.nn.losses import chunked_cross_entropy
 from user_llm.nn.resampler import ResamplerConfig
@@ -35,6 +36,9 @@ from user_llm.tasks.context import Context
 from user_llm.tasks.pretrain_encoder import encoder_config
 from user_llm.tasks.pretrain_lm import text_loss
 from user_llm.training.task import Batch, Task
+
+INJECTIONS = ("cross_attention", "soft_prompt", "both")
+RESAMPLERS = ("perceiver", "none")
 
 
 def model_config(config: ConfigDict, name: str, context: Context, base: DecoderConfig) -> UserLLMConfig:
@@ -53,23 +57,55 @@ def model_config(config: ConfigDict, name: str, context: Context, base: DecoderC
     }
     if not phase.examples.max_events:
         return UserLLMConfig(decoder=base, **shared)
-    cross = CrossAttentionConfig(user_width=encoder.block.width, **phase.cross)
     return UserLLMConfig(
-        decoder=dataclasses.replace(base, cross=cross),
+        decoder=dataclasses.replace(base, cross=cross_config(phase, encoder.block.width)),
         encoder=encoder,
-        resampler=ResamplerConfig(input_width=encoder.block.width, **phase.resampler),
+        resampler=resampler_config(phase, encoder.block.width),
+        soft_prompt=phase.injection != "cross_attention",
         **shared,
     )
 
 
+def cross_config(phase: ConfigDict, user_width: int) -> CrossAttentionConfig | None:
+    """Return the cross-attention of a phase that has it.
+
+    Raises:
+      ValueError: no such injection or seat.
+    """
+    if phase.injection not in INJECTIONS:
+        raise ValueError(f"Unknown injection {phase.injection!r}: choose one of {', '.join(INJECTIONS)}.")
+    return None if phase.injection == "soft_prompt" else CrossAttentionConfig(user_width=user_width, **phase.cross)
+
+
+def resampler_config(phase: ConfigDict, input_width: int) -> ResamplerConfig | None:
+    """Return the resampler of a phase that has one.
+
+    Raises:
+      ValueError: no such kind.
+    """
+    kind, sizes = phase.resampler.kind, {name: size for name, size in phase.resampler.items() if name != "kind"}
+    if kind not in RESAMPLERS:
+        raise ValueError(f"Unknown resampler {kind!r}: choose one of {', '.join(RESAMPLERS)}.")
+    return None if kind == "none" else ResamplerConfig(input_width=input_width, **sizes)
+
+
 def contextual_loss(
-    model: UserLLM, batch: Batch, key: Array | None, *, catalogue: float, text: float, align: float, chunk: int
+    model: UserLLM,
+    batch: Batch,
+    key: Array | None,
+    *,
+    catalogue: float,
+    text: float,
+    align: float,
+    chunk: int,
+    leading: int = 0,
 ) -> tuple[Array, dict[str, Array]]:
     """Return the weighted sum of three losses.
 
     `catalogue`: cross entropy of the items at the answer positions. `text`: cross entropy of what follows the first answer
     position. `align`, with an encoder only: mean squared distance of the LLM's item query from the encoder's own, its last state.
     The pretrained encoder knows what every event taught it, and its state tells the LLM more than the one next item does.
+    `leading` tokens of the text stand in front of a soft prompt, at most those before the first answer position.
     """
     encoder_key, decoder_key = (None, None) if key is None else jax.random.split(key)
     tokens = batch["text"].reshape(-1, batch["text"].shape[-1])
@@ -77,8 +113,8 @@ def contextual_loss(
     user = None
     if model.config.encoder is not None:
         states = model.encode(batch["events"], batch["lengths"], key=encoder_key)
-        user = model.user_kv(states, batch["prefix"])
-    hidden = model.hidden(tokens, lengths[:, 0], user=user, key=decoder_key)
+        user = model.user(states, batch["prefix"])
+    hidden = model.hidden(tokens, lengths[:, 0], user=user, leading=leading, key=decoder_key)
 
     query = model.item_query(jnp.take_along_axis(hidden, answers[..., None], axis=1))
     wanted = (items > 0).reshape(-1).astype(jnp.float32)
@@ -97,36 +133,44 @@ def contextual_loss(
         known = wanted * (batch["prefix"] > 0).reshape(-1)
         scalars["align_loss"] = jnp.sum(known * jnp.mean(jnp.square(query - jax.lax.stop_gradient(last)), axis=-1))
         total += align * scalars["align_loss"]
+    if model.config.decoder.cross is not None:
         gates = jnp.tanh(model.decoder.stack.cross.gate[...])
         scalars |= {f"gate/{layer}": gates[layer] for layer in range(gates.shape[0])}
     return total, scalars
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def user_kv(graphdef: nnx.GraphDef, params: Params, events: Int[Array, "B E A"], lengths: Int[Array, "B"]):
-    """Return the user K/V of whole histories: what a server stores per user."""
+def encode_users(graphdef: nnx.GraphDef, params: Params, events: Int[Array, "B E A"], lengths: Int[Array, "B"]) -> User:
+    """Return the users of whole histories: what a server stores of them."""
     model = trees.merge(graphdef, params)
-    return model.user_kv(model.encode(events, lengths), lengths[:, None])
+    return model.user(model.encode(events, lengths), lengths[:, None])
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def score_catalogue(graphdef: nnx.GraphDef, params: Params, text: Array, lengths: Array, user=None) -> Float[Array, "B V"]:
+def score_catalogue(
+    graphdef: nnx.GraphDef, params: Params, text: Array, lengths: Array, user: User | None = None, leading: int = 0
+) -> Float[Array, "B V"]:
     """Score all items at the end of each right-padded prompt."""
     model = trees.merge(graphdef, params)
-    hidden = model.hidden(text, lengths, user=user)
+    hidden = model.hidden(text, lengths, user=user, leading=leading)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     return model.score(model.item_query(last))
 
 
 @dataclasses.dataclass(frozen=True)
 class Ranker:
-    """Ranks a split part with a contextualized LLM, by catalogue or by writing titles."""
+    """Ranks a split part with a contextualized LLM, by catalogue or by writing titles.
+
+    Attributes:
+      leading: tokens of a prompt in front of a soft prompt.
+    """
 
     graphdef: nnx.GraphDef
     context: Context
     prompts: NextItemPrompts
     examples: ExampleConfig
     batch_size: int
+    leading: int
 
     def prompt_batch(self, batch: HistoryBatch) -> tuple[np.ndarray, np.ndarray]:
         """Return right-padded prompts and their lengths; the padded length is the same for a given number of titles."""
@@ -137,14 +181,14 @@ class Ranker:
         longest = self.prompts.max_tokens if count else int(lengths.max())
         return pad_rows(rows, min(longest, -(-int(lengths.max()) // 64) * 64)), lengths
 
-    def user(self, params: Params, batch: HistoryBatch) -> UserKV | None:
-        """Return the K/V of the batch's users, or None without an encoder."""
+    def user(self, params: Params, batch: HistoryBatch) -> User | None:
+        """Return the batch's users, or None without an encoder."""
         if not self.examples.max_events:
             return None
-        return user_kv(self.graphdef, params, batch.events, batch.lengths)
+        return encode_users(self.graphdef, params, batch.events, batch.lengths)
 
-    def users(self, params: Params, count: int) -> UserKV | None:
-        """Return the K/V of the first `count` test users, over again where there are fewer."""
+    def users(self, params: Params, count: int) -> User | None:
+        """Return the first `count` test users, over again where there are fewer."""
         users, positions = (np.resize(part, count) for part in self.context.split.targets["test"])
         batches = history_batches(
             self.context.timelines, users, positions, max_events=max(self.examples.max_events, 1), batch_size=count
@@ -156,7 +200,7 @@ class Ranker:
 
         def score(batch: HistoryBatch) -> Array:
             text, lengths = self.prompt_batch(batch)
-            return score_catalogue(self.graphdef, params, text, lengths, self.user(params, batch))
+            return score_catalogue(self.graphdef, params, text, lengths, self.user(params, batch), self.leading)
 
         return rank_targets(
             score, self.context.timelines, self.context.split, part,
@@ -169,8 +213,9 @@ class Ranker:
 
         def propose(batch: HistoryBatch) -> np.ndarray:
             text, lengths = self.prompt_batch(batch)
-            decoder_def, decoder_params = trees.split(trees.merge(self.graphdef, params).decoder)
-            items, _ = beam_search(decoder_def, decoder_params, text, lengths, trie, beams=beams, user=self.user(params, batch))
+            decoder, user = trees.split(trees.merge(self.graphdef, params).decoder), self.user(params, batch)
+            prompts, sizes = embed_prompts(*decoder, text, lengths, user=user, leading=self.leading)
+            items, _ = beam_search(*decoder, prompts, sizes, trie, beams=beams, user=user and user.kv)
             return np.asarray(items)
 
         return rank_listed(
@@ -191,7 +236,9 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
     full = model_config(config, name, context, context.decoder_config(tokenizer.vocab_size))
     create = lambda: UserLLM(full, rngs=nnx.Rngs(params=context.seed))  # noqa: E731
     graphdef, _ = trees.abstract(create)
-    ranker = Ranker(graphdef, context, prompts, examples, phase.eval.batch_size)
+    # The last token of the instruction is the first answer position, which must see the soft prompt.
+    leading = len(prompts.instruction) - 1 if phase.soft_prompt.after_instruction else 0
+    ranker = Ranker(graphdef, context, prompts, examples, phase.eval.batch_size, leading)
 
     def results(params: Params) -> list[dict]:
         ranks = ranker.by_catalogue(params, "test")
@@ -208,7 +255,7 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
     return Task(
         name=name,
         init=lambda place: context.init(create, phase.load, place),
-        loss=lambda params, batch, key: contextual_loss(trees.merge(graphdef, params), batch, key, **phase.loss),
+        loss=lambda params, batch, key: contextual_loss(trees.merge(graphdef, params), batch, key, leading=leading, **phase.loss),
         train_data=contextual_examples(
             timelines, context.split.train_stop, prompts, examples,
             batch_size=phase.batch_size, seed=context.seed, process=context.process,
