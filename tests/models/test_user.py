@@ -90,10 +90,12 @@ def test_greedy_behind_a_soft_prompt_equals_argmax_of_full_forwards(tiny, oracle
             tokens.append(int(oracle(row, tokens)[1][-1].argmax()))
         assert written[row].tolist() == tokens
     # The soft prompt had its say, but for the user who has none.
-    without = generate(*tiny.model, tiny.prompts, max_tokens=6, user=tiny.user).tokens
+    inputs, lengths = embed_prompts(*tiny.model, tiny.padded, tiny.lengths)
+    without = generate(*tiny.model, inputs, lengths=lengths, max_tokens=6, user=tiny.user).tokens
     assert (written != without).any(1).tolist() == [True, False, True]
 
 
+@pytest.mark.slow
 def test_beams_and_scores_behind_a_soft_prompt_equal_full_forwards(tiny, oracle, prompts, random_titles):
     inputs, lengths, user = prompts
     titles = random_titles(6, seed=1)
