@@ -170,7 +170,7 @@ class Stack(nnx.Module):
         return UserKV(k, v, mask)
 
     def layers(self) -> Any:
-        """Return the parameters as `__call__` runs them: groups, stacked for a scan or each layer's own where inlined; the rest.
+        """Return the parameters of the groups, stacked for a scan or each layer's own where inlined, and of the rest.
 
         XLA on CPU copies a slice of a stack before it multiplies by it: a loop around the call takes the slices once, outside.
         """

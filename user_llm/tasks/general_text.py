@@ -56,7 +56,7 @@ def read_windows(tokenizer: Tokenizer, *, file: str, windows: int, window: int) 
 
 @functools.partial(jax.jit, static_argnums=0)
 def perplexity(graphdef: nnx.GraphDef, params: Params, batch: Batch, user: User | None = None) -> Array:
-    """Return the perplexity of a decoder over all windows, with as many users if any; a soft prompt stands behind the first token."""
+    """Return the perplexity of a decoder over all windows, with as many users if any; soft prompts follow the first token."""
     decoder, tokens = trees.merge(graphdef, params), batch["tokens"]
     hidden = hidden_states(decoder, tokens, jnp.full(len(tokens), tokens.shape[1]), user=user, leading=1)
     rows = hidden.reshape(-1, hidden.shape[-1])
