@@ -228,7 +228,7 @@ def prompts(instruction: str, *, max_tokens: int, max_title_tokens: int = 24, hi
 
 
 def contextualize(method: str, *, total_steps: int, eval_steps: int, **changes) -> ConfigDict:
-    """Phase 2: the LLM attends to its user's events by cross-attention in every second layer."""
+    """Phase 2: the LLM attends to its user's events, by default by cross-attention in every second layer."""
     return ConfigDict({
         "task": "contextualize",
         "strategy": "full",
@@ -236,8 +236,16 @@ def contextualize(method: str, *, total_steps: int, eval_steps: int, **changes) 
         "batch_size": 8,
         "examples": {"max_events": 200, "targets_per_history": 16, "text_items": 0, "history": "titles"},
         "prompts": prompts("Next film:", max_tokens=32),
+        # cross_attention, soft_prompt or both.
+        "injection": "cross_attention",
         "cross": {"every": 2, "heads": 4, "head_dim": 32, "seat": "after_attention"},
-        "resampler": {"num_latents": 16, "heads": 4, "head_dim": 32, "mlp_width": 256, "num_layers": 1, "recency_buckets": 8},
+        # Behind the instruction, whose K/V all users then share, or in front of the whole prompt.
+        "soft_prompt": {"after_instruction": True},
+        # perceiver, or none for a user token of each event.
+        "resampler": {
+            "kind": "perceiver", "num_latents": 16, "heads": 4, "head_dim": 32, "mlp_width": 256, "num_layers": 1,
+            "recency_buckets": 8,
+        },
         "load": LOAD,
         "loss": {"catalogue": 1.0, "align": 1.0, "chunk": 512},
         "eval": {"batch_size": 64, "validation_users": 1000, "generate_users": 0, "beams": 10, "review_users": 500},

@@ -145,7 +145,7 @@ def test_open_llms_have_their_published_sizes_and_rules_for_every_parameter(name
     _, bare = trees.abstract(lambda: Decoder(base, rngs=nnx.Rngs(params=0)))
     assert trees.count(bare) == PUBLISHED[name]
 
-    config.user_llm.strategy = strategy
+    config.user_llm.strategy, config.user_llm.injection = strategy, "both"
     full = model_config(config, "user_llm", context, base)
     _, params = trees.abstract(lambda: UserLLM(full, rngs=nnx.Rngs(params=0)))
     chosen = config.strategies[strategy]
@@ -158,13 +158,35 @@ def test_open_llms_have_their_published_sizes_and_rules_for_every_parameter(name
     assert bool(adapters) == (strategy == "lora")
     assert trains & llm == {"full": llm, "lora": adapters, "enc": set(), "proj": set()}[strategy]
     assert any(path.startswith("encoder/") for path in trains) == (strategy != "proj")
-    assert {"item_head", "decoder/stack/cross/gate", "resampler/latents"} <= trains
+    assert {"item_head", "decoder/stack/cross/gate", "resampler/latents", "soft/project"} <= trains
     sources = trees.flatten(trees.match(phase.load, params))
     assert {path for path, source in sources.items() if source == "pretrain_lm"} == llm - adapters
     # Over eight chips every matrix is split.
     where = trees.flatten(meshes.shardings(phase.loop.sharding, params, mesh_of(fsdp=4, tensor=2)))
     whole = [path for path in llm - adapters if where[path].is_fully_replicated and trees.flatten(params)[path].size > 2**20]
-    assert not whole
+    assert not whole and not where["soft/project"].is_fully_replicated
+
+
+INJECTED = {"cross_attention": {"decoder/stack/cross/gate"}, "soft_prompt": {"soft/project"}}
+INJECTED["both"] = INJECTED["cross_attention"] | INJECTED["soft_prompt"]
+
+
+@pytest.mark.parametrize("injection", INJECTED)
+@pytest.mark.parametrize("kind", ["perceiver", "none"])
+def test_injection_and_resampler_say_what_joins_the_parts(injection, kind, make_timelines, mesh_of, tmp_path):
+    config = load(ROOT / "configs" / "movielens_xattn.py", "small")
+    timelines = make_timelines([list(range(1, 101))] * 4)
+    context = Context(config, timelines, make_split(timelines, config.data.split), mesh_of(), epath.Path(tmp_path), {})
+    config.user_llm.injection, config.user_llm.resampler.kind = injection, kind
+    full = model_config(config, "user_llm", context, context.decoder_config(300))
+    paths = set(trees.flatten(trees.abstract(lambda: UserLLM(full, rngs=nnx.Rngs(params=0)))[1]))
+    assert paths & INJECTED["both"] == INJECTED[injection]
+    assert ("resampler/latents" in paths) == (kind == "perceiver")
+    for key, message in (("injection", "'x': choose one of cross"), ("resampler.kind", "'x': choose one of perceiver, none")):
+        wrong = config.copy_and_resolve_references()
+        wrong.user_llm.update_from_flattened_dict({key: "x"})
+        with pytest.raises(ValueError, match=message):
+            model_config(wrong, "user_llm", context, context.decoder_config(300))
 
 
 def test_an_unknown_strategy_is_refused(make_timelines, mesh_of, tmp_path):

@@ -18,8 +18,9 @@ from user_llm.data.tokenizer import train_bpe
 from user_llm.models.export import is_bare_llm
 from user_llm.models.generate import generate
 from user_llm.models.pretrained import decoder_config, load_decoder
+from user_llm.models.user import embed_prompts
 from user_llm.models.user_llm import UserLLM
-from user_llm.tasks.contextualize import user_kv
+from user_llm.tasks.answering import encode_users
 from user_llm.training import loop
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -58,6 +59,7 @@ def _config():
     config = tiny_config()
     config.phases = ("pretrain_encoder", "pretrain_lm", "user_llm")
     config.user_llm.eval.generate_users = 0
+    config.user_llm.injection = "both"
     return config
 
 
@@ -129,9 +131,10 @@ def test_from_checkpoint_to_checkpoint(run, bare_logits, tmp_path):
     answers = []
     full_def, _ = trees.abstract(lambda: UserLLM(config, rngs=nnx.Rngs(params=0)))
     for graphdef, params in ((full_def, trained), export.load(tmp_path / "out", workdir, "user_llm")):
-        users = user_kv(graphdef, params, events, np.array([5, 3]))
-        decoder_def, decoder_params = trees.split(trees.merge(graphdef, params).decoder)
-        answers.append(generate(decoder_def, decoder_params, ids.tolist(), max_tokens=12, user=users).tokens)
+        user = encode_users(graphdef, params, events, np.array([5, 3]))
+        decoder = trees.split(trees.merge(graphdef, params).decoder)
+        prompts, lengths = embed_prompts(*decoder, ids, np.array([20, 20]), user=user, leading=1)
+        answers.append(generate(*decoder, prompts, lengths=lengths, max_tokens=12, user=user.kv).tokens)
     np.testing.assert_array_equal(*answers)
 
     if strategy == "lora":  # the adapters alone, in peft's layout and by its formula, on the base model

@@ -76,7 +76,7 @@ def test_a_prompt_is_the_row_up_to_its_answer(tokenizer, timelines):
     np.testing.assert_array_equal(prompts.prompt(0, 2), row.ids[: row.answers[0] + 1])
     np.testing.assert_array_equal(prompts.prompt(0, 0), prompts.instruction)
     np.testing.assert_array_equal(prompts.row(0, 0).answers, [len(prompts.instruction) - 1])
-    assert prompts.shared_tokens == len(prompts.instruction)
+    assert prompts.shared_tokens == len(prompts.instruction) - 1
 
 
 def test_tokens_of_the_target_follow_its_prompt(tokenizer, timelines):

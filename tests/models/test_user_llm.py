@@ -38,13 +38,24 @@ TEXT = _rng.integers(1, 13, (6, 5))
 TEXT_LENGTHS = np.array([5, 3, 5, 4, 2, 5])
 
 
-def _config(seat):
-    cross = CrossAttentionConfig(user_width=8, every=2, heads=2, head_dim=4, seat=seat)
+RESAMPLER = ResamplerConfig(num_latents=3, input_width=8, heads=2, head_dim=4, mlp_width=12)
+VARIANTS = {  # seat of cross-attention, resampler, soft prompt
+    "after_attention": ("after_attention", RESAMPLER, False),
+    "before_block": ("before_block", RESAMPLER, False),
+    "soft_prompt": (None, RESAMPLER, True),
+    "both, by event": ("after_attention", None, True),
+}
+
+
+def _config(variant):
+    seat, resampler, soft_prompt = VARIANTS[variant]
+    cross = seat and CrossAttentionConfig(user_width=8, every=2, heads=2, head_dim=4, seat=seat)
     return dataclasses.replace(
         BARE,
         decoder=dataclasses.replace(BARE.decoder, cross=cross),
         encoder=ENCODER,
-        resampler=ResamplerConfig(num_latents=3, input_width=8, heads=2, head_dim=4, mlp_width=12),
+        resampler=resampler,
+        soft_prompt=soft_prompt,
     )
 
 
@@ -53,67 +64,97 @@ def _create(config):
 
 
 def _functions(graphdef):
-    """(params, events, lengths, ends) -> user K/V, and (params, user or None) -> hidden states of the text."""
+    """(params, events, lengths, ends) -> users, and (params, users or None) -> hidden states of the text."""
 
     @jax.jit
-    def user_kv(params, events, lengths, ends):
+    def users(params, events, lengths, ends):
         model = trees.merge(graphdef, params)
-        return model.user_kv(model.encode(events, lengths), ends)
+        return model.user(model.encode(events, lengths), ends)
 
     @jax.jit
     def hidden(params, user):
-        return trees.merge(graphdef, params).hidden(TEXT, TEXT_LENGTHS, user=user)
+        return trees.merge(graphdef, params).hidden(TEXT, TEXT_LENGTHS, user=user, leading=1)
 
-    return user_kv, hidden
+    return users, hidden
 
 
-@pytest.fixture(scope="module", params=["after_attention", "before_block"])
+@pytest.fixture(scope="module", params=VARIANTS)
 def model(request, drawn):
     """Functions and parameters, the gates at 0.5."""
     graphdef, params = drawn(_create(_config(request.param)))
-    cross = params["decoder"]["stack"]["cross"]
+    cross = params["decoder"]["stack"].get("cross", {})
     np.testing.assert_array_equal([cross[name] for name in cross if name.endswith("gate")], 0.5)
     return *_functions(graphdef), params
 
 
+def _stored(user):
+    """What is stored of each row's real user tokens: K and V, and the soft tokens."""
+    rows = []
+    for row in range(len(user.kv.mask) if user.kv else len(user.prompt.lengths)):
+        parts = [np.asarray(part)[:, row][:, :, np.asarray(user.kv.mask)[row]] for part in user.kv[:2]] if user.kv else []
+        rows.append(parts + ([np.asarray(user.prompt.tokens)[row, : int(user.prompt.lengths[row])]] if user.prompt else []))
+    return rows
+
+
 def test_several_ends_of_one_history_equal_each_history_alone(model):
-    user_kv, hidden, params = model
-    together = user_kv(params, EVENTS, LENGTHS, ENDS)
-    states = np.asarray(hidden(params, together))
+    users, hidden, params = model
+    together = users(params, EVENTS, LENGTHS, ENDS)
     alone = []
     for history, end in zip(np.repeat(EVENTS, 3, axis=0), ENDS.reshape(-1), strict=True):
         cut = np.where(np.arange(8)[:, None] < end, history, 0)  # what comes after is gone
-        alone.append(user_kv(params, cut[None], np.array([end]), np.array([[end]])))
-    alone = jax.tree.map(lambda *rows: np.concatenate(rows, axis=int(rows[0].ndim > 2)), *alone)
-    np.testing.assert_array_equal(together.mask, alone.mask)
-    real = np.asarray(together.mask)
-    for ours, theirs in zip((together.k, together.v), (alone.k, alone.v), strict=True):
-        np.testing.assert_allclose(ours.swapaxes(2, 3)[:, real], theirs.swapaxes(2, 3)[:, real], atol=1e-5)
-    np.testing.assert_allclose(states, hidden(params, alone), atol=1e-5)
+        alone.append(users(params, cut[None], np.array([end]), np.array([[end]])))
+    rows = _stored(together)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), rows, sum(map(_stored, alone), []))
+    alone = jax.tree.map(lambda *rows: np.concatenate(rows, axis=int(rows[0].ndim > 3)), *alone)  # K/V have layers first
+    np.testing.assert_allclose(hidden(params, together), hidden(params, alone), atol=1e-5)
     # And the ends of a history are not the same user.
-    assert np.abs(np.asarray(together.k)[:, 0] - np.asarray(together.k)[:, 1]).max() > 1e-2
+    first, second = rows[0][0], rows[1][0]
+    assert first.shape != second.shape or np.abs(first - second).max() > 1e-2
 
 
 def test_a_user_without_events_is_the_bare_llm_whatever_the_gates(model):
-    """To the bit; the other users of the batch do change the text."""
-    user_kv, hidden, params = model
-    bare = np.asarray(hidden(params, None))
-    states = np.asarray(hidden(params, user_kv(params, EVENTS, LENGTHS, ENDS)))
+    """To the bit, with a soft prompt in rows that are longer to 1e-6; the other users of the batch do change the text."""
+    users, hidden, params = model
+    bare, somebody = np.asarray(hidden(params, None)), users(params, EVENTS, LENGTHS, ENDS)
+    atol = 1e-6 if somebody.prompt else 0
+    states = np.asarray(hidden(params, somebody))
     empty = ENDS.reshape(-1) == 0
-    np.testing.assert_array_equal(states[empty], bare[empty])
+    np.testing.assert_allclose(states[empty], bare[empty], rtol=0, atol=atol)
     assert (np.abs(states - bare)[~empty].max((1, 2)) > 1e-2).all()
-    nobody = hidden(params, user_kv(params, EVENTS, np.zeros(2, int), np.zeros((2, 3), int)))
-    np.testing.assert_array_equal(nobody, bare)
+    nobody = hidden(params, users(params, EVENTS, np.zeros(2, int), np.zeros((2, 3), int)))
+    np.testing.assert_allclose(nobody, bare, rtol=0, atol=atol)
+    if somebody.kv is None:  # what stands in front of a soft prompt is the same for all users
+        np.testing.assert_allclose(states[:, :1], bare[:, :1], rtol=0, atol=atol)
 
 
 def test_padding_of_histories_and_text_changes_nothing(model):
-    user_kv, hidden, params = model
+    users, hidden, params = model
     padded = np.concatenate([EVENTS, np.full((2, 4, 2), 3)], axis=1)
     padded[1, 5:] = 1
-    before, after = (user_kv(params, events, LENGTHS, ENDS) for events in (EVENTS, padded))
-    np.testing.assert_allclose(after.k, before.k, atol=1e-5)
+    before, after = (users(params, events, LENGTHS, ENDS) for events in (EVENTS, padded))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), _stored(after), _stored(before))
     real = np.arange(5) < TEXT_LENGTHS[:, None]
-    assert np.isfinite(np.asarray(hidden(params, before))[real]).all()
+    states = np.asarray(hidden(params, before))[real]
+    assert np.isfinite(states).all()
+    np.testing.assert_allclose(np.asarray(hidden(params, after))[real], states, atol=1e-5)
+
+
+def _losses_and_grads(graphdef):
+    """(params) -> (loss with users, gradients), and the loss without."""
+
+    def loss(model, user):
+        hidden = model.hidden(TEXT, TEXT_LENGTHS, user=user, leading=1)
+        return jnp.mean(jnp.square(model.decoder.logits(hidden)[:, 1] - 1))
+
+    def with_users(params):
+        model = trees.merge(graphdef, params)
+        return loss(model, model.user(model.encode(EVENTS, LENGTHS), ENDS))
+
+    return jax.jit(lambda params: (jax.value_and_grad(with_users)(params), loss(trees.merge(graphdef, params), None)))
+
+
+def _still(grads):
+    return {name for name, grad in trees.flatten(grads).items() if not np.any(grad)}
 
 
 def test_a_user_llm_starts_as_its_bare_llm_and_its_gates_move_first(drawn):
@@ -121,30 +162,23 @@ def test_a_user_llm_starts_as_its_bare_llm_and_its_gates_move_first(drawn):
     graphdef, opened = drawn(_create(_config("after_attention")))
     gate = "decoder/stack/cross/gate"
     shut = trees.replace(opened, {gate: np.zeros_like(trees.flatten(opened)[gate])})
-
-    @jax.jit
-    def losses_and_grads(params):
-        model = trees.merge(graphdef, params)
-
-        def loss(model, user):
-            hidden = model.hidden(TEXT, TEXT_LENGTHS, user=user)
-            return jnp.mean(jnp.square(model.decoder.logits(hidden)[:, 0] - 1))
-
-        def with_users(params):
-            model = trees.merge(graphdef, params)
-            return loss(model, model.user_kv(model.encode(EVENTS, LENGTHS), ENDS))
-
-        return jax.value_and_grad(with_users)(params), loss(model, None)
-
+    losses_and_grads = _losses_and_grads(graphdef)
     (value, grads), bare = losses_and_grads(shut)
     np.testing.assert_allclose(value, bare, rtol=1e-6)
-    moving = {name for name, grad in trees.flatten(grads).items() if np.any(grad)}
-    of_users = {name for name in moving if name.startswith(("encoder/", "resampler/", "decoder/stack/cross/"))}
-    assert of_users == {gate}
+    of_users = {name for name in trees.flatten(grads) if name.startswith(("encoder/", "resampler/", "decoder/stack/cross/"))}
+    assert of_users - _still(grads) == {gate}
     (value, grads), bare = losses_and_grads(opened)
     assert abs(value - bare) > 1e-3
-    still = {name for name, grad in trees.flatten(grads).items() if not np.any(grad)}
-    assert still == {"item_head", "item_norm/scale"}  # which this loss does not depend on
+    assert _still(grads) == {"item_head", "item_norm/scale"}  # which this loss does not depend on
+
+
+@pytest.mark.parametrize("variant", ["soft_prompt", pytest.param("both, by event", marks=pytest.mark.slow)])
+def test_gradients_reach_everything_through_a_soft_prompt(drawn, variant):
+    graphdef, params = drawn(_create(_config(variant)))
+    (value, grads), bare = _losses_and_grads(graphdef)(params)
+    assert abs(value - bare) > 1e-3
+    assert _still(grads) == {"item_head", "item_norm/scale"}
+    assert ("resampler" in params) == (variant == "soft_prompt") and "project" in params["soft"]
 
 
 def test_without_an_encoder_it_is_a_decoder_with_an_item_head(drawn):
@@ -169,3 +203,9 @@ def test_items_are_scored_by_the_encoders_own_table(drawn):
     query = np.ones((1, 8), np.float32)
     scores = np.asarray(jax.jit(lambda p: trees.merge(graphdef, p).score(query))(params))
     np.testing.assert_allclose(scores[0, 1:12], np.asarray(params["encoder"]["item"])[1:12].sum(-1), rtol=1e-4)
+
+
+def test_an_encoder_that_nothing_reads_and_a_soft_prompt_of_nobody_are_refused():
+    for changes in ({"encoder": ENCODER}, {"soft_prompt": True}):
+        with pytest.raises(ValueError, match="if and only if there is an encoder"):
+            dataclasses.replace(BARE, **changes)

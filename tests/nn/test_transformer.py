@@ -12,7 +12,7 @@ from user_llm.nn.attention import KVCache, cache_mask, causal_mask, segment_mask
 from user_llm.nn.cross_attention import CrossAttentionConfig, UserKV
 from user_llm.nn.transformer import BlockConfig, Stack
 
-WIDTH, DEPTH = 16, 4
+WIDTH, DEPTH = 16, 5  # cross-attention in layers 1 and 3; layer 4 fills no group
 PLAIN = BlockConfig(width=WIDTH, heads=4, kv_heads=2, head_dim=8, mlp_width=24)
 GATED = dataclasses.replace(PLAIN, residual_gate=True, qk_norm=True, activation="gelu")
 WINDOWED = dataclasses.replace(PLAIN, window=2, window_rope_theta=100.0, post_norms=True, norm_offset=1.0, qkv_bias=True)
@@ -129,7 +129,7 @@ def test_cross_attention_sits_in_the_last_layer_of_each_group(drawn, seat):
         stack = trees.merge(graphdef, params)
         for i in range(DEPTH):
             block, attend = layer(stack.blocks, i), lambda x: x
-            if i % 2 == 1:
+            if i in (1, 3):
                 module = layer(stack.cross, i // 2)
                 attend = lambda x, m=module: m(x, *m.user_kv(tokens), real)  # noqa: E731
             if seat == "before_block":
@@ -148,9 +148,10 @@ def test_cross_attention_sits_in_the_last_layer_of_each_group(drawn, seat):
     np.testing.assert_allclose(at_once(params, x), by_parts(params, x), atol=1e-5)
 
 
-def test_depth_that_is_no_multiple_of_every_is_refused():
-    cross = dataclasses.replace(CROSS, every=3)
-    with pytest.raises(ValueError, match="every 3th of 4 layers"):
+@pytest.mark.parametrize("every", [0, 6])
+def test_cross_attention_in_no_layer_is_refused(every):
+    cross = dataclasses.replace(CROSS, every=every)
+    with pytest.raises(ValueError, match=f"every {every}th of 5 layers: choose from 1 to the depth"):
         Stack(PLAIN, DEPTH, cross=cross, rngs=nnx.Rngs(params=0))
 
 
@@ -171,7 +172,7 @@ def test_a_layer_with_a_window_sees_itself_and_what_is_near(drawn):
         np.testing.assert_array_equal(moved, [1 <= t <= 1 + reach for t in range(8)])
 
 
-MIXED = {"windowed": (True, True, False, True)}
+MIXED = {"windowed": (True, True, False, True, False)}
 
 
 def test_layers_of_both_kinds_are_run_in_their_order(drawn):
@@ -221,5 +222,5 @@ def test_windows_stay_within_packed_segments(stack):
 @pytest.mark.parametrize("windowed", [(True, False), (True,) * DEPTH])
 def test_windows_that_do_not_fit_the_stack_are_refused(windowed):
     block = PLAIN if len(windowed) == DEPTH else WINDOWED
-    with pytest.raises(ValueError, match="4 layers need as many marks"):
+    with pytest.raises(ValueError, match="5 layers need as many marks"):
         Stack(block, DEPTH, windowed=windowed, rngs=nnx.Rngs(params=0))

@@ -5,11 +5,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
 from configs import common
 from configs.common import STRATEGIES
+from user_llm.common import mesh as meshes
 from user_llm.common import trees
 from user_llm.data.schema import Feature, Schema
 from user_llm.models.decoder import DecoderConfig
@@ -50,27 +52,32 @@ BATCH = {
 }
 
 
+SOFT = dataclasses.replace(CONFIG, decoder=dataclasses.replace(CONFIG.decoder, cross=None), resampler=None, soft_prompt=True)
+WEIGHTS = {"catalogue": 1.0, "align": 0.5, "chunk": 2, "leading": {"next_item": 1, "review": 1}}
+
+
 @pytest.fixture(scope="module")
 def model(drawn):
     return drawn(lambda: UserLLM(CONFIG, rngs=nnx.Rngs(0)))
 
 
-def _loss(model, batch, catalogue=1.0, align=0.5):
+def _loss(model, batch):
     graphdef, params = model
-    weights = {"catalogue": catalogue, "align": align}
-    return jax.jit(lambda p: contextual_loss(trees.merge(graphdef, p), batch, None, **weights, chunk=2))(params)
+    return jax.jit(lambda p: contextual_loss(trees.merge(graphdef, p), batch, None, **WEIGHTS))(params)
 
 
-def test_the_loss_is_of_items_at_the_answers_the_titles_that_follow_and_the_way_to_the_encoder(model):
+@pytest.mark.parametrize("config", [CONFIG, pytest.param(SOFT, marks=pytest.mark.slow)], ids=["cross", "soft, by event"])
+def test_the_loss_is_of_items_at_the_answers_the_titles_that_follow_and_the_way_to_the_encoder(drawn, config):
+    model = drawn(lambda: UserLLM(config, rngs=nnx.Rngs(0)))
     total, scalars = _loss(model, BATCH)
     llm = trees.merge(*model)
     items, tokens, distances = [], [], []
     for user, end in ((0, 0), (0, 1), (1, 0)):
         prefix, length = BATCH["prefix"][user, end], BATCH["text_lengths"][user, end]
         states = llm.encode(BATCH["events"][user : user + 1, :prefix], np.array([prefix]))
-        kv = llm.user_kv(states, np.array([[prefix]]))
+        user_now = llm.user(states, np.array([[prefix]]))
         text = BATCH["text"][user, end]
-        hidden = llm.hidden(text[None, :length], np.array([length]), user=kv)[0]
+        hidden = llm.hidden(text[None, :length], np.array([length]), user=user_now, leading=1)[0]
         query = llm.item_query(hidden[1:2])
         scores = jax.nn.log_softmax(llm.score(query)[0])
         distances.append(jnp.mean((query[0] - states[0, prefix - 1]) ** 2))
@@ -90,7 +97,7 @@ def test_the_llm_moves_to_the_encoder_and_not_the_encoder_to_the_llm(model):
 
     def loss(params):
         batch = BATCH | {"text_weight": {"next_item": np.zeros(2)}}
-        return contextual_loss(trees.merge(graphdef, params), batch, None, catalogue=0.0, align=1.0, chunk=2)[0]
+        return contextual_loss(trees.merge(graphdef, params), batch, None, **WEIGHTS | {"catalogue": 0.0})[0]
 
     grads = jax.jit(jax.grad(loss))(closed)
     assert np.abs(grads["item_head"]).max() > 0
@@ -159,13 +166,13 @@ def test_a_strategy_trains_its_parts_and_keeps_every_bit_of_the_others(drawn, me
         CONFIG,
         decoder=dataclasses.replace(CONFIG.decoder, block=block),
         encoder=dataclasses.replace(CONFIG.encoder, schema=RATED, heads=("rating",)),
+        soft_prompt=True,
     )
     graphdef, params = drawn(lambda: UserLLM(config, rngs=nnx.Rngs(0)))
-    weights = {"catalogue": 1.0, "align": 0.5}
     task = Task(
         name="user_llm", train_data=None, steps_per_epoch=1.0, count_events=None, evaluate=None, results=None,
         init=lambda place: jax.device_put(params, place(params)),
-        loss=lambda params, batch, key: contextual_loss(trees.merge(graphdef, params), batch, key, **weights, chunk=2),
+        loss=lambda params, batch, key: contextual_loss(trees.merge(graphdef, params), batch, key, **WEIGHTS),
     )  # fmt: skip
     loop = LoopConfig(**common.loop(3, 3, monitor="loss"))
     optimizer = OptimizerConfig(**common.optimizer(0.1, warmup_steps=0), trainable=chosen["trainable"])
@@ -194,3 +201,51 @@ def test_a_strategy_trains_its_parts_and_keeps_every_bit_of_the_others(drawn, me
 def _llm(flat):
     """Return the parameters of the LLM alone."""
     return trees.unflatten({path.removeprefix("decoder/"): leaf for path, leaf in flat.items() if _part(path) == "llm"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
+def test_eight_devices_compute_what_one_does_with_a_soft_prompt(drawn, mesh_of, sizes):
+    graphdef, params = drawn(lambda: UserLLM(SOFT, rngs=nnx.Rngs(0)))
+    batch = jax.tree.map(lambda array: np.concatenate([array] * 4), BATCH)
+    batch["events"] = batch["events"] + np.arange(8)[:, None, None] % 3  # no two histories are alike
+    found = []
+    for mesh in (mesh_of(), mesh_of(*sizes)):
+        placed = jax.device_put(params, meshes.shardings(common.SHARDING, params, mesh))
+        with jax.set_mesh(mesh):
+            grad = jax.grad(lambda p, b: contextual_loss(trees.merge(graphdef, p), b, None, **WEIGHTS)[0])
+            found.append(jax.device_get(jax.jit(grad)(placed, meshes.put_batch(batch, mesh))))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [SOFT, dataclasses.replace(SOFT, resampler=CONFIG.resampler)], ids=["by event", "resampled"])
+def test_a_frozen_llm_learns_from_a_soft_prompt_what_its_user_did(config):
+    """The next item is the last event's successor: nothing but the soft prompt tells, and 11 items are a loss of 2.4."""
+    create = lambda: UserLLM(config, rngs=nnx.Rngs(params=0))  # noqa: E731
+    graphdef, params = trees.split(create())
+    chosen, frozen = trees.partition(trees.match(STRATEGIES["enc"]["trainable"], params), params)
+    optimizer = optax.adam(0.01)
+    state = optimizer.init(chosen)
+    weights = WEIGHTS | {"align": 0.0}
+
+    @jax.jit
+    def step(chosen, state, batch):
+        loss = lambda c: contextual_loss(trees.merge(graphdef, trees.combine(c, frozen)), batch, None, **weights)  # noqa: E731
+        (_, scalars), grads = jax.value_and_grad(loss, has_aux=True)(chosen)
+        updates, state = optimizer.update(grads, state)
+        return optax.apply_updates(chosen, updates), state, scalars["item_loss"]
+
+    rng, losses = np.random.default_rng(0), []
+    for _ in range(300):
+        events, prefix = rng.integers(1, 12, (16, 5, 1)), rng.integers(1, 6, (16, 2))
+        items = 1 + np.take_along_axis(events[..., 0], prefix - 1, axis=1) % 11
+        text = np.broadcast_to([1, 2, 3], (16, 2, 3))
+        batch = {
+            "events": events, "lengths": np.full(16, 5), "prefix": prefix, "text": text, "text_lengths": np.full((16, 2), 3),
+            "answers": np.ones((16, 2, 1), int), "items": items[..., None],
+            "text_weight": {"next_item": np.zeros(16, np.float32)},
+        }  # fmt: skip
+        chosen, state, loss = step(chosen, state, batch)
+        losses.append(float(loss))
+    assert np.mean(losses[:10]) > 2.2 and np.mean(losses[-10:]) < 0.5

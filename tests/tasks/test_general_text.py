@@ -9,6 +9,7 @@ from flax import nnx
 
 from user_llm.data.tokenizer import train_bpe
 from user_llm.models.decoder import Decoder, DecoderConfig
+from user_llm.models.user import SoftPrompt, User
 from user_llm.nn.cross_attention import CrossAttentionConfig, UserKV
 from user_llm.nn.transformer import BlockConfig
 from user_llm.tasks.general_text import perplexity, read_windows
@@ -55,12 +56,19 @@ def test_perplexity_is_that_of_the_logits(drawn, bare_logits, tokenizer, tmp_pat
     np.testing.assert_allclose(perplexity(graphdef, params, batch), expected, rtol=1e-5)
 
 
-def test_a_user_changes_it_and_a_user_without_events_does_not(drawn, tokenizer, tmp_path):
+@pytest.mark.parametrize("way", ["cross_attention", "soft_prompt"])
+def test_a_user_changes_it_and_a_user_without_events_does_not(drawn, tokenizer, tmp_path, way):
     (tmp_path / "text").write_text("the old rain " * 30)
     batch = read_windows(tokenizer, file=str(tmp_path / "text"), windows=3, window=8)
     model = drawn(lambda: Decoder(ATTENDING, rngs=nnx.Rngs(params=0)))
     k, v = np.random.default_rng(0).normal(size=(2, 2, 3, 2, 4, 4)).astype(np.float32)
-    nobody, somebody = (UserKV(k, v, np.full((3, 4), real)) for real in (False, True))
+    soft = np.random.default_rng(0).normal(size=(3, 4, 12)).astype(np.float32)
+    nobody, somebody = (
+        User(kv=UserKV(k, v, np.full((3, 4), real > 0)))
+        if way == "cross_attention"
+        else User(prompt=SoftPrompt(soft, np.full(3, real)))
+        for real in (0, 4)
+    )
     alone = perplexity(*model, batch)
-    assert perplexity(*model, batch, nobody) == alone
+    np.testing.assert_allclose(perplexity(*model, batch, nobody), alone, rtol=0 if way == "cross_attention" else 1e-6)
     assert abs(perplexity(*model, batch, somebody) - alone) > 1e-3 * alone

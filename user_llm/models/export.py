@@ -2,7 +2,7 @@
 
     DIR/config.json, model*.safetensors            the LLM, its adapters merged: `transformers` loads it
     DIR/adapter_config.json, adapter_model...      or the adapters alone, in the layout of the peft library
-    DIR/user_llm.safetensors                       what no other library knows: encoder, resampler, cross-attention, item head
+    DIR/user_llm.safetensors                       what no other library knows: encoder, resampler, ways into the LLM, item head
 
 Tensors are written in the types they have here. Left out: other layouts, quantised weights.
 """

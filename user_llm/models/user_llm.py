@@ -1,10 +1,12 @@
-"""User-LLM: encoder, resampler and decoder joined by gated cross-attention (figure 1 of the paper).
+"""User-LLM: encoder, resampler and decoder joined by gated cross-attention, a soft prompt, or both (figure 1 of the paper).
 
     events -> UserEncoder -> states -> Resampler -> user tokens -> K/V of the decoder's cross-attention
+                                                                -> soft prompt among its embeddings
 
-The user tokens depend on the history alone and their K/V are computed once per user. Without an encoder the same class is the
-text-prompt baseline: a decoder and an item head. `item_head` projects the hidden state at an answer position into the space of
-item vectors, so that every item of the catalogue is scored by one product.
+Without a resampler the states are the user tokens, one for each event. What the decoder reads of a user depends on the history
+alone and is computed once per user. Without an encoder the same class is the text-prompt baseline: a decoder and an item head.
+`item_head` projects the hidden state at an answer position into the space of item vectors, so that every item of the catalogue
+is scored by one product.
 """
 
 import dataclasses
@@ -14,19 +16,23 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from user_llm.models.decoder import Decoder, DecoderConfig
+from user_llm.models.user import SoftProjection, SoftPrompt, User, hidden_states
 from user_llm.models.user_encoder import UserEncoder, UserEncoderConfig
 from user_llm.nn.attention import causal_mask
-from user_llm.nn.cross_attention import UserKV
 from user_llm.nn.layers import RMSNorm, embedding_param, linear_param
 from user_llm.nn.resampler import Resampler, ResamplerConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class UserLLMConfig:
-    """The parts; `encoder` and `resampler` are None for a decoder that reads histories as text.
+    """The parts.
 
     Attributes:
+      decoder: with `cross` if it attends to its user.
       table_rows, item_width: of the table of item vectors. With an encoder it is the encoder's own item table.
+      encoder: None for a decoder that reads histories as text.
+      resampler: None for user tokens that are the encoder's states.
+      soft_prompt: whether the user tokens stand among the decoder's embeddings.
     """
 
     decoder: DecoderConfig
@@ -35,20 +41,29 @@ class UserLLMConfig:
     num_items: int
     encoder: UserEncoderConfig | None = None
     resampler: ResamplerConfig | None = None
+    soft_prompt: bool = False
+
+    def __post_init__(self):
+        reads = self.soft_prompt or self.decoder.cross is not None
+        if reads != (self.encoder is not None):
+            raise ValueError(
+                "A decoder reads user tokens, by `decoder.cross` or a `soft_prompt`, if and only if there is an encoder."
+            )
 
 
 class UserLLM(nnx.Module):
-    """Parameters: decoder, item_norm, item_head [D, item width]; encoder and resampler, or items [V, item width]."""
+    """Parameters: decoder, item_norm, item_head [D, I]; encoder, resampler and soft [I, D] by config, or items [V, I]."""
 
     def __init__(self, config: UserLLMConfig, *, rngs: nnx.Rngs):
         c = self.config = config
         self.decoder = Decoder(c.decoder, rngs=rngs)
-        if c.encoder is not None and c.resampler is not None:
+        width = c.decoder.block.width
+        if c.encoder is not None:
             self.encoder = UserEncoder(c.encoder, rngs=rngs)
-            self.resampler = Resampler(c.resampler, rngs=rngs)
+            self.resampler = Resampler(c.resampler, rngs=rngs) if c.resampler else None
+            self.soft = SoftProjection(c.item_width, width, rngs=rngs) if c.soft_prompt else None
         else:
             self.items = embedding_param(rngs, (c.table_rows, c.item_width))
-        width = c.decoder.block.width
         self.item_norm = RMSNorm(width, eps=c.decoder.block.norm_eps)
         self.item_head = linear_param(rngs, (width, c.item_width), fan_in=width)
 
@@ -58,26 +73,40 @@ class UserLLM(nnx.Module):
         positions = jnp.broadcast_to(jnp.arange(events.shape[1]), valid.shape)
         return self.encoder(events, mask=causal_mask(valid), positions=positions, key=key)
 
-    def user_kv(self, states: Float[Array, "B E D"], prefix: Int[Array, "B J"]) -> UserKV:
-        """Return the K/V of the user as they were after the first `prefix` events, for B*J decoder rows.
+    def user(self, states: Float[Array, "B E D"], prefix: Int[Array, "B J"]) -> User:
+        """Return the users as they were after the first `prefix` events, for B*J decoder rows: what a server stores.
 
         The encoder is causal, so several ends of one history share its states. A prefix of 0 is a user without events.
         """
-        batch, ends = prefix.shape
-        mask = jnp.arange(states.shape[1]) < prefix[..., None]
-        tokens = self.resampler(states, mask)
-        tokens = tokens.reshape(batch * ends, *tokens.shape[2:])
-        has_events = jnp.broadcast_to((prefix > 0).reshape(-1, 1), tokens.shape[:2])
-        return self.decoder.user_kv(tokens, has_events)
+        if self.resampler is None:
+            tokens, counts = states, prefix
+        else:
+            tokens = self.resampler(states, jnp.arange(states.shape[1]) < prefix[..., None])
+            tokens = tokens.reshape(-1, *tokens.shape[2:])
+            counts = jnp.where(prefix > 0, tokens.shape[1], 0)
+        counts = counts.reshape(-1)
+        # States that are themselves the user tokens are projected once for all ends.
+        copies = len(counts) // len(tokens)
+        each_end = lambda a, axis: a if copies == 1 else jnp.repeat(a, copies, axis)  # noqa: E731
+        user = User()
+        if self.config.decoder.cross is not None:
+            kv = self.decoder.user_kv(tokens, jnp.arange(tokens.shape[1]) < counts[:, None])
+            user = user._replace(kv=kv._replace(k=each_end(kv.k, 1), v=each_end(kv.v, 1)))
+        if self.soft is not None:
+            user = user._replace(prompt=SoftPrompt(each_end(self.soft(tokens), 0), counts))
+        return user
 
     def hidden(
-        self, text: Int[Array, "B T"], lengths: Int[Array, "B"], *, user: UserKV | None = None, key: Array | None = None
+        self,
+        text: Int[Array, "B T"],
+        lengths: Int[Array, "B"],
+        *,
+        user: User | None = None,
+        leading: int | Int[Array, "B"] = 0,
+        key: Array | None = None,
     ) -> Float[Array, "B T D"]:
-        """Return the decoder's final hidden states over right-padded text."""
-        valid: Bool[Array, "B T"] = jnp.arange(text.shape[1]) < lengths[:, None]
-        positions = jnp.broadcast_to(jnp.arange(text.shape[1]), text.shape)
-        embedded = self.decoder.embed_tokens(text)
-        return self.decoder(embedded, mask=causal_mask(valid), positions=positions, user=user, key=key)[0]
+        """Return the decoder's final hidden states over right-padded text; `leading` as in `hidden_states`."""
+        return hidden_states(self.decoder, text, lengths, user=user, leading=leading, key=key)
 
     @property
     def item_table(self) -> Float[Array, "V I"]:

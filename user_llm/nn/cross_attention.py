@@ -24,7 +24,7 @@ class CrossAttentionConfig:
 
     Attributes:
       user_width: width of the user tokens.
-      every: every `every`-th decoder layer has cross-attention, the last of each group of `every`.
+      every: every `every`-th decoder layer has cross-attention, the last of each full group of `every`.
       seat: `after_attention`, between self-attention and MLP (the paper), or `before_block`, ahead of the whole layer
         with a gated MLP of its own (Flamingo).
       heads, head_dim: of the cross-attention alone.

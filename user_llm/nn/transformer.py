@@ -2,8 +2,8 @@
 
 Layers are stored stacked (each parameter has a leading layer axis) and run by `jax.lax.scan`, so that compile time does not
 grow with depth. `unroll=True` inlines them, which is faster on CPU. Cross-attention sits in the last layer of each
-group of `every` layers, hence the scan runs over groups. Layers may differ in what they see: all that the mask allows, or
-a window of it (Gemma 3).
+group of `every` layers, hence the scan runs over groups; layers at the end that fill no group are inlined and have none.
+Layers may differ in what they see: all that the mask allows, or a window of it (Gemma 3).
 """
 
 import dataclasses
@@ -148,10 +148,8 @@ class Stack(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.every = cross.every if cross else 1
-        if num_layers % self.every:
-            raise ValueError(
-                f"Cross-attention in every {self.every}th of {num_layers} layers leaves a rest: choose a divisor of the depth."
-            )
+        if not 1 <= self.every <= num_layers:
+            raise ValueError(f"Cross-attention in every {self.every}th of {num_layers} layers: choose from 1 to the depth.")
         self.config, self.windowed = config, windowed or (False,) * num_layers
         if len(self.windowed) != num_layers or (any(self.windowed) and config.window is None):
             raise ValueError(f"{num_layers} layers need as many marks of who has a window, and a window: {self.windowed}.")
@@ -172,17 +170,22 @@ class Stack(nnx.Module):
         return UserKV(k, v, mask)
 
     def layers(self) -> Any:
-        """Return the parameters by group, as `__call__` runs them: stacked for a scan, or each layer's own where inlined.
+        """Return the parameters of the groups, stacked for a scan or each layer's own where inlined, and of the rest.
 
         XLA on CPU copies a slice of a stack before it multiplies by it: a loop around the call takes the slices once, outside.
         """
-        split = lambda a: a.reshape(self.groups, self.every, *a.shape[1:])  # noqa: E731
-        blocks = jax.tree.map(split, nnx.state(self.blocks))
+        blocks, rest = self._grouped(nnx.state(self.blocks))
         cross = None if self.seat is None else nnx.state(self.cross)
         if not self.unroll:
-            return blocks, cross
+            return (blocks, cross), rest
         groups = zip(unstack(blocks, self.groups), unstack(cross, self.groups), strict=True)
-        return [(unstack(blocks, self.every), cross) for blocks, cross in groups]
+        return [(unstack(blocks, self.every), cross) for blocks, cross in groups], rest
+
+    def _grouped(self, tree: Any) -> tuple[Any, list]:
+        """Split what has a leading axis of layers into [groups, every, ...], and the layers of the rest."""
+        whole, depth = self.groups * self.every, len(self.windowed)
+        groups = jax.tree.map(lambda a: a[:whole].reshape(self.groups, self.every, *a.shape[1:]), tree)
+        return groups, [jax.tree.map(lambda a, i=i: a[i], tree) for i in range(whole, depth)]
 
     def views(
         self, mask: Bool[Array, "B T S"], positions: Int[Array, "B T"], key_positions: Int[Array, "B S"]
@@ -229,33 +232,37 @@ class Stack(nnx.Module):
         full, near = self.views(mask, positions, key_positions)
         slots = positions if slots is None else slots
         block_def, cross_def = nnx.graphdef(self.blocks), None if user is None else nnx.graphdef(self.cross)
-        marks = (np.arange(len(self.windowed)), np.array(self.windowed))
-        numbers, windowed = (a.reshape(self.groups, self.every) for a in marks)
-        keys = None if key is None else jax.random.split(key, (self.groups, self.every))
+        keys = None if key is None else jax.random.split(key, len(self.windowed))
+        marks, rest_marks = self._grouped((np.arange(len(self.windowed)), np.array(self.windowed), keys))
         user_kv = None if user is None else (user.k, user.v)
 
-        def run_group(carry, group):
-            x, cache = carry
-            (blocks, cross_params), numbers, windowed, keys, user_kv = group
-            for i, params in enumerate(blocks if self.unroll else unstack(blocks, self.every)):
-                view = full
-                if any(self.windowed):
-                    view = jax.tree.map(lambda near, full, i=i: jnp.where(windowed[i], near, full), near, full)
-                cross = None
-                if user is not None and i == self.every - 1:
-                    module = nnx.merge(cross_def, cross_params)
-                    cross = lambda x: module(x, *user_kv, user.mask)  # noqa: B023, E731
-                    if self.seat == "before_block":
-                        x, cross = cross(x), None
-                x, cache = nnx.merge(block_def, params)(
-                    x, view, cache=cache, layer=numbers[i], slots=slots, cross=cross, key=None if keys is None else keys[i]
-                )
-            return (x, cache), None
+        def run_layer(carry, params, mark, cross=None):
+            (x, cache), (number, windowed, key) = carry, mark
+            view = full
+            if any(self.windowed):
+                view = jax.tree.map(lambda near, full: jnp.where(windowed, near, full), near, full)
+            if cross is not None and self.seat == "before_block":
+                x, cross = cross(x), None
+            return nnx.merge(block_def, params)(x, view, cache=cache, layer=number, slots=slots, cross=cross, key=key)
 
-        layers = self.layers() if layers is None else layers
-        if not self.unroll:
-            return jax.lax.scan(run_group, (x, cache), (layers, numbers, windowed, keys, user_kv))[0]
+        def run_group(carry, group):
+            (blocks, cross_params), marks, user_kv = group
+            *before, last = zip(blocks if self.unroll else unstack(blocks, self.every), unstack(marks, self.every), strict=True)
+            for params, mark in before:
+                carry = run_layer(carry, params, mark)
+            cross = None
+            if user is not None:
+                module = nnx.merge(cross_def, cross_params)
+                cross = lambda x: module(x, *user_kv, user.mask)  # noqa: E731
+            return run_layer(carry, *last, cross), None
+
+        groups, rest = self.layers() if layers is None else layers
         carry = (x, cache)
-        for group in zip(layers, numbers, windowed, *(unstack(tree, self.groups) for tree in (keys, user_kv)), strict=True):
-            carry, _ = run_group(carry, group)
+        if not self.unroll:
+            carry, _ = jax.lax.scan(run_group, carry, (groups, marks, user_kv))
+        else:
+            for group in zip(groups, *(unstack(tree, self.groups) for tree in (marks, user_kv)), strict=True):
+                carry, _ = run_group(carry, group)
+        for params, mark in zip(rest, rest_marks, strict=True):
+            carry = run_layer(carry, params, mark)
         return carry

@@ -9,7 +9,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -32,60 +32,73 @@ from user_llm.models.beam_search import beam_search
 from user_llm.models.generate import generate
 from user_llm.models.prefill import bucket
 from user_llm.models.trie import Trie
+from user_llm.models.user import User, embed_prompts
 from user_llm.nn.cross_attention import UserKV
 from user_llm.tasks.context import Context
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def user_kv(graphdef: nnx.GraphDef, params: Params, events: Int[Array, "B E A"], lengths: Int[Array, "B"]):
-    """Return the user K/V of whole histories: what a server stores per user."""
+def encode_users(graphdef: nnx.GraphDef, params: Params, events: Int[Array, "B E A"], lengths: Int[Array, "B"]) -> User:
+    """Return the users of whole histories: what a server stores of them."""
     model = trees.merge(graphdef, params)
-    return model.user_kv(model.encode(events, lengths), lengths[:, None])
+    return model.user(model.encode(events, lengths), lengths[:, None])
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def score_catalogue(graphdef: nnx.GraphDef, params: Params, text: Array, lengths: Array, user=None) -> Float[Array, "B V"]:
+def score_catalogue(
+    graphdef: nnx.GraphDef, params: Params, text: Array, lengths: Array, user: User | None = None, leading: int = 0
+) -> Float[Array, "B V"]:
     """Score all items at the end of each right-padded prompt."""
     model = trees.merge(graphdef, params)
-    hidden = model.hidden(text, lengths, user=user)
+    hidden = model.hidden(text, lengths, user=user, leading=leading)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     return model.score(model.item_query(last))
 
 
 @dataclasses.dataclass(frozen=True)
 class Predictor:
-    """Answers prompts with a contextualized LLM."""
+    """Answers prompts with a contextualized LLM.
+
+    Attributes:
+      leading: how many tokens of each task's prompts stand in front of a soft prompt.
+    """
 
     graphdef: nnx.GraphDef
     context: Context
     examples: ExampleConfig
     batch_size: int
+    leading: Mapping[str, int]
 
     @property
     def max_events(self) -> int:
         """Events of a history that are read."""
         return max(self.examples.max_events, 1)
 
-    def decoder(self, params: Params) -> tuple[nnx.GraphDef, Params]:
-        """Return the decoder alone."""
-        return trees.split(trees.merge(self.graphdef, params).decoder)
-
-    def read(self, params: Params, prompts: Prompts, batch: HistoryBatch) -> tuple[np.ndarray, np.ndarray, UserKV | None]:
-        """Return a batch's right-padded prompts, their lengths, and its users' K/V; few different widths."""
+    def read(self, params: Params, prompts: Prompts, batch: HistoryBatch) -> tuple[np.ndarray, np.ndarray, User | None]:
+        """Return a batch's right-padded prompts, their lengths, and its users; few different widths."""
         rows = [prompts.prompt(int(user), int(end)) for user, end in zip(batch.users, batch.positions, strict=True)]
         lengths = np.array([len(row) for row in rows], np.int32)
         longest, alike = int(lengths.max()), not self.examples.text_items and lengths.min() == lengths.max()
         width = longest if alike else min(max(prompts.max_tokens, longest), bucket(longest))
         return pad_rows(rows, width), lengths, self.user(params, batch)
 
-    def user(self, params: Params, batch: HistoryBatch) -> UserKV | None:
-        """Return the K/V of the batch's users, or None without an encoder."""
+    def embed(
+        self, params: Params, task: str, prompts: Prompts, batch: HistoryBatch
+    ) -> tuple[tuple[nnx.GraphDef, Params], Array, Int[Array, "B"], UserKV | None]:
+        """Return the decoder, and a batch's prompts as embeddings, their lengths and its users' K/V, for generation."""
+        text, lengths, user = self.read(params, prompts, batch)
+        decoder = trees.split(trees.merge(self.graphdef, params).decoder)
+        inputs, sizes = embed_prompts(*decoder, text, lengths, user=user, leading=self.leading[task])
+        return decoder, inputs, sizes, user and user.kv
+
+    def user(self, params: Params, batch: HistoryBatch) -> User | None:
+        """Return the batch's users, or None without an encoder."""
         if not self.examples.max_events:
             return None
-        return user_kv(self.graphdef, params, batch.events, batch.lengths)
+        return encode_users(self.graphdef, params, batch.events, batch.lengths)
 
-    def users(self, params: Params, count: int) -> UserKV | None:
-        """Return the K/V of the first `count` test users, over again where there are fewer."""
+    def users(self, params: Params, count: int) -> User | None:
+        """Return the first `count` test users, over again where there are fewer."""
         users, positions = (np.resize(part, count) for part in self.context.split.targets["test"])
         [(_, batch)] = self.batches(users, positions, batch_size=count)
         return self.user(params, batch)
@@ -95,24 +108,24 @@ class Predictor:
         size = batch_size or self.batch_size
         return history_batches(self.context.timelines, users, ends, max_events=self.max_events, batch_size=size)
 
-    def rank(self, params: Params, prompts: Prompts, part: str, limit: int | None) -> Ranks:
+    def rank(self, params: Params, task: str, prompts: Prompts, part: str, limit: int | None) -> Ranks:
         """Rank all items by the item head."""
 
         def score(batch: HistoryBatch) -> Array:
             text, lengths, user = self.read(params, prompts, batch)
-            return score_catalogue(self.graphdef, params, text, lengths, user)
+            return score_catalogue(self.graphdef, params, text, lengths, user, self.leading[task])
 
         return rank_targets(
             score, self.context.timelines, self.context.split, part,
             max_events=self.max_events, batch_size=self.batch_size, limit=limit,
         )  # fmt: skip
 
-    def rank_written(self, params: Params, prompts: NextItem, part: str, limit: int | None, *, beams: int) -> Ranks:
+    def rank_written(self, params: Params, task: str, prompts: NextItem, part: str, limit: int | None, *, beams: int) -> Ranks:
         """Rank items by beam search over the titles of the catalogue; what is not among the beams is not found."""
         trie = Trie.build(prompts.lines.titles_as_targets())
 
         def propose(batch: HistoryBatch) -> np.ndarray:
-            return self.choose(params, prompts, batch, trie, beams)
+            return self.choose(params, task, prompts, batch, trie, beams)
 
         return rank_listed(
             propose, self.context.timelines, self.context.split, part,
@@ -120,22 +133,22 @@ class Predictor:
         )  # fmt: skip
 
     def choose(
-        self, params: Params, prompts: Prompts, batch: HistoryBatch, trie: Trie, beams: int
+        self, params: Params, task: str, prompts: Prompts, batch: HistoryBatch, trie: Trie, beams: int
     ) -> Int[np.ndarray, "B beams"]:
         """Return the ids of the likeliest texts of a trie, best first."""
-        text, lengths, user = self.read(params, prompts, batch)
-        return np.asarray(beam_search(*self.decoder(params), text, lengths, trie, beams=beams, user=user)[0])
+        decoder, inputs, sizes, kv = self.embed(params, task, prompts, batch)
+        return np.asarray(beam_search(*decoder, inputs, sizes, trie, beams=beams, user=kv)[0])
 
-    def write(self, params: Params, prompts: Review, users: np.ndarray, ends: np.ndarray) -> list[str]:
+    def write(self, params: Params, task: str, prompts: Review, users: np.ndarray, ends: np.ndarray) -> list[str]:
         """Write an answer to each prompt, greedily, one line."""
         tokenizer, out = prompts.lines.tokenizer, [""] * len(users)
-        decoder = self.decoder(params)
         for indices, batch in self.batches(users, ends):
-            text, lengths, user = self.read(params, prompts, batch)
-            rows = [row[:length] for row, length in zip(text, lengths, strict=True)]
-            stop = [prompts.lines.end_id]
-            found = generate(*decoder, rows, max_tokens=prompts.max_target_tokens, stop_ids=stop, user=user).rows()
-            for index, row in zip(indices, found, strict=False):
+            decoder, inputs, sizes, kv = self.embed(params, task, prompts, batch)
+            found = generate(
+                *decoder, inputs, lengths=np.asarray(sizes).tolist(), max_tokens=prompts.max_target_tokens,
+                stop_ids=[prompts.lines.end_id], user=kv,
+            )  # fmt: skip
+            for index, row in zip(indices, found.rows(), strict=False):
                 out[index] = tokenizer.decode(row).strip()
         return out
 
@@ -157,19 +170,19 @@ class Measured:
 
 
 def measure_next_item(
-    predictor: Predictor, params: Params, prompts: NextItem, part: str, limit: int | None, settings: ConfigDict
+    predictor: Predictor, params: Params, task: str, prompts: NextItem, part: str, limit: int | None, settings: ConfigDict
 ) -> list[Measured]:
     """Rank the next item, in the test part also by writing titles."""
-    ranks = predictor.rank(params, prompts, part, limit)
+    ranks = predictor.rank(params, task, prompts, part, limit)
     found = [Measured(ranks.metrics(), len(ranks), ranks=ranks)]
     if part == "test" and settings.generate_users:
-        written = predictor.rank_written(params, prompts, part, settings.generate_users, beams=settings.beams)
+        written = predictor.rank_written(params, task, prompts, part, settings.generate_users, beams=settings.beams)
         found.append(Measured(written.metrics(), len(written), "/generate", written))
     return found
 
 
 def measure_favorite(
-    predictor: Predictor, params: Params, prompts: Favorite, part: str, limit: int | None, settings: ConfigDict
+    predictor: Predictor, params: Params, task: str, prompts: Favorite, part: str, limit: int | None, settings: ConfigDict
 ) -> list[Measured]:
     """Say how often the likeliest class is the label."""
     users, ends = (array[:limit] for array in prompts.asked.targets(part))
@@ -178,21 +191,21 @@ def measure_favorite(
     trie, beams = Trie.build(prompts.names), min(len(prompts.names), settings.beams)
     correct = np.zeros(len(users))
     for indices, batch in predictor.batches(users, ends):
-        best = predictor.choose(params, prompts, batch, trie, beams)[: batch.count, 0]
+        best = predictor.choose(params, task, prompts, batch, trie, beams)[: batch.count, 0]
         labels = [prompts.asked.label(int(user), int(end)) for user, end in zip(users[indices], ends[indices], strict=True)]
         correct[indices] = best == labels
     return [Measured({"accuracy": float(correct.mean())}, len(users))]
 
 
 def measure_review(
-    predictor: Predictor, params: Params, prompts: Review, part: str, limit: int | None, settings: ConfigDict
+    predictor: Predictor, params: Params, task: str, prompts: Review, part: str, limit: int | None, settings: ConfigDict
 ) -> list[Measured]:
     """Compare what is written with what the user wrote, for the first `review_users`."""
     users, ends = (array[: min(limit or len(array), settings.review_users)] for array in prompts.targets(part))
     if not len(users):
         raise ValueError(f"No user of the {part} part wrote anything: leave the task review out.")
     targets = [prompts.answer(int(user), int(end)) for user, end in zip(users, ends, strict=True)]
-    scores = rouge(targets, predictor.write(params, prompts, users, ends))
+    scores = rouge(targets, predictor.write(params, task, prompts, users, ends))
     return [Measured({name: float(values.mean()) for name, values in scores.items()}, len(users))]
 
 

@@ -6,6 +6,7 @@ an encoder or none, how many titles the prompt holds, which parameters train. Ta
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import grain
@@ -33,6 +34,9 @@ from user_llm.tasks.pretrain_encoder import encoder_config
 from user_llm.tasks.pretrain_lm import text_loss
 from user_llm.training.task import Batch, Task
 
+INJECTIONS = ("cross_attention", "soft_prompt", "both")
+RESAMPLERS = ("perceiver", "none")
+
 
 def model_config(config: ConfigDict, name: str, context: Context, base: DecoderConfig) -> UserLLMConfig:
     """Put the parts together: with an encoder if the phase encodes events, else for text prompts alone.
@@ -50,17 +54,47 @@ def model_config(config: ConfigDict, name: str, context: Context, base: DecoderC
     }
     if not phase.examples.max_events:
         return UserLLMConfig(decoder=base, **shared)
-    cross = CrossAttentionConfig(user_width=encoder.block.width, **phase.cross)
     return UserLLMConfig(
-        decoder=dataclasses.replace(base, cross=cross),
+        decoder=dataclasses.replace(base, cross=cross_config(phase, encoder.block.width)),
         encoder=encoder,
-        resampler=ResamplerConfig(input_width=encoder.block.width, **phase.resampler),
+        resampler=resampler_config(phase, encoder.block.width),
+        soft_prompt=phase.injection != "cross_attention",
         **shared,
     )
 
 
+def cross_config(phase: ConfigDict, user_width: int) -> CrossAttentionConfig | None:
+    """Return the cross-attention of a phase that has it.
+
+    Raises:
+      ValueError: no such injection or seat.
+    """
+    if phase.injection not in INJECTIONS:
+        raise ValueError(f"Unknown injection {phase.injection!r}: choose one of {', '.join(INJECTIONS)}.")
+    return None if phase.injection == "soft_prompt" else CrossAttentionConfig(user_width=user_width, **phase.cross)
+
+
+def resampler_config(phase: ConfigDict, input_width: int) -> ResamplerConfig | None:
+    """Return the resampler of a phase that has one.
+
+    Raises:
+      ValueError: no such kind.
+    """
+    kind, sizes = phase.resampler.kind, {name: size for name, size in phase.resampler.items() if name != "kind"}
+    if kind not in RESAMPLERS:
+        raise ValueError(f"Unknown resampler {kind!r}: choose one of {', '.join(RESAMPLERS)}.")
+    return None if kind == "none" else ResamplerConfig(input_width=input_width, **sizes)
+
+
 def contextual_loss(
-    model: UserLLM, batch: Batch, key: Array | None, *, catalogue: float, align: float, chunk: int
+    model: UserLLM,
+    batch: Batch,
+    key: Array | None,
+    *,
+    catalogue: float,
+    align: float,
+    chunk: int,
+    leading: Mapping[str, int],
 ) -> tuple[Array, dict[str, Array]]:
     """Return the weighted sum of three losses.
 
@@ -68,27 +102,29 @@ def contextual_loss(
     items to rank: their cross entropy at the answer positions. `align`, with an encoder only: mean squared distance of the LLM's
     item query from the encoder's own, its last state. The pretrained encoder knows what every event taught it, and its state
     tells the LLM more than the one next item does.
+
+    `leading` tokens of each task's rows stand in front of a soft prompt, at most those before the first answer position.
     """
+    [(task, weight)] = batch["text_weight"].items()
     encoder_key, decoder_key = (None, None) if key is None else jax.random.split(key)
     tokens = batch["text"].reshape(-1, batch["text"].shape[-1])
     lengths, answers = (batch[k].reshape(len(tokens), -1) for k in ("text_lengths", "answers"))
     user, states = None, None
     if model.config.encoder is not None:
         states = model.encode(batch["events"], batch["lengths"], key=encoder_key)
-        user = model.user_kv(states, batch["prefix"])
-    hidden = model.hidden(tokens, lengths[:, 0], user=user, key=decoder_key)
+        user = model.user(states, batch["prefix"])
+    hidden = model.hidden(tokens, lengths[:, 0], user=user, leading=leading[task], key=decoder_key)
 
     position = jnp.arange(tokens.shape[1] - 1)
     predicted = (position >= answers[:, :1]) & (position + 1 < lengths) & (answers[:, :1] > 0)
     rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])
     token_loss = text_loss(model.decoder, rows, tokens[:, 1:].reshape(-1), predicted.reshape(-1).astype(jnp.float32), chunk)
-    [(task, weight)] = batch["text_weight"].items()
     total, scalars = weight[0] * token_loss, {f"{task}/text_loss": token_loss}
     if "items" in batch:
         ranked, found = _ranking_losses(model, batch, hidden, answers, states, chunk)
         scalars |= found
         total = catalogue * ranked + total + (align * found["align_loss"] if states is not None else 0.0)
-    if states is not None:
+    if model.config.decoder.cross is not None:
         gates = jnp.tanh(model.decoder.stack.cross.gate[...])
         scalars |= {f"gate/{layer}": gates[layer] for layer in range(gates.shape[0])}
     return total, scalars
@@ -126,19 +162,19 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
     full = model_config(config, name, context, context.decoder_config(context.tokenizer().vocab_size))
     create = lambda: UserLLM(full, rngs=nnx.Rngs(params=context.seed))  # noqa: E731
     graphdef, _ = trees.abstract(create)
-    predictor = Predictor(graphdef, context, examples, phase.eval.batch_size)
+    leading = {task: asked.shared_tokens if phase.soft_prompt.after_instruction else 0 for task, asked in prompts.items()}
+    predictor = Predictor(graphdef, context, examples, phase.eval.batch_size, leading)
 
     def evaluate(params: Params) -> dict[str, float]:
         """Return the metrics of the first task, which the phase monitors."""
         task = next(iter(prompts))
-        return MEASURES[task](predictor, params, prompts[task], "validation", phase.eval.validation_users, phase.eval)[
-            0
-        ].metrics
+        found = MEASURES[task](predictor, params, task, prompts[task], "validation", phase.eval.validation_users, phase.eval)
+        return found[0].metrics
 
     def results(params: Params) -> list[dict]:
         rows = []
         for task, asked in prompts.items():
-            for found in MEASURES[task](predictor, params, asked, "test", None, phase.eval):
+            for found in MEASURES[task](predictor, params, task, asked, "test", None, phase.eval):
                 method = phase.method + found.suffix
                 rows += result_rows(found.metrics, found.n, **context.row_facts, task=task, method=method)
                 if found.ranks is not None and not found.suffix:
@@ -159,7 +195,9 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
     return Task(
         name=name,
         init=lambda place: context.init(create, phase.load, place),
-        loss=lambda params, batch, key: contextual_loss(trees.merge(graphdef, params), batch, key, **phase.loss),
+        loss=lambda params, batch, key: contextual_loss(
+            trees.merge(graphdef, params), batch, key, leading=leading, **phase.loss
+        ),
         train_data=streams[0] if len(streams) == 1 else grain.IterDataset.mix(streams, weights),
         steps_per_epoch=len(windows) / (phase.batch_size * context.process[1]),
         count_events=lambda batch: int((batch["answers"] > 0).sum()),

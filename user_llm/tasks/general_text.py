@@ -10,6 +10,7 @@ from collections.abc import Callable
 from importlib import resources
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
@@ -22,9 +23,9 @@ from user_llm.data.tokenizer import Tokenizer
 from user_llm.evals.ranking import result_rows
 from user_llm.models import pretrained
 from user_llm.models.decoder import Decoder
-from user_llm.nn.cross_attention import UserKV
+from user_llm.models.user import User, hidden_states
 from user_llm.tasks.context import Context
-from user_llm.tasks.pretrain_lm import lm_loss
+from user_llm.tasks.pretrain_lm import text_loss
 from user_llm.training.task import Batch
 
 CHUNK = 512  # rows of logits at a time
@@ -50,15 +51,16 @@ def read_windows(tokenizer: Tokenizer, *, file: str, windows: int, window: int) 
     rows = np.array(ids[: count * window], np.int32).reshape(count, -1)
     if tokenizer.bos_id is not None:
         rows = np.pad(rows, ((0, 0), (1, 0)), constant_values=tokenizer.bos_id)
-    tokens = rows[:, :-1]
-    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-    return {"tokens": tokens, "next": rows[:, 1:], "segments": np.ones_like(tokens), "positions": positions}
+    return {"tokens": rows[:, :-1], "next": rows[:, 1:]}
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def perplexity(graphdef: nnx.GraphDef, params: Params, batch: Batch, user: UserKV | None = None) -> Array:
-    """Return the perplexity of a decoder over all windows; `user` holds the K/V of as many users."""
-    return lm_loss(trees.merge(graphdef, params), batch, None, CHUNK, user)[1]["perplexity"]
+def perplexity(graphdef: nnx.GraphDef, params: Params, batch: Batch, user: User | None = None) -> Array:
+    """Return the perplexity of a decoder over all windows, with as many users if any; soft prompts follow the first token."""
+    decoder, tokens = trees.merge(graphdef, params), batch["tokens"]
+    hidden = hidden_states(decoder, tokens, jnp.full(len(tokens), tokens.shape[1]), user=user, leading=1)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    return jnp.exp(text_loss(decoder, rows, batch["next"].reshape(-1), jnp.ones(len(rows)), CHUNK))
 
 
 def untouched(context: Context) -> list[dict]:
@@ -80,9 +82,9 @@ def untouched(context: Context) -> list[dict]:
 
 
 def tuned(
-    context: Context, method: str, graphdef: nnx.GraphDef, params: Params, users: Callable[[int], UserKV | None]
+    context: Context, method: str, graphdef: nnx.GraphDef, params: Params, users: Callable[[int], User | None]
 ) -> list[dict]:
-    """Return the result rows of a contextualized decoder; `users` returns the K/V of so many users, or None without an encoder."""
+    """Return the result rows of a contextualized decoder; `users` returns so many users, or None without an encoder."""
     batch = read_windows(context.tokenizer(), **context.config.general_text)
     found = {"perplexity": float(perplexity(graphdef, params, batch))}
     user = users(len(batch["tokens"]))

@@ -16,7 +16,6 @@ from user_llm.common.trees import Params
 from user_llm.data.pipeline import packed_text
 from user_llm.models.decoder import Decoder
 from user_llm.nn.attention import segment_mask
-from user_llm.nn.cross_attention import UserKV
 from user_llm.nn.losses import chunked_cross_entropy
 from user_llm.tasks.context import Context
 from user_llm.training.task import Batch, Task
@@ -29,14 +28,11 @@ def text_loss(decoder: Decoder, hidden: Array, tokens: Array, weights: Array, ch
     return total / jnp.maximum(weights.sum(), 1)
 
 
-def lm_loss(
-    decoder: Decoder, batch: Batch, key: Array | None, chunk: int, user: UserKV | None = None
-) -> tuple[Array, dict[str, Array]]:
-    """Return the mean cross entropy of each next token within its line; `user` holds the K/V of a user per row, if any."""
+def lm_loss(decoder: Decoder, batch: Batch, key: Array | None, chunk: int) -> tuple[Array, dict[str, Array]]:
+    """Return the mean cross entropy of each next token within its line."""
     hidden, _ = decoder(
-        decoder.embed_tokens(batch["tokens"]), mask=segment_mask(batch["segments"]), positions=batch["positions"],
-        user=user, key=key,
-    )  # fmt: skip
+        decoder.embed_tokens(batch["tokens"]), mask=segment_mask(batch["segments"]), positions=batch["positions"], key=key
+    )
     rows = hidden.reshape(-1, hidden.shape[-1])
     weights = (batch["segments"] > 0).reshape(-1).astype(jnp.float32)
     loss = text_loss(decoder, rows, batch["next"].reshape(-1), weights, chunk)

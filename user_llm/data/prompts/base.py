@@ -42,7 +42,7 @@ class Prompts(Protocol):
     Attributes:
       ranks: whether the target is an item, to be ranked too.
       max_tokens: of a row or prompt.
-      shared_tokens: how many tokens all prompts start with.
+      shared_tokens: how many tokens all prompts start with, the answer position left out.
     """
 
     ranks: bool
@@ -137,7 +137,7 @@ class Question:
         self.lines, self.max_tokens, self.max_target_tokens = lines, max_tokens, max_target_tokens
         self.question = question
         self.instruction = np.concatenate([lines.start, lines.line(instruction)]).astype(np.int32)
-        self.shared_tokens = len(self.instruction)
+        self.shared_tokens = len(self.instruction) - (not question)
         if not (instruction or question):
             raise ValueError("A prompt needs an instruction or a question: both are empty.")
 

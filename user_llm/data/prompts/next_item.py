@@ -19,7 +19,7 @@ class NextItem:
     def __init__(self, lines: Lines, *, instruction: str, max_tokens: int):
         self.lines, self.max_tokens = lines, max_tokens
         self.instruction = np.concatenate([lines.start, lines.line(instruction)]).astype(np.int32)
-        self.shared_tokens = len(self.instruction)
+        self.shared_tokens = len(self.instruction) - 1
         if not instruction or len(self.instruction) + lines.max_title_tokens + 1 > max_tokens:
             raise ValueError(
                 f"The instruction {instruction!r} must not be empty, and its {len(self.instruction)} tokens and a title of "

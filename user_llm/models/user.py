@@ -1,0 +1,128 @@
+"""What is stored per user, and how a decoder reads it beside text (section 3 of the paper, "contextualization").
+
+Cross-attention reads the user tokens' K/V in its own layers. A soft prompt stands among the embeddings of the text, behind its
+first `leading` tokens: what all users share stands before it, so that its K/V stay the same for all of them. A row with it is a
+right-padded prompt like any other, with positions, mask and cache as ever:
+
+    text a b c d ., leading 2     3 soft tokens    a b x y z c d .
+    (. is padding)                1 of 3           a b x c d . . .
+                                  no events        a b c d . . . .
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from user_llm.common.trees import Params, merge
+from user_llm.models.decoder import Decoder
+from user_llm.nn.attention import causal_mask
+from user_llm.nn.cross_attention import UserKV
+from user_llm.nn.layers import linear_param
+
+
+class SoftPrompt(NamedTuple):
+    """User tokens of the width of the decoder's embeddings.
+
+    Attributes:
+      tokens: right-padded.
+      lengths: real tokens of each row; 0 for a user without events.
+    """
+
+    tokens: Float[Array, "B M D"]
+    lengths: Int[Array, "B"]
+
+
+class SoftProjection(nnx.Module):
+    """From user tokens to soft tokens. Parameters: project [U, D]."""
+
+    def __init__(self, user_width: int, width: int, *, rngs: nnx.Rngs):
+        self.project = linear_param(rngs, (user_width, width), fan_in=user_width)
+
+    def __call__(self, tokens: Float[Array, "B M U"]) -> Float[Array, "B M D"]:
+        return tokens @ self.project[...]
+
+
+class User(NamedTuple):
+    """All that a decoder needs of its users; a part is None where the model has no such way in."""
+
+    kv: UserKV | None = None
+    prompt: SoftPrompt | None = None
+
+
+def insert(
+    text: Float[Array, "B T D"], lengths: Int[Array, "B"], prompt: SoftPrompt, leading: int | Int[Array, "B"]
+) -> tuple[Float[Array, "B X D"], Int[Array, "B"], Int[Array, "B T"]]:
+    """Put the soft prompt behind the first `leading` embeddings of right-padded text: the module's picture.
+
+    Args:
+      leading: at most the length of its row.
+
+    Returns:
+      The embeddings of X = T + M positions, right-padded, their lengths, and where each position of the text went.
+
+    Raises:
+      ValueError: not one soft prompt for each row.
+    """
+    batch, length, _ = text.shape
+    if prompt.tokens.shape[0] != batch:
+        raise ValueError(
+            f"Soft prompts of {prompt.tokens.shape[0]} users for {batch} texts: a row without a user has length 0."
+        )
+    count, leading = prompt.lengths[:, None], jnp.broadcast_to(leading, batch)[:, None]
+    place = jnp.arange(length + prompt.tokens.shape[1])
+    soft = place - leading
+    source = jnp.where(soft < count, length + soft, jnp.minimum(place - count, length - 1))
+    source = jnp.where(soft < 0, place, source)
+    rows = jnp.concatenate([text, prompt.tokens.astype(text.dtype)], axis=1)
+    position = jnp.arange(length)
+    moved = jnp.where(position < leading, position, position + count)
+    return jnp.take_along_axis(rows, source[..., None], axis=1), lengths + prompt.lengths, moved
+
+
+def hidden_states(
+    decoder: Decoder,
+    text: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    *,
+    user: User | None = None,
+    leading: int | Int[Array, "B"] = 0,
+    key: Array | None = None,
+) -> Float[Array, "B T D"]:
+    """Return the final hidden states at the positions of right-padded text, those of a soft prompt left out.
+
+    Args:
+      leading: tokens of the text in front of the soft prompt, which cannot see it.
+    """
+    user, moved, inputs = user or User(), None, decoder.embed_tokens(text)
+    if user.prompt is not None:
+        inputs, lengths, moved = insert(inputs, lengths, user.prompt, leading)
+    valid = jnp.arange(inputs.shape[1]) < lengths[:, None]
+    positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), valid.shape)
+    hidden, _ = decoder(inputs, mask=causal_mask(valid), positions=positions, user=user.kv, key=key)
+    return hidden if moved is None else jnp.take_along_axis(hidden, moved[..., None], axis=1)
+
+
+@functools.partial(jax.jit, static_argnames="graphdef")
+def embed_prompts(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    text: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    *,
+    user: User | None = None,
+    leading: int | Int[Array, "B"] = 0,
+) -> tuple[Float[Array, "B X D"], Int[Array, "B"]]:
+    """Return prompts as embeddings, and their lengths, for `generate`, `beam_search` and `score` beside `user.kv`.
+
+    Args:
+      graphdef: of a `Decoder`.
+      params: of the same.
+      text: right-padded.
+      leading: tokens of the text in front of the soft prompt.
+    """
+    inputs = merge(graphdef, params).embed_tokens(text)
+    return (inputs, lengths) if user is None or user.prompt is None else insert(inputs, lengths, user.prompt, leading)[:2]
