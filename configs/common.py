@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 # What never decays: gates, norms, biases, embeddings, latents and other tables.
 DECAY = (
-    (r"(gate|mlp_gate|scale|latents|recency|position|bias)$", False),
+    (r"(gate|mlp_gate|scale|latents|recency|position|bias|mask_token|catalogue)$", False),
     (r"(^|/)(item|items|embed)$", False),
     (r"(^|/)features/", False),
     (r".*", True),
@@ -41,9 +41,8 @@ STRATEGIES = {
 # The pretrained encoder moves slowly, the gates, which start shut, quickly.
 CONTEXTUAL_LEARNING_RATES = ((r"^encoder/", 0.1), (r"cross/gate$", 10.0), (r".*", 1.0))
 
-# Where each part of a contextualized LLM starts from.
+# Where each part of a contextualized LLM starts from; `encoder` and `encoder_init` say it of the encoder.
 LOAD = (
-    (r"^encoder/", "pretrain_encoder"),
     (r"^decoder/stack/cross/|/lora/", "fresh"),
     (r"^decoder/", "pretrain_lm"),
     (r".*", "fresh"),
@@ -146,6 +145,7 @@ def base() -> ConfigDict:
                 "synthetic": {"num_users": 1500, "num_items": 120, "events_per_user": 40},
             },
             "encoder": {
+                "objective": "autoregressive",  # or masked (BERT4Rec), or dual
                 "features": ("item", "rating", "genres", "gap"),
                 "feature_width": 32,
                 "positions": "rotary",
@@ -173,16 +173,29 @@ def base() -> ConfigDict:
 
 
 def pretrain_encoder(*, total_steps: int, eval_steps: int, **changes) -> ConfigDict:
-    """Phase 1: the encoder, by next-event prediction over packed histories."""
+    """Phase 1: the encoder, over packed histories; by next-event prediction unless its `encoder` changes the objective."""
     return ConfigDict({
         "task": "pretrain_encoder",
         "strategy": "all",
+        "method": "encoder",
+        "encoder": {},  # what this phase changes of the section `encoder`
         "batch": {"window": 200, "rows": 15, "row_length": 200},
-        "loss": {"head_weights": {}, "negatives": 0, "chunk": 512},
+        # Masked: a fifth of the events, and in a share of the histories the last alone, are BERT4Rec's own for MovieLens.
+        "loss": {"head_weights": {}, "negatives": 0, "chunk": 512, "mask_probability": 0.2, "last_only": 0.1},
         "eval": {"max_events": 200, "batch_size": 64, "validation_users": 2000},
         "optimizer": optimizer(1e-3),
         "loop": loop(total_steps, eval_steps, monitor="ndcg@10", patience_evals=15),
     } | changes)  # fmt: skip
+
+
+def bert4rec(**settings) -> ConfigDict:
+    """The encoder by masked events (Sun et al. 2019); settings as in `pretrain_encoder`."""
+    return pretrain_encoder(method="bert4rec", encoder={"objective": "masked"}, **settings)
+
+
+def dual_encoder(**settings) -> ConfigDict:
+    """The encoder as a user tower beside an item tower, with in-batch negatives; settings as in `pretrain_encoder`."""
+    return pretrain_encoder(method="dual_encoder", encoder={"objective": "dual"}, **settings)
 
 
 def pretrain_lm(*, total_steps: int, eval_steps: int, **changes) -> ConfigDict:
@@ -204,6 +217,9 @@ def contextualize(method: str, *, total_steps: int, eval_steps: int, **changes) 
         "task": "contextualize",
         "strategy": "full",
         "method": method,
+        # The phase whose encoder it is, and whether its weights are that phase's (`pretrained`) or its shape alone (`scratch`).
+        "encoder": "pretrain_encoder",
+        "encoder_init": "pretrained",
         "batch_size": 8,
         "examples": {"max_events": 200, "targets_per_history": 16, "text_items": 0},
         "prompt": {"instruction": "Next film:", "max_tokens": 32, "max_title_tokens": 24},
@@ -229,6 +245,29 @@ def text_prompt(items: int, *, total_steps: int, eval_steps: int, max_tokens: in
     )
 
 
+def with_encoder(phase: ConfigDict, encoder: str, method: str) -> ConfigDict:
+    """Return the same contextualization with the encoder of another phase.
+
+    One that sees both ways runs for each end of a history anew: a quarter of the ends, so that the LLM costs as much as before
+    with four times the histories.
+    """
+    changed = phase.copy_and_resolve_references()
+    changed.update(encoder=encoder, method=method)
+    if encoder == "bert4rec":
+        changed.batch_size *= 4
+        changed.examples.targets_per_history = -(-changed.examples.targets_per_history // 4)
+    return changed
+
+
+def with_fresh_encoder(phase: ConfigDict, method: str) -> ConfigDict:
+    """Return the same contextualization with an encoder from scratch, which learns as fast as the rest and teaches nothing."""
+    changed = phase.copy_and_resolve_references()
+    changed.update(encoder_init="scratch", method=method)
+    changed.loss.align = 0.0
+    changed.optimizer.lr_multiplier = tuple(rule for rule in changed.optimizer.lr_multiplier if rule[0] != r"^encoder/")
+    return changed
+
+
 def movielens(variant: str, phases: tuple[str, ...]) -> ConfigDict:
     """Return a MovieLens experiment of `phases`: all sizes and steps of both variants, so that its parts stay comparable.
 
@@ -243,6 +282,8 @@ def movielens(variant: str, phases: tuple[str, ...]) -> ConfigDict:
         config.pretrain_encoder = pretrain_encoder(
             total_steps=1200, eval_steps=100, optimizer=optimizer(2e-3, schedule="cosine")
         )
+        # As many passes, to be compared at equal cost; BERT4Rec would go on learning.
+        rivals = {"total_steps": 1200, "eval_steps": 100, "optimizer": optimizer(2e-3, schedule="cosine")}
         config.pretrain_lm = pretrain_lm(total_steps=400, eval_steps=200)
         # The text prompts see more targets: 128, 16 x 10 and 4 x (about) 50 a step.
         config.user_llm = contextualize("user_llm", total_steps=1000, eval_steps=200)
@@ -259,13 +300,12 @@ def movielens(variant: str, phases: tuple[str, ...]) -> ConfigDict:
         config.llm.update(vocab_size=8192, num_layers=12, unroll=False, block=block(512, 8, 1536, dropout=0.1))
         batch = {"window": 200, "rows": 128, "row_length": 512}
         config.pretrain_encoder = pretrain_encoder(total_steps=60_000, eval_steps=1000, batch=batch)
+        rivals = {"total_steps": 60_000, "eval_steps": 1000, "batch": batch}
         config.pretrain_lm = pretrain_lm(total_steps=5000, eval_steps=500, batch={"rows": 64, "row_length": 512})
         config.user_llm = contextualize("user_llm", total_steps=50_000, eval_steps=1000, batch_size=64)
         config.user_llm.eval.generate_users = 5000
         config.text_prompt_10 = text_prompt(10, total_steps=50_000, eval_steps=1000, max_tokens=160, batch_size=512)
         config.text_prompt_50 = text_prompt(50, total_steps=50_000, eval_steps=1000, max_tokens=640, batch_size=128)
-        for name in phases:  # parameters and optimizers stay float32
-            config[name].loop.dtype = "bfloat16"
         if variant in LLMS:
             config.llm.checkpoint, published = LLMS[variant]
             config.llm.published = ConfigDict(published)
@@ -273,4 +313,11 @@ def movielens(variant: str, phases: tuple[str, ...]) -> ConfigDict:
                 config[name].strategy = "lora"
     else:
         raise ValueError(f"Unknown variant {variant!r}: choose full, small or an open LLM: {', '.join(LLMS)}.")
+    config.bert4rec, config.dual_encoder = bert4rec(**rivals), dual_encoder(**rivals)
+    config.user_llm_bert4rec = with_encoder(config.user_llm, "bert4rec", "user_llm_bert4rec")
+    config.user_llm_dual = with_encoder(config.user_llm, "dual_encoder", "user_llm_dual")
+    config.user_llm_scratch = with_fresh_encoder(config.user_llm, "user_llm_scratch")
+    if variant != "small":
+        for name in phases:  # parameters and optimizers stay float32
+            config[name].loop.dtype = "bfloat16"
     return config

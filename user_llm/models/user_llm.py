@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from user_llm.models.decoder import Decoder, DecoderConfig
-from user_llm.models.user_encoder import UserEncoder, UserEncoderConfig
+from user_llm.models.user_encoder import Encoded, UserEncoder, UserEncoderConfig
 from user_llm.nn.attention import causal_mask
 from user_llm.nn.cross_attention import UserKV
 from user_llm.nn.layers import RMSNorm, embedding_param, linear_param
@@ -52,22 +52,16 @@ class UserLLM(nnx.Module):
         self.item_norm = RMSNorm(width, eps=c.decoder.block.norm_eps)
         self.item_head = linear_param(rngs, (width, c.item_width), fan_in=width)
 
-    def encode(self, events: Int[Array, "B E A"], lengths: Int[Array, "B"], *, key: Array | None = None) -> Array:
-        """Return the states [B, E, D] of right-padded histories."""
-        valid = jnp.arange(events.shape[1]) < lengths[:, None]
-        positions = jnp.broadcast_to(jnp.arange(events.shape[1]), valid.shape)
-        return self.encoder(events, mask=causal_mask(valid), positions=positions, key=key)
+    def encode(self, events: Int[Array, "B E A"], ends: Int[Array, "B J"], *, key: Array | None = None) -> Encoded:
+        """Encode histories as they were after the first `ends` events."""
+        return self.encoder.encode(events, ends, key=key)
 
-    def user_kv(self, states: Float[Array, "B E D"], prefix: Int[Array, "B J"]) -> UserKV:
-        """Return the K/V of the user as they were after the first `prefix` events, for B*J decoder rows.
-
-        The encoder is causal, so several ends of one history share its states. A prefix of 0 is a user without events.
-        """
-        batch, ends = prefix.shape
-        mask = jnp.arange(states.shape[1]) < prefix[..., None]
-        tokens = self.resampler(states, mask)
-        tokens = tokens.reshape(batch * ends, *tokens.shape[2:])
-        has_events = jnp.broadcast_to((prefix > 0).reshape(-1, 1), tokens.shape[:2])
+    def user_kv(self, encoded: Encoded) -> UserKV:
+        """Return the K/V of the users at all ends, for B*J decoder rows."""
+        states, seen = encoded
+        tokens = self.resampler(states, jnp.arange(states.shape[1]) < seen[..., None])
+        tokens = tokens.reshape(-1, *tokens.shape[2:])
+        has_events = jnp.broadcast_to((seen > 0).reshape(-1, 1), tokens.shape[:2])
         return self.decoder.user_kv(tokens, has_events)
 
     def hidden(
@@ -82,7 +76,7 @@ class UserLLM(nnx.Module):
     @property
     def item_table(self) -> Float[Array, "V I"]:
         """The item vectors."""
-        return self.encoder.item[...] if self.config.encoder is not None else self.items[...]
+        return self.encoder.item_vectors() if self.config.encoder is not None else self.items[...]
 
     def valid_items(self) -> Bool[Array, "V"]:
         """Return True at the rows of the item table that are items."""

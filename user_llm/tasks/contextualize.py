@@ -32,7 +32,7 @@ from user_llm.nn.losses import chunked_cross_entropy
 from user_llm.nn.resampler import ResamplerConfig
 from user_llm.tasks import general_text
 from user_llm.tasks.context import Context
-from user_llm.tasks.pretrain_encoder import encoder_config
+from user_llm.tasks.pretrain_encoder import encoder_config, encoder_section, encoder_source
 from user_llm.tasks.pretrain_lm import text_loss
 from user_llm.training.task import Batch, Task
 
@@ -45,7 +45,7 @@ def model_config(config: ConfigDict, name: str, context: Context, base: DecoderC
     phase = config[name]
     lora = LoRAConfig(**config.lora) if config.strategies[phase.strategy].adapters else None
     base = dataclasses.replace(base, block=dataclasses.replace(base.block, lora=lora))
-    encoder = encoder_config(config.encoder, context.timelines.schema)
+    encoder = encoder_config(encoder_section(config, phase.encoder), context.timelines.schema)
     shared: dict[str, Any] = {
         "num_items": encoder.schema.num_items,
         "table_rows": encoder.table_rows,
@@ -68,16 +68,18 @@ def contextual_loss(
     """Return the weighted sum of three losses.
 
     `catalogue`: cross entropy of the items at the answer positions. `text`: cross entropy of what follows the first answer
-    position. `align`, with an encoder only: mean squared distance of the LLM's item query from the encoder's own, its last state.
-    The pretrained encoder knows what every event taught it, and its state tells the LLM more than the one next item does.
+    position. `align`, with an encoder only: mean squared distance of the LLM's item query from the encoder's own, its last state:
+    that of the last event, or of the mask token behind it. Both are in the space of the encoder's item vectors, by which the LLM
+    ranks too. The pretrained encoder knows what every event taught it, and its state tells the LLM more than the one next item
+    does; one from scratch knows nothing, and `encoder_source` refuses to be drawn to it.
     """
     encoder_key, decoder_key = (None, None) if key is None else jax.random.split(key)
     tokens = batch["text"].reshape(-1, batch["text"].shape[-1])
     lengths, answers, items = (batch[k].reshape(len(tokens), -1) for k in ("text_lengths", "answers", "items"))
     user = None
     if model.config.encoder is not None:
-        states = model.encode(batch["events"], batch["lengths"], key=encoder_key)
-        user = model.user_kv(states, batch["prefix"])
+        encoded = model.encode(batch["events"], batch["prefix"], key=encoder_key)
+        user = model.user_kv(encoded)
     hidden = model.hidden(tokens, lengths[:, 0], user=user, key=decoder_key)
 
     query = model.item_query(jnp.take_along_axis(hidden, answers[..., None], axis=1))
@@ -93,7 +95,7 @@ def contextual_loss(
     total = catalogue * item_loss + text * token_loss
     scalars = {"item_loss": item_loss, "text_loss": token_loss}
     if model.config.encoder is not None:
-        last = jnp.take_along_axis(states, jnp.maximum(batch["prefix"] - 1, 0)[..., None], axis=1).reshape(query.shape)
+        last = encoded.last().reshape(query.shape)
         known = wanted * (batch["prefix"] > 0).reshape(-1)
         scalars["align_loss"] = jnp.sum(known * jnp.mean(jnp.square(query - jax.lax.stop_gradient(last)), axis=-1))
         total += align * scalars["align_loss"]
@@ -106,7 +108,7 @@ def contextual_loss(
 def user_kv(graphdef: nnx.GraphDef, params: Params, events: Int[Array, "B E A"], lengths: Int[Array, "B"]):
     """Return the user K/V of whole histories: what a server stores per user."""
     model = trees.merge(graphdef, params)
-    return model.user_kv(model.encode(events, lengths), lengths[:, None])
+    return model.user_kv(model.encode(events, lengths[:, None]))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -183,7 +185,7 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
     """Build the task of phase `name`."""
     phase = config[name]
     tokenizer = context.tokenizer()
-    timelines = context.timelines.select(tuple(config.encoder.features))
+    timelines = context.timelines.select(tuple(encoder_section(config, phase.encoder).features))
     context = dataclasses.replace(context, timelines=timelines)
     examples = ExampleConfig(**phase.examples)
     windows = Windows(context.split.train_stop, examples.max_events or examples.text_items, context.seed)
@@ -192,6 +194,9 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
     create = lambda: UserLLM(full, rngs=nnx.Rngs(params=context.seed))  # noqa: E731
     graphdef, _ = trees.abstract(create)
     ranker = Ranker(graphdef, context, prompts, examples, phase.eval.batch_size)
+    load = phase.load
+    if examples.max_events:
+        load = ((r"^encoder/", encoder_source(config, name)), *load)
 
     def results(params: Params) -> list[dict]:
         ranks = ranker.by_catalogue(params, "test")
@@ -207,7 +212,7 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
 
     return Task(
         name=name,
-        init=lambda place: context.init(create, phase.load, place),
+        init=lambda place: context.init(create, load, place),
         loss=lambda params, batch, key: contextual_loss(trees.merge(graphdef, params), batch, key, **phase.loss),
         train_data=contextual_examples(
             timelines, context.split.train_stop, prompts, examples,
