@@ -32,18 +32,17 @@ BARE = UserLLMConfig(
 )
 _rng = np.random.default_rng(0)
 EVENTS = np.stack([_rng.integers(1, feature.size, (2, 8)) for feature in SCHEMA], axis=-1)
-LENGTHS = np.array([8, 5])
 ENDS = np.array([[8, 3, 0], [1, 5, 4]])  # of each history
 TEXT = _rng.integers(1, 13, (6, 5))
 TEXT_LENGTHS = np.array([5, 3, 5, 4, 2, 5])
 
 
-def _config(seat):
+def _config(seat, objective="autoregressive"):
     cross = CrossAttentionConfig(user_width=8, every=2, heads=2, head_dim=4, seat=seat)
     return dataclasses.replace(
         BARE,
         decoder=dataclasses.replace(BARE.decoder, cross=cross),
-        encoder=ENCODER,
+        encoder=dataclasses.replace(ENCODER, objective=objective),
         resampler=ResamplerConfig(num_latents=3, input_width=8, heads=2, head_dim=4, mlp_width=12),
     )
 
@@ -53,12 +52,12 @@ def _create(config):
 
 
 def _functions(graphdef):
-    """(params, events, lengths, ends) -> user K/V, and (params, user or None) -> hidden states of the text."""
+    """(params, events, ends) -> user K/V, and (params, user or None) -> hidden states of the text."""
 
     @jax.jit
-    def user_kv(params, events, lengths, ends):
+    def user_kv(params, events, ends):
         model = trees.merge(graphdef, params)
-        return model.user_kv(model.encode(events, lengths), ends)
+        return model.user_kv(model.encode(events, ends))
 
     @jax.jit
     def hidden(params, user):
@@ -67,10 +66,11 @@ def _functions(graphdef):
     return user_kv, hidden
 
 
-@pytest.fixture(scope="module", params=["after_attention", "before_block"])
+# A causal encoder, whose states all ends of a history share, and one that sees both ways, with none to share.
+@pytest.fixture(scope="module", params=[("after_attention", "autoregressive"), ("before_block", "masked")], ids="-".join)
 def model(request, drawn):
     """Functions and parameters, the gates at 0.5."""
-    graphdef, params = drawn(_create(_config(request.param)))
+    graphdef, params = drawn(_create(_config(*request.param)))
     cross = params["decoder"]["stack"]["cross"]
     np.testing.assert_array_equal([cross[name] for name in cross if name.endswith("gate")], 0.5)
     return *_functions(graphdef), params
@@ -78,12 +78,12 @@ def model(request, drawn):
 
 def test_several_ends_of_one_history_equal_each_history_alone(model):
     user_kv, hidden, params = model
-    together = user_kv(params, EVENTS, LENGTHS, ENDS)
+    together = user_kv(params, EVENTS, ENDS)
     states = np.asarray(hidden(params, together))
     alone = []
     for history, end in zip(np.repeat(EVENTS, 3, axis=0), ENDS.reshape(-1), strict=True):
         cut = np.where(np.arange(8)[:, None] < end, history, 0)  # what comes after is gone
-        alone.append(user_kv(params, cut[None], np.array([end]), np.array([[end]])))
+        alone.append(user_kv(params, cut[None], np.array([[end]])))
     alone = jax.tree.map(lambda *rows: np.concatenate(rows, axis=int(rows[0].ndim > 2)), *alone)
     np.testing.assert_array_equal(together.mask, alone.mask)
     real = np.asarray(together.mask)
@@ -98,11 +98,11 @@ def test_a_user_without_events_is_the_bare_llm_whatever_the_gates(model):
     """To the bit; the other users of the batch do change the text."""
     user_kv, hidden, params = model
     bare = np.asarray(hidden(params, None))
-    states = np.asarray(hidden(params, user_kv(params, EVENTS, LENGTHS, ENDS)))
+    states = np.asarray(hidden(params, user_kv(params, EVENTS, ENDS)))
     empty = ENDS.reshape(-1) == 0
     np.testing.assert_array_equal(states[empty], bare[empty])
     assert (np.abs(states - bare)[~empty].max((1, 2)) > 1e-2).all()
-    nobody = hidden(params, user_kv(params, EVENTS, np.zeros(2, int), np.zeros((2, 3), int)))
+    nobody = hidden(params, user_kv(params, EVENTS, np.zeros((2, 3), int)))
     np.testing.assert_array_equal(nobody, bare)
 
 
@@ -110,7 +110,7 @@ def test_padding_of_histories_and_text_changes_nothing(model):
     user_kv, hidden, params = model
     padded = np.concatenate([EVENTS, np.full((2, 4, 2), 3)], axis=1)
     padded[1, 5:] = 1
-    before, after = (user_kv(params, events, LENGTHS, ENDS) for events in (EVENTS, padded))
+    before, after = (user_kv(params, events, ENDS) for events in (EVENTS, padded))
     np.testing.assert_allclose(after.k, before.k, atol=1e-5)
     real = np.arange(5) < TEXT_LENGTHS[:, None]
     assert np.isfinite(np.asarray(hidden(params, before))[real]).all()
@@ -132,7 +132,7 @@ def test_a_user_llm_starts_as_its_bare_llm_and_its_gates_move_first(drawn):
 
         def with_users(params):
             model = trees.merge(graphdef, params)
-            return loss(model, model.user_kv(model.encode(EVENTS, LENGTHS), ENDS))
+            return loss(model, model.user_kv(model.encode(EVENTS, ENDS)))
 
         return jax.value_and_grad(with_users)(params), loss(model, None)
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -103,7 +104,7 @@ class UserEncoder(nnx.Module):
     and never trains. It travels with the parameters, so that an encoder scores its items by itself.
     """
 
-    def __init__(self, config: UserEncoderConfig, *, catalogue: Int[Array, "V X"] | None = None, rngs: nnx.Rngs):
+    def __init__(self, config: UserEncoderConfig, *, catalogue: Int[np.ndarray, "V X"] | None = None, rngs: nnx.Rngs):
         c = self.config = config
         width = c.block.width
         others = c.schema.features[1:]
@@ -123,7 +124,7 @@ class UserEncoder(nnx.Module):
         if c.objective == "dual":
             total = width + (len(c.item_schema.features) - 1) * c.feature_width
             if catalogue is None:  # to be loaded
-                catalogue = jnp.zeros((c.table_rows, c.item_schema.width), jnp.int32)
+                catalogue = np.zeros((c.table_rows, c.item_schema.width), np.int32)
             self.tower = nnx.data(
                 {
                     "project": linear_param(rngs, (total, width), fan_in=total),
@@ -173,18 +174,17 @@ class UserEncoder(nnx.Module):
         A causal encoder runs once for all ends of a history. One that sees both ways runs once for each, at J times the cost, and
         reads a mask token behind the last event.
         """
-        causal = self.config.causal
-        if not causal:
-            events, ends = jnp.repeat(events, ends.shape[1], axis=0), ends.reshape(-1, 1)
-        lengths, seen, hidden = ends.max(1), ends, None
-        if not causal:
-            events = jnp.pad(events, ((0, 0), (0, 1), (0, 0)))
-            hidden = jnp.arange(events.shape[1]) == lengths[:, None]
-            lengths, seen = lengths + 1, jnp.where(ends > 0, ends + 1, 0)
+        if self.config.causal:
+            positions = jnp.broadcast_to(jnp.arange(events.shape[1]), events.shape[:2])
+            mask = causal_mask(positions < ends.max(1, keepdims=True))
+            return Encoded(self(events, mask=mask, positions=positions, key=key), ends)
+        # Shared states would tell an early end what came after it.
+        events, ends = jnp.repeat(events, ends.shape[1], axis=0), ends.reshape(-1, 1)
+        events = jnp.pad(events, ((0, 0), (0, 1), (0, 0)))
         positions = jnp.broadcast_to(jnp.arange(events.shape[1]), events.shape[:2])
-        valid = positions < lengths[:, None]
-        mask = causal_mask(valid) if causal else segment_mask(valid.astype(jnp.int32), causal=False)
-        return Encoded(self(events, mask=mask, positions=positions, hidden=hidden, key=key), seen)
+        mask = segment_mask((positions <= ends).astype(jnp.int32), causal=False)
+        states = self(events, mask=mask, positions=positions, hidden=positions == ends, key=key)
+        return Encoded(states, jnp.where(ends > 0, ends + 1, 0))
 
     def item_vectors(self, items: Int[Array, "Q"] | None = None) -> Float[Array, "Q D"]:
         """Return the output vectors of items, or of every row of the item table."""

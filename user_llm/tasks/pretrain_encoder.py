@@ -73,7 +73,9 @@ def encoder_source(config: ConfigDict, name: str) -> str:
         raise ValueError(f"The item tower of a dual encoder comes pretrained: set {name}.encoder_init=pretrained.")
     rules = config.strategies[phase.strategy].trainable
     if not trees.flatten(trees.match(rules, {"encoder": {"project": None}}))["encoder/project"]:
-        raise ValueError(f"Strategy {phase.strategy} would leave an encoder from scratch untrained: choose another {name}.strategy.")
+        raise ValueError(
+            f"Strategy {phase.strategy} would leave an encoder from scratch untrained: choose another {name}.strategy."
+        )
     return "fresh"
 
 
