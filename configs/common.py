@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 # What never decays: gates, norms, biases, embeddings, latents and other tables.
 DECAY = (
-    (r"(gate|mlp_gate|scale|latents|recency|position|bias)$", False),
+    (r"(gate|mlp_gate|scale|latents|recency|position|bias|mask_token|catalogue)$", False),
     (r"(^|/)(item|items|embed)$", False),
     (r"(^|/)features/", False),
     (r".*", True),
@@ -41,9 +41,8 @@ STRATEGIES = {
 # The pretrained encoder moves slowly, the gates, which start shut, quickly.
 CONTEXTUAL_LEARNING_RATES = ((r"^encoder/", 0.1), (r"cross/gate$", 10.0), (r".*", 1.0))
 
-# Where each part of a contextualized LLM starts from.
+# Where each part of a contextualized LLM starts from; `encoder` and `encoder_init` say it of the encoder.
 LOAD = (
-    (r"^encoder/", "pretrain_encoder"),
     (r"^decoder/stack/cross/|/lora/", "fresh"),
     (r"^decoder/", "pretrain_lm"),
     (r".*", "fresh"),
@@ -150,6 +149,7 @@ def base() -> ConfigDict:
             # Of the tasks favorite and favorite_future: the bag that holds an item's classes, and whether the whole bag is one.
             "labels": {"feature": "genres", "whole": False},
             "encoder": {
+                "objective": "autoregressive",  # or masked (BERT4Rec), or dual
                 "features": ("item", "rating", "genres", "gap"),  # of an event; () for all
                 "feature_width": 32,
                 "positions": "rotary",
@@ -177,12 +177,15 @@ def base() -> ConfigDict:
 
 
 def pretrain_encoder(*, total_steps: int, eval_steps: int, **changes) -> ConfigDict:
-    """Phase 1: the encoder, by next-event prediction over packed histories."""
+    """Phase 1: the encoder, over packed histories; by next-event prediction unless its `encoder` changes the objective."""
     return ConfigDict({
         "task": "pretrain_encoder",
         "strategy": "all",
+        "method": "encoder",
+        "encoder": {},  # what this phase changes of the section `encoder`
         "batch": {"window": 200, "rows": 15, "row_length": 200},
-        "loss": {"head_weights": {}, "negatives": 0, "chunk": 512},
+        # Masked: a fifth of the events, and in a share of the histories the last alone, are BERT4Rec's own for MovieLens.
+        "loss": {"head_weights": {}, "negatives": 0, "chunk": 512, "mask_probability": 0.2, "last_only": 0.1},
         "eval": {"max_events": 200, "batch_size": 64, "validation_users": 2000},
         "optimizer": optimizer(1e-3),
         "loop": loop(total_steps, eval_steps, monitor="ndcg@10", patience_evals=15),
@@ -233,6 +236,9 @@ def contextualize(method: str, *, total_steps: int, eval_steps: int, **changes) 
         "task": "contextualize",
         "strategy": "full",
         "method": method,
+        # The phase whose encoder it is, and whether its weights are that phase's (`pretrained`) or its shape alone (`scratch`).
+        "encoder": "pretrain_encoder",
+        "encoder_init": "pretrained",
         "batch_size": 8,
         "examples": {"max_events": 200, "targets_per_history": 16, "text_items": 0, "history": "titles"},
         "prompts": prompts("Next film:", max_tokens=32),
@@ -264,3 +270,34 @@ def text_prompt(items: int, past: str, *, total_steps: int, eval_steps: int, max
         prompts=prompts(past, max_tokens=max_tokens, history=past),
         **({"optimizer": optimizer(1e-3)} | changes),
     )
+
+
+def with_objective(phase: ConfigDict, objective: str, method: str) -> ConfigDict:
+    """Return the same pretraining by another objective, of as many steps, to be compared at equal cost."""
+    changed = phase.copy_and_resolve_references()
+    changed.method = method
+    changed.encoder.objective = objective
+    return changed
+
+
+def with_encoder(phase: ConfigDict, encoder: str, method: str) -> ConfigDict:
+    """Return the same contextualization with the encoder of another phase.
+
+    One that sees both ways runs for each end of a history anew: a quarter of the ends, so that the LLM costs as much as before
+    with four times the histories.
+    """
+    changed = phase.copy_and_resolve_references()
+    changed.update(encoder=encoder, method=method)
+    if encoder == "bert4rec":
+        changed.batch_size *= 4
+        changed.examples.targets_per_history = -(-changed.examples.targets_per_history // 4)
+    return changed
+
+
+def with_fresh_encoder(phase: ConfigDict, method: str) -> ConfigDict:
+    """Return the same contextualization with an encoder from scratch, which learns as fast as the rest and teaches nothing."""
+    changed = phase.copy_and_resolve_references()
+    changed.update(encoder_init="scratch", method=method)
+    changed.loss.align = 0.0
+    changed.optimizer.lr_multiplier = tuple(rule for rule in changed.optimizer.lr_multiplier if rule[0] != r"^encoder/")
+    return changed

@@ -59,8 +59,10 @@ DATASETS = {
 
 # The phases of each method.
 TEXT_PROMPTS = ("text_prompt_10", "text_prompt_50")
+ENCODERS = ("pretrain_encoder", "bert4rec", "dual_encoder")
 METHODS = {
     "encoder": ("pretrain_encoder",),
+    "encoders": ENCODERS,
     "xattn": ("pretrain_encoder", "pretrain_lm", "user_llm", *TEXT_PROMPTS),
     "softprompt": ("pretrain_encoder", "pretrain_lm", "user_llm"),
     "textprompt": ("pretrain_lm", *TEXT_PROMPTS),
@@ -98,6 +100,11 @@ def experiment(dataset: str, method: str, variant: str) -> ConfigDict:
         for task, weight in facts["tasks"].items():
             config[name].prompts[task].weight = weight
         config[name].loop.total_steps = round(config[name].loop.total_steps * more)
+    config.bert4rec = common.with_objective(config.pretrain_encoder, "masked", "bert4rec")
+    config.dual_encoder = common.with_objective(config.pretrain_encoder, "dual", "dual_encoder")
+    config.user_llm_bert4rec = common.with_encoder(config.user_llm, "bert4rec", "user_llm_bert4rec")
+    config.user_llm_dual = common.with_encoder(config.user_llm, "dual_encoder", "user_llm_dual")
+    config.user_llm_scratch = common.with_fresh_encoder(config.user_llm, "user_llm_scratch")
     if method == "softprompt":
         config.user_llm.method = "user_llm_soft_prompt"
         config.user_llm.injection = "soft_prompt"
@@ -117,7 +124,7 @@ def full(config: ConfigDict, facts: dict) -> None:
     config.user_llm.eval.generate_users = 5000
     config.text_prompt_10 = common.text_prompt(10, facts["past"], max_tokens=160, batch_size=512, **steps)
     config.text_prompt_50 = common.text_prompt(50, facts["past"], max_tokens=640, batch_size=128, **steps)
-    for name in config.phases:  # parameters and optimizers stay float32
+    for name in ("pretrain_encoder", "pretrain_lm", "user_llm", *TEXT_PROMPTS):  # parameters and optimizers stay float32
         config[name].loop.dtype = "bfloat16"
 
 

@@ -111,7 +111,7 @@ def recomputed(path: str, batch: int) -> float:
     @jax.jit
     def user_kv(events, lengths):
         model = trees.merge(graphdef, params)
-        return model.user(model.encode(events, lengths), lengths[:, None]).kv
+        return model.user(model.encode(events, lengths[:, None])).kv
 
     events = np.random.default_rng(1).integers(1, items, (batch, EVENTS, 1))
     lengths = np.full(batch, EVENTS)

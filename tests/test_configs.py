@@ -81,6 +81,28 @@ def _shapes(context, name, monkeypatch):
     return task, task.init(None)
 
 
+def test_user_llm_takes_any_encoder(tmp_path, make_timelines, mesh_of, monkeypatch):
+    config = load(ROOT / "configs" / "movielens_encoders.py", "small")
+    config.phases = (*config.phases, "pretrain_lm", "user_llm_bert4rec", "user_llm_dual", "user_llm_scratch")
+    for name in config.phases[4:]:
+        config[name].batch_size = 1
+    timelines = make_timelines([list(range(1, 101))] * 4)
+    context = Context(config, timelines, make_split(timelines, config.data.split), mesh_of(), epath.Path(tmp_path), {})
+    found = {}
+    monkeypatch.setattr(Context, "init", lambda self, create, rules, place: found.update(rules) or trees.abstract(create)[1])
+    sources = {}
+    for name in config.phases[4:]:
+        task = BUILDERS["contextualize"](config, name, context)
+        params, batch = task.init(None), next(iter(task.train_data))
+        sources[name] = found[r"^encoder/"], {"mask_token", "tower"} & set(params["encoder"])
+        assert jax.eval_shape(task.loss, params, batch, jax.random.key(0))[0].shape == ()
+    assert sources == {
+        "user_llm_bert4rec": ("bert4rec", {"mask_token"}),
+        "user_llm_dual": ("dual_encoder", {"tower"}),
+        "user_llm_scratch": ("fresh", set()),
+    }
+
+
 def test_rules_cover_every_parameter_and_losses_have_gradients(context, monkeypatch):
     config = context.config
     assert config.phases

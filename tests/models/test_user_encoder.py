@@ -8,7 +8,7 @@ from flax import nnx
 
 from user_llm.common import trees
 from user_llm.data.schema import Feature, Schema
-from user_llm.models.user_encoder import UserEncoder, UserEncoderConfig
+from user_llm.models.user_encoder import OBJECTIVES, UserEncoder, UserEncoderConfig
 from user_llm.nn.attention import causal_mask, segment_mask
 from user_llm.nn.transformer import BlockConfig
 
@@ -113,6 +113,116 @@ def test_learned_positions_are_absolute_and_rotary_ones_relative(encoder):
         np.testing.assert_allclose(shifted, before, atol=1e-4)
 
 
+def _objective(objective):
+    """An encoder of an objective, the catalogue of a dual one from `_catalogue`."""
+    return lambda: UserEncoder(
+        dataclasses.replace(CONFIG, objective=objective, positions="learned"), catalogue=_catalogue(), rngs=nnx.Rngs(params=0)
+    )
+
+
+def _catalogue():
+    """Ids and bags of items 1 to 11."""
+    table = np.zeros((128, 4), np.int32)
+    table[1:12, 0] = np.arange(1, 12)
+    table[1:12, 1:] = _events(1, 11, seed=3)[0, :, 2:5]
+    return table
+
+
+@pytest.fixture(scope="module", params=OBJECTIVES)
+def kind(request, drawn):
+    """(objective, encoder) of each kind."""
+    graphdef, params = drawn(_objective(request.param))
+    if request.param == "dual":  # which the numpy draw above replaced
+        params["tower"]["catalogue"] = jnp.asarray(_catalogue())
+    return request.param, graphdef, params
+
+
+def test_nothing_at_or_behind_an_end_reaches_what_that_end_sees(kind):
+    """Nor the query there; what lies before it does. Ends 3 and 6 of one history, and the empty one."""
+    objective, graphdef, params = kind
+    ends = np.array([[3, 6, 0]])
+
+    @jax.jit
+    def run(events):
+        states, seen = encoded = trees.merge(graphdef, params).encode(events, ends)
+        visible = jnp.arange(states.shape[1]) < seen[..., None]
+        # One row for all ends, or one for each: either way the states that each end sees.
+        states = jnp.where(visible[..., None], states[:, None], 0.0).reshape(3, *states.shape[1:])
+        return states, encoded.last().reshape(3, -1)
+
+    before = run(EVENTS[:1])
+    for at in range(8):
+        changed = EVENTS[:1].copy()
+        changed[0, at] = 1 + changed[0, at] % 4
+        for old, new in zip(before, run(changed), strict=True):
+            reached = np.array([np.abs(new[j] - old[j]).max() > 1e-4 for j in range(2)])
+            np.testing.assert_array_equal(reached, at < ends[0, :2])
+            for j in np.flatnonzero(~reached):
+                np.testing.assert_array_equal(new[j], old[j])
+    np.testing.assert_array_equal(before[0][2], 0)
+
+
+def test_the_query_is_the_state_of_the_last_event_or_of_a_mask_token_behind_it(kind):
+    """The history of 4 events alone; the token stands for whatever event."""
+    objective, graphdef, params = kind
+    size = 5 if objective == "masked" else 4
+    sees = np.ones((1, 5, 5), bool) if objective == "masked" else np.tri(4, dtype=bool)[None]
+    hidden = np.arange(5)[None] == 4 if objective == "masked" else None
+
+    @jax.jit
+    def run(params):
+        encoder = trees.merge(graphdef, params)
+        alone = encoder(EVENTS[1:2, :size], mask=sees, positions=np.arange(size)[None], hidden=hidden)
+        return alone[0, -1], encoder.encode(EVENTS, LENGTHS[:, None])
+
+    alone, encoded = run(params)
+    np.testing.assert_allclose(encoded.last()[1, 0], alone, atol=1e-5)
+    np.testing.assert_array_equal(encoded.seen[:, 0], LENGTHS + (objective == "masked"))
+
+
+def test_an_items_vector_is_its_row_or_what_the_tower_makes_of_its_features(kind):
+    objective, graphdef, params = kind
+    table, genres = np.asarray(params["item"]), np.asarray(params["features"]["genres"])
+    expected = table[1:12]
+    if objective == "dual":
+        bags = [genres[bag[bag > 0]].mean(0) if bag.any() else np.zeros(4) for bag in _catalogue()[1:12, 1:]]
+        expected = np.concatenate([expected, bags], axis=1) @ np.asarray(params["tower"]["project"])
+    query = np.random.default_rng(4).normal(size=(2, 8)).astype(np.float32)
+
+    @jax.jit
+    def run(params):
+        encoder = trees.merge(graphdef, params)
+        return encoder.item_vectors(), encoder.item_vectors(np.array([7, 2])), encoder.score(query)
+
+    every, some, scores = run(params)
+    np.testing.assert_allclose(every[1:12], expected, atol=1e-5)
+    np.testing.assert_allclose(some, expected[[6, 1]], atol=1e-5)
+    np.testing.assert_allclose(scores[:, 1:12], query @ expected.T, atol=1e-4)
+
+
+def test_a_hidden_event_hides_all_its_features_and_others_are_seen_by_their_own_history_from_both_sides(drawn):
+    """A packed row: events 0 to 3 of one history, 4 to 6 of another, padding; 1 and 5 are hidden."""
+    graphdef, params = drawn(_objective("masked"))
+    segments, positions = np.array([[1, 1, 1, 1, 2, 2, 2, 0]]), np.array([[0, 1, 2, 3, 0, 1, 2, 0]])
+    hidden = np.isin(np.arange(8), [1, 5])[None]
+
+    @jax.jit
+    def run(params, events):
+        mask = segment_mask(jnp.asarray(segments), causal=False)
+        return trees.merge(graphdef, params)(events, mask=mask, positions=positions, hidden=hidden)[0]
+
+    before = run(params, EVENTS[:1])
+    for at in range(8):
+        for column in (0, 1, 2, 5):  # item, rating, a genre, gap
+            changed = EVENTS[:1].copy()
+            changed[0, at, column] = 1 + changed[0, at, column] % 4
+            moved = np.abs(run(params, changed) - before).max(-1) > 1e-5
+            own = (segments[0] == segments[0, at]) & (segments[0, at] > 0)
+            np.testing.assert_array_equal(moved[:7], (own & ~hidden[0, at])[:7])
+    moved = np.abs(run({**params, "mask_token": params["mask_token"] + 1}, EVENTS[:1]) - before).max(-1) > 1e-5
+    assert moved[:7].all()
+
+
 def test_a_bag_is_the_mean_of_its_members(drawn):
     """Whatever their order and the padding between them; an empty bag is 0."""
     graphdef, params = drawn(_create(CONFIG))
@@ -154,6 +264,8 @@ def test_dropout_acts_with_a_key_only(drawn):
 def test_impossible_configs_are_refused():
     with pytest.raises(ValueError, match="Unknown encoder positions 'sinusoid': choose rotary or learned"):
         dataclasses.replace(CONFIG, positions="sinusoid")
+    with pytest.raises(ValueError, match="Unknown encoder objective 'causal': choose one of autoregressive, masked, dual"):
+        dataclasses.replace(CONFIG, objective="causal")
     with pytest.raises(ValueError, match="No head can predict feature 'gap' of kind time"):
         dataclasses.replace(CONFIG, heads=("gap",))
     with pytest.raises(ValueError, match="No feature 'mood'"):

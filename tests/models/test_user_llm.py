@@ -32,28 +32,27 @@ BARE = UserLLMConfig(
 )
 _rng = np.random.default_rng(0)
 EVENTS = np.stack([_rng.integers(1, feature.size, (2, 8)) for feature in SCHEMA], axis=-1)
-LENGTHS = np.array([8, 5])
 ENDS = np.array([[8, 3, 0], [1, 5, 4]])  # of each history
 TEXT = _rng.integers(1, 13, (6, 5))
 TEXT_LENGTHS = np.array([5, 3, 5, 4, 2, 5])
 
 
 RESAMPLER = ResamplerConfig(num_latents=3, input_width=8, heads=2, head_dim=4, mlp_width=12)
-VARIANTS = {  # seat of cross-attention, resampler, soft prompt
-    "after_attention": ("after_attention", RESAMPLER, False),
-    "before_block": ("before_block", RESAMPLER, False),
-    "soft_prompt": (None, RESAMPLER, True),
-    "both, by event": ("after_attention", None, True),
+VARIANTS = {  # seat of cross-attention, resampler, soft prompt, encoder
+    "after_attention": ("after_attention", RESAMPLER, False, "autoregressive"),
+    "before_block": ("before_block", RESAMPLER, False, "masked"),  # sees both ways: the ends of a history share no states
+    "soft_prompt": (None, RESAMPLER, True, "autoregressive"),
+    "both, by event": ("after_attention", None, True, "autoregressive"),
 }
 
 
 def _config(variant):
-    seat, resampler, soft_prompt = VARIANTS[variant]
+    seat, resampler, soft_prompt, objective = VARIANTS[variant]
     cross = seat and CrossAttentionConfig(user_width=8, every=2, heads=2, head_dim=4, seat=seat)
     return dataclasses.replace(
         BARE,
         decoder=dataclasses.replace(BARE.decoder, cross=cross),
-        encoder=ENCODER,
+        encoder=dataclasses.replace(ENCODER, objective=objective),
         resampler=resampler,
         soft_prompt=soft_prompt,
     )
@@ -64,12 +63,12 @@ def _create(config):
 
 
 def _functions(graphdef):
-    """(params, events, lengths, ends) -> users, and (params, users or None) -> hidden states of the text."""
+    """(params, events, ends) -> users, and (params, users or None) -> hidden states of the text."""
 
     @jax.jit
-    def users(params, events, lengths, ends):
+    def users(params, events, ends):
         model = trees.merge(graphdef, params)
-        return model.user(model.encode(events, lengths), ends)
+        return model.user(model.encode(events, ends))
 
     @jax.jit
     def hidden(params, user):
@@ -98,11 +97,11 @@ def _stored(user):
 
 def test_several_ends_of_one_history_equal_each_history_alone(model):
     users, hidden, params = model
-    together = users(params, EVENTS, LENGTHS, ENDS)
+    together = users(params, EVENTS, ENDS)
     alone = []
     for history, end in zip(np.repeat(EVENTS, 3, axis=0), ENDS.reshape(-1), strict=True):
         cut = np.where(np.arange(8)[:, None] < end, history, 0)  # what comes after is gone
-        alone.append(users(params, cut[None], np.array([end]), np.array([[end]])))
+        alone.append(users(params, cut[None], np.array([[end]])))
     rows = _stored(together)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), rows, sum(map(_stored, alone), []))
     alone = jax.tree.map(lambda *rows: np.concatenate(rows, axis=int(rows[0].ndim > 3)), *alone)  # K/V have layers first
@@ -115,13 +114,13 @@ def test_several_ends_of_one_history_equal_each_history_alone(model):
 def test_a_user_without_events_is_the_bare_llm_whatever_the_gates(model):
     """To the bit, with a soft prompt in rows that are longer to 1e-6; the other users of the batch do change the text."""
     users, hidden, params = model
-    bare, somebody = np.asarray(hidden(params, None)), users(params, EVENTS, LENGTHS, ENDS)
+    bare, somebody = np.asarray(hidden(params, None)), users(params, EVENTS, ENDS)
     atol = 1e-6 if somebody.prompt else 0
     states = np.asarray(hidden(params, somebody))
     empty = ENDS.reshape(-1) == 0
     np.testing.assert_allclose(states[empty], bare[empty], rtol=0, atol=atol)
     assert (np.abs(states - bare)[~empty].max((1, 2)) > 1e-2).all()
-    nobody = hidden(params, users(params, EVENTS, np.zeros(2, int), np.zeros((2, 3), int)))
+    nobody = hidden(params, users(params, EVENTS, np.zeros((2, 3), int)))
     np.testing.assert_allclose(nobody, bare, rtol=0, atol=atol)
     if somebody.kv is None:  # what stands in front of a soft prompt is the same for all users
         np.testing.assert_allclose(states[:, :1], bare[:, :1], rtol=0, atol=atol)
@@ -131,7 +130,7 @@ def test_padding_of_histories_and_text_changes_nothing(model):
     users, hidden, params = model
     padded = np.concatenate([EVENTS, np.full((2, 4, 2), 3)], axis=1)
     padded[1, 5:] = 1
-    before, after = (users(params, events, LENGTHS, ENDS) for events in (EVENTS, padded))
+    before, after = (users(params, events, ENDS) for events in (EVENTS, padded))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), _stored(after), _stored(before))
     real = np.arange(5) < TEXT_LENGTHS[:, None]
     states = np.asarray(hidden(params, before))[real]
@@ -148,7 +147,7 @@ def _losses_and_grads(graphdef):
 
     def with_users(params):
         model = trees.merge(graphdef, params)
-        return loss(model, model.user(model.encode(EVENTS, LENGTHS), ENDS))
+        return loss(model, model.user(model.encode(EVENTS, ENDS)))
 
     return jax.jit(lambda params: (jax.value_and_grad(with_users)(params), loss(trees.merge(graphdef, params), None)))
 

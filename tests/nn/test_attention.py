@@ -87,6 +87,8 @@ def test_masks_are_as_drawn():
     np.testing.assert_array_equal(causal_mask(jnp.array([[True, True, True, False]])), expected)
     expected = _drawn("1 . . . .", "1 1 . . .", ". . 1 . .", ". . 1 1 .", ". . . . .")
     np.testing.assert_array_equal(segment_mask(jnp.array([[1, 1, 2, 2, 0]])), expected)
+    expected = _drawn("1 1 . . .", "1 1 . . .", ". . 1 1 .", ". . 1 1 .", ". . . . .")
+    np.testing.assert_array_equal(segment_mask(jnp.array([[1, 1, 2, 2, 0]]), causal=False), expected)
     expected = _drawn("1 1 1 . .", "1 . . . .")
     np.testing.assert_array_equal(cache_mask(jnp.array([[2, 0]]), 5), expected)
 

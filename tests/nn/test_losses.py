@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from user_llm.nn.losses import chunked_cross_entropy, sampled_cross_entropy, soft_cross_entropy
+from user_llm.nn.losses import (
+    chunked_cross_entropy,
+    in_batch_cross_entropy,
+    sampled_cross_entropy,
+    soft_cross_entropy,
+)
 
 ROWS, WIDTH, ITEMS = 10, 4, 7
 _rng = np.random.default_rng(0)
@@ -122,6 +127,41 @@ def test_sampling_every_item_once_is_the_full_softmax():
     kept = np.flatnonzero(VALID)
     value, _ = _sampled_and_grad(HIDDEN, TABLE, TARGETS, WEIGHTS, np.asarray(kept), np.zeros(ITEMS))
     np.testing.assert_allclose(value, _plain(HIDDEN, TABLE), rtol=1e-6)
+
+
+def test_in_batch_by_hand():
+    """Targets 3, 1, 3 of rows that count and 4 of one that does not: the softmax is over items 1 and 3, each once.
+
+    Items 1 and 3 have half and an eighth of all training events: one of three targets is item 1 with probability 7/8.
+    """
+    hidden = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [9.0, 9.0]], np.float32)
+    table = np.array([[9.0, 9.0], [1.0, 0.0], [5.0, 5.0], [0.0, 2.0], [7.0, 7.0]], np.float32)
+    share = jnp.array([0, 1 / 2, 1 / 4, 1 / 8, 1 / 8])
+    weights = np.array([1.0, 2.0, 0.5, 0.0], np.float32)
+    one, three = 7 / 8, 1 - (7 / 8) ** 3
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(table):
+        return in_batch_cross_entropy(hidden, lambda items: table[items], np.array([3, 1, 3, 4]), weights, share, 3)
+
+    value, grad = loss(table)
+    expected = 0.0
+    for row, item, weight in ((0, 3, 1.0), (1, 1, 2.0), (2, 3, 0.5)):
+        odds = {1: np.exp(hidden[row] @ table[1]) / one, 3: np.exp(hidden[row] @ table[3]) / three}
+        expected -= weight * np.log(odds[item] / (odds[1] + odds[3]))
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    assert {item for item in range(5) if np.any(grad[item])} == {1, 3}
+
+
+def test_in_batch_with_every_item_among_the_targets_is_the_full_softmax_of_corrected_logits():
+    """More rows than items, all of them targets of a batch so large that each is certain to be among it."""
+    targets = np.tile([1, 2, 3, 4], 30)
+    hidden = np.random.default_rng(1).normal(size=(120, WIDTH)).astype(np.float32)
+    weights, share = np.ones(120, np.float32), jnp.array([0, *[0.25] * 4, 0, 0])
+    loss = jax.jit(lambda table: in_batch_cross_entropy(hidden, lambda items: table[items], targets, weights, share, 64))
+    full = jax.jit(lambda table: chunked_cross_entropy(hidden, table, targets, weights, VALID, 64))
+    np.testing.assert_allclose(loss(TABLE), full(TABLE), rtol=1e-5)
 
 
 def test_soft_by_hand():

@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
-from configs import common
+from configs import common, datasets
 from configs.common import STRATEGIES
 from user_llm.common import mesh as meshes
 from user_llm.common import trees
@@ -22,6 +22,7 @@ from user_llm.nn.lora import LoRAConfig
 from user_llm.nn.resampler import ResamplerConfig
 from user_llm.nn.transformer import BlockConfig
 from user_llm.tasks.contextualize import contextual_loss
+from user_llm.tasks.pretrain_encoder import encoder_section, encoder_source
 from user_llm.training.loop import LoopConfig, initial_state, train_summary
 from user_llm.training.optimizer import OptimizerConfig
 from user_llm.training.task import Task
@@ -74,13 +75,13 @@ def test_the_loss_is_of_items_at_the_answers_the_titles_that_follow_and_the_way_
     items, tokens, distances = [], [], []
     for user, end in ((0, 0), (0, 1), (1, 0)):
         prefix, length = BATCH["prefix"][user, end], BATCH["text_lengths"][user, end]
-        states = llm.encode(BATCH["events"][user : user + 1, :prefix], np.array([prefix]))
-        user_now = llm.user(states, np.array([[prefix]]))
+        encoded = llm.encode(BATCH["events"][user : user + 1, :prefix], np.array([[prefix]]))
+        user_now = llm.user(encoded)
         text = BATCH["text"][user, end]
         hidden = llm.hidden(text[None, :length], np.array([length]), user=user_now, leading=1)[0]
         query = llm.item_query(hidden[1:2])
         scores = jax.nn.log_softmax(llm.score(query)[0])
-        distances.append(jnp.mean((query[0] - states[0, prefix - 1]) ** 2))
+        distances.append(jnp.mean((query[0] - encoded.states[0, -1]) ** 2))
         items.append(-scores[BATCH["items"][user, end, 0]])
         logits = jax.nn.log_softmax(hidden @ llm.decoder.output_table().T)
         tokens += [-logits[t, text[t + 1]] for t in range(1, length - 1)]
@@ -133,6 +134,55 @@ def test_a_history_is_not_seen_beyond_its_end(model):
     same = _loss(model, first)[0]
     assert all(jnp.array_equal(changed(event), same) for event in (1, 2, 3))
     assert not jnp.array_equal(changed(0), same)
+
+
+def _encoders(**changes):
+    """A config whose phases pretrain two encoders before user_llm, with changes of that."""
+    config = datasets.experiment("movielens", "encoders", "small")
+    config.phases = ("pretrain_encoder", "bert4rec", "user_llm")
+    config.user_llm.update_from_flattened_dict(changes)
+    return config
+
+
+def test_the_encoder_comes_from_the_phase_that_is_named_or_from_nowhere():
+    assert encoder_source(_encoders(), "user_llm") == "pretrain_encoder"
+    assert encoder_source(_encoders(encoder="bert4rec"), "user_llm") == "bert4rec"
+    scratch = _encoders(encoder_init="scratch", **{"loss.align": 0.0})
+    scratch.phases = ("user_llm",)
+    assert encoder_source(scratch, "user_llm") == "fresh"
+    section = encoder_section(_encoders(), "bert4rec")
+    assert section.objective == "masked" and section.num_layers == _encoders().encoder.num_layers
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"encoder": "dual_encoder"}, "takes its encoder from dual_encoder, which does not run before it: add that to phases"),
+        ({"encoder": "text_prompt_10"}, "'text_prompt_10' pretrains no encoder"),
+        ({"encoder": "data"}, "'data' pretrains no encoder"),
+        ({"encoder": "bert"}, "'bert' pretrains no encoder"),
+        ({"encoder_init": "random"}, "Unknown user_llm.encoder_init 'random': choose pretrained or scratch"),
+        ({"encoder_init": "scratch"}, "from scratch teaches nothing: set user_llm.loss.align=0"),
+        (
+            {"encoder_init": "scratch", "loss.align": 0.0, "encoder": "dual_encoder"},
+            "tower of a dual encoder comes pretrained: set user_llm.encoder_init=pretrained",
+        ),
+        (
+            {"encoder_init": "scratch", "loss.align": 0.0, "strategy": "proj"},
+            "proj would leave an encoder from scratch untrained: choose another user_llm.strategy",
+        ),
+    ],
+)
+def test_a_choice_of_encoder_that_cannot_work_is_refused(changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        encoder_source(_encoders(**changes), "user_llm")
+
+
+def test_changes_of_what_the_encoder_does_not_have_are_refused():
+    config = _encoders()
+    config.bert4rec.encoder = {"layers": 3}
+    with pytest.raises(ValueError, match=r"bert4rec\.encoder does not fit the section encoder: .*layers"):
+        encoder_section(config, "bert4rec")
 
 
 TRAINED = {  # the parts of the model, by how their paths start or what they hold

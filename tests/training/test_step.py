@@ -28,7 +28,10 @@ OPTIMIZER = OptimizerConfig(
     learning_rate=0.1, warmup_steps=0, schedule="constant", weight_decay=0.1, clip_norm=1.0, b1=0.9, b2=0.98,
     trainable=((r"^project$|^heads/", False), (r".*", True)), lr_multiplier=((r".*", 1.0),), decay=DECAY,
 )  # fmt: skip
-LOSS = EncoderLoss(head_weights={"rating": 0.5}, negatives=0, chunk=32, log_q=np.zeros(128, np.float32))
+LOSS = EncoderLoss(
+    head_weights={"rating": 0.5}, negatives=0, chunk=32, log_q=np.zeros(128, np.float32), share=np.zeros(128, np.float32),
+    mask_probability=0.0, last_only=0.0,
+)  # fmt: skip
 
 
 def _batch():

@@ -1,23 +1,33 @@
-"""The user encoder: a causal transformer over a user's events (section 3 of the paper, "user embedding generation").
+"""The user encoder: a transformer over a user's events (section 3 of the paper, "user embedding generation").
 
-An event is the concatenation of its features' embeddings, projected to the model's width; the state at each event has seen
-that event and all before it. Pretraining predicts the next event's features from each state; contextualization hands all
-states to the resampler. The item head is tied to the item table, so an item's embedding is also its output vector.
+An event is the concatenation of its features' embeddings, projected to the model's width. Pretraining predicts items from
+states, in one of three ways; contextualization hands all states to the resampler.
+
+    autoregressive  causal; each state predicts the next event. Item vectors are the item table (tied).
+    masked          BERT4Rec: bidirectional; a mask token, put for an event or behind the last one, predicts what it stands for.
+    dual            causal; an item's vector is the output of an item tower that reads its features, the user's is the last state.
+
+Whatever the way, the last state of an encoded history is its query: the product with an item's vector is that item's score.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from user_llm.data.schema import Feature, Schema
+from user_llm.nn.attention import causal_mask, segment_mask
 from user_llm.nn.layers import RMSNorm, dropout, embedding_param, linear_param
 from user_llm.nn.transformer import BlockConfig, Stack
 
 # The vocabulary is padded to a multiple of this, so that the item table divides over any mesh of up to 128 chips.
 TABLE_MULTIPLE = 128
+
+OBJECTIVES = ("autoregressive", "masked", "dual")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +37,7 @@ class UserEncoderConfig:
     Attributes:
       schema: the features of an event, the item first.
       block, num_layers, unroll: the transformer.
+      objective: one of the module's three; says what a state sees and how items are scored.
       feature_width: embedding width of each feature other than the item, which has the model's width.
       positions: `rotary` (relative, any length) or `learned` (absolute, up to `max_events`).
       max_events: longest history that is encoded; only `learned` positions are bound to it.
@@ -37,6 +48,7 @@ class UserEncoderConfig:
     schema: Schema
     block: BlockConfig
     num_layers: int
+    objective: str = "autoregressive"
     feature_width: int = 32
     positions: str = "rotary"
     max_events: int = 200
@@ -45,6 +57,8 @@ class UserEncoderConfig:
     unroll: bool = False
 
     def __post_init__(self):
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"Unknown encoder objective {self.objective!r}: choose one of {', '.join(OBJECTIVES)}.")
         if self.positions not in ("rotary", "learned"):
             raise ValueError(f"Unknown encoder positions {self.positions!r}: choose rotary or learned.")
         for name in self.heads:
@@ -52,15 +66,45 @@ class UserEncoderConfig:
                 raise ValueError(f"No head can predict feature {name!r} of kind {self.schema[name].kind}.")
 
     @property
+    def causal(self) -> bool:
+        """Whether a state has seen its own event and those before it alone; else all events of its history."""
+        return self.objective != "masked"
+
+    @property
+    def item_schema(self) -> Schema:
+        """What the item tower reads: the id and the bags, which are features of the item and not of the event."""
+        return Schema(tuple(feature for feature in self.schema if feature.kind in ("item", "multi")))
+
+    @property
     def table_rows(self) -> int:
         """Rows of the item table: PAD, the items, and rows that nothing ever uses up to a round number."""
         return -(-self.schema.features[0].size // TABLE_MULTIPLE) * TABLE_MULTIPLE
 
 
-class UserEncoder(nnx.Module):
-    """Parameters: item [V, D], one table per other feature, project [sum of widths, D], stack, norm, heads."""
+class Encoded(NamedTuple):
+    """Encoded histories, B of them with J ends each: R rows with X ends, R X = B J in the same order.
 
-    def __init__(self, config: UserEncoderConfig, *, rngs: nnx.Rngs):
+    Attributes:
+      states: of a causal encoder R = B, for all ends of a history share its states.
+      seen: how many of its row's states each end sees, from the first on; 0 for a user without events.
+    """
+
+    states: Float[Array, "R E D"]
+    seen: Int[Array, "R X"]
+
+    def last(self) -> Float[Array, "R X D"]:
+        """Return the query of each end; of a user without events, what stands first in the row."""
+        return jnp.take_along_axis(self.states, jnp.maximum(self.seen - 1, 0)[..., None], axis=1)
+
+
+class UserEncoder(nnx.Module):
+    """Parameters: item [V, D], one table per other feature, project [sum of widths, D], stack, norm, heads.
+
+    Further mask_token [D] (masked), or tower (dual): project, and catalogue int [V, X], the features of each item, which is data
+    and never trains. It travels with the parameters, so that an encoder scores its items by itself.
+    """
+
+    def __init__(self, config: UserEncoderConfig, *, catalogue: Int[np.ndarray, "V X"] | None = None, rngs: nnx.Rngs):
         c = self.config = config
         width = c.block.width
         others = c.schema.features[1:]
@@ -69,21 +113,36 @@ class UserEncoder(nnx.Module):
         total = width + len(others) * c.feature_width
         self.project = linear_param(rngs, (total, width), fan_in=total)
         if c.positions == "learned":
-            self.position = embedding_param(rngs, (c.max_events, width))
+            # A mask token may stand behind the longest history.
+            self.position = embedding_param(rngs, (c.max_events + (not c.causal), width))
         block = c.block if c.positions == "rotary" else dataclasses.replace(c.block, rope_theta=None)
         self.stack = Stack(block, c.num_layers, unroll=c.unroll, rngs=rngs)
         self.norm = RMSNorm(width, eps=c.block.norm_eps)
         self.heads = nnx.data({name: linear_param(rngs, (width, c.schema[name].size), fan_in=width) for name in c.heads})
+        if c.objective == "masked":
+            self.mask_token = embedding_param(rngs, (width,))
+        if c.objective == "dual":
+            total = width + (len(c.item_schema.features) - 1) * c.feature_width
+            if catalogue is None:  # to be loaded
+                catalogue = np.zeros((c.table_rows, c.item_schema.width), np.int32)
+            self.tower = nnx.data(
+                {
+                    "project": linear_param(rngs, (total, width), fan_in=total),
+                    "catalogue": nnx.Variable(jnp.asarray(catalogue)),
+                }
+            )
 
     def embed(self, events: Int[Array, "B E A"]) -> Float[Array, "B E D"]:
         """Embed events by their features; a bag (kind `multi`) is the mean of its members."""
+        return self._embed(self.config.schema, events) @ self.project[...]
+
+    def _embed(self, schema: Schema, ids: Int[Array, "... A"]) -> Float[Array, "... W"]:
         parts, column = [], 0
-        for feature in self.config.schema.features:
-            ids = events[..., column : column + feature.width]
+        for feature in schema.features:
+            table = self.item if column == 0 else self.features[feature.name]
+            parts.append(_embed_feature(feature, table[...], ids[..., column : column + feature.width]))
             column += feature.width
-            table = self.item if column == 1 else self.features[feature.name]
-            parts.append(_embed_feature(feature, table[...], ids))
-        return jnp.concatenate(parts, axis=-1) @ self.project[...]
+        return jnp.concatenate(parts, axis=-1)
 
     def __call__(
         self,
@@ -91,19 +150,48 @@ class UserEncoder(nnx.Module):
         *,
         mask: Bool[Array, "B E E"],
         positions: Int[Array, "B E"],
+        hidden: Bool[Array, "B E"] | None = None,
         key: Array | None = None,
     ) -> Float[Array, "B E D"]:
-        """Encode events to states; `mask` from `causal_mask` or, for packed rows, `segment_mask`.
+        """Encode events to states; `mask` says who sees whom, and is what makes the encoder causal or not.
 
-        Positions count from 0 within each history. The dropout key is None for evaluation.
+        Positions count from 0 within each history. Where `hidden` is True the mask token stands for the event, all its features.
+        The dropout key is None for evaluation.
         """
         embed_key, stack_key = (None, None) if key is None else jax.random.split(key)
         x = self.embed(events)
+        if hidden is not None:
+            x = jnp.where(hidden[..., None], self.mask_token[...], x)
         if self.config.positions == "learned":
             x += self.position[...][positions]
         x = dropout(x, self.config.dropout, embed_key)
         x, _ = self.stack(x, mask=mask, positions=positions, key=stack_key)
         return self.norm(x)
+
+    def encode(self, events: Int[Array, "B E A"], ends: Int[Array, "B J"], *, key: Array | None = None) -> Encoded:
+        """Encode histories as they were after the first `ends` events; nothing at or behind an end reaches what it sees.
+
+        A causal encoder runs once for all ends of a history. One that sees both ways runs once for each, at J times the cost, and
+        reads a mask token behind the last event.
+        """
+        if self.config.causal:
+            positions = jnp.broadcast_to(jnp.arange(events.shape[1]), events.shape[:2])
+            mask = causal_mask(positions < ends.max(1, keepdims=True))
+            return Encoded(self(events, mask=mask, positions=positions, key=key), ends)
+        # Shared states would tell an early end what came after it.
+        events, ends = jnp.repeat(events, ends.shape[1], axis=0), ends.reshape(-1, 1)
+        events = jnp.pad(events, ((0, 0), (0, 1), (0, 0)))
+        positions = jnp.broadcast_to(jnp.arange(events.shape[1]), events.shape[:2])
+        mask = segment_mask((positions <= ends).astype(jnp.int32), causal=False)
+        states = self(events, mask=mask, positions=positions, hidden=positions == ends, key=key)
+        return Encoded(states, jnp.where(ends > 0, ends + 1, 0))
+
+    def item_vectors(self, items: Int[Array, "Q"] | None = None) -> Float[Array, "Q D"]:
+        """Return the output vectors of items, or of every row of the item table."""
+        if self.config.objective != "dual":
+            return self.item[...] if items is None else self.item[...][items]
+        features = self.tower["catalogue"][...] if items is None else self.tower["catalogue"][...][items]
+        return self._embed(self.config.item_schema, features) @ self.tower["project"][...]
 
     def valid_items(self) -> Bool[Array, "V"]:
         """Return True at the rows of the item table that are items."""
@@ -111,8 +199,8 @@ class UserEncoder(nnx.Module):
         return (row > 0) & (row <= self.config.schema.num_items)
 
     def score(self, states: Float[Array, "B D"]) -> Float[Array, "B V"]:
-        """Score all items as what follows each state; PAD and unused rows get -inf."""
-        scores = jnp.einsum("BD,VD->BV", states, self.item[...], preferred_element_type=jnp.float32)
+        """Score all items by queries; PAD and unused rows get -inf."""
+        scores = jnp.einsum("BD,VD->BV", states, self.item_vectors(), preferred_element_type=jnp.float32)
         return jnp.where(self.valid_items(), scores, -jnp.inf)
 
 

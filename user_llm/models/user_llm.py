@@ -17,8 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from user_llm.models.decoder import Decoder, DecoderConfig
 from user_llm.models.user import SoftProjection, SoftPrompt, User, hidden_states
-from user_llm.models.user_encoder import UserEncoder, UserEncoderConfig
-from user_llm.nn.attention import causal_mask
+from user_llm.models.user_encoder import Encoded, UserEncoder, UserEncoderConfig
 from user_llm.nn.layers import RMSNorm, embedding_param, linear_param
 from user_llm.nn.resampler import Resampler, ResamplerConfig
 
@@ -67,23 +66,19 @@ class UserLLM(nnx.Module):
         self.item_norm = RMSNorm(width, eps=c.decoder.block.norm_eps)
         self.item_head = linear_param(rngs, (width, c.item_width), fan_in=width)
 
-    def encode(self, events: Int[Array, "B E A"], lengths: Int[Array, "B"], *, key: Array | None = None) -> Array:
-        """Return the states [B, E, D] of right-padded histories."""
-        valid = jnp.arange(events.shape[1]) < lengths[:, None]
-        positions = jnp.broadcast_to(jnp.arange(events.shape[1]), valid.shape)
-        return self.encoder(events, mask=causal_mask(valid), positions=positions, key=key)
+    def encode(self, events: Int[Array, "B E A"], ends: Int[Array, "B J"], *, key: Array | None = None) -> Encoded:
+        """Encode histories as they were after the first `ends` events."""
+        return self.encoder.encode(events, ends, key=key)
 
-    def user(self, states: Float[Array, "B E D"], prefix: Int[Array, "B J"]) -> User:
-        """Return the users as they were after the first `prefix` events, for B*J decoder rows: what a server stores.
-
-        The encoder is causal, so several ends of one history share its states. A prefix of 0 is a user without events.
-        """
+    def user(self, encoded: Encoded) -> User:
+        """Return the users at all ends, for B*J decoder rows: what a server stores. An end of 0 is a user without events."""
+        states, seen = encoded
         if self.resampler is None:
-            tokens, counts = states, prefix
+            tokens, counts = states, seen
         else:
-            tokens = self.resampler(states, jnp.arange(states.shape[1]) < prefix[..., None])
+            tokens = self.resampler(states, jnp.arange(states.shape[1]) < seen[..., None])
             tokens = tokens.reshape(-1, *tokens.shape[2:])
-            counts = jnp.where(prefix > 0, tokens.shape[1], 0)
+            counts = jnp.where(seen > 0, tokens.shape[1], 0)
         counts = counts.reshape(-1)
         # States that are themselves the user tokens are projected once for all ends.
         copies = len(counts) // len(tokens)
@@ -111,7 +106,7 @@ class UserLLM(nnx.Module):
     @property
     def item_table(self) -> Float[Array, "V I"]:
         """The item vectors."""
-        return self.encoder.item[...] if self.config.encoder is not None else self.items[...]
+        return self.encoder.item_vectors() if self.config.encoder is not None else self.items[...]
 
     def valid_items(self) -> Bool[Array, "V"]:
         """Return True at the rows of the item table that are items."""

@@ -71,18 +71,18 @@ def causal_mask(valid: Bool[Array, "B T"]) -> Bool[Array, "B T T"]:
     return jnp.tril(jnp.ones((length, length), bool)) & valid[:, None, :]
 
 
-def segment_mask(segments: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
-    """Causal within a segment of a packed row; segment 0 is padding and is neither seen nor sees.
+def segment_mask(segments: Int[Array, "B T"], *, causal: bool = True) -> Bool[Array, "B T T"]:
+    """Causal, or both ways, within a segment of a packed row; segment 0 is padding and is neither seen nor sees.
 
-    For segments = 1 1 2 2 0:   1 . . . .
-                                1 1 . . .
-                                . . 1 . .
-                                . . 1 1 .
-                                . . . . .
+    For segments = 1 1 2 2 0:   1 . . . .   not causal:   1 1 . . .
+                                1 1 . . .                 1 1 . . .
+                                . . 1 . .                 . . 1 1 .
+                                . . 1 1 .                 . . 1 1 .
+                                . . . . .                 . . . . .
     """
     same = (segments[:, :, None] == segments[:, None, :]) & (segments > 0)[:, :, None]
     length = segments.shape[1]
-    return same & jnp.tril(jnp.ones((length, length), bool))
+    return same & jnp.tril(jnp.ones((length, length), bool)) if causal else same
 
 
 def cache_mask(positions: Int[Array, "B T"], slots: int) -> Bool[Array, "B T S"]:

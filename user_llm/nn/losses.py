@@ -2,10 +2,12 @@
 
 Up to some 50,000 items the softmax is exact and computed in chunks: the logits of all positions are never in memory at once,
 and each chunk's logits are computed once, for the loss and its gradient together. Above, softmax over sampled negatives with
-log-Q correction (Yi et al. 2019; TRON and eSASRec show that it keeps the accuracy of the full softmax).
+log-Q correction (Yi et al. 2019; TRON and eSASRec show that it keeps the accuracy of the full softmax). Where output vectors are
+computed from an item's features, over the other targets of the batch.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -102,6 +104,38 @@ def sampled_cross_entropy(
     positive = (positive - log_q[targets])[:, None]
     losses = jax.nn.logsumexp(jnp.concatenate([positive, logits], axis=1), axis=1) - positive[:, 0]
     return jnp.sum(weights * losses)
+
+
+def in_batch_cross_entropy(
+    hidden: Float[Array, "R D"],
+    vectors: Callable[[Int[Array, "Q"]], Float[Array, "Q D"]],
+    targets: Int[Array, "R"],
+    weights: Float[Array, "R"],
+    share: Float[Array, "V"],
+    chunk: int,
+) -> Float[Array, ""]:
+    """Return the weighted sum of -log softmax over the distinct targets of the batch: each row's negatives are the others' targets.
+
+    Logits are corrected by log q, where q = 1 - (1 - share)^n is the probability of an item to be among the batch's n targets:
+    without that popular items, which are negatives most often, would be pushed down for it (Yi et al. 2019). Distinct, so that
+    no item is pushed up and down at once and there are never more logits than items.
+
+    Args:
+      vectors: ids -> output vectors, computed for the items of the batch alone.
+      targets: ids; those of rows of weight 0 are no one's negatives.
+      share: of each item among all targets of training; positive for every target.
+      chunk: rows of logits in memory at once.
+    """
+    real = weights > 0
+    items, place = jnp.unique(
+        jnp.where(real, targets, 0), size=min(targets.shape[0], share.shape[0]), fill_value=0, return_inverse=True
+    )
+    log_q = jnp.where(items > 0, jnp.log(-jnp.expm1(real.sum() * jnp.log1p(-share[items]))), 0.0)
+    # The correction as one more product: 1 * -log q.
+    hidden = jnp.pad(hidden, ((0, 0), (0, 1)), constant_values=1)
+    table = vectors(items)
+    table = jnp.concatenate([table, -log_q[:, None].astype(table.dtype)], axis=1)
+    return chunked_cross_entropy(hidden, table, place, weights, items > 0, chunk)
 
 
 def soft_cross_entropy(logits: Float[Array, "R C"], labels: Int[Array, "R W"], weights: Float[Array, "R"]) -> Float[Array, ""]:

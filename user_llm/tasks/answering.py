@@ -41,7 +41,7 @@ from user_llm.tasks.context import Context
 def encode_users(graphdef: nnx.GraphDef, params: Params, events: Int[Array, "B E A"], lengths: Int[Array, "B"]) -> User:
     """Return the users of whole histories: what a server stores of them."""
     model = trees.merge(graphdef, params)
-    return model.user(model.encode(events, lengths), lengths[:, None])
+    return model.user(model.encode(events, lengths[:, None]))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -21,6 +21,7 @@ from user_llm.common.trees import Params
 from user_llm.data.pipeline import ExampleConfig, Windows, contextual_examples
 from user_llm.evals.ranking import result_rows
 from user_llm.models.decoder import DecoderConfig
+from user_llm.models.user_encoder import Encoded
 from user_llm.models.user_llm import UserLLM, UserLLMConfig
 from user_llm.nn.cross_attention import CrossAttentionConfig
 from user_llm.nn.lora import LoRAConfig
@@ -30,7 +31,7 @@ from user_llm.tasks import general_text
 from user_llm.tasks.answering import MEASURES, Predictor
 from user_llm.tasks.asking import build_prompts
 from user_llm.tasks.context import Context
-from user_llm.tasks.pretrain_encoder import encoder_config
+from user_llm.tasks.pretrain_encoder import encoder_config, encoder_section, encoder_source
 from user_llm.tasks.pretrain_lm import text_loss
 from user_llm.training.task import Batch, Task
 
@@ -46,7 +47,7 @@ def model_config(config: ConfigDict, name: str, context: Context, base: DecoderC
     phase = config[name]
     lora = LoRAConfig(**config.lora) if config.strategies[phase.strategy].adapters else None
     base = dataclasses.replace(base, block=dataclasses.replace(base.block, lora=lora))
-    encoder = encoder_config(config.encoder, context.timelines.schema)
+    encoder = encoder_config(encoder_section(config, phase.encoder), context.timelines.schema)
     shared: dict[str, Any] = {
         "num_items": encoder.schema.num_items,
         "table_rows": encoder.table_rows,
@@ -100,8 +101,10 @@ def contextual_loss(
 
     `text`, weighted by the batch itself: cross entropy of what follows the first answer position. `catalogue`, where there are
     items to rank: their cross entropy at the answer positions. `align`, with an encoder only: mean squared distance of the LLM's
-    item query from the encoder's own, its last state. The pretrained encoder knows what every event taught it, and its state
-    tells the LLM more than the one next item does.
+    item query from the encoder's own, its last state: that of the last event, or of the mask token behind it. Both are in the
+    space of the encoder's item vectors, by which the LLM ranks too. The pretrained encoder knows what every event taught it, and its
+    state tells the LLM more than the one next item does; one from scratch knows nothing, and `encoder_source` refuses to be
+    drawn to it.
 
     `leading` tokens of each task's rows stand in front of a soft prompt, at most those before the first answer position.
     """
@@ -109,10 +112,10 @@ def contextual_loss(
     encoder_key, decoder_key = (None, None) if key is None else jax.random.split(key)
     tokens = batch["text"].reshape(-1, batch["text"].shape[-1])
     lengths, answers = (batch[k].reshape(len(tokens), -1) for k in ("text_lengths", "answers"))
-    user, states = None, None
+    user, encoded = None, None
     if model.config.encoder is not None:
-        states = model.encode(batch["events"], batch["lengths"], key=encoder_key)
-        user = model.user(states, batch["prefix"])
+        encoded = model.encode(batch["events"], batch["prefix"], key=encoder_key)
+        user = model.user(encoded)
     hidden = model.hidden(tokens, lengths[:, 0], user=user, leading=leading[task], key=decoder_key)
 
     position = jnp.arange(tokens.shape[1] - 1)
@@ -121,9 +124,9 @@ def contextual_loss(
     token_loss = text_loss(model.decoder, rows, tokens[:, 1:].reshape(-1), predicted.reshape(-1).astype(jnp.float32), chunk)
     total, scalars = weight[0] * token_loss, {f"{task}/text_loss": token_loss}
     if "items" in batch:
-        ranked, found = _ranking_losses(model, batch, hidden, answers, states, chunk)
+        ranked, found = _ranking_losses(model, batch, hidden, answers, encoded, chunk)
         scalars |= found
-        total = catalogue * ranked + total + (align * found["align_loss"] if states is not None else 0.0)
+        total = catalogue * ranked + total + (align * found["align_loss"] if encoded is not None else 0.0)
     if model.config.decoder.cross is not None:
         gates = jnp.tanh(model.decoder.stack.cross.gate[...])
         scalars |= {f"gate/{layer}": gates[layer] for layer in range(gates.shape[0])}
@@ -131,7 +134,7 @@ def contextual_loss(
 
 
 def _ranking_losses(
-    model: UserLLM, batch: Batch, hidden: Array, answers: Array, states: Array | None, chunk: int
+    model: UserLLM, batch: Batch, hidden: Array, answers: Array, encoded: Encoded | None, chunk: int
 ) -> tuple[Array, dict[str, Array]]:
     """Return the loss of ranking the items at the answer positions, and the scalars to log, `align_loss` among them."""
     items = batch["items"].reshape(answers.shape)
@@ -141,8 +144,8 @@ def _ranking_losses(
     query = query.reshape(-1, query.shape[-1])
     item_loss = chunked_cross_entropy(query, model.item_table, items.reshape(-1), wanted, model.valid_items(), chunk)
     scalars = {"item_loss": item_loss}
-    if states is not None:
-        last = jnp.take_along_axis(states, jnp.maximum(batch["prefix"] - 1, 0)[..., None], axis=1).reshape(query.shape)
+    if encoded is not None:
+        last = encoded.last().reshape(query.shape)
         known = wanted * (batch["prefix"] > 0).reshape(-1)
         scalars["align_loss"] = jnp.sum(known * jnp.mean(jnp.square(query - jax.lax.stop_gradient(last)), axis=-1))
     return item_loss, scalars
@@ -155,13 +158,14 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
       ValueError: a task without what it needs in this dataset, or no task at all.
     """
     phase = config[name]
-    timelines = context.timelines.select(tuple(config.encoder.features))
+    timelines = context.timelines.select(tuple(encoder_section(config, phase.encoder).features))
     context = dataclasses.replace(context, timelines=timelines)
     examples = ExampleConfig(**phase.examples)
     prompts = build_prompts(phase, context, examples)
     full = model_config(config, name, context, context.decoder_config(context.tokenizer().vocab_size))
     create = lambda: UserLLM(full, rngs=nnx.Rngs(params=context.seed))  # noqa: E731
     graphdef, _ = trees.abstract(create)
+    load = ((r"^encoder/", encoder_source(config, name)), *phase.load) if examples.max_events else phase.load
     leading = {task: asked.shared_tokens if phase.soft_prompt.after_instruction else 0 for task, asked in prompts.items()}
     predictor = Predictor(graphdef, context, examples, phase.eval.batch_size, leading)
 
@@ -194,7 +198,7 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
     windows = Windows(context.split.train_stop, examples.window, context.seed)
     return Task(
         name=name,
-        init=lambda place: context.init(create, phase.load, place),
+        init=lambda place: context.init(create, load, place),
         loss=lambda params, batch, key: contextual_loss(
             trees.merge(graphdef, params), batch, key, leading=leading, **phase.loss
         ),

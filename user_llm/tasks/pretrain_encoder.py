@@ -1,7 +1,11 @@
-"""Phase 1: pretrain the user encoder to predict each next event (section 3 of the paper, autoregressive variant).
+"""Phase 1: pretrain the user encoder (section 3 of the paper: autoregressive, BERT4Rec and dual encoder).
 
-Every position of every history is trained; the loss is the weighted sum of the cross entropies of the next item and of the
-chosen features of the next event. Validation and test rank the full catalogue.
+`models/user_encoder.py` says what the three objectives are. Autoregressive and dual, every position of every history predicts the
+next event; masked, the hidden events are predicted, of the same histories. The loss is the weighted sum of the cross entropies
+of the item and of the chosen features of that event. Validation and test rank the full catalogue.
+
+BERT4Rec learns from a fraction of the events at a time, and late: Petrov and Macdonald (2022, "A systematic review and
+replicability study of BERT4Rec") needed up to 30 times the training of common defaults for its published figures.
 """
 
 import dataclasses
@@ -18,14 +22,61 @@ from user_llm.common import trees
 from user_llm.common.trees import Params
 from user_llm.data.pipeline import HistoryBatch, packed_windows
 from user_llm.data.schema import Schema
+from user_llm.data.timelines import Timelines
 from user_llm.evals.evaluator import rank_targets, train_counts
 from user_llm.evals.ranking import result_rows
 from user_llm.models.user_encoder import UserEncoder, UserEncoderConfig
-from user_llm.nn.attention import causal_mask, segment_mask
-from user_llm.nn.losses import chunked_cross_entropy, sampled_cross_entropy, soft_cross_entropy
+from user_llm.nn.attention import segment_mask
+from user_llm.nn.losses import chunked_cross_entropy, in_batch_cross_entropy, sampled_cross_entropy, soft_cross_entropy
+from user_llm.nn.masking import choose_masked
 from user_llm.nn.transformer import BlockConfig
 from user_llm.tasks.context import Context
 from user_llm.training.task import Batch, Task
+
+
+def encoder_section(config: ConfigDict, phase: str) -> ConfigDict:
+    """Return the config's `encoder` section as the pretraining phase `phase` changes it.
+
+    Raises:
+      ValueError: no such phase, or changes of what the section does not have.
+    """
+    if phase not in config or getattr(config[phase], "task", "") != "pretrain_encoder":
+        raise ValueError(f"{phase!r} pretrains no encoder: name a phase whose task is pretrain_encoder.")
+    section = config.encoder.copy_and_resolve_references().lock()
+    try:
+        section.update(config[phase].encoder)
+    except (KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{phase}.encoder does not fit the section encoder: {error.args[0]}") from error
+    return section
+
+
+def encoder_source(config: ConfigDict, name: str) -> str:
+    """Return where phase `name` has its encoder's weights from: the phase that pretrains it, or `fresh`.
+
+    Raises:
+      ValueError: a choice that cannot work.
+    """
+    phase = config[name]
+    source = encoder_section(config, phase.encoder)
+    if phase.encoder_init == "pretrained":
+        if phase.encoder not in config.phases[: config.phases.index(name)]:
+            raise ValueError(
+                f"{name} takes its encoder from {phase.encoder}, which does not run before it: add that to phases, or set "
+                f"{name}.encoder_init=scratch."
+            )
+        return phase.encoder
+    if phase.encoder_init != "scratch":
+        raise ValueError(f"Unknown {name}.encoder_init {phase.encoder_init!r}: choose pretrained or scratch.")
+    if phase.loss.align:
+        raise ValueError(f"An encoder from scratch teaches nothing: set {name}.loss.align=0.")
+    if source.objective == "dual":
+        raise ValueError(f"The item tower of a dual encoder comes pretrained: set {name}.encoder_init=pretrained.")
+    rules = config.strategies[phase.strategy].trainable
+    if not trees.flatten(trees.match(rules, {"encoder": {"project": None}}))["encoder/project"]:
+        raise ValueError(
+            f"Strategy {phase.strategy} would leave an encoder from scratch untrained: choose another {name}.strategy."
+        )
+    return "fresh"
 
 
 def encoder_config(config: ConfigDict, schema: Schema) -> UserEncoderConfig:
@@ -42,24 +93,30 @@ class EncoderLoss:
 
     Attributes:
       head_weights: weight of each feature head next to the item's 1.
-      negatives: 0 for the exact softmax, else how many sampled negatives a step.
+      negatives: 0 for the exact softmax, else how many sampled negatives a step. A dual encoder has those of its batch.
       chunk: rows of logits in memory at once in the exact softmax.
       log_q: log of each item's expected count among the negatives, which are drawn by train frequency ^ 0.75.
+      share: of each item among the training events, by which a dual encoder's logits are corrected.
+      mask_probability, last_only: of `choose_masked`, for the masked objective.
     """
 
     head_weights: dict[str, float]
     negatives: int
     chunk: int
     log_q: Float[np.ndarray, "V"]
+    share: Float[np.ndarray, "V"]
+    mask_probability: float
+    last_only: float
 
     def __call__(self, encoder: UserEncoder, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
-        dropout_key, negatives_key = jax.random.split(key)
-        states = encoder(batch["events"], mask=segment_mask(batch["segments"]), positions=batch["positions"], key=dropout_key)
+        dropout_key, draw_key = jax.random.split(key)
+        predict = self._next if encoder.config.causal else self._hidden
+        states, labels, real = predict(encoder, batch, dropout_key, draw_key)
         rows = states.reshape(-1, states.shape[-1])
-        labels = batch["next"].reshape(rows.shape[0], -1)
-        weights = (batch["segments"] > 0).reshape(-1).astype(jnp.float32)
+        labels = labels.reshape(rows.shape[0], -1)
+        weights = real.reshape(-1).astype(jnp.float32)
         weights /= jnp.maximum(weights.sum(), 1)
-        item = self._item_loss(encoder, rows, labels[:, 0], weights, negatives_key)
+        item = self._item_loss(encoder, rows, labels[:, 0], weights, draw_key)
         total, scalars, column = item, {"item_loss": item}, 1
         for feature in encoder.config.schema.features[1:]:
             if feature.name in encoder.heads:
@@ -70,7 +127,30 @@ class EncoderLoss:
             column += feature.width
         return total, scalars
 
+    def _next(self, encoder: UserEncoder, batch: Batch, dropout_key: Array, draw_key: Array) -> tuple[Array, Array, Array]:
+        """Return all states, the event that follows each, and which are real."""
+        mask = segment_mask(batch["segments"])
+        states = encoder(batch["events"], mask=mask, positions=batch["positions"], key=dropout_key)
+        return states, batch["next"], batch["segments"] > 0
+
+    def _hidden(self, encoder: UserEncoder, batch: Batch, dropout_key: Array, draw_key: Array) -> tuple[Array, Array, Array]:
+        """Return the states of hidden events, the events themselves, and which are real.
+
+        The histories are those of the `next` events: an epoch has the very targets of the autoregressive objective.
+        """
+        events, segments = batch["next"], batch["segments"]
+        places, real = choose_masked(
+            jax.random.fold_in(draw_key, 1), segments, probability=self.mask_probability, last_only=self.last_only
+        )
+        rows = jnp.arange(len(segments))[:, None]
+        hidden = jnp.zeros(segments.shape, bool).at[rows, places].set(real)
+        mask = segment_mask(segments, causal=False)
+        states = encoder(events, mask=mask, positions=batch["positions"], hidden=hidden, key=dropout_key)
+        return states[rows, places], events[rows, places], real
+
     def _item_loss(self, encoder: UserEncoder, rows: Array, targets: Int[Array, "R"], weights: Array, key: Array) -> Array:
+        if encoder.config.objective == "dual":
+            return in_batch_cross_entropy(rows, encoder.item_vectors, targets, weights, jnp.asarray(self.share), self.chunk)
         table = encoder.item[...]
         if not self.negatives:
             return chunked_cross_entropy(rows, table, targets, weights, encoder.valid_items(), self.chunk)
@@ -86,36 +166,49 @@ def negative_log_q(counts: Int[np.ndarray, "I"], rows: int) -> Float[np.ndarray,
         return np.maximum(np.log(weight / weight.sum()), -1e9).astype(np.float32)
 
 
+def item_share(counts: Int[np.ndarray, "I"], rows: int) -> Float[np.ndarray, "V"]:
+    """Return each item's share of all training events, 0 for spare rows."""
+    return np.pad(counts / counts.sum(), (0, rows - len(counts))).astype(np.float32)
+
+
+def item_catalogue(timelines: Timelines, config: UserEncoderConfig) -> Int[np.ndarray, "V X"]:
+    """Return the features of every item that an item tower reads, 0 for PAD and spare rows."""
+    bags = [timelines.catalogue.multi[feature.name] for feature in config.item_schema.features[1:]]
+    ids = np.arange(config.schema.num_items + 1, dtype=np.int32)[:, None]
+    table = np.concatenate([ids, *bags], axis=1, dtype=np.int32)
+    return np.pad(table, ((0, config.table_rows - len(table)), (0, 0)))
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def encode_last(graphdef: nnx.GraphDef, params: Params, events: Int[Array, "B E A"], lengths: Int[Array, "B"]) -> Array:
+def score_next(graphdef: nnx.GraphDef, params: Params, events: Int[Array, "B E A"], lengths: Int[Array, "B"]) -> Array:
     """Score all items [B, V] as what follows right-padded histories; a history of length 0 gives scores of its padding."""
     encoder = trees.merge(graphdef, params)
-    valid = jnp.arange(events.shape[1]) < lengths[:, None]
-    positions = jnp.broadcast_to(jnp.arange(events.shape[1]), valid.shape)
-    states = encoder(events, mask=causal_mask(valid), positions=positions)
-    last = jnp.take_along_axis(states, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
-    return encoder.score(last)
+    return encoder.score(encoder.encode(events, lengths[:, None]).last()[:, 0])
 
 
 def build(config: ConfigDict, name: str, context: Context) -> Task:
     """Build the task of phase `name`."""
     phase = config[name]
-    timelines = context.timelines.select(tuple(config.encoder.features))
+    section = encoder_section(config, name)
+    timelines = context.timelines.select(tuple(section.features))
     split = context.split
-    model_config = encoder_config(config.encoder, timelines.schema)
-    create = lambda: UserEncoder(model_config, rngs=nnx.Rngs(params=context.seed))  # noqa: E731
+    model_config = encoder_config(section, timelines.schema)
+    if model_config.objective == "dual" and phase.loss.negatives:
+        raise ValueError(f"A dual encoder has the negatives of its batch and draws no others: set {name}.loss.negatives=0.")
+    catalogue = item_catalogue(timelines, model_config)
+    create = lambda: UserEncoder(model_config, catalogue=catalogue, rngs=nnx.Rngs(params=context.seed))  # noqa: E731
     graphdef, _ = trees.abstract(create)
     data = phase.batch
+    counts = train_counts(timelines, split)
     loss = EncoderLoss(
-        head_weights=dict(phase.loss.head_weights),
-        negatives=phase.loss.negatives,
-        chunk=phase.loss.chunk,
-        log_q=negative_log_q(train_counts(timelines, split), model_config.table_rows),
+        log_q=negative_log_q(counts, model_config.table_rows),
+        share=item_share(counts, model_config.table_rows),
+        **{**phase.loss, "head_weights": dict(phase.loss.head_weights)},
     )
 
     def rank(params: Params, part: str, limit: int | None = None):
         def score(batch: HistoryBatch) -> Array:
-            return encode_last(graphdef, params, batch.events, batch.lengths)
+            return score_next(graphdef, params, batch.events, batch.lengths)
 
         return rank_targets(
             score, timelines, split, part, max_events=phase.eval.max_events, batch_size=phase.eval.batch_size, limit=limit
@@ -123,8 +216,8 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
 
     def results(params: Params) -> list[dict]:
         ranks = rank(params, "test")
-        context.save_breakdown(name, "encoder", ranks)
-        return result_rows(ranks.metrics(), len(ranks), **context.row_facts, method="encoder")
+        context.save_breakdown(name, phase.method, ranks)
+        return result_rows(ranks.metrics(), len(ranks), **context.row_facts, method=phase.method)
 
     return Task(
         name=name,

@@ -7,6 +7,7 @@ with `optax.masked` would pass raw gradients through to them).
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
@@ -80,5 +81,7 @@ def init_optimizer(optimizer: optax.GradientTransformation, params: Params, mesh
 
 
 def partition_trainable(config: OptimizerConfig, params: Params) -> tuple[Params, Params]:
-    """Split parameters into (trainable, frozen)."""
-    return trees.partition(trees.match(config.trainable, params), params)
+    """Split parameters into (trainable, frozen); whole numbers are data, such as an item's features, and never train."""
+    rules = trees.match(config.trainable, params)
+    chosen = jax.tree.map(lambda yes, leaf: yes and jnp.issubdtype(leaf.dtype, jnp.floating), rules, params)
+    return trees.partition(chosen, params)
