@@ -143,7 +143,8 @@ def base() -> ConfigDict:
                 "ties": "hashed",
                 "min_events": 5,
                 "split": "leave_last_out",
-                "synthetic": {"num_users": 1500, "num_items": 120, "events_per_user": 40},
+                # A world of films, products or places: movielens | amazon | google_local.
+                "synthetic": {"layout": "movielens", "num_users": 1500, "num_items": 120, "events_per_user": 40},
             },
             "encoder": {
                 "features": ("item", "rating", "genres", "gap"),

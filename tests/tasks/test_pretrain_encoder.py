@@ -9,9 +9,9 @@ from flax import nnx
 
 from configs import quickstart
 from user_llm.common import trees
-from user_llm.data import movielens, prepare
+from user_llm.data import movielens, prepare, synthetic_files
 from user_llm.data.splits import leave_last_out
-from user_llm.data.synthetic import optimal_ranks, write_movielens
+from user_llm.data.synthetic import optimal_ranks
 from user_llm.models.user_encoder import UserEncoder
 from user_llm.tasks import pretrain_encoder
 from user_llm.tasks.context import Context
@@ -26,7 +26,7 @@ SHARE = 0.8
 @pytest.mark.slow
 def test_the_encoder_reaches_its_share_of_the_optimal_recall(tmp_path, mesh_of):
     config = quickstart.get_config()
-    world = write_movielens(tmp_path / "world", seed=config.seed, **config.data.synthetic)
+    world = synthetic_files.write(tmp_path / "world", seed=config.seed, **config.data.synthetic)
     timelines = prepare.load(movielens.find(tmp_path / "world", tmp_path), epath.Path(tmp_path / "data"), seed=config.seed)
     split = leave_last_out(timelines)
     facts = {"dataset": "synthetic", "seed": 0, "split": split.name, "config_hash": ""}
