@@ -144,7 +144,8 @@ def base() -> ConfigDict:
                 "split": "leave_last_out",
                 # The share of each timeline's end that no phase trains on, beyond the split's targets: the future of favorite_future.
                 "withhold": 0.0,
-                "synthetic": {"num_users": 1500, "num_items": 120, "events_per_user": 40},
+                # A world of films, products or places: movielens | amazon | google_local | events.
+                "synthetic": {"layout": "movielens", "num_users": 1500, "num_items": 120, "events_per_user": 40},
             },
             # Of the tasks favorite and favorite_future: the bag that holds an item's classes, and whether the whole bag is one.
             "labels": {"feature": "genres", "whole": False},

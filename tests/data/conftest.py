@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from user_llm.data import movielens, prepare, synthetic
+from user_llm.data import movielens, prepare, synthetic_files
 from user_llm.data.synthetic import World
 from user_llm.data.timelines import Timelines
 
@@ -71,5 +71,7 @@ def write_release() -> Callable[..., Path]:
 def small_world(tmp_path_factory) -> tuple[World, Timelines]:
     """A world of 240 films with 400 users of 20 to 60 events, written and read again."""
     directory = tmp_path_factory.mktemp("world")
-    world = synthetic.write_movielens(directory / "raw", num_users=400, num_items=240, events_per_user=40, seed=3)
+    world = synthetic_files.write(
+        directory / "raw", layout="movielens", num_users=400, num_items=240, events_per_user=40, seed=3
+    )
     return world, prepare.load(movielens.find(directory / "raw", directory), directory / "prepared")

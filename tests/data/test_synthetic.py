@@ -1,15 +1,16 @@
 """The synthetic world's optimal predictor is exact, and knowing more of the history pays."""
 
-import csv
 import itertools
+import re
 
 import numpy as np
 import pytest
 
-from user_llm.data import movielens, prepare, synthetic
+from user_llm.data import synthetic
 from user_llm.data.audits import audit
 from user_llm.data.splits import leave_last_out
-from user_llm.data.synthetic import World, optimal_ranks, write_movielens
+from user_llm.data.synthetic import World, optimal_ranks, sample_histories
+from user_llm.data.synthetic_words import FILMS, PLACES, PRODUCTS, Item
 
 
 def tiny_world():
@@ -17,7 +18,7 @@ def tiny_world():
     rng = np.random.default_rng(0)
     laws = {"emission": (3, 4), "taste": (2, 3), "rating": (2, 4, 5)}
     drawn = {name: rng.dirichlet(np.ones(shape[-1]), size=shape[:-1]) for name, shape in laws.items()}
-    return World(["A", "B", "C", "D"], [["Drama"]] * 4, **drawn, stay_mood=0.6, stay_archetype=0.8)
+    return World([Item(title, ("Drama",), "Drama", title) for title in "ABCD"], **drawn, stay_mood=0.6, stay_archetype=0.8)
 
 
 def enumerated(world, films, stars):
@@ -30,10 +31,10 @@ def enumerated(world, films, stars):
         archetype = world.stay_archetype * (a == b) + (1 - world.stay_archetype) / archetypes
         return archetype * (world.stay_mood * (m == n) + (1 - world.stay_mood) * world.taste[b, n])
 
-    total = np.zeros(len(world.titles))
+    total = np.zeros(len(world.items))
     for path in itertools.product(states, repeat=len(films) + 2):
         weight = world.taste[path[0]] / archetypes * np.prod([step(*pair) for pair in itertools.pairwise(path)])
-        unseen = np.ones(len(world.titles))
+        unseen = np.ones(len(world.items))
         for (archetype, mood), film, star in zip(path[1:-1], films, stars, strict=True):
             weight *= world.emission[mood, film] / (world.emission[mood] @ unseen)
             weight *= world.rating[archetype, film, star - 1]
@@ -109,8 +110,8 @@ def test_history_beats_popularity_and_long_history_the_last_ten(small_world, tar
 
 def test_ratings_tell_of_taste(small_world):
     world, _ = small_world
-    names = list(synthetic.LEXICON)
-    liking = np.stack([world.taste[:, [names.index(g) for g in genres]].max(1) for genres in world.genres], axis=1)
+    names = list(FILMS.groups)
+    liking = np.stack([world.taste[:, [names.index(g) for g in item.groups]].max(1) for item in world.items], axis=1)
     expected, liked = world.rating @ synthetic.RATINGS, liking > 0.25
     assert expected[liked].mean() > expected[~liked].mean() + 1
 
@@ -127,39 +128,28 @@ def test_the_written_world_is_a_sound_movielens(small_world):
         assert len(set(timelines.items(user, 0, length))) == length
     for item, key in enumerate(timelines.catalogue.keys[1:], 1):
         film = int(key) - 1
-        assert timelines.catalogue.titles[item] == world.titles[film]
+        assert timelines.catalogue.titles[item] == world.items[film].title
         names = [timelines.catalogue.vocab["genres"][g] for g in timelines.catalogue.multi["genres"][item] if g]
-        assert names == world.genres[film]
+        assert tuple(names) == world.items[film].groups
 
 
-def test_titles_are_unique_even_without_their_years():
-    titles = World.create(1_200, seed=0).titles
-    assert len({title[: -len(" (1987)")] for title in titles}) == 1_200
+@pytest.mark.parametrize("domain", [FILMS, PRODUCTS, PLACES])
+def test_titles_are_unique_even_without_their_years(domain):
+    titles = [item.title for item in World.create(3_840, seed=0, domain=domain).items]
+    assert len({re.sub(r"\d{4}", "", title) for title in titles}) == 3_840
 
 
-def test_the_same_seed_writes_the_same_files(tmp_path):
-    options = {"num_users": 5, "num_items": 40, "events_per_user": 8}
-    for name, seed in (("one", 1), ("again", 1), ("other", 2)):
-        write_movielens(tmp_path / name, **options, seed=seed)
-    for file in ("ratings.csv", "movies.csv"):
-        one, again, other = ((tmp_path / name / file).read_text() for name in ("one", "again", "other"))
-        assert one == again != other
+def test_worlds_of_one_seed_differ_in_words_alone():
+    films, places = (World.create(60, seed=1, domain=domain) for domain in (FILMS, PLACES))
+    for name in ("emission", "taste", "rating"):
+        np.testing.assert_array_equal(getattr(films, name), getattr(places, name))
+    same = dict(zip(FILMS.groups, PLACES.groups, strict=True))
+    assert [same[item.main] for item in films.items] == [item.main for item in places.items]
+    assert not {item.title for item in films.items} & {item.title for item in places.items}
 
 
-def test_impossible_worlds_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="14 events a user are too many for 40 films"):
-        write_movielens(tmp_path / "w", num_users=5, num_items=40, events_per_user=14, seed=0)
-    with pytest.raises(ValueError, match="5000 films are more than the 3840 titles"):
+def test_impossible_worlds_are_refused():
+    with pytest.raises(ValueError, match="14 events a user are too many for 40 items"):
+        sample_histories(World.create(40, seed=0), num_users=5, events_per_user=14, seed=0)
+    with pytest.raises(ValueError, match="5000 items are more than the 3840 titles"):
         World.create(5_000, seed=0)
-    assert not list(tmp_path.iterdir())
-
-
-def test_an_interrupted_world_leaves_no_directory(tmp_path, monkeypatch):
-    options = {"num_users": 5, "num_items": 40, "events_per_user": 8, "seed": 0}
-    with monkeypatch.context() as patch:
-        patch.setattr(csv, "writer", lambda *args, **kwargs: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            write_movielens(tmp_path / "w", **options)
-    assert not (tmp_path / "w").exists()
-    write_movielens(tmp_path / "w", **options)
-    assert len(prepare.load(movielens.find(tmp_path / "w", tmp_path), tmp_path / "prepared")) == 5

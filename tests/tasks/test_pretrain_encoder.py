@@ -10,9 +10,9 @@ from flax import nnx
 
 from configs import quickstart
 from user_llm.common import trees
-from user_llm.data import movielens, prepare
+from user_llm.data import movielens, prepare, synthetic_files
 from user_llm.data.splits import leave_last_out
-from user_llm.data.synthetic import optimal_ranks, write_movielens
+from user_llm.data.synthetic import optimal_ranks
 from user_llm.evals.evaluator import rank_targets
 from user_llm.evals.popularity import popularity_ranks
 from user_llm.models.user_encoder import UserEncoder
@@ -33,7 +33,7 @@ SHARE = {"autoregressive": 0.8, "masked": 0.5, "dual": 0.8}
 def test_the_encoder_reaches_its_share_of_the_optimal_recall(tmp_path, mesh_of, objective):
     config = quickstart.get_config()
     config.pretrain_encoder.encoder = {"objective": objective}
-    world = write_movielens(tmp_path / "world", seed=config.seed, **config.data.synthetic)
+    world = synthetic_files.write(tmp_path / "world", seed=config.seed, **config.data.synthetic)
     timelines = prepare.load(movielens.find(tmp_path / "world", tmp_path), epath.Path(tmp_path / "data"), seed=config.seed)
     split = leave_last_out(timelines)
     facts = {"dataset": "synthetic", "seed": 0, "split": split.name, "config_hash": ""}

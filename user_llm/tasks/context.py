@@ -17,7 +17,7 @@ from user_llm.common import mesh as meshes
 from user_llm.common import trees
 from user_llm.common.checkpoint import load_params
 from user_llm.common.trees import Params, Rules
-from user_llm.data import amazon, event_files, google_local, movielens, prepare, synthetic
+from user_llm.data import amazon, event_files, google_local, movielens, prepare, synthetic_files
 from user_llm.data.raw import Raw
 from user_llm.data.splits import Split, make_split
 from user_llm.data.timelines import Timelines
@@ -163,31 +163,36 @@ def load_data(config: ConfigDict, workdir: epath.Path) -> tuple[Timelines, Split
 
 
 def find_data(config: ConfigDict, workdir: epath.Path) -> Raw:
-    """Return the dataset as published, which for the synthetic world is written first.
+    """Return the dataset as published, which for a synthetic world is written first.
 
     Raises:
       ValueError: no data given, or none of its kind there.
     """
     data = config.data
-    if data.source == "synthetic":
-        directory = workdir / "synthetic"
-        if not directory.exists():
-            synthetic.write_movielens(directory, seed=config.seed, **data.synthetic)
-        return movielens.find(directory, workdir / "data")
+    source, folder, category, states = data.source, data.dir, data.category, data.states
+    if source == "synthetic":
+        source, folder, category, states = (
+            data.synthetic.layout,
+            workdir / "synthetic",
+            synthetic_files.NAME,
+            (synthetic_files.NAME,),
+        )
+        if not folder.exists():
+            synthetic_files.write(folder, seed=config.seed, **data.synthetic)
     find = {
-        "movielens": lambda: movielens.find(data.dir, workdir / "data"),
-        "amazon": lambda: amazon.find(data.dir, data.category),
-        "google_local": lambda: google_local.find(data.dir, data.states),
-        "events": lambda: event_files.find(data.dir, event_files.Columns(**data.columns), name=data.name),
+        "movielens": lambda: movielens.find(folder, workdir / "data"),
+        "amazon": lambda: amazon.find(folder, category),
+        "google_local": lambda: google_local.find(folder, states),
+        "events": lambda: event_files.find(str(folder), event_files.Columns(**data.columns), name=data.name),
     }
-    if data.source not in find:
-        raise ValueError(f"Unknown data.source {data.source!r}: choose synthetic, {', '.join(find)}.")
-    if not data.dir:
+    if source not in find:
+        raise ValueError(f"Unknown data.source {source!r}: choose synthetic, {', '.join(find)}.")
+    if not folder:
         raise ValueError(
             "No data: name where it is by --config.data.dir=... (for MovieLens also a zip or a release to download), or take "
             "the config's :synthetic variant, which makes its own."
         )
-    return find[data.source]()
+    return find[source]()
 
 
 def templates(prompts: ConfigDict) -> list[str]:
