@@ -35,8 +35,6 @@ from user_llm.models.user_llm import UserLLMConfig  # noqa: E402
 from user_llm.tasks import contextualize  # noqa: E402
 from user_llm.tasks.context import open_context  # noqa: E402
 
-PADDING = 1.25  # how much longer than a prompt what `models.prefill.bucket` makes of it may be; attention needs its square
-
 
 def prompt_sizes(config: ConfigDict, timelines: Timelines, tokenizer: Tokenizer) -> cost.PromptSizes:
     """Measure prompts on whole timelines, none of them cut."""
@@ -85,11 +83,11 @@ def measure(args: argparse.Namespace, model: UserLLMConfig, rows: list[cost.Row]
         print(f"compiling {row.request}", file=sys.stderr)
         program = cost_compiled.compile_request(model, row.request, to_run=args.latency)
         counts[row.request] = program.flops
-        if args.latency and program.temporary_bytes * PADDING**2 <= args.memory_gb * 2**30:
+        if args.latency and program.temporary_bytes <= args.memory_gb * 2**30:
             requests[row.request] = program.timer(params)
-    for row in rows:
-        if row.serving == "recomputed" and row.request in requests:
-            steps[row.step] = cost_compiled.step_timer(model, params, row.step, steps=args.steps)
+    if args.latency:
+        different = dict.fromkeys(row.step for row in rows)
+        steps = {step: cost_compiled.step_timer(model, params, step, steps=args.steps) for step in different}
     return counts, cost_compiled.least(requests, args.rounds), cost_compiled.least(steps, args.rounds)
 
 
