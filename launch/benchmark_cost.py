@@ -73,7 +73,7 @@ def set_up(args: argparse.Namespace, workdir: epath.Path) -> tuple[UserLLMConfig
 def measure(args: argparse.Namespace, model: UserLLMConfig, rows: list[cost.Row]) -> tuple[dict, dict, dict]:
     """Return by request XLA's count, and if wanted the seconds of a request and of writing one more token.
 
-    Programs that need more than `--memory_gb` are counted but not timed.
+    Programs that need more temporary memory than `--memory_gb` are counted but not timed.
     """
     counts, requests, steps = {}, {}, {}
     params = cost_compiled.create(model) if args.latency else None
@@ -124,7 +124,12 @@ def main() -> None:
     parser.add_argument("--padded", action="store_true", help="pad what is read as models/generate.py does")
     parser.add_argument("--hlo", action=argparse.BooleanOptionalAction, default=True, help="compile, and take XLA's count too")
     parser.add_argument("--latency", action=argparse.BooleanOptionalAction, default=True, help="run what was compiled")
-    parser.add_argument("--memory_gb", type=float, default=4.0, help="what needs more is not timed")
+    parser.add_argument(
+        "--memory_gb",
+        type=float,
+        default=2.0,
+        help="programs for which XLA plans more temporary memory are not timed; the process may take twice that",
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=32, help="tokens written in one timing")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("cost.json"))

@@ -2,24 +2,27 @@
 
 A request reads a prompt and scores the next token: everything up to the first token that is written. With the axis letters of
 `nn/attention.py`, T the tokens that are read, S = T + the tokens whose K/V are there already, C the layers with
-cross-attention and U the width of user tokens, one request costs (a product of [a, b] and [b, c] is 2abc)
+cross-attention, N' and H' its heads, and U the width of user tokens, one request costs (a product of [a, b] and [b, c] is 2abc)
 
     projections         L T (4 D N H + 4 D K H)                 q, o, k, v; + 4 D D with residual gates
     attention           L T S (4 N H + 4 N)                     scores and values; softmax
     mlp                 L T 6 D F
+    head                2 D V                                   of the last token alone
     cross projections   C T 4 D N' H'                           q, o of cross-attention; + C T 6 D F before_block
     cross attention     C T M (4 N' H' + 4 N')
-    user kv             C M 4 U N' H'                           unless the K/V are stored
+    user kv             C M 4 U N' H'                           k, v of the user tokens, unless they are stored
     resampler           per layer: M (4 D N H + 6 D F) + (E + M) 4 D N H + M (E + M) (4 N H + 4 N) + 2 M N E R
     encoder             E 2 D (sum of feature widths), and its layers as above with T = S = E
-    head                2 D V                                   of the last token alone
 
-Each of resampler and encoder in its own sizes, R the recency buckets; the last two lines but one only where nothing is stored. All
-T S scores count, hidden ones too, in layers with a window as well: that is what `attention` computes. The 4 N of a softmax are one
-operation a score for the mask, the peak, the subtraction and the sum; it matters where heads are narrow and prompts long.
-Left out: norms, rotary positions, activations, residuals and biases, which grow with T alone; the building of masks; exp and other
-functions that XLA counts apart; lookups; and low-rank adapters, which `export` merges. XLA counts them, so the formula is the lower one:
-by about 3% at a width of 64, by 1% at 128 and less above. XLA's count is in `cost_compiled.py`; tests hold the two within 5%.
+Each of resampler and encoder in its own sizes, R the recency buckets; both only where neither user tokens nor K/V are stored. All
+T S scores count, hidden ones too, in layers with a window as well: that is what `attention` computes. Kernels that skip hidden
+scores would halve the attention of a prompt that is read whole, to the advantage of long text prompts: the terms are listed so that
+this can be seen. The 4 N of a softmax are one operation a score for the mask, the peak, the subtraction and the sum; they matter
+where heads are narrow and prompts long.
+
+Left out: exp and its like, which XLA counts apart, and low-rank adapters, which `export` merges; and what XLA does count: norms, rotary
+positions, activations, residuals and biases, which grow with T alone, and the building of masks. So the formula is the lower one,
+by about 1% at a width of 128 and 3% at 64. XLA's count is in `cost_compiled.py`; tests hold the two within 5%.
 """
 
 import dataclasses
