@@ -25,7 +25,8 @@ from etils import epath  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
 from configs import movielens_xattn  # noqa: E402
-from user_llm.data.prompts import NextItemPrompts  # noqa: E402
+from user_llm.data.prompts.base import Lines  # noqa: E402
+from user_llm.data.prompts.next_item import NextItem  # noqa: E402
 from user_llm.data.timelines import Timelines  # noqa: E402
 from user_llm.data.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 from user_llm.evals import cost, cost_compiled  # noqa: E402
@@ -39,15 +40,15 @@ from user_llm.tasks.context import open_context  # noqa: E402
 def prompt_sizes(config: ConfigDict, timelines: Timelines, tokenizer: Tokenizer) -> cost.PromptSizes:
     """Measure prompts on whole timelines, none of them cut."""
 
-    def prompts(phase: str) -> NextItemPrompts:
-        settings = {**config[phase].prompt, "max_tokens": sys.maxsize}
-        return NextItemPrompts(tokenizer, timelines.catalogue.titles, **settings)
+    def prompts(phase: str, text_items: int) -> NextItem:
+        asked = config[phase].prompts
+        lines = Lines(tokenizer, timelines, max_title_tokens=asked.max_title_tokens, history="titles", text_items=text_items)
+        return NextItem(lines, instruction=asked.next_item.instruction, max_tokens=sys.maxsize)
 
-    bare, text = prompts("user_llm"), prompts("text_prompt_50")
-    start = len(text.prompt([]))
-    histories = (timelines.items(user, 0, length) for user, length in enumerate(timelines.lengths))
-    shown = sum(len(text.prompt(history)) - start for history in histories)
-    return cost.PromptSizes(len(bare.prompt([])), start, shown / len(timelines.item))
+    bare, text = prompts("user_llm", 0), prompts("text_prompt_50", int(timelines.lengths.max()))
+    start = len(text.prompt(0, 0))
+    shown = sum(len(text.prompt(user, length)) - start for user, length in enumerate(timelines.lengths.tolist()))
+    return cost.PromptSizes(len(bare.prompt(0, 0)), start, shown / len(timelines.item))
 
 
 def set_up(args: argparse.Namespace, workdir: epath.Path) -> tuple[UserLLMConfig, cost.PromptSizes, dict]:

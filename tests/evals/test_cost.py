@@ -132,11 +132,11 @@ def test_every_way_of_serving_computes_the_same():
     @functools.partial(jax.jit, compiler_options=COUNTING)  # one program, since to compile several takes longer
     def answers(params, text, events):
         whole = trees.merge(graphdef, params)
-        states = whole.encode(events, jnp.array([9]))
+        encoded = whole.encode(events, jnp.array([[9]]))
         given = {
             "events": events,
-            "tokens": whole.resampler(states, jnp.ones((1, 1, 9), bool))[:, 0],
-            "kv": whole.user_kv(states, jnp.array([[9]])),
+            "tokens": whole.resampler(encoded.states, jnp.ones((1, 1, 9), bool))[:, 0],
+            "kv": whole.user(encoded).kv,
         }
         empty = whole.decoder.init_cache(1, 12)
         found = {name: serve(graphdef, params, {"text": text, name: user}, empty)[0] for name, user in given.items()}
@@ -197,13 +197,13 @@ def test_ratios_are_to_the_full_text_prompt_of_the_same_user():
 
 
 def test_what_does_not_fit_is_refused():
-    bare = dataclasses.replace(model(), encoder=None)
+    no_cross = dataclasses.replace(model().decoder, cross=None)
+    bare = dataclasses.replace(model(), decoder=no_cross, encoder=None)
     with pytest.raises(ValueError, match="`encoder` and `resampler`"):
         cost.flops(bare, Request(3, user="kv"))
-    no_cross = dataclasses.replace(model(), decoder=dataclasses.replace(model().decoder, cross=None))
     with pytest.raises(ValueError, match="set `cross`"):
-        cost.flops(no_cross, Request(3, user="kv"))
-    assert cost.flops(dataclasses.replace(no_cross, encoder=None), Request(3))
+        cost.flops(dataclasses.replace(model(), decoder=no_cross, soft_prompt=True), Request(3, user="kv"))
+    assert cost.flops(bare, Request(3))
     for wrong in ({"user": "vector"}, {"tokens": 0}, {"events": 5}, {"user": "events"}, {"user": "kv", "events": 5}):
         with pytest.raises(ValueError):
             Request(**{"tokens": 3} | wrong)

@@ -57,8 +57,7 @@ def serve(graphdef: nnx.GraphDef, params: Params, given: Given, cache: KVCache):
     """
     model, user = trees.merge(graphdef, params), given.get("kv")
     if "events" in given:
-        lengths = jnp.full((1,), given["events"].shape[1])
-        user = model.user_kv(model.encode(given["events"], lengths), lengths[:, None])
+        user = model.user(model.encode(given["events"], jnp.full((1, 1), given["events"].shape[1]))).kv
     elif "tokens" in given:
         user = model.decoder.user_kv(given["tokens"], jnp.ones(given["tokens"].shape[:2], bool))
     length = given["text"].shape[1]
