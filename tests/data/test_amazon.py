@@ -152,6 +152,16 @@ def test_several_states_make_one_dataset(states, tmp_path):
     assert timelines.catalogue.vocab["categories"] == ["", "Bar", "Cafe"]
 
 
+def test_the_audit_counts_places_without_metadata_and_places_of_dropped_users(states, tmp_path):
+    visits = [_visit("117", place, i) for i, place in enumerate(("One", "Two", "Nowhere"))]
+    write(states / "review-Ohio_10.json.gz", [*visits, _visit("118", "Shed", 1), _visit("119", "Two", 1)], json.dumps)
+    timelines = prepare.load(google_local.find(states, ("Ohio",)), tmp_path / "prepared")
+    facts = audit(timelines, leave_last_out(timelines))
+    assert (facts["users_before_min_events"], facts["users"]) == (3, 1)
+    assert (facts["items"], facts["items_of_dropped_users"]) == (4, 1)  # Shed, which is ranked all the same
+    assert (facts["untitled_items"], facts["untitled_events"]) == (2, 1)  # Nowhere and Shed
+
+
 def test_states_that_are_not_there_are_named(states):
     with pytest.raises(ValueError, match="No state named"):
         google_local.find(states, ())

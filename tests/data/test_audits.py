@@ -15,7 +15,7 @@ def test_facts_by_hand(make_timelines):
     timelines = make_timelines([[1, 2, 3, 4], [2, 3, 5], [1, 2, 6]], [[1, 1, 2, 2], [1, 2, 3], [7, 8, 8]], num_items=9)
     facts = audit(timelines, leave_last_out(timelines))
     assert facts["users"] == 3
-    assert facts["items"] == 9
+    assert (facts["items"], facts["items_of_dropped_users"]) == (9, 3)  # 7, 8, 9
     assert facts["events"] == 10
     assert facts["train_events"] == 4  # items 1, 2, 2, 1
     assert facts["validation_users"] == facts["test_users"] == 3
@@ -71,6 +71,19 @@ def test_an_event_in_validation_and_test_is_refused(toy):
     same = dataclasses.replace(split, targets={"validation": (test[0][1:], test[1][1:]), "test": test})
     with pytest.raises(ValueError, match=r"a target of user u1 is in validation and test \(1 such"):
         audit(toy, same)
+
+
+def test_a_cut_at_another_time_for_one_user_is_a_leak(make_timelines):
+    """Its own targets stay behind its training events, but these are of the time of the others' targets."""
+    timelines = make_timelines([[1, 2, 3, 4]] * 3, [[1, 2, 8, 10], [1, 3, 8, 9], [2, 7, 9, 10]])
+    split = global_time(timelines, validation=0.5, test=0.75)
+    audit(timelines, split)
+    assert split.train_stop[2] == 2
+    stop = split.train_stop.copy()
+    stop[2] = 3
+    targets = {part: (users[users < 2], positions[users < 2]) for part, (users, positions) in split.targets.items()}
+    with pytest.raises(ValueError, match=r"toy: user u2 has training events that are not older .* \(1 such events\)"):
+        audit(timelines, dataclasses.replace(split, train_stop=stop, targets=targets))
 
 
 def test_empty_timelines_are_refused(make_timelines):

@@ -37,7 +37,8 @@ def make_raw(tmp_path):
 
 @pytest.mark.parametrize("rows", [1, 2, 50_000])
 def test_events_become_timelines(make_raw, tmp_path, monkeypatch, rows):
-    """Whatever the size of the pieces, in which users begin and end."""
+    """Whatever the size of the pieces, in which users begin and end, and if there are more files than records."""
+    monkeypatch.setattr(prepare, "SHARD", 1)
     monkeypatch.setattr(raw, "ROWS", rows)
     monkeypatch.setattr(prepare, "ROWS", rows)
     timelines = prepare.load(make_raw(), tmp_path / "prepared", min_events=1)
@@ -56,6 +57,26 @@ def test_events_become_timelines(make_raw, tmp_path, monkeypatch, rows):
     assert [(f.name, f.kind, f.size) for f in timelines.schema] == [
         ("item", "item", 4), ("stars", "ordinal", 6), ("kinds", "multi", 2), ("text", "text", 4096), ("gap", "time", 28),
     ]  # fmt: skip
+
+
+def test_records_hold_whole_users_and_files_whole_records(make_raw, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "ROWS", 10)
+    monkeypatch.setattr(prepare, "SHARD", 2)
+    rows = [(str(user), str(item), item, 1, "") for user in range(100, 130) for item in range(user % 7)]
+    builder = prepare.prepare(make_raw(rows), tmp_path / "prepared")
+    source = builder.as_data_source(split="train")
+    records = [source[i] for i in range(len(source))]
+    assert 3 < len(builder.info.splits["train"].shard_lengths) < len(records) < 20
+    users = [user for record in records for user in record["user"].decode().split(prepare.SEPARATOR)]
+    assert users == [str(user) for user in range(100, 130) if user % 7]
+    for record in records:
+        assert sum(record["events"]) == len(record["item"]) < 20
+
+
+def test_separators_in_texts_do_no_harm(make_raw, tmp_path):
+    rows = [("u", "b", time, 1, f"one{prepare.SEPARATOR}two") for time in range(3)]
+    timelines = prepare.load(make_raw(rows), tmp_path / "prepared")
+    assert timelines.columns["text"].tolist() == ["one two"] * 3
 
 
 def test_an_order_is_no_time(make_raw, tmp_path):

@@ -10,14 +10,16 @@ def audit(timelines: Timelines, split: Split) -> dict[str, float]:
     """Count what matters about a dataset and its split.
 
     Returns:
-      `tie_share`: neighbouring events of a user in the same second; `tied_at_test_share`: test targets that tie with the event
-      before them; `untitled_items`: items whose key stands for a missing title; `cold_test_share`: test targets of items without a training event; `users_52`, `windows_52`: users with at
-      least 52 events and their n - 52 windows, the threshold that fits the paper's MovieLens-20M counts best (82,977 users and
-      13,821,405 examples, PAPER.md).
+      `items`: of the catalogue, all of which are ranked; `items_of_dropped_users`: those of them without an event, as all of
+      their users are shorter than `min_events`; `untitled_items`: items whose key stands for a missing title, as of products and
+      places without metadata; `tie_share`: neighbouring events of a user in the same second; `tied_at_test_share`: test targets
+      that tie with the event before them; `cold_test_share`: test targets of items without a training event; `users_52`,
+      `windows_52`: users with at least 52 events and their n - 52 windows, the threshold that fits the paper's MovieLens-20M
+      counts best (82,977 users and 13,821,405 examples, PAPER.md).
 
     Raises:
-      ValueError: no events, ids out of range, events out of order, duplicate events, a target that training may see, or one
-        that is both a validation and a test target.
+      ValueError: no events, ids out of range, events out of order, duplicate events, a target that training may see, one
+        that is both a validation and a test target, or in a split by time a training event that is not older than all targets.
     """
     _check_ids(timelines)
     _check_order(timelines)
@@ -36,6 +38,7 @@ def audit(timelines: Timelines, split: Split) -> dict[str, float]:
         **timelines.facts,
         "users": len(timelines),
         "items": timelines.schema.num_items,
+        "items_of_dropped_users": timelines.schema.num_items - len(np.unique(timelines.item)),
         "events": len(timelines.item),
         "untitled_items": int(untitled.sum()),
         "untitled_events": int(untitled[timelines.item].sum()),
@@ -132,3 +135,21 @@ def _check_leaks(timelines: Timelines, split: Split) -> None:
     if len(both):
         user = timelines.user_keys[timelines.users[both[0]]]
         raise ValueError(f"{timelines.name}: a target of user {user} is in validation and test ({len(both)} such events).")
+    if split.name == "global_time":
+        _check_cut(timelines, split)
+
+
+def _check_cut(timelines: Timelines, split: Split) -> None:
+    """Refuse training events of whatever user from the time of the targets."""
+    time = timelines.columns["timestamp"]
+    first = min(
+        (time[timelines.offsets[users] + positions].min() for users, positions in split.targets.values() if len(users)),
+        default=None,
+    )
+    late = (timelines.positions < split.train_stop[timelines.users]) & (first is not None and time >= first)
+    if late.any():
+        user = timelines.user_keys[timelines.users[np.flatnonzero(late)[0]]]
+        raise ValueError(
+            f"{timelines.name}: user {user} has training events that are not older than all targets ({int(late.sum())} such events); "
+            "cut all timelines at one time."
+        )
