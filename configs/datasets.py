@@ -151,9 +151,6 @@ def synthetic(config: ConfigDict, dataset: str, facts: dict) -> None:
     """Fill in the sizes for the generated world."""
     config.data.source = "synthetic"
     config.data.synthetic.layout = dataset
-    if dataset == "events":
-        columns = {"time": "timestamp", "order": "", "title": "title", "categories": ("genre",), "numbers": ("rating",)}
-        config.data.columns.update(columns)
     config.encoder.update(max_events=64, block=common.block(64, 2, 128, dropout=0.1), dropout=0.1)
     config.llm.update(vocab_size=768, num_layers=2, block=common.block(64, 2, 192, dropout=0.0))
     optimizer = common.optimizer(3e-3, schedule="cosine", warmup_steps=30)

@@ -103,14 +103,26 @@ def test_no_data_says_how_to_get_some(tmp_path):
     ("flags", "sentence"),
     [
         (["--config.datax.dir=1"], 'the config has no key \'datax\'. Did you mean "data" instead of "datax"?'),
-        (["--config.llm.block.widht=8"], 'the config has no key \'widht\'. Did you mean "width" instead of "widht"?'),
-        (["--config.seed=abc"], "flag --config.seed=abc: invalid literal for int() with base 10: 'abc'"),
-        (["--nonsense=1"], "Unknown command line flag 'nonsense'"),
         (
             ["--config=configs/movielens_xattn.py:huge"],
-            f"Unknown variant 'huge': choose full, small or an open LLM: {', '.join(LLMS)}.",
+            f"Unknown variant 'huge': choose full, small, synthetic or an open LLM: {', '.join(LLMS)}.",
         ),
-        (["--workdir=/proc/run"], "Cannot write the run to --workdir=/proc/run: No such file or directory."),
+        pytest.param(
+            ["--config.llm.block.widht=8"],
+            'the config has no key \'widht\'. Did you mean "width" instead of "widht"?',
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["--config.seed=abc"],
+            "flag --config.seed=abc: invalid literal for int() with base 10: 'abc'",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(["--nonsense=1"], "Unknown command line flag 'nonsense'", marks=pytest.mark.slow),
+        pytest.param(
+            ["--workdir=/proc/run"],
+            "Cannot write the run to --workdir=/proc/run: No such file or directory.",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_mistake_on_the_command_line_ends_in_one_sentence(flags, sentence):

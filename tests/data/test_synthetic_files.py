@@ -151,13 +151,23 @@ def test_the_first_sentence_tells_how_often_the_group_was_chosen(worlds):
     assert {"My", "As"} < seen
 
 
+def test_rows_of_events_are_read_by_their_columns(worlds):
+    world, histories, timelines = worlds["events"]
+    titles = [timelines.catalogue.titles[item] for item in timelines.item]
+    assert titles == [world.items[item].title for _, _, item, _, _ in histories.events()]
+    main = {item.title: item.groups[0] for item in world.items}
+    bags = timelines.catalogue.multi["categories"][1:, 0]
+    assert [timelines.catalogue.vocab["categories"][i] for i in bags] == [main[title] for title in timelines.catalogue.titles[1:]]
+    assert timelines.schema.names == ("item", "rating", "categories", "gap")
+
+
 @pytest.mark.parametrize("layout", synthetic_files.LAYOUTS)
 def test_the_same_seed_writes_the_same_files(tmp_path, monkeypatch, layout):
     monkeypatch.setattr(gzip.time, "time", itertools.count(1_000_000_000).__next__)  # at another time, too
     for name, seed in (("one", 1), ("again", 1), ("other", 2)):
         synthetic_files.write(tmp_path / name, layout=layout, seed=seed, **TINY)
     names = sorted(file.name for file in (tmp_path / "one").iterdir())
-    assert len(names) == 2
+    assert len(names) == (1 if layout == "events" else 2)
     for file in names:
         one, again, other = ((tmp_path / name / file).read_bytes() for name in ("one", "again", "other"))
         assert one == again != other
@@ -172,7 +182,7 @@ def test_the_world_of_films_stays_what_it_was(tmp_path):
 
 def test_an_unknown_layout_is_refused(tmp_path):
     with pytest.raises(
-        ValueError, match="Unknown data.synthetic.layout 'books': choose one of movielens, amazon, google_local"
+        ValueError, match="Unknown data.synthetic.layout 'books': choose one of movielens, amazon, google_local, events"
     ):
         synthetic_files.write(tmp_path / "w", layout="books", seed=0, **TINY)
     assert not list(tmp_path.iterdir())

@@ -169,21 +169,17 @@ def find_data(config: ConfigDict, workdir: epath.Path) -> Raw:
       ValueError: no data given, or none of its kind there.
     """
     data = config.data
-    source, folder, category, states = data.source, data.dir, data.category, data.states
+    source, folder, category, states, columns = data.source, data.dir, data.category, data.states, dict(data.columns)
     if source == "synthetic":
-        source, folder, category, states = (
-            data.synthetic.layout,
-            workdir / "synthetic",
-            synthetic_files.NAME,
-            (synthetic_files.NAME,),
-        )
+        source, folder, columns = data.synthetic.layout, workdir / "synthetic", synthetic_files.COLUMNS
+        category, states = synthetic_files.NAME, (synthetic_files.NAME,)
         if not folder.exists():
             synthetic_files.write(folder, seed=config.seed, **data.synthetic)
     find = {
         "movielens": lambda: movielens.find(folder, workdir / "data"),
         "amazon": lambda: amazon.find(folder, category),
         "google_local": lambda: google_local.find(folder, states),
-        "events": lambda: event_files.find(str(folder), event_files.Columns(**data.columns), name=data.name),
+        "events": lambda: event_files.find(str(folder), event_files.Columns(**columns), name=data.name),
     }
     if source not in find:
         raise ValueError(f"Unknown data.source {source!r}: choose synthetic, {', '.join(find)}.")
