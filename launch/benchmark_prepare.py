@@ -3,7 +3,7 @@
     python launch/benchmark_prepare.py --events=20000000
 
 Writes a synthetic file in Amazon Review's layout of 2018 (about 180 bytes an event, users and products Zipf-like, in random order), prepares
-it in a process of its own, and prints one JSON object: events, bytes, seconds, events per second, and that process's peak resident
+it in a process of its own, and prints one JSON object: events, bytes, seconds (and of CPU), events per second, and that process's peak resident
 memory in GiB, and bytes of the prepared dataset; beside it the events per second of `json.loads` of every line, in the same
 minutes on the same machine, and the ratio of the two. With --load, the seconds and peak memory of loading the timelines as well.
 """
@@ -79,7 +79,8 @@ def prepare(folder: pathlib.Path, *, load: bool) -> None:
     start = time.monotonic()
     facts = preparing.prepare(raw, folder / "prepared").info.metadata["audit"]
     seconds = time.monotonic() - start
-    measured = {"seconds": seconds, "events_per_s": facts["rows"] / seconds, "peak_gib": peak_gib()}
+    measured = {"seconds": seconds, "cpu_seconds": time.process_time(), "events_per_s": facts["rows"] / seconds}
+    measured["peak_gib"] = peak_gib()
     measured["prepared_bytes"] = sum(file.stat().st_size for file in (folder / "prepared").rglob("*") if file.is_file())
     file = folder / "Toys_5.json"
     start = time.monotonic()
