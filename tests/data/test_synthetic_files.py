@@ -157,7 +157,9 @@ def test_rows_of_events_are_read_by_their_columns(worlds):
     assert titles == [world.items[item].title for _, _, item, _, _ in histories.events()]
     main = {item.title: item.groups[0] for item in world.items}
     bags = timelines.catalogue.multi["categories"][1:, 0]
-    assert [timelines.catalogue.vocab["categories"][i] for i in bags] == [main[title] for title in timelines.catalogue.titles[1:]]
+    assert [timelines.catalogue.vocab["categories"][i] for i in bags] == [
+        main[title] for title in timelines.catalogue.titles[1:]
+    ]
     assert timelines.schema.names == ("item", "rating", "categories", "gap")
 
 
