@@ -81,11 +81,14 @@ def _shapes(context, name, monkeypatch):
     return task, task.init(None)
 
 
+@pytest.mark.slow
 def test_user_llm_takes_any_encoder(tmp_path, make_timelines, mesh_of, monkeypatch):
     config = load(ROOT / "configs" / "movielens_encoders.py", "small")
     config.phases = (*config.phases, "pretrain_lm", "user_llm_bert4rec", "user_llm_dual", "user_llm_scratch")
+    config.encoder.num_layers = 1
+    config.llm.num_layers = 2
     for name in config.phases[4:]:
-        config[name].batch_size = 1
+        config[name].update_from_flattened_dict({"batch_size": 1, "examples.targets_per_history": 2})
     timelines = make_timelines([list(range(1, 101))] * 4)
     context = Context(config, timelines, make_split(timelines, config.data.split), mesh_of(), epath.Path(tmp_path), {})
     found = {}
@@ -119,10 +122,10 @@ def test_rules_cover_every_parameter_and_losses_have_gradients(context, monkeypa
         trainable, frozen = partition_trainable(optimizer, params)
         key = jax.eval_shape(lambda: jax.random.key(0))
 
-        def loss(trainable, batch, key, frozen=frozen, task=task):
+        def loss(trainable, frozen, batch, key, task=task):
             return task.loss(trees.combine(trainable, frozen), batch, key)
 
-        (value, _), grads = jax.eval_shape(jax.value_and_grad(loss, has_aux=True), trainable, batch, key)
+        (value, _), grads = jax.eval_shape(jax.value_and_grad(loss, has_aux=True), trainable, frozen, batch, key)
         assert value.shape == () and value.dtype == np.float32
         assert trees.flatten(grads) == trees.flatten(trainable)
         jax.eval_shape(make_optimizer(optimizer, trainable, loop.total_steps).init, trainable)
