@@ -32,7 +32,8 @@ FAST = {("movielens_xattn", "small"), ("amazon_softprompt", "small")}
 
 def cases():
     for path in FILES:
-        for variant in ("small", "full", "synthetic") if "variant" in path.read_text() else (None,):
+        variants = ("small", "full", "synthetic") if path.stem.endswith("xattn") else ("small",)
+        for variant in variants if "variant" in path.read_text() else (None,):
             marks = () if (path.stem, variant) in FAST else pytest.mark.slow
             yield pytest.param((path, variant), marks=marks, id=f"{path.stem}:{variant}")
 

@@ -11,11 +11,8 @@ from pathlib import Path
 import pytest
 from etils import epath
 
-from configs import datasets
 from configs.common import LLMS
 from user_llm import main
-from user_llm.common.metrics import read_metrics
-from user_llm.tasks.answering import MEASURES
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -49,30 +46,6 @@ def test_leaves_all_that_the_readme_promises(finished):
     assert {path.parent.name for path in finished.glob("*/breakdown.json")} == {"popularity", *PHASES} - {"pretrain_lm"}
     config = json.loads((finished / "config.json").read_text())
     assert config["config"]["user_llm"]["resampler"]["num_latents"] == 16 and config["versions"]["jax"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["amazon_xattn", "google_local_xattn", "events_xattn", "amazon_softprompt"])
-def test_synthetic_variants_run_and_measure_every_task(tmp_path, name):
-    dataset, kind = name.rsplit("_", 1)
-    config = tiny_config(datasets.experiment(dataset, kind, "synthetic"))
-    asked = {task for task in MEASURES if config.user_llm.prompts[task].weight}
-    assert ("review" in asked) == (dataset != "events")
-    config.user_llm.eval.review_users = 8
-    config.user_llm.loop.total_steps = 8  # each task has its turns
-    rows = main.run(config, epath.Path(tmp_path))
-    assert all(0 <= row["value"] <= 1 for row in rows)
-    method = config.user_llm.method
-    found = {(row["task"], row["metric"]) for row in rows if row["method"] == method}
-    metric = {"next_item": "recall@10", "favorite": "accuracy", "favorite_future": "accuracy", "review": "rouge1"}
-    assert {(task, metric[task]) for task in asked} <= found
-    losses = {
-        key for line in read_metrics(tmp_path / "user_llm" / "metrics.jsonl") for key in line if key.endswith("text_loss")
-    }
-    assert losses == {f"{task}/text_loss" for task in asked}
-    if "favorite" in asked:
-        by_method = {row["method"]: row["value"] for row in rows if row["task"] == "favorite"}
-        assert by_method["counting"] == 1 and by_method["majority"] < 1
 
 
 @pytest.mark.slow
