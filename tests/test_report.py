@@ -5,9 +5,12 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from etils import epath
 
 from user_llm import report as report_module
+from user_llm.evals.measured import Measured
 from user_llm.report import PUBLISHED, PUBLISHED_HEADER, write_report
 
 
@@ -190,3 +193,36 @@ def test_command_line_fails_with_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="^error: .* holds no results.json") as stop:
         report_module.main(["report", str(tmp_path)])
     assert stop.value.__suppress_context__
+
+
+def with_values(directory, seed, methods, metric="recall@10", task="next_item"):
+    """Give a run the values of its targets; `methods` maps to (users, values)."""
+    rows = json.loads((directory / "results.json").read_text())
+    for method, (users, values) in methods.items():
+        measured = Measured(np.array(users), np.array(users) + 5, {metric: np.array(values, float)})
+        measured.save(epath.Path(directory) / "phase" / "values", task, method)
+        rows.append({
+            "dataset": "toy", "task": task, "method": method, "metric": metric, "value": float(np.mean(values)), "n": len(users),
+            "seed": seed, "split": "leave_last_out", "config_hash": "abc",
+        })  # fmt: skip
+    (directory / "results.json").write_text(json.dumps(rows))
+    return directory
+
+
+def test_methods_are_compared_on_the_same_users_of_all_seeds(tmp_path):
+    runs = []
+    for seed in (0, 1):
+        methods = {"encoder": ([1, 2], [0, 1]), "user_llm": ([1, 2], [seed, 1]), "user_llm/generate": ([1], [1])}
+        runs.append(with_values(make_run(tmp_path / f"s{seed}", seed=seed, values={"popularity": 0.1}), seed, methods))
+    report = write_report(*runs, out=tmp_path / "out").read_text()
+    assert "## toy: next_item, compared" in report
+    assert "of 4 targets" in report and "left out: user_llm/generate." in report
+    assert "| method | recall@10 | 95% | against user_llm | 95% |" in report
+    assert "| user_llm | 0.7500 | 0.2500 to 1.0000 |  |  |" in report
+    # One of four targets differs: the difference is of a draw's share of it.
+    assert "| encoder | 0.5000 | 0.0000 to 1.0000 | -0.2500 | -0.7500 to 0.0000 |" in report
+
+
+def test_one_method_alone_is_compared_with_nothing(tmp_path):
+    run = with_values(make_run(tmp_path / "run"), 0, {"counting": ([1, 2], [1, 0])}, metric="accuracy", task="favorite")
+    assert "compared" not in write_report(run).read_text()

@@ -16,14 +16,19 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from absl import app, flags, logging
 
 from user_llm import plots
 from user_llm.common.metrics import read_metrics
+from user_llm.evals.bootstrap import DRAWS, compare
+from user_llm.evals.measured import Measured, load_measured
 
 ROW_KEYS = ("dataset", "task", "method", "metric", "value", "n", "seed", "split", "config_hash")
 METRICS = ("recall@1", "recall@5", "recall@10", "ndcg@10", "mrr")
 BREAKDOWN_METRICS = ("recall@10", "recall@10/unseen", "ndcg@10")
+REFERENCE = "user_llm"  # what the other methods are compared with
+COMPARED = ("recall@10", "accuracy", "rouge1")  # by the first of these that a task has
 # What a metric's name says after its slash.
 KINDS = {
     "": "Nothing filtered",
@@ -78,6 +83,7 @@ class Run:
     audit: dict
     metrics: dict[str, list[dict]]
     breakdowns: list[dict]
+    measured: list[tuple[str, str, Measured]]  # (task, method, values of each target)
 
 
 def read_run(workdir: str | PathLike) -> Run:
@@ -101,6 +107,7 @@ def read_run(workdir: str | PathLike) -> Run:
         **{name: _read_json(path) if path.exists() else {} for name, path in optional.items()},
         metrics={path.parent.name: read_metrics(path) for path in sorted(directory.glob("*/metrics.jsonl"))},
         breakdowns=[_read_json(path) for path in sorted(directory.glob("*/breakdown.json"))],
+        measured=[load_measured(path) for path in sorted(directory.glob("*/values/*.npz"))],
     )
 
 
@@ -169,6 +176,7 @@ def write_report(*workdirs: str | PathLike, out: str | PathLike | None = None) -
         "# Report",
         *_run_section(runs, notes),
         *_result_sections(cells),
+        *_comparison_sections(runs),
         *_breakdown_sections(runs, out),
         *_audit_section(runs),
         *_training_section(runs, out),
@@ -227,6 +235,58 @@ def _result_sections(cells: Cells) -> list[str]:
                 _table(PUBLISHED_HEADER, PUBLISHED[dataset]),
             ]
     return sections
+
+
+def _comparison_sections(runs: list[Run]) -> list[str]:
+    """Return intervals of each method and of its difference to the reference, on the same users of all seeds."""
+    found: dict[tuple[str, str], dict[str, dict[int, Measured]]] = {}
+    for run in runs:
+        for task, method, measured in run.measured:
+            row = next(row for row in run.rows if (row["task"], row["method"]) == (task, method))
+            found.setdefault((row["dataset"], task), {}).setdefault(method, {})[row["seed"]] = measured
+    sections = []
+    for (dataset, task), methods in found.items():
+        reference = REFERENCE if REFERENCE in methods else next(iter(methods))
+        chosen = {method: seeds for method, seeds in methods.items() if _targets(seeds) == _targets(methods[reference])}
+        if len(chosen) < 2:
+            continue
+        metric = next(
+            name for name in (*COMPARED, *methods[reference][min(methods[reference])].values) if name in _first(chosen)
+        )
+        pooled = {
+            method: np.concatenate([seeds[seed].values[metric] for seed in sorted(seeds)]) for method, seeds in chosen.items()
+        }
+        rows = [
+            [
+                method,
+                mean,
+                _interval(own),
+                "" if method == reference else f"{difference:+.4f}",
+                "" if method == reference else _interval(apart),
+            ]
+            for method, (mean, own, difference, apart) in compare(pooled, reference).items()
+        ]
+        others = ", ".join(sorted(set(methods) - set(chosen)))
+        sections += [
+            f"## {dataset}: {task}, compared",
+            f"{metric} of {len(pooled[reference])} targets, with 95% intervals by paired bootstrap over the same users ({DRAWS:,} draws)."
+            + (f" Measured on other users and left out: {others}." if others else ""),
+            _table(["method", metric, "95%", f"against {reference}", "95%"], rows),
+        ]
+    return sections
+
+
+def _first(chosen: dict[str, dict[int, Measured]]) -> dict:
+    seeds = next(iter(chosen.values()))
+    return seeds[min(seeds)].values
+
+
+def _targets(seeds: dict[int, Measured]) -> list[tuple]:
+    return [(seed, measured.users.tolist(), measured.positions.tolist()) for seed, measured in sorted(seeds.items())]
+
+
+def _interval(bounds: tuple[float, float]) -> str:
+    return f"{bounds[0]:.4f} to {bounds[1]:.4f}"
 
 
 def _metric_order(metric: str) -> tuple[int, str]:

@@ -14,7 +14,7 @@ from user_llm.evals.ranking import (
     boundary_ties,
     breakdown,
     by_history_length,
-    ranking_metrics,
+    ranking_values,
     result_rows,
     target_ranks,
 )
@@ -50,8 +50,8 @@ def test_ranks_equal_brute_force_with_many_ties(levels, filtered):
 def test_constant_scores_give_no_recall():
     ranks = target_ranks(jnp.zeros((5, 101)), jnp.arange(1, 6), None, jnp.ones(101, bool))
     np.testing.assert_array_equal(ranks, 50.5)
-    metrics = ranking_metrics(ranks)
-    assert metrics["recall@10"] == metrics["ndcg@10"] == 0
+    values = ranking_values(ranks)
+    assert not values["recall@10"].any() and not values["ndcg@10"].any()
 
 
 def test_pad_and_invalid_columns_never_compete():
@@ -75,19 +75,22 @@ def test_nan_never_helps():
 
 
 def test_metrics_by_hand():
-    metrics = ranking_metrics(np.array([1, 3, 5.5, 20, np.inf]))
-    assert metrics == pytest.approx({
-        "recall@1": 0.2,
-        "recall@5": 0.4,
-        "recall@10": 0.6,
-        "ndcg@10": (1 + 0.5 + 1 / np.log2(6.5)) / 5,
-        "mrr": (1 + 1 / 3 + 1 / 5.5 + 1 / 20) / 5,
-    })  # fmt: skip
+    expected = {
+        "recall@1": [1, 0, 0, 0, 0],
+        "recall@5": [1, 1, 0, 0, 0],
+        "recall@10": [1, 1, 1, 0, 0],
+        "ndcg@10": [1, 0.5, 1 / np.log2(6.5), 0, 0],
+        "mrr": [1, 1 / 3, 1 / 5.5, 1 / 20, 0],
+    }
+    values = ranking_values(np.array([1, 3, 5.5, 20, np.inf]))
+    assert values.keys() == expected.keys()
+    for name, column in expected.items():
+        np.testing.assert_allclose(values[name], column)
 
 
 def test_no_targets_is_an_error():
     with pytest.raises(ValueError, match="min_events"):
-        ranking_metrics(np.array([]))
+        ranking_values(np.array([]))
 
 
 @pytest.fixture

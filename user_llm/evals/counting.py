@@ -1,13 +1,13 @@
 """Baselines of the favourite class: counting the history, and the class that most users favour."""
 
 import numpy as np
-from jaxtyping import Float
 
 from user_llm.data.prompts.favorite import OfHistory
+from user_llm.evals.measured import Measured
 
 
-def favorite_baselines(asked: OfHistory, part: str = "test") -> dict[str, Float[np.ndarray, "n"]]:
-    """Return of each method, for each target, 1 where it names the class.
+def favorite_baselines(asked: OfHistory, part: str = "test") -> dict[str, Measured]:
+    """Return of each method its accuracy, 1 for each target whose class it names.
 
     `counting` names the favourite of the history, which of the task `favorite` is the label itself. `majority` names the class
     that is the favourite of most users' training events.
@@ -23,4 +23,5 @@ def favorite_baselines(asked: OfHistory, part: str = "test") -> dict[str, Float[
     counted = np.array([asked.labels.favorite(user, 0, end) for user, end in pairs])
     trained = [asked.labels.favorite(user, 0, int(stop)) for user, stop in enumerate(asked.split.train_stop)]
     most = np.bincount([label for label in trained if label]).argmax()
-    return {"counting": (counted == expected).astype(float), "majority": (expected == most).astype(float)}
+    correct = {"counting": counted == expected, "majority": expected == most}
+    return {method: Measured(users, ends, {"accuracy": named.astype(np.float64)}) for method, named in correct.items()}

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from user_llm.data.timelines import Timelines
+from user_llm.evals.measured import Measured
 
 CUTOFFS = (1, 5, 10)
 HISTORY_LENGTHS = (
@@ -42,9 +43,14 @@ class Ranks:
     def __len__(self) -> int:
         return len(self.users)
 
+    def measured(self) -> Measured:
+        """Return every metric of every target, with nothing filtered and `/unseen`."""
+        removed = {f"{name}/unseen": values for name, values in ranking_values(self.unseen).items()}
+        return Measured(self.users, self.positions, ranking_values(self.everything) | removed)
+
     def metrics(self) -> dict[str, float]:
-        """Return every metric, with nothing filtered and `/unseen`."""
-        return both_metrics(self.everything, self.unseen)
+        """Return the mean of every metric."""
+        return self.measured().metrics
 
 
 def target_ranks(
@@ -70,8 +76,8 @@ def target_ranks(
     return jnp.where(found, 1 + better + 0.5 * equal_others, jnp.inf)
 
 
-def ranking_metrics(ranks: Float[np.ndarray, "n"]) -> dict[str, float]:
-    """Return recall@1/5/10, NDCG@10 and MRR: means over targets, to which rank infinity adds 0.
+def ranking_values(ranks: Float[np.ndarray, "n"]) -> dict[str, Float[np.ndarray, "n"]]:
+    """Return each target's recall@1/5/10, NDCG@10 and reciprocal rank (mrr); rank infinity gives 0.
 
     With one relevant item NDCG@10 is 1 / log2(1 + rank) up to rank 10. MRR is not cut off.
 
@@ -81,15 +87,8 @@ def ranking_metrics(ranks: Float[np.ndarray, "n"]) -> dict[str, float]:
     ranks = np.asarray(ranks, np.float64)
     if not len(ranks):
         raise ValueError("No target to rank: no user has enough events; lower the split's min_events.")
-    gains = np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0.0)
-    recalls = {f"recall@{k}": float(np.mean(ranks <= k)) for k in CUTOFFS}
-    return {**recalls, "ndcg@10": float(gains.mean()), "mrr": float(np.mean(1 / ranks))}
-
-
-def both_metrics(everything: Float[np.ndarray, "n"], unseen: Float[np.ndarray, "n"]) -> dict[str, float]:
-    """Return each metric for both kinds of ranks, those with the history removed as `/unseen`."""
-    removed = {f"{name}/unseen": value for name, value in ranking_metrics(unseen).items()}
-    return {**ranking_metrics(everything), **removed}
+    recalls = {f"recall@{k}": (ranks <= k).astype(np.float64) for k in CUTOFFS}
+    return {**recalls, "ndcg@10": np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0.0), "mrr": 1 / ranks}
 
 
 def result_rows(
@@ -158,4 +157,5 @@ def breakdown(method: str, ranks: Ranks, timelines: Timelines) -> dict:
 
 
 def _part(ranks: Ranks, chosen: Bool[np.ndarray, "n"]) -> dict:
-    return {"n": int(chosen.sum()), **both_metrics(ranks.everything[chosen], ranks.unseen[chosen])}
+    part = Ranks(*(array[chosen] for array in (ranks.users, ranks.positions, ranks.everything, ranks.unseen)))
+    return {"n": int(chosen.sum()), **part.metrics()}

@@ -26,6 +26,7 @@ from user_llm.data.prompts.favorite import Favorite
 from user_llm.data.prompts.next_item import NextItem
 from user_llm.data.prompts.review import Review
 from user_llm.evals.evaluator import rank_listed, rank_targets
+from user_llm.evals.measured import Measured
 from user_llm.evals.ranking import Ranks
 from user_llm.evals.rouge import rouge
 from user_llm.models.beam_search import beam_search
@@ -154,36 +155,34 @@ class Predictor:
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
+class Found:
     """What one way of answering a task was worth.
 
     Attributes:
-      metrics: means over `n` targets.
       suffix: of the method's name.
-      ranks: of the items, if it was a ranking.
+      ranks: of all items, for the breakdown.
     """
 
-    metrics: dict[str, float]
-    n: int
+    measured: Measured
     suffix: str = ""
     ranks: Ranks | None = None
 
 
 def measure_next_item(
     predictor: Predictor, params: Params, task: str, prompts: NextItem, part: str, limit: int | None, settings: ConfigDict
-) -> list[Measured]:
+) -> list[Found]:
     """Rank the next item, in the test part also by writing titles."""
     ranks = predictor.rank(params, task, prompts, part, limit)
-    found = [Measured(ranks.metrics(), len(ranks), ranks=ranks)]
+    found = [Found(ranks.measured(), ranks=ranks)]
     if part == "test" and settings.generate_users:
         written = predictor.rank_written(params, task, prompts, part, settings.generate_users, beams=settings.beams)
-        found.append(Measured(written.metrics(), len(written), "/generate", written))
+        found.append(Found(written.measured(), "/generate"))
     return found
 
 
 def measure_favorite(
     predictor: Predictor, params: Params, task: str, prompts: Favorite, part: str, limit: int | None, settings: ConfigDict
-) -> list[Measured]:
+) -> list[Found]:
     """Say how often the likeliest class is the label."""
     users, ends = (array[:limit] for array in prompts.asked.targets(part))
     if not len(users):
@@ -194,22 +193,22 @@ def measure_favorite(
         best = predictor.choose(params, task, prompts, batch, trie, beams)[: batch.count, 0]
         labels = [prompts.asked.label(int(user), int(end)) for user, end in zip(users[indices], ends[indices], strict=True)]
         correct[indices] = best == labels
-    return [Measured({"accuracy": float(correct.mean())}, len(users))]
+    return [Found(Measured(users, ends, {"accuracy": correct}))]
 
 
 def measure_review(
     predictor: Predictor, params: Params, task: str, prompts: Review, part: str, limit: int | None, settings: ConfigDict
-) -> list[Measured]:
+) -> list[Found]:
     """Compare what is written with what the user wrote, for the first `review_users`."""
     users, ends = (array[: min(limit or len(array), settings.review_users)] for array in prompts.targets(part))
     if not len(users):
         raise ValueError(f"No user of the {part} part wrote anything: leave the task review out.")
     targets = [prompts.answer(int(user), int(end)) for user, end in zip(users, ends, strict=True)]
     scores = rouge(targets, predictor.write(params, task, prompts, users, ends))
-    return [Measured({name: float(values.mean()) for name, values in scores.items()}, len(users))]
+    return [Found(Measured(users, ends, scores))]
 
 
-MEASURES: dict[str, Callable[..., list[Measured]]] = {
+MEASURES: dict[str, Callable[..., list[Found]]] = {
     "next_item": measure_next_item,
     "favorite": measure_favorite,
     "favorite_future": measure_favorite,

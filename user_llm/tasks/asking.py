@@ -11,7 +11,6 @@ from user_llm.data.prompts.next_item import NextItem
 from user_llm.data.prompts.review import Review
 from user_llm.evals.counting import favorite_baselines
 from user_llm.evals.popularity import popularity_ranks
-from user_llm.evals.ranking import result_rows
 from user_llm.tasks.context import Context
 
 # Each from (lines, context, the run's labels, the task's template).
@@ -38,14 +37,13 @@ def favorites(context: Context, task: str) -> OfHistory:
 def baseline_rows(context: Context) -> list[dict]:
     """Return the result rows of what needs no model: of the next item popularity, of favourites counting and the majority class."""
     ranks = popularity_ranks(context.timelines, context.split, "test")
-    context.save_breakdown("popularity", "popularity", ranks)
-    rows = result_rows(ranks.metrics(), len(ranks), method="popularity", **context.row_facts)
+    rows = context.record("baselines", "next_item", "popularity", ranks.measured(), ranks)
     config = context.config
     asked = {task for name in config.phases if "prompts" in config[name] for task in asked_tasks(config[name])}
     for task in FAVORITES:
         if task in asked:
-            for method, correct in favorite_baselines(favorites(context, task)).items():
-                rows += result_rows({"accuracy": correct.mean()}, len(correct), method=method, task=task, **context.row_facts)
+            for method, measured in favorite_baselines(favorites(context, task)).items():
+                rows += context.record("baselines", task, method, measured)
     return rows
 
 

@@ -22,7 +22,8 @@ from user_llm.data.raw import Raw
 from user_llm.data.splits import Split, make_split
 from user_llm.data.timelines import Timelines
 from user_llm.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
-from user_llm.evals.ranking import Ranks, breakdown
+from user_llm.evals.measured import Measured
+from user_llm.evals.ranking import Ranks, breakdown, result_rows
 from user_llm.models import pretrained
 from user_llm.models.decoder import DecoderConfig
 from user_llm.nn.transformer import BlockConfig
@@ -106,11 +107,13 @@ class Context:
                 lines += [text + "\n" for text in column[chosen]]
         return lines
 
-    def save_breakdown(self, phase: str, method: str, ranks: Ranks) -> None:
-        """Write recall by history length and by tie at the split boundary, for the report."""
-        path = self.workdir / phase / "breakdown.json"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(breakdown(method, ranks, self.timelines), indent=1))
+    def record(self, phase: str, task: str, method: str, measured: Measured, ranks: Ranks | None = None) -> list[dict]:
+        """Return the result rows of what was measured; leave each target's values, and of ranks the breakdown, for the report."""
+        measured.save(self.workdir / phase / "values", task, method)
+        if ranks is not None:
+            path = self.workdir / phase / "breakdown.json"
+            path.write_text(json.dumps(breakdown(method, ranks, self.timelines), indent=1))
+        return result_rows(measured.metrics, len(measured), **self.row_facts, task=task, method=method)
 
     def init(self, create: Callable[[], nnx.Module], rules: Rules, place: Callable[[Params], Params]) -> Params:
         """Return a model's parameters, those that start from elsewhere read straight into their shardings.

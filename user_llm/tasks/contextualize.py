@@ -19,7 +19,6 @@ from ml_collections import ConfigDict
 from user_llm.common import trees
 from user_llm.common.trees import Params
 from user_llm.data.pipeline import ExampleConfig, Windows, contextual_examples
-from user_llm.evals.ranking import result_rows
 from user_llm.models.decoder import DecoderConfig
 from user_llm.models.user_encoder import Encoded
 from user_llm.models.user_llm import UserLLM, UserLLMConfig
@@ -173,16 +172,13 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
         """Return the metrics of the first task, which the phase monitors."""
         task = next(iter(prompts))
         found = MEASURES[task](predictor, params, task, prompts[task], "validation", phase.eval.validation_users, phase.eval)
-        return found[0].metrics
+        return found[0].measured.metrics
 
     def results(params: Params) -> list[dict]:
         rows = []
         for task, asked in prompts.items():
             for found in MEASURES[task](predictor, params, task, asked, "test", None, phase.eval):
-                method = phase.method + found.suffix
-                rows += result_rows(found.metrics, found.n, **context.row_facts, task=task, method=method)
-                if found.ranks is not None and not found.suffix:
-                    context.save_breakdown(name, method, found.ranks)
+                rows += context.record(name, task, phase.method + found.suffix, found.measured, found.ranks)
         if config.llm.checkpoint:
             decoder = trees.split(trees.merge(graphdef, params).decoder)
             rows += general_text.tuned(context, phase.method, *decoder, lambda count: predictor.users(params, count))

@@ -24,7 +24,6 @@ from user_llm.data.pipeline import HistoryBatch, packed_windows
 from user_llm.data.schema import Schema
 from user_llm.data.timelines import Timelines
 from user_llm.evals.evaluator import rank_targets, train_counts
-from user_llm.evals.ranking import result_rows
 from user_llm.models.user_encoder import UserEncoder, UserEncoderConfig
 from user_llm.nn.attention import segment_mask
 from user_llm.nn.losses import chunked_cross_entropy, in_batch_cross_entropy, sampled_cross_entropy, soft_cross_entropy
@@ -216,8 +215,7 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
 
     def results(params: Params) -> list[dict]:
         ranks = rank(params, "test")
-        context.save_breakdown(name, phase.method, ranks)
-        return result_rows(ranks.metrics(), len(ranks), **context.row_facts, method=phase.method)
+        return context.record(name, "next_item", phase.method, ranks.measured(), ranks)
 
     return Task(
         name=name,

@@ -1,0 +1,57 @@
+"""What one way of answering a task was worth to each target; the rows of results.json are the means."""
+
+import dataclasses
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+from jaxtyping import Float, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """The metrics of every target.
+
+    Attributes:
+      users, positions: the targets: the user, and the events before it.
+      values: of each metric.
+    """
+
+    users: Int[np.ndarray, "n"]
+    positions: Int[np.ndarray, "n"]
+    values: dict[str, Float[np.ndarray, "n"]]
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Return the mean of each metric."""
+        return {name: float(values.mean()) for name, values in self.values.items()}
+
+    def save(self, folder: epath.Path, task: str, method: str) -> None:
+        """Write `<task>.<method>.npz`, with `_` for the slashes of the method."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{task}.{method.replace('/', '_')}.npz"
+        temporary = folder / f"{path.name}.tmp"
+        with temporary.open("wb") as file:
+            facts: dict[str, Any] = {"task": task, "method": method, "users": self.users, "positions": self.positions}
+            np.savez_compressed(file, **facts | self.values)
+        temporary.rename(path)
+
+
+def load_measured(path: Path) -> tuple[str, str, Measured]:
+    """Return (task, method, what was measured) of a file that `Measured.save` wrote.
+
+    Raises:
+      ValueError: a file that is cut off or holds something else.
+    """
+    try:
+        with np.load(path) as file:
+            found = dict(file)
+        task, method = (str(found.pop(name)) for name in ("task", "method"))
+        return task, method, Measured(found.pop("users"), found.pop("positions"), found)
+    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} holds no values of targets ({error}): delete it and run the evaluation again.") from error
