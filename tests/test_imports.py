@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {"common": 0, "data": 1, "nn": 1, "models": 2, "training": 3, "evals": 3, "tasks": 4}
-TOP = {"main": 5, "report": 5, "plots": 5, "export": 5}  # single files, one room together
+TOP = {"main": 5, "report": 5, "page": 5, "plots": 5, "export": 5}  # single files, one room together
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.glob("user_llm/**/*.py"))
 CONFIGS = sorted(path.relative_to(ROOT) for path in ROOT.glob("configs/*.py"))
 

@@ -1,6 +1,8 @@
 """The report: tables, spread over seeds, repeated seeds, published figures, plots, command line."""
 
+import base64
 import json
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -226,3 +228,19 @@ def test_methods_are_compared_on_the_same_users_of_all_seeds(tmp_path):
 def test_one_method_alone_is_compared_with_nothing(tmp_path):
     run = with_values(make_run(tmp_path / "run"), 0, {"counting": ([1, 2], [1, 0])}, metric="accuracy", task="favorite")
     assert "compared" not in write_report(run).read_text()
+
+
+def test_the_page_holds_all_that_it_shows(tmp_path):
+    run = make_run(tmp_path / "run")
+    page = write_report(run).with_suffix(".html").read_text()
+    assert "<td>user_llm</td>" in page and "<h2>toy: next_item (leave_last_out)</h2>" in page
+    images = re.findall(r'src="([^"]*)"', page)
+    assert len(images) == 3 and all(image.startswith("data:image/png;base64,") for image in images)
+    shown = base64.b64decode(images[0].partition(",")[2])
+    assert shown == (run / "history_length.png").read_bytes()
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+
+
+def test_what_a_run_is_called_is_text_and_not_html(tmp_path):
+    page = write_report(make_run(tmp_path / "run", dataset="<script>x</script>")).with_suffix(".html").read_text()
+    assert "<script>" not in page and "&lt;script&gt;" in page

@@ -1,4 +1,4 @@
-"""From what runs left to report.md: results beside published figures, data audit, plots.
+"""From what runs left to report.md and report.html: results beside published figures, comparisons, data audit, plots.
 
     python -m user_llm.report RUN [RUN...] [--out=DIR]
 
@@ -23,6 +23,7 @@ from user_llm import plots
 from user_llm.common.metrics import read_metrics
 from user_llm.evals.bootstrap import DRAWS, compare
 from user_llm.evals.measured import Measured, load_measured
+from user_llm.page import write_page
 
 ROW_KEYS = ("dataset", "task", "method", "metric", "value", "n", "seed", "split", "config_hash")
 METRICS = ("recall@1", "recall@5", "recall@10", "ndcg@10", "mrr")
@@ -167,7 +168,7 @@ def merge_rows(runs: Sequence[Run]) -> tuple[Cells, list[Run], list[str]]:
 
 
 def write_report(*workdirs: str | PathLike, out: str | PathLike | None = None) -> Path:
-    """Write report.md and its plots into `out` (default: the first run) and return its path."""
+    """Write report.md, its plots and report.html into `out` (default: the first run) and return the first's path."""
     runs = [read_run(path) for path in dict.fromkeys(Path(w).absolute() for w in workdirs)]
     cells, runs, notes = merge_rows(runs)
     out = Path(out or workdirs[0])
@@ -183,7 +184,9 @@ def write_report(*workdirs: str | PathLike, out: str | PathLike | None = None) -
     ]
     temporary = out / "report.md.tmp"
     temporary.write_text("\n\n".join(sections) + "\n")
-    return temporary.replace(out / "report.md")
+    path = temporary.replace(out / "report.md")
+    write_page(path)
+    return path
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
