@@ -273,6 +273,13 @@ def text_prompt(items: int, past: str, *, total_steps: int, eval_steps: int, max
     )
 
 
+def varied(phase: ConfigDict, method: str, changes: dict) -> ConfigDict:
+    """Return the same phase as another method, with some of its keys (`resampler.num_latents`) changed."""
+    changed = phase.copy_and_resolve_references()
+    changed.update_from_flattened_dict({"method": method} | changes)
+    return changed
+
+
 def with_objective(phase: ConfigDict, objective: str, method: str) -> ConfigDict:
     """Return the same pretraining by another objective, of as many steps, to be compared at equal cost."""
     changed = phase.copy_and_resolve_references()

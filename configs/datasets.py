@@ -59,14 +59,40 @@ DATASETS = {
 
 # The phases of each method.
 TEXT_PROMPTS = ("text_prompt_10", "text_prompt_50")
-ENCODERS = ("pretrain_encoder", "bert4rec", "dual_encoder")
 METHODS = {
     "encoder": ("pretrain_encoder",),
-    "encoders": ENCODERS,
     "xattn": ("pretrain_encoder", "pretrain_lm", "user_llm", *TEXT_PROMPTS),
     "softprompt": ("pretrain_encoder", "pretrain_lm", "user_llm"),
     "textprompt": ("pretrain_lm", *TEXT_PROMPTS),
 }
+
+
+# Further phases that every experiment has at hand, by `--config.phases`: changes of user_llm, and of text_prompt_10, whose
+# names their methods are. They share the encoder and the LLM of the phases before them in the same run.
+VARIANTS = {
+    "user_llm_soft_prompt": {"injection": "soft_prompt"},
+    "user_llm_both": {"injection": "both"},
+    "user_llm_every_layer": {"cross.every": 1},
+    "user_llm_before_block": {"cross.seat": "before_block"},
+    "user_llm_no_perceiver": {"resampler.kind": "none"},
+    "user_llm_8_latents": {"resampler.num_latents": 8},
+    "user_llm_32_latents": {"resampler.num_latents": 32},
+    "user_llm_lora": {"strategy": "lora"},
+    "user_llm_enc": {"strategy": "enc"},
+    "user_llm_proj": {"strategy": "proj"},
+    "user_llm_50_events": {"examples.max_events": 50},
+    "user_llm_100_events": {"examples.max_events": 100},
+}
+# The paper's tables, each the phases that it compares besides the encoder and the LLM.
+TABLES = {
+    "text_prompts": ("user_llm", *TEXT_PROMPTS, "text_summary", "hybrid_10"),
+    "encoders": ("bert4rec", "dual_encoder", "user_llm", "user_llm_bert4rec", "user_llm_dual", "user_llm_scratch"),
+    "strategies": ("user_llm", "user_llm_lora", "user_llm_enc", "user_llm_proj"),
+    "injections": ("user_llm", "user_llm_soft_prompt", "user_llm_both", "user_llm_every_layer", "user_llm_before_block"),
+    "perceiver": ("user_llm", "user_llm_8_latents", "user_llm_32_latents", "user_llm_no_perceiver"),
+    "lengths": ("user_llm", "user_llm_50_events", "user_llm_100_events"),
+}
+METHODS |= {table: ("pretrain_encoder", "pretrain_lm", *phases) for table, phases in TABLES.items()}
 
 
 def experiment(dataset: str, method: str, variant: str) -> ConfigDict:
@@ -105,9 +131,14 @@ def experiment(dataset: str, method: str, variant: str) -> ConfigDict:
     config.user_llm_bert4rec = common.with_encoder(config.user_llm, "bert4rec", "user_llm_bert4rec")
     config.user_llm_dual = common.with_encoder(config.user_llm, "dual_encoder", "user_llm_dual")
     config.user_llm_scratch = common.with_fresh_encoder(config.user_llm, "user_llm_scratch")
+    for name, changes in VARIANTS.items():
+        config[name] = common.varied(config.user_llm, name, changes)
+    next_item = config.text_prompt_10.prompts.next_item
+    hybrid = {"prompts.next_item.max_tokens": next_item.max_tokens, "prompts.next_item.instruction": facts["past"]}
+    config.hybrid_10 = common.varied(config.user_llm, "hybrid_10", hybrid | {"examples.text_items": 10})
+    config.text_summary = common.varied(config.text_prompt_10, "text_summary", {"examples.history": "summary"})
     if method == "softprompt":
-        config.user_llm.method = "user_llm_soft_prompt"
-        config.user_llm.injection = "soft_prompt"
+        config.user_llm.update(injection="soft_prompt", method="user_llm_soft_prompt")
     return config
 
 

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Reproduce a table of the paper: run all that it compares, skip what is done, and write one report with intervals.
+#
+#   launch/reproduce.sh TABLE [small|full] [FLAG...]
+#
+# TABLE is text_prompts, encoders, strategies, injections, perceiver, lengths (configs/datasets.py: TABLES) or cost. FLAGs go to every
+# run: --config.data.dir=DIR names the data, --config.user_llm.prompts.favorite.weight=1 adds a task. Of the environment: DATASET
+# (movielens, amazon, google_local or events), SEEDS ("0 1 2") and OUT (runs/TABLE).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+table=${1:?"name a table: text_prompts, encoders, strategies, injections, perceiver, lengths or cost"}
+size=${2:-full}
+shift $(($# < 2 ? $# : 2))
+dataset=${DATASET:-movielens} out=${OUT:-runs/$table}
+python=${PYTHON:-python}
+
+if [ "$table" = cost ]; then
+  mkdir -p "$out"
+  exec "$python" launch/benchmark_cost.py --size="$size" --rounds=3 --out="$out/cost.json" "$@"
+fi
+phases=$("$python" -c "
+import sys
+from configs.datasets import TABLES
+table = sys.argv[1]
+sys.exit(f'Unknown table {table!r}: choose cost, {\", \".join(TABLES)}.') if table not in TABLES else None
+print(('pretrain_encoder', 'pretrain_lm', *TABLES[table]))" "$table")
+runs=()
+for seed in ${SEEDS:-0 1 2}; do
+  "$python" -m user_llm.main --config="configs/${dataset}_xattn.py:$size" --config.phases="$phases" --config.seed="$seed" \
+    --workdir="$out/$seed" "$@"
+  runs+=("$out/$seed")
+done
+"$python" -m user_llm.report "${runs[@]}" --out="$out/report"
