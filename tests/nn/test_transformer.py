@@ -22,11 +22,11 @@ CROSS = CrossAttentionConfig(user_width=6, every=2, heads=2, head_dim=4)
 
 @pytest.fixture(scope="module")
 def stack(drawn):
-    """Return `make(block, **options)`: a stack as a compiled function of its inputs; the same seed draws all."""
+    """Return `make(block, depth, **options)`: a stack as a compiled function of its inputs; the same seed draws all."""
 
     @functools.cache
-    def make(block=PLAIN, **options):
-        graphdef, params = drawn(lambda: Stack(block, DEPTH, rngs=nnx.Rngs(params=0), **options))
+    def make(block=PLAIN, depth=DEPTH, **options):
+        graphdef, params = drawn(lambda: Stack(block, depth, rngs=nnx.Rngs(params=0), **options))
         return jax.jit(lambda *args, **kwargs: trees.merge(graphdef, params)(*args, **kwargs))
 
     return make
@@ -213,7 +213,7 @@ def test_windows_and_a_cache_together_equal_the_whole_at_once(stack, unroll):
 
 
 def test_windows_stay_within_packed_segments(stack):
-    run, x = stack(WINDOWED, **MIXED), _x(1, 8)
+    run, x = stack(WINDOWED, depth=4, windowed=(True, True, False, True)), _x(1, 8)
     segments = segment_mask(jnp.array([[1, 1, 1, 2, 2, 2, 2, 0]]))
     packed, _ = run(x, mask=segments, positions=np.array([[0, 1, 2, 0, 1, 2, 3, 0]]))
     np.testing.assert_allclose(packed[:, 3:7], run(x[:, 3:7], **_causal(4))[0], atol=5e-6)
