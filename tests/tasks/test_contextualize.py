@@ -1,4 +1,4 @@
-"""The loss of contextualization by hand; what trains and learns is in tests/test_main.py and the quick start."""
+"""The loss of contextualization by hand; what each strategy trains and leaves alone. Learning is in tests/test_main.py."""
 
 import dataclasses
 

@@ -4,6 +4,7 @@
 that freeze the LLM leave the first as it was; only the second can tell what their cross-attention does to it.
 """
 
+import functools
 import json
 from collections.abc import Callable
 from importlib import resources
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 from etils import epath
 from flax import nnx
+from jaxtyping import Array
 
 from user_llm.common import mesh as meshes
 from user_llm.common import trees
@@ -53,14 +55,10 @@ def read_windows(tokenizer: Tokenizer, *, file: str, windows: int, window: int) 
     return {"tokens": tokens, "next": rows[:, 1:], "segments": np.ones_like(tokens), "positions": positions}
 
 
-def perplexity(graphdef: nnx.GraphDef, params: Params, batch: Batch, user: UserKV | None = None) -> float:
+@functools.partial(jax.jit, static_argnums=0)
+def perplexity(graphdef: nnx.GraphDef, params: Params, batch: Batch, user: UserKV | None = None) -> Array:
     """Return the perplexity of a decoder over all windows; `user` holds the K/V of as many users."""
-
-    @jax.jit
-    def measure(params, batch, user):
-        return lm_loss(trees.merge(graphdef, params), batch, None, CHUNK, user)[1]["perplexity"]
-
-    return float(measure(params, batch, user))
+    return lm_loss(trees.merge(graphdef, params), batch, None, CHUNK, user)[1]["perplexity"]
 
 
 def untouched(context: Context) -> list[dict]:
@@ -72,7 +70,7 @@ def untouched(context: Context) -> list[dict]:
         graphdef, shapes = trees.abstract(lambda: Decoder(model, rngs=nnx.Rngs(params=0)))
         rules = context.config[context.config.phases[-1]].loop.sharding
         params = pretrained.load_decoder(context.checkpoint, model, shardings=meshes.shardings(rules, shapes, context.mesh))
-        found = {"perplexity": perplexity(graphdef, params, batch)}
+        found = {"perplexity": float(perplexity(graphdef, params, batch))}
         rows = result_rows(found, batch["next"].size, **context.row_facts, task="general_text", method="llm")
         path.parent.mkdir(exist_ok=True)
         temporary = path.parent / "results.json.tmp"
@@ -86,8 +84,8 @@ def tuned(
 ) -> list[dict]:
     """Return the result rows of a contextualized decoder; `users` returns the K/V of so many users, or None without an encoder."""
     batch = read_windows(context.tokenizer(), **context.config.general_text)
-    found = {"perplexity": perplexity(graphdef, params, batch)}
+    found = {"perplexity": float(perplexity(graphdef, params, batch))}
     user = users(len(batch["tokens"]))
     if user is not None:
-        found["perplexity/with_user"] = perplexity(graphdef, params, batch, user)
+        found["perplexity/with_user"] = float(perplexity(graphdef, params, batch, user))
     return result_rows(found, batch["next"].size, **context.row_facts, task="general_text", method=method)

@@ -32,7 +32,7 @@ def text_loss(decoder: Decoder, hidden: Array, tokens: Array, weights: Array, ch
 def lm_loss(
     decoder: Decoder, batch: Batch, key: Array | None, chunk: int, user: UserKV | None = None
 ) -> tuple[Array, dict[str, Array]]:
-    """Return the mean cross entropy of each next token within its line."""
+    """Return the mean cross entropy of each next token within its line; `user` holds the K/V of a user per row, if any."""
     hidden, _ = decoder(
         decoder.embed_tokens(batch["tokens"]), mask=segment_mask(batch["segments"]), positions=batch["positions"],
         user=user, key=key,
