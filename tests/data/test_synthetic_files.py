@@ -74,7 +74,7 @@ def test_all_layouts_hold_the_same_events_and_the_same_optimum(worlds):
         for name in ("items", "stars", "times"):
             np.testing.assert_array_equal(getattr(histories, name), getattr(worlds["movielens"][1], name))
         users, positions = leave_last_out(timelines).targets["test"]
-        ranks.append(optimal_ranks(world, timelines, users, positions))
+        ranks.append(optimal_ranks(world, timelines, users[:20], positions[:20]))
     np.testing.assert_array_equal(ranks[0], ranks[1])
     np.testing.assert_array_equal(ranks[0], ranks[2])
 
