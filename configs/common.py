@@ -273,39 +273,27 @@ def text_prompt(items: int, past: str, *, total_steps: int, eval_steps: int, max
     )
 
 
-def varied(phase: ConfigDict, method: str, changes: dict) -> ConfigDict:
-    """Return the same phase as another method, with some of its keys (`resampler.num_latents`) changed."""
-    changed = phase.copy_and_resolve_references()
-    changed.update_from_flattened_dict({"method": method} | changes)
-    return changed
+def varied(config: ConfigDict, like: str, method: str, changes: dict) -> ConfigDict:
+    """Return the phase `like` as another method, with some of its keys (`resampler.num_latents`) changed.
 
-
-def with_objective(phase: ConfigDict, objective: str, method: str) -> ConfigDict:
-    """Return the same pretraining by another objective, of as many steps, to be compared at equal cost."""
-    changed = phase.copy_and_resolve_references()
-    changed.method = method
-    changed.encoder.objective = objective
-    return changed
-
-
-def with_encoder(phase: ConfigDict, encoder: str, method: str) -> ConfigDict:
-    """Return the same contextualization with the encoder of another phase.
-
-    One that sees both ways runs for each end of a history anew: a quarter of the ends, so that the LLM costs as much as before
-    with four times the histories.
+    What the command line says of the phase `like` holds for this one too, but for those keys (`main.follow`).
     """
-    changed = phase.copy_and_resolve_references()
-    changed.update(encoder=encoder, method=method)
-    if encoder == "bert4rec":
-        changed.batch_size *= 4
-        changed.examples.targets_per_history = -(-changed.examples.targets_per_history // 4)
+    changed = config[like].copy_and_resolve_references()
+    changed.update_from_flattened_dict({"method": method} | changes)
+    changed.like = ConfigDict({"phase": like, "changed": ("method", *changes)})
     return changed
 
 
-def with_fresh_encoder(phase: ConfigDict, method: str) -> ConfigDict:
-    """Return the same contextualization with an encoder from scratch, which learns as fast as the rest and teaches nothing."""
-    changed = phase.copy_and_resolve_references()
-    changed.update(encoder_init="scratch", method=method)
-    changed.loss.align = 0.0
-    changed.optimizer.lr_multiplier = tuple(rule for rule in changed.optimizer.lr_multiplier if rule[0] != r"^encoder/")
-    return changed
+def with_bidirectional(phase: ConfigDict) -> dict:
+    """Return what changes in a contextualization whose encoder sees both ways and so runs anew for each end of a history.
+
+    A quarter of the ends of four times the histories: the LLM costs as much as before.
+    """
+    ends = -(-phase.examples.targets_per_history // 4)
+    return {"batch_size": phase.batch_size * 4, "examples.targets_per_history": ends}
+
+
+def with_fresh_encoder(phase: ConfigDict) -> dict:
+    """Return what changes in a contextualization whose encoder starts from scratch: it learns as fast as the rest and teaches nothing."""
+    rates = tuple(rule for rule in phase.optimizer.lr_multiplier if rule[0] != r"^encoder/")
+    return {"encoder_init": "scratch", "loss.align": 0.0, "optimizer.lr_multiplier": rates}

@@ -67,8 +67,8 @@ METHODS = {
 }
 
 
-# Further phases that every experiment has at hand, by `--config.phases`: changes of user_llm, and of text_prompt_10, whose
-# names their methods are. They share the encoder and the LLM of the phases before them in the same run.
+# Further phases that every experiment has at hand, by `--config.phases`: changes of user_llm, whose names are those of their
+# methods; `experiment` adds those that take more to say. They share the encoder and the LLM of the phases before them in the same run.
 VARIANTS = {
     "user_llm_soft_prompt": {"injection": "soft_prompt"},
     "user_llm_both": {"injection": "both"},
@@ -92,6 +92,7 @@ TABLES = {
     "perceiver": ("user_llm", "user_llm_8_latents", "user_llm_32_latents", "user_llm_no_perceiver"),
     "lengths": ("user_llm", "user_llm_50_events", "user_llm_100_events"),
 }
+TABLES["all"] = tuple(dict.fromkeys(phase for phases in TABLES.values() for phase in phases))
 METHODS |= {table: ("pretrain_encoder", "pretrain_lm", *phases) for table, phases in TABLES.items()}
 
 
@@ -126,17 +127,17 @@ def experiment(dataset: str, method: str, variant: str) -> ConfigDict:
         for task, weight in facts["tasks"].items():
             config[name].prompts[task].weight = weight
         config[name].loop.total_steps = round(config[name].loop.total_steps * more)
-    config.bert4rec = common.with_objective(config.pretrain_encoder, "masked", "bert4rec")
-    config.dual_encoder = common.with_objective(config.pretrain_encoder, "dual", "dual_encoder")
-    config.user_llm_bert4rec = common.with_encoder(config.user_llm, "bert4rec", "user_llm_bert4rec")
-    config.user_llm_dual = common.with_encoder(config.user_llm, "dual_encoder", "user_llm_dual")
-    config.user_llm_scratch = common.with_fresh_encoder(config.user_llm, "user_llm_scratch")
-    for name, changes in VARIANTS.items():
-        config[name] = common.varied(config.user_llm, name, changes)
-    next_item = config.text_prompt_10.prompts.next_item
-    hybrid = {"prompts.next_item.max_tokens": next_item.max_tokens, "prompts.next_item.instruction": facts["past"]}
-    config.hybrid_10 = common.varied(config.user_llm, "hybrid_10", hybrid | {"examples.text_items": 10})
-    config.text_summary = common.varied(config.text_prompt_10, "text_summary", {"examples.history": "summary"})
+    variants = {name: ("user_llm", changes) for name, changes in VARIANTS.items()}
+    variants["bert4rec"] = "pretrain_encoder", {"encoder.objective": "masked"}
+    variants["dual_encoder"] = "pretrain_encoder", {"encoder.objective": "dual"}
+    variants["user_llm_bert4rec"] = "user_llm", {"encoder": "bert4rec"} | common.with_bidirectional(config.user_llm)
+    variants["user_llm_dual"] = "user_llm", {"encoder": "dual_encoder"}
+    variants["user_llm_scratch"] = "user_llm", common.with_fresh_encoder(config.user_llm)
+    asked = {f"prompts.next_item.{key}": config.text_prompt_10.prompts.next_item[key] for key in ("instruction", "max_tokens")}
+    variants["hybrid_10"] = "user_llm", {"examples.text_items": 10} | asked
+    variants["text_summary"] = "text_prompt_10", {"examples.history": "summary"}
+    for name, (like, changes) in variants.items():
+        config[name] = common.varied(config, like, name, changes)
     if method == "softprompt":
         config.user_llm.update(injection="soft_prompt", method="user_llm_soft_prompt")
     return config

@@ -11,6 +11,8 @@ import json
 import logging as standard_logging
 import subprocess
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 from absl import app, flags, logging
@@ -88,6 +90,16 @@ def save_config(config: ConfigDict, workdir: epath.Path) -> str:
     return config_hash
 
 
+def follow(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
+    """Let phases that are `like` another follow what the command line says of that one, where they are not set apart from it."""
+    for name, section in config.items():
+        if isinstance(section, ConfigDict) and "like" in section:
+            for path, value in overrides.items():
+                phase, _, key = path.partition(".")
+                if phase == section.like.phase and key not in section.like.changed and f"{name}.{key}" not in overrides:
+                    section.update_from_flattened_dict({key: value})
+
+
 def quiet_orbax(record) -> bool:
     """Keep orbax's running commentary out of the log, but not its warnings."""
     return "orbax" not in record.pathname or record.levelno >= standard_logging.WARNING
@@ -113,9 +125,11 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}")
     flag = flags.FLAGS["config"]
-    name = epath.Path(flag.config_filename).stem if hasattr(flag, "config_filename") else "run"
+    name = epath.Path(config_flags.get_config_filename(flag)).stem
+    config = _CONFIG.value
+    follow(config, config_flags.get_override_values(flag))
     try:
-        run(_CONFIG.value, epath.Path(_WORKDIR.value or f"runs/{name}"))
+        run(config, epath.Path(_WORKDIR.value or f"runs/{name}"))
     except (ValueError, OSError, ArithmeticError) as error:
         # What the user can mend is said in one sentence; --verbosity=1 shows where it was raised.
         logging.debug("", exc_info=True)
