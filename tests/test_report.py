@@ -215,14 +215,17 @@ def test_methods_are_compared_on_the_same_users_of_all_seeds(tmp_path):
     runs = []
     for seed in (0, 1):
         methods = {"encoder": ([1, 2], [0, 1]), "user_llm": ([1, 2], [seed, 1]), "user_llm/generate": ([1], [1])}
+        if seed == 1:
+            methods["user_llm_lora"] = ([1, 2], [0, 0])
         runs.append(with_values(make_run(tmp_path / f"s{seed}", seed=seed, values={"popularity": 0.1}), seed, methods))
     report = write_report(*runs, out=tmp_path / "out").read_text()
-    assert "## toy: next_item, compared" in report
-    assert "of 4 targets" in report and "left out: user_llm/generate." in report
-    assert "| method | recall@10 | 95% | against user_llm | 95% |" in report
-    assert "| user_llm | 0.7500 | 0.2500 to 1.0000 |  |  |" in report
-    # One of four targets differs: the difference is of a draw's share of it.
-    assert "| encoder | 0.5000 | 0.0000 to 1.0000 | -0.2500 | -0.7500 to 0.0000 |" in report
+    assert "## toy: next_item, compared" in report and "left out: user_llm/generate." in report
+    assert "| method | recall@10 | 95% | against user_llm | 95% | n | seeds |" in report
+    # Of two users the first has a mean of 0.5 over seeds, the second of 1.
+    assert "| user_llm | 0.7500 | 0.5000 to 1.0000 |  |  | 4 | 0, 1 |" in report
+    assert "| encoder | 0.5000 | 0.0000 to 1.0000 | -0.2500 | -0.5000 to 0.0000 | 4 | 0, 1 |" in report
+    # Against the one seed that it shares.
+    assert "| user_llm_lora | 0.0000 | 0.0000 to 0.0000 | -1.0000 | -1.0000 to -1.0000 | 2 | 1 |" in report
 
 
 def test_one_method_alone_is_compared_with_nothing(tmp_path):

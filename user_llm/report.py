@@ -241,7 +241,7 @@ def _result_sections(cells: Cells) -> list[str]:
 
 
 def _comparison_sections(runs: list[Run]) -> list[str]:
-    """Return intervals of each method and of its difference to the reference, on the same users of all seeds."""
+    """Return intervals of each method and of its difference to the reference, on the same targets of the seeds that both have."""
     found: dict[tuple[str, str], dict[str, dict[int, Measured]]] = {}
     for run in runs:
         for task, method, measured in run.measured:
@@ -250,42 +250,34 @@ def _comparison_sections(runs: list[Run]) -> list[str]:
     sections = []
     for (dataset, task), methods in found.items():
         reference = REFERENCE if REFERENCE in methods else next(iter(methods))
-        chosen = {method: seeds for method, seeds in methods.items() if _targets(seeds) == _targets(methods[reference])}
-        if len(chosen) < 2:
-            continue
-        metric = next(
-            name for name in (*COMPARED, *methods[reference][min(methods[reference])].values) if name in _first(chosen)
-        )
-        pooled = {
-            method: np.concatenate([seeds[seed].values[metric] for seed in sorted(seeds)]) for method, seeds in chosen.items()
-        }
-        rows = [
-            [
-                method,
-                mean,
-                _interval(own),
-                "" if method == reference else f"{difference:+.4f}",
-                "" if method == reference else _interval(apart),
+        base = methods[reference]
+        known = next(iter(base.values())).values
+        metric = next(name for name in (*COMPARED, *known) if name in known)
+        rows, others = [], []
+        for method, seeds in methods.items():
+            shared = [seed for seed, measured in sorted(seeds.items()) if seed in base and _same_targets(measured, base[seed])]
+            if not shared:
+                others.append(method)
+                continue
+            values = {
+                name: np.concatenate([methods[name][seed].values[metric] for seed in shared]) for name in (reference, method)
+            }
+            users = np.concatenate([base[seed].users for seed in shared])
+            mean, own, difference, apart = compare(values, reference, users)[method]
+            against = ["", ""] if method == reference else [f"{difference:+.4f}", _interval(apart)]
+            rows.append([method, mean, _interval(own), *against, len(users), ", ".join(map(str, shared))])
+        if len(rows) > 1:
+            sections += [
+                f"## {dataset}: {task}, compared",
+                f"With 95% intervals by paired bootstrap over users ({DRAWS:,} draws)."
+                + (f" Measured on other users and left out: {', '.join(others)}." if others else ""),
+                _table(["method", metric, "95%", f"against {reference}", "95%", "n", "seeds"], rows),
             ]
-            for method, (mean, own, difference, apart) in compare(pooled, reference).items()
-        ]
-        others = ", ".join(sorted(set(methods) - set(chosen)))
-        sections += [
-            f"## {dataset}: {task}, compared",
-            f"{metric} of {len(pooled[reference])} targets, with 95% intervals by paired bootstrap over the same users ({DRAWS:,} draws)."
-            + (f" Measured on other users and left out: {others}." if others else ""),
-            _table(["method", metric, "95%", f"against {reference}", "95%"], rows),
-        ]
     return sections
 
 
-def _first(chosen: dict[str, dict[int, Measured]]) -> dict:
-    seeds = next(iter(chosen.values()))
-    return seeds[min(seeds)].values
-
-
-def _targets(seeds: dict[int, Measured]) -> list[tuple]:
-    return [(seed, measured.users.tolist(), measured.positions.tolist()) for seed, measured in sorted(seeds.items())]
+def _same_targets(one: Measured, other: Measured) -> bool:
+    return np.array_equal(one.users, other.users) and np.array_equal(one.positions, other.positions)
 
 
 def _interval(bounds: tuple[float, float]) -> str:

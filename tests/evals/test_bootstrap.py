@@ -37,6 +37,14 @@ def test_a_small_difference_on_the_same_users_is_told_apart():
     assert found["reference"][2:] == (0.0, (0.0, 0.0))
 
 
+def test_a_user_is_drawn_with_all_values():
+    values, users = np.array([[0.0], [1.0], [0.0], [1.0]]), np.array([7, 3, 7, 3])
+    assert set(np.unique(resampled_means(values, users, draws=200))) == {0.0, 0.5, 1.0}
+    assert {0.25, 0.75} < set(np.unique(resampled_means(values, draws=200)))
+    uneven = resampled_means(values[:3], users[:3], draws=2000)  # the first user has two values, the second one
+    assert set(np.unique(uneven)) == {0.0, 1 / 3, 1.0}
+
+
 def test_other_users_and_none_are_refused():
     with pytest.raises(ValueError, match="compared on the same users"):
         compare({"a": np.ones(3), "b": np.ones(2)}, "a")
