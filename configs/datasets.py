@@ -83,7 +83,7 @@ VARIANTS = {
     "user_llm_50_events": {"examples.max_events": 50},
     "user_llm_100_events": {"examples.max_events": 100},
 }
-# The paper's tables, each the phases that it compares besides the encoder and the LLM.
+# The paper's tables, each the phases that it compares besides the encoder and the LLM (launch/reproduce.sh).
 TABLES = {
     "text_prompts": ("user_llm", *TEXT_PROMPTS, "text_summary", "hybrid_10"),
     "encoders": ("bert4rec", "dual_encoder", "user_llm", "user_llm_bert4rec", "user_llm_dual", "user_llm_scratch"),
@@ -93,7 +93,6 @@ TABLES = {
     "lengths": ("user_llm", "user_llm_50_events", "user_llm_100_events"),
 }
 TABLES["all"] = tuple(dict.fromkeys(phase for phases in TABLES.values() for phase in phases))
-METHODS |= {table: ("pretrain_encoder", "pretrain_lm", *phases) for table, phases in TABLES.items()}
 
 
 def experiment(dataset: str, method: str, variant: str) -> ConfigDict:

@@ -11,6 +11,7 @@ import pytest
 from etils import epath
 from flax import nnx
 
+from configs import datasets
 from user_llm.common import mesh as meshes
 from user_llm.common import trees
 from user_llm.data.schema import Feature, Schema
@@ -35,7 +36,11 @@ def cases():
         variants = ("small", "full", "synthetic") if path.stem.endswith("xattn") else ("small",)
         for variant in variants if "variant" in path.read_text() else (None,):
             marks = () if (path.stem, variant) in FAST else pytest.mark.slow
-            yield pytest.param((path, variant), marks=marks, id=f"{path.stem}:{variant}")
+            yield pytest.param((path, variant, ()), marks=marks, id=f"{path.stem}:{variant}")
+    path = ROOT / "configs" / "movielens_xattn.py"
+    for table in datasets.TABLES.keys() - {"all"}:
+        phases = [phase for phase in datasets.TABLES[table] if phase not in datasets.METHODS["xattn"]]
+        yield pytest.param((path, "small", ("pretrain_encoder", *phases)), marks=pytest.mark.slow, id=table)
 
 
 def load(path, variant):
@@ -64,7 +69,9 @@ def written(timelines):
 @pytest.fixture(params=cases())
 def context(request, tmp_path, make_timelines, mesh_of):
     """A run of the config on four users, who have all that any dataset has; batches are small, whatever the config says."""
-    config = load(*request.param)
+    path, variant, phases = request.param
+    config = load(path, variant)
+    config.phases = phases or config.phases
     for name in config.phases:
         if "batch" in config[name]:
             config[name].batch.rows = 1  # many take long to fill
@@ -84,18 +91,19 @@ def _shapes(context, name, monkeypatch):
 
 @pytest.mark.slow
 def test_user_llm_takes_any_encoder(tmp_path, make_timelines, mesh_of, monkeypatch):
-    config = load(ROOT / "configs" / "movielens_encoders.py", "small")
-    config.phases = (*config.phases, "pretrain_lm", "user_llm_bert4rec", "user_llm_dual", "user_llm_scratch")
+    config = load(ROOT / "configs" / "movielens_xattn.py", "small")
+    names = ("user_llm_bert4rec", "user_llm_dual", "user_llm_scratch")
+    config.phases = ("pretrain_lm", "bert4rec", "dual_encoder", *names)
     config.encoder.num_layers = 1
     config.llm.num_layers = 2
-    for name in config.phases[4:]:
+    for name in names:
         config[name].update_from_flattened_dict({"batch_size": 1, "examples.targets_per_history": 2})
     timelines = make_timelines([list(range(1, 101))] * 4)
     context = Context(config, timelines, make_split(timelines, config.data.split), mesh_of(), epath.Path(tmp_path), {})
     found = {}
     monkeypatch.setattr(Context, "init", lambda self, create, rules, place: found.update(rules) or trees.abstract(create)[1])
     sources = {}
-    for name in config.phases[4:]:
+    for name in names:
         task = BUILDERS["contextualize"](config, name, context)
         params, batch = task.init(None), next(iter(task.train_data))
         sources[name] = found[r"^encoder/"], {"mask_token", "tower"} & set(params["encoder"])
@@ -137,7 +145,7 @@ def test_gates_norms_embeddings_and_latents_never_decay(context, monkeypatch):
     for name in context.config.phases:
         _, params = _shapes(context, name, monkeypatch)
         decays = trees.flatten(trees.match(context.config[name].optimizer.decay, params))
-        product = re.compile(r"/(q|k|v|o|gate_proj|up|down)$|(^|/)(project|item_head|head|attn_gate)$|(^|/)heads/")
+        product = re.compile(r"/(q|k|v|o|gate_proj|up|down)(/[ab])?$|(^|/)(project|item_head|head|attn_gate)$|(^|/)heads/")
         wrong = [path for path, decay in decays.items() if decay != bool(product.search(path))]
         assert not wrong
 

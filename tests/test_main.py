@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from etils import epath
 
+from configs import datasets
 from configs.common import LLMS
 from user_llm import main
 
@@ -19,6 +20,22 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny_quickstart import PHASES, TINY, tiny_config
 
 ROOT = Path(__file__).parent.parent
+
+
+def test_phases_like_another_follow_its_flags_where_they_are_not_set_apart():
+    config = datasets.experiment("movielens", "xattn", "small")
+    flags = {"user_llm.batch_size": 4, "user_llm.examples.max_events": 30, "user_llm_dual.batch_size": 5}
+    config.update_from_flattened_dict(flags)
+    main.follow(config, flags)
+    names = ("user_llm_lora", "user_llm_dual", "user_llm_50_events", "user_llm_bert4rec", "text_summary")
+    found = {name: (config[name].batch_size, config[name].examples.max_events) for name in names}
+    assert found == {
+        "user_llm_lora": (4, 30),
+        "user_llm_dual": (5, 30),
+        "user_llm_50_events": (4, 50),
+        "user_llm_bert4rec": (32, 30),
+        "text_summary": (16, 0),
+    }
 
 
 @pytest.fixture(scope="module")
