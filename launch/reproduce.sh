@@ -1,16 +1,20 @@
 #!/usr/bin/env bash
 # Reproduce a table of the paper: run all that it compares, skip what is done, and write one report with intervals.
 #
-#   launch/reproduce.sh TABLE [small|full] [FLAG...]
+#   launch/reproduce.sh TABLE [SIZE] [FLAG...]
 #
-# TABLE is text_prompts, encoders, strategies, injections, perceiver, lengths (configs/datasets.py: TABLES) or cost. FLAGs go to every
-# run: --config.data.dir=DIR names the data, --config.user_llm.prompts.favorite.weight=1 adds a task. Of the environment: DATASET
-# (movielens, amazon, google_local or events), SEEDS ("0 1 2") and OUT (runs/TABLE).
+# TABLE is text_prompts, encoders, strategies, injections, perceiver, lengths (configs/datasets.py: TABLES), all of these, or cost. SIZE
+# is a variant of the configs: full, small or synthetic. FLAGs go to every run: --config.data.dir=DIR names the data,
+# --config.user_llm.prompts.favorite.weight=1 adds a task. Of the environment: DATASET (movielens, amazon, google_local or events),
+# SEEDS ("0 1 2"), OUT (runs/TABLE) and PYTHON.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-table=${1:?"name a table: text_prompts, encoders, strategies, injections, perceiver, lengths or cost"}
-size=${2:-full}
-shift $(($# < 2 ? $# : 2))
+table=${1:?"name a table: text_prompts, encoders, strategies, injections, perceiver, lengths, all or cost"} size=full
+shift
+if [ $# -gt 0 ] && [[ $1 != -* ]]; then
+  size=$1
+  shift
+fi
 dataset=${DATASET:-movielens} out=${OUT:-runs/$table}
 python=${PYTHON:-python}
 

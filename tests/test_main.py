@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -147,3 +148,21 @@ def test_killed_three_times_gives_the_same_results(finished, tmp_path):
         for run in (finished, tmp_path / "run")
     ]
     assert values[0] == values[1]
+
+
+@pytest.mark.slow
+def test_a_table_is_reproduced_by_one_command_and_not_run_again(tmp_path):
+    tiny = TINY | {"user_llm.prompts.next_item.max_tokens": 24, "user_llm.eval.generate_users": 0}
+    flags = [f"--config.{key}={value}" for key, value in tiny.items() if not key.startswith("text_prompt")]
+    command = ["launch/reproduce.sh", "lengths", "synthetic", *flags, "--config.user_llm_50_events.examples.max_events=4"]
+    settings = os.environ | {"SEEDS": "1", "OUT": str(tmp_path / "out"), "PYTHON": sys.executable}
+    for _ in range(2):
+        done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        report = (tmp_path / "out" / "report" / "report.md").read_text()
+        compared = report.split("compared")[1]
+        for method in ("user_llm", "user_llm_50_events", "user_llm_100_events", "encoder", "popularity"):
+            assert re.search(rf"\| {method} \| .* \| 60 \| 1 \|", compared)
+    assert "user_llm_100_events: finished earlier" in done.stderr
+    unknown = subprocess.run(["launch/reproduce.sh", "nothing"], cwd=ROOT, env=settings, capture_output=True, text=True)
+    assert unknown.returncode and unknown.stderr.startswith("Unknown table 'nothing': choose cost, ")

@@ -39,7 +39,7 @@ class Measured:
         with temporary.open("wb") as file:
             facts: dict[str, Any] = {"task": task, "method": method, "users": self.users, "positions": self.positions}
             np.savez_compressed(file, **facts | self.values)
-        temporary.rename(path)
+        temporary.replace(path)
 
 
 def load_measured(path: Path) -> tuple[str, str, Measured]:
