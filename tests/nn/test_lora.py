@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -16,16 +17,21 @@ ADAPTED = dataclasses.replace(PLAIN, lora=LORA)
 X = np.random.default_rng(1).normal(size=(2, 5, 16)).astype(np.float32)
 
 
-def _run(block, params, key=None):
+@functools.cache
+def _compiled(block):
     graphdef, _ = trees.abstract(lambda: Stack(block, 2, rngs=nnx.Rngs(params=0)))
     positions = np.broadcast_to(np.arange(5), (2, 5))
 
     @jax.jit
-    def run(params):
+    def run(params, key):
         stack = trees.merge(graphdef, params)
         return stack(X, mask=causal_mask(np.ones((2, 5), bool)), positions=positions, key=key)[0]
 
-    return np.asarray(run(params))
+    return run
+
+
+def _run(block, params, key=None):
+    return np.asarray(_compiled(block)(params, key))
 
 
 def _without_adapters(params):

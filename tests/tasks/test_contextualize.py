@@ -1,6 +1,7 @@
 """The loss of contextualization by hand; what each strategy trains and leaves alone. Learning is in tests/test_main.py."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -62,28 +63,38 @@ def model(drawn):
     return drawn(lambda: UserLLM(CONFIG, rngs=nnx.Rngs(0)))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _compiled_loss(graphdef, params, batch):
+    return contextual_loss(trees.merge(graphdef, params), batch, None, **WEIGHTS)
+
+
 def _loss(model, batch):
-    graphdef, params = model
-    return jax.jit(lambda p: contextual_loss(trees.merge(graphdef, p), batch, None, **WEIGHTS))(params)
+    return _compiled_loss(*model, batch)
 
 
 @pytest.mark.parametrize("config", [CONFIG, pytest.param(SOFT, marks=pytest.mark.slow)], ids=["cross", "soft, by event"])
 def test_the_loss_is_of_items_at_the_answers_the_titles_that_follow_and_the_way_to_the_encoder(drawn, config):
     model = drawn(lambda: UserLLM(config, rngs=nnx.Rngs(0)))
     total, scalars = _loss(model, BATCH)
-    llm = trees.merge(*model)
+
+    @jax.jit
+    def alone(params, events, text):
+        """The LLM's log-probabilities of all items and of each token, and its query's distance from the encoder's last state."""
+        llm = trees.merge(model[0], params)
+        encoded = llm.encode(events[None], np.array([[len(events)]]))
+        hidden = llm.hidden(text[None], np.array([len(text)]), user=llm.user(encoded), leading=1)[0]
+        query = llm.item_query(hidden[1:2])
+        logits = hidden @ llm.decoder.output_table().T
+        distance = jnp.mean((query[0] - encoded.states[0, -1]) ** 2)
+        return jax.nn.log_softmax(llm.score(query)[0]), jax.nn.log_softmax(logits), distance
+
     items, tokens, distances = [], [], []
     for user, end in ((0, 0), (0, 1), (1, 0)):
         prefix, length = BATCH["prefix"][user, end], BATCH["text_lengths"][user, end]
-        encoded = llm.encode(BATCH["events"][user : user + 1, :prefix], np.array([[prefix]]))
-        user_now = llm.user(encoded)
-        text = BATCH["text"][user, end]
-        hidden = llm.hidden(text[None, :length], np.array([length]), user=user_now, leading=1)[0]
-        query = llm.item_query(hidden[1:2])
-        scores = jax.nn.log_softmax(llm.score(query)[0])
-        distances.append(jnp.mean((query[0] - encoded.states[0, -1]) ** 2))
+        text = BATCH["text"][user, end, :length]
+        scores, logits, distance = map(np.asarray, alone(model[1], BATCH["events"][user, :prefix], text))
+        distances.append(distance)
         items.append(-scores[BATCH["items"][user, end, 0]])
-        logits = jax.nn.log_softmax(hidden @ llm.decoder.output_table().T)
         tokens += [-logits[t, text[t + 1]] for t in range(1, length - 1)]
     np.testing.assert_allclose(scalars["item_loss"], np.mean(items), rtol=1e-5)
     np.testing.assert_allclose(scalars["next_item/text_loss"], np.mean(tokens), rtol=1e-5)
@@ -138,7 +149,7 @@ def test_a_history_is_not_seen_beyond_its_end(model):
 
 def _encoders(**changes):
     """A config whose phases pretrain two encoders before user_llm, with changes of that."""
-    config = datasets.experiment("movielens", "encoders", "small")
+    config = datasets.experiment("movielens", "xattn", "small")
     config.phases = ("pretrain_encoder", "bert4rec", "user_llm")
     config.user_llm.update_from_flattened_dict(changes)
     return config

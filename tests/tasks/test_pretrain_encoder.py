@@ -91,14 +91,18 @@ def _loss(encoder, **changes):
 
 def test_the_loss_is_the_mean_over_real_positions_of_the_item_and_half_the_genres(encoder):
     model, batch = encoder
-    total, scalars = _loss(model)(model, batch, jax.random.key(0))
+    total, scalars = jax.jit(lambda batch: _loss(model)(model, batch, jax.random.key(0)))(batch)
+
+    @jax.jit
+    def log_probs(events):
+        length = events.shape[1]
+        states = model(events, mask=jnp.tril(jnp.ones((1, length, length), bool)), positions=jnp.arange(length)[None])[0]
+        return [jax.nn.log_softmax(logits) for logits in (model.score(states), states @ model.heads["genres"][...])]
+
     items, genres = [], []
     for start, stop in ((0, 2), (2, 5)):  # each history alone
-        events = batch["events"][:, start:stop]
         length = stop - start
-        states = model(events, mask=jnp.tril(jnp.ones((1, length, length), bool)), positions=jnp.arange(length)[None])[0]
-        scores = jax.nn.log_softmax(model.score(states))
-        genre_scores = jax.nn.log_softmax(states @ model.heads["genres"][...])
+        scores, genre_scores = map(np.asarray, log_probs(batch["events"][:, start:stop]))
         for t in range(length):
             following = np.asarray(batch["next"][0, start + t])
             items.append(-scores[t, following[0]])
