@@ -27,8 +27,8 @@ from user_llm.training.optimizer import learning_rate_schedule, make_optimizer, 
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path for path in ROOT.glob("configs/*.py") if path.stem not in ("common", "datasets"))
-# The rest differ from these in sizes and names.
-FAST = {("movielens_xattn", "small"), ("amazon_softprompt", "small")}
+# The rest differ from this in sizes and names.
+FAST = {("movielens_xattn", "small")}
 
 
 def cases():

@@ -107,6 +107,7 @@ def test_texts_equal_those_of_transformers(tmp_path, penalty):
     assert len(set(found.lengths.flatten().tolist())) > 2
 
 
+@pytest.mark.slow
 def test_texts_of_prompts_as_embeddings_are_the_same(tiny):
     settings = {"beams": 3, "max_tokens": 5, "stop_ids": [4], "user": tiny.user}
     expected = beam_generate(*tiny.model, tiny.prompts, **settings)

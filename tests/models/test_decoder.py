@@ -15,7 +15,7 @@ from user_llm.nn.transformer import BlockConfig
 
 BLOCK = BlockConfig(width=16, heads=4, kv_heads=2, head_dim=8, mlp_width=24)
 BARE = DecoderConfig(vocab_size=11, num_layers=2, block=BLOCK, tie_embeddings=True)
-SEATS = ["after_attention", "before_block"]
+SEATS = ["after_attention", pytest.param("before_block", marks=pytest.mark.slow)]
 IDS = np.random.default_rng(0).integers(0, 11, (3, 7))
 LENGTHS = np.array([7, 3, 5])
 # Users with three, no and one token.

@@ -47,6 +47,7 @@ def test_an_empty_user_is_no_user_bit_for_bit(tiny):
     assert (np.abs(with_users - without)[[0, 2]] > 1e-3).all()
 
 
+@pytest.mark.slow
 def test_beams_score_their_texts_alike(tiny):
     found = beam_generate(*tiny.model, tiny.prompts, beams=3, max_tokens=6, stop_ids=[4], length_penalty=0.0, user=tiny.user)
     texts = [[text[:n].tolist() for text, n in zip(*row, strict=True)] for row in zip(found.tokens, found.lengths, strict=True)]

@@ -86,6 +86,7 @@ def test_several_ends_of_one_history_equal_each_alone(resampler):
         np.testing.assert_allclose(together[:, end], run(params, STATES, masks[:, end]), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_latents_separate_in_training():
     """Fresh latents move apart and their tokens with them; equal ones, without a recency of their own, never would.
 

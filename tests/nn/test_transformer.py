@@ -76,7 +76,7 @@ def test_padding_on_the_right_changes_nothing(stack):
         np.testing.assert_allclose(out[:, :5], expected, atol=5e-6)
 
 
-@pytest.mark.parametrize("seat", ["after_attention", "before_block"])
+@pytest.mark.parametrize("seat", ["after_attention", pytest.param("before_block", marks=pytest.mark.slow)])
 def test_scan_equals_unroll_with_users_cache_and_dropout(stack, seat):
     cross = dataclasses.replace(CROSS, seat=seat)
     cache = KVCache(*(jnp.zeros((DEPTH, 1, 2, 7, 8)) for _ in range(2)))
@@ -112,7 +112,7 @@ def test_dropout_needs_a_key_and_differs_by_key(stack):
     np.testing.assert_array_equal(first, run(DROPPED, key=jax.random.key(0)))
 
 
-@pytest.mark.parametrize("seat", ["after_attention", "before_block"])
+@pytest.mark.parametrize("seat", ["after_attention", pytest.param("before_block", marks=pytest.mark.slow)])
 def test_cross_attention_sits_in_the_last_layer_of_each_group(drawn, seat):
     """The stack's own parts, put together here layer by layer."""
     cross = dataclasses.replace(CROSS, seat=seat)
