@@ -44,8 +44,9 @@ def make_run(directory, *, seed=0, dataset="toy", values=None, split="leave_last
         {"step": 20, "kind": "eval", "recall@10": 0.5},
     ]
     lengths = [{"from": 0, "to": 10, **part(10, 0.4)}, {"from": 501, "to": None, **part(20, 0.6)}]
+    counts = [{"from": 4, "to": 10, **part(30, 0.5)}]
     ties = {"tied": part(5, 0.7), "untied": part(25, 0.5)}
-    breakdown = {"method": "user_llm", "history_length": lengths, "boundary_tie": ties}
+    breakdown = {"method": "user_llm", "history_length": lengths, "item_popularity": counts, "boundary_tie": ties}
     (directory / "results.json").write_text(json.dumps(rows))
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "audit.json").write_text(json.dumps({"tie_share": 0.25, "users": 30}))
@@ -67,14 +68,16 @@ def test_one_run(tmp_path):
         "python -m user_llm.main '--config=a b.py'",
         "| tie_share | 0.2500 |",
         "| users | 30 |",
-        "| method | 0-10 events | 501+ events |",
+        "| method | 0-10 | 501+ |",
         "| user_llm | 0.4000 (10) | 0.6000 (20) |",
+        "| method | 4-10 |",
+        "| user_llm | 0.5000 (30) |",
         "| user_llm | tied | 5 | 0.7000 | 0.8000 | 0.3500 |",
     ):
         assert line in report.splitlines(), line
     assert "±" not in report
     assert report.index("Nothing filtered") < report.index("History removed")
-    for plot in ("loss.png", "gates.png", "history_length.png"):
+    for plot in ("loss.png", "gates.png", "history_length.png", "item_popularity.png"):
         assert f"({plot})" in report
         assert (path.parent / plot).read_bytes().startswith(b"\x89PNG")
 
@@ -238,7 +241,7 @@ def test_the_page_holds_all_that_it_shows(tmp_path):
     page = write_report(run).with_suffix(".html").read_text()
     assert "<td>user_llm</td>" in page and "<h2>toy: next_item (leave_last_out)</h2>" in page
     images = re.findall(r'src="([^"]*)"', page)
-    assert len(images) == 3 and all(image.startswith("data:image/png;base64,") for image in images)
+    assert len(images) == 4 and all(image.startswith("data:image/png;base64,") for image in images)
     shown = base64.b64decode(images[0].partition(",")[2])
     assert shown == (run / "history_length.png").read_bytes()
     assert not re.search(r"(src|href)=\"(?!data:)", page)

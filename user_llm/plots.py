@@ -47,10 +47,10 @@ def plot_gates(path: Path, runs: Curves) -> bool:
     return True
 
 
-def plot_lengths(path: Path, labels: list[str], methods: dict[str, list[dict | None]]) -> None:
-    """Draw recall@10 by bucket of history length.
+def plot_buckets(path: Path, number: str, labels: list[str], methods: dict[str, list[dict | None]]) -> None:
+    """Draw recall@10 by bucket of some number of the targets.
 
-    A method's list has an entry for each label, None where there is no user.
+    A method's list has an entry for each label, None where there is no target.
     """
     figure = Figure(figsize=(10, 4), layout="constrained")
     grid = figure.subplots(1, 2, sharey=True)
@@ -58,7 +58,7 @@ def plot_lengths(path: Path, labels: list[str], methods: dict[str, list[dict | N
         for method, parts in methods.items():
             values = [part[metric] if part else float("nan") for part in parts]
             axes.plot(range(len(labels)), values, marker="o", label=method)
-        axes.set(title=metric, xlabel="events in the history")
+        axes.set(title=metric, xlabel=number)
         axes.set_xticks(range(len(labels)), labels)
     grid[0].set_ylim(bottom=0)  # Shared, and only now: set before the last curve it would stop the scaling.
     grid[0].legend()

@@ -30,6 +30,11 @@ METRICS = ("recall@1", "recall@5", "recall@10", "ndcg@10", "mrr")
 BREAKDOWN_METRICS = ("recall@10", "recall@10/unseen", "ndcg@10")
 REFERENCE = "user_llm"  # what the other methods are compared with
 COMPARED = ("recall@10", "accuracy", "rouge1")  # by the first of these that a task has
+# The parts of breakdown.json that are by a number: title, and the number.
+BUCKETS = {
+    "history_length": ("By history length", "events in the history"),
+    "item_popularity": ("By item popularity", "events of the target in training"),
+}
 # What a metric's name says after its slash.
 KINDS = {
     "": "Nothing filtered",
@@ -326,25 +331,12 @@ def _breakdown_sections(runs: list[Run], out: Path) -> list[str]:
     for run in runs:
         prefix = f"{run.rows[0]['dataset']}: " if run.rows and len(datasets) > 1 else ""
         entries += [{**entry, "method": prefix + entry["method"]} for entry in run.breakdowns]
-    lengths = _pool(
-        ((entry["method"], part["from"], part["to"]), part) for entry in entries for part in entry["history_length"]
-    )
-    ties = _pool(((entry["method"], name), part) for entry in entries for name, part in entry["boundary_tie"].items())
     sections = []
-    if lengths:
-        buckets = sorted({(start, end) for _, start, end in lengths}, key=lambda bucket: bucket[0])
-        labels = [f"{start}+" if end is None else f"{start}-{end}" for start, end in buckets]
-        methods = {m: [lengths.get((m, *bucket)) for bucket in buckets] for m, _, _ in lengths}
-        plots.plot_lengths(out / "history_length.png", labels, methods)
-        sections += [
-            "## By history length",
-            "![recall@10 by history length](history_length.png)",
-            "recall@10, nothing filtered (targets, over all seeds):",
-            _table(
-                ["method", *(f"{label} events" for label in labels)],
-                [[m, *(f"{p['recall@10']:.4f} ({p['n']})" if p else "" for p in parts)] for m, parts in methods.items()],
-            ),
-        ]
+    for kind, (title, number) in BUCKETS.items():
+        parts = _pool(((entry["method"], part["from"], part["to"]), part) for entry in entries for part in entry.get(kind, ()))
+        if parts:
+            sections += _bucket_section(out / f"{kind}.png", title, number, parts)
+    ties = _pool(((entry["method"], name), part) for entry in entries for name, part in entry["boundary_tie"].items())
     if ties:
         names = ("n", *BREAKDOWN_METRICS)
         sections += [
@@ -356,6 +348,22 @@ def _breakdown_sections(runs: list[Run], out: Path) -> list[str]:
             ),
         ]
     return sections
+
+
+def _bucket_section(plot: Path, title: str, number: str, parts: dict[Any, dict]) -> list[str]:
+    buckets = sorted({(start, end) for _, start, end in parts}, key=lambda bucket: bucket[0])
+    labels = [f"{start}+" if end is None else f"{start}-{end}" for start, end in buckets]
+    methods = {method: [parts.get((method, *bucket)) for bucket in buckets] for method, _, _ in parts}
+    plots.plot_buckets(plot, number, labels, methods)
+    return [
+        f"## {title}",
+        f"![recall@10 by {number}]({plot.name})",
+        f"recall@10, nothing filtered (targets, over all seeds), by {number}:",
+        _table(
+            ["method", *labels],
+            [[m, *(f"{p['recall@10']:.4f} ({p['n']})" if p else "" for p in found)] for m, found in methods.items()],
+        ),
+    ]
 
 
 def _audit_section(runs: list[Run]) -> list[str]:

@@ -1,11 +1,13 @@
 """Ranks of whole splits against an oracle in plain Python: padded batches, histories cut short, cold targets."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from user_llm.data.splits import Split, leave_last_out
 from user_llm.evals.evaluator import rank_listed, rank_targets, train_counts
-from user_llm.evals.popularity import popularity_ranks
+from user_llm.evals.popularity import popularity_ranks, recent_popularity_ranks
 
 ITEMS = 30
 
@@ -114,6 +116,19 @@ def test_popularity_by_hand(make_timelines):
     assert ranks.metrics()["recall@1"] == pytest.approx(1 / 3)
     assert ranks.metrics()["recall@5"] == pytest.approx(2 / 3)
     assert ranks.metrics()["recall@5/unseen"] == pytest.approx(1 / 3)
+
+
+def test_popularity_of_the_last_days_by_hand(make_timelines):
+    """Training alone counts, from seven days before a target on and strictly before it; all time decides between equals."""
+    items = [[1, 2, 3, 4, 2], [3, 3, 5, 1, 3], [5, 1, 4, 2, 4], [1, 2, 5]]
+    days = [[0, 1, 2, 20, 21], [15, 16, 17, 18, 23], [10, 14, 30, 31, 32], [32, 33, 50]]
+    timelines = make_timelines(items, [[86_400 * day for day in row] for row in days])
+    ranks = recent_popularity_ranks(timelines, leave_last_out(timelines), "test", days=7)
+    # Of all time: 1 and 3 three times, 5 twice, 2 and 4 once. Before the targets: 3 3 1 5 | 3 5 | 4 | nothing.
+    np.testing.assert_array_equal(ranks.everything, [4.5, 1, 1, 3])
+    timeless = dataclasses.replace(timelines, columns={})
+    with pytest.raises(ValueError, match="toy has no timestamps"):
+        recent_popularity_ranks(timeless, leave_last_out(timelines), "test", days=7)
 
 
 def test_listed_items_rank_by_their_place(make_timelines):

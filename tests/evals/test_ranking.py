@@ -1,6 +1,5 @@
 """Ranks, metrics, rows and breakdowns, against answers by brute force and by hand."""
 
-import dataclasses
 from unittest.mock import Mock
 
 import jax
@@ -13,7 +12,7 @@ from user_llm.evals.ranking import (
     Ranks,
     boundary_ties,
     breakdown,
-    by_history_length,
+    by_bucket,
     ranking_values,
     result_rows,
     target_ranks,
@@ -103,8 +102,14 @@ def ranks():
     )
 
 
+COUNTS = np.array([0, 3, 4, 2000])  # events of each item in training
+
+
 def timelines(**columns):
-    return Mock(spec=Timelines, columns=columns, offsets=np.array([0, 3, 7, 68]))
+    """Three users; their targets are of items 1, 2 and 3."""
+    item = np.zeros(68, int)
+    item[[2, 6, 67]] = [1, 2, 3]
+    return Mock(spec=Timelines, columns=columns, offsets=np.array([0, 3, 7, 68]), item=item)
 
 
 def test_rows_hold_every_metric_with_both_filters(ranks):
@@ -119,9 +124,8 @@ def test_rows_hold_every_metric_with_both_filters(ranks):
         assert row.items() >= {"task": "next_item", "method": "encoder", "n": 3, **facts}.items()
 
 
-def test_buckets_of_history_length(ranks):
-    ranks = dataclasses.replace(ranks, positions=np.array([10, 11, 501]))
-    parts = by_history_length(ranks)
+def test_buckets_of_a_number(ranks):
+    parts = by_bucket(ranks, np.array([10, 11, 501]), (10, 20, 500))
     assert [(p["from"], p["to"], p["n"]) for p in parts] == [
         (0, 10, 1),
         (11, 20, 1),
@@ -137,9 +141,14 @@ def test_breakdown_tells_tied_targets_from_the_rest(ranks):
     timestamp[1] = timestamp[0]  # User 0: a tie, but not at the boundary.
     data = timelines(timestamp=timestamp)
     np.testing.assert_array_equal(boundary_ties(data, ranks.users, ranks.positions), [False, True, False])
-    found = breakdown("encoder", ranks, data)["boundary_tie"]
+    found = breakdown("encoder", ranks, data, COUNTS)["boundary_tie"]
     assert (found["tied"]["n"], found["untied"]["n"]) == (1, 2)
     assert (found["tied"]["recall@10"], found["untied"]["recall@10"]) == (0, 1)
+
+
+def test_breakdown_by_how_often_the_target_occurs_in_training(ranks):
+    found = breakdown("encoder", ranks, timelines(), COUNTS)["item_popularity"]
+    assert [(p["from"], p["to"], p["recall@10"]) for p in found] == [(0, 3, 1), (4, 10, 0), (1001, None, 1)]
 
 
 def test_first_event_has_nothing_to_tie_with(ranks):
@@ -149,4 +158,4 @@ def test_first_event_has_nothing_to_tie_with(ranks):
 
 
 def test_events_without_times_have_no_tie_groups(ranks):
-    assert breakdown("encoder", ranks, timelines())["boundary_tie"] == {}
+    assert breakdown("encoder", ranks, timelines(), COUNTS)["boundary_tie"] == {}

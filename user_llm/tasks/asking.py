@@ -10,7 +10,7 @@ from user_llm.data.prompts.favorite import Favorite, Labels, OfFuture, OfHistory
 from user_llm.data.prompts.next_item import NextItem
 from user_llm.data.prompts.review import Review
 from user_llm.evals.counting import favorite_baselines
-from user_llm.evals.popularity import popularity_ranks
+from user_llm.evals.popularity import popularity_ranks, recent_popularity_ranks
 from user_llm.tasks.context import Context
 
 # Each from (lines, context, the run's labels, the task's template).
@@ -35,9 +35,12 @@ def favorites(context: Context, task: str) -> OfHistory:
 
 
 def baseline_rows(context: Context) -> list[dict]:
-    """Return the result rows of what needs no model: of the next item popularity, of favourites counting and the majority class."""
+    """Return the result rows of what needs no model: of the next item popularity, of all time and of 7 days, of favourites counting and the majority class."""
     ranks = popularity_ranks(context.timelines, context.split, "test")
     rows = context.record("baselines", "next_item", "popularity", ranks.measured(), ranks)
+    if "timestamp" in context.timelines.columns:
+        recent = recent_popularity_ranks(context.timelines, context.split, "test", days=7)
+        rows += context.record("baselines", "next_item", "popularity_7d", recent.measured())
     config = context.config
     asked = {task for name in config.phases if "prompts" in config[name] for task in asked_tasks(config[name])}
     for task in FAVORITES:

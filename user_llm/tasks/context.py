@@ -22,6 +22,7 @@ from user_llm.data.raw import Raw
 from user_llm.data.splits import Split, make_split
 from user_llm.data.timelines import Timelines
 from user_llm.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from user_llm.evals.evaluator import train_counts
 from user_llm.evals.measured import Measured
 from user_llm.evals.ranking import Ranks, breakdown, result_rows
 from user_llm.models import pretrained
@@ -112,7 +113,9 @@ class Context:
         measured.save(self.workdir / phase / "values", task, method)
         if ranks is not None:
             path = self.workdir / phase / "breakdown.json"
-            path.write_text(json.dumps(breakdown(method, ranks, self.timelines), indent=1))
+            path.write_text(
+                json.dumps(breakdown(method, ranks, self.timelines, train_counts(self.timelines, self.split)), indent=1)
+            )
         return result_rows(measured.metrics, len(measured), **self.row_facts, task=task, method=method)
 
     def init(self, create: Callable[[], nnx.Module], rules: Rules, place: Callable[[Params], Params]) -> Params:
