@@ -33,6 +33,7 @@ from user_llm.evals import cost, cost_compiled  # noqa: E402
 from user_llm.models.families import config_from_settings  # noqa: E402
 from user_llm.models.prefill import bucket  # noqa: E402
 from user_llm.models.user_llm import UserLLMConfig  # noqa: E402
+from user_llm.report.costs import cost_table  # noqa: E402
 from user_llm.tasks import contextualize  # noqa: E402
 from user_llm.tasks.context import open_context  # noqa: E402
 
@@ -99,22 +100,6 @@ def ratios(rows: list[cost.Row], taken: dict, name: str) -> list[float | None]:
     return [most / own if most and own else None for most, own in pairs]
 
 
-def markdown(rows: list[dict]) -> str:
-    """Return one line per row."""
-    head = ("events", "method", "serving", "prompt tokens", "MFLOPs", "XLA/formula", "FLOPs ratio", "prefill ratio", "decode ratio",
-            "state bytes")  # fmt: skip
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    number = lambda value: "" if value is None else f"{value:,.1f}"  # noqa: E731
-    for row in rows:
-        against = "" if row["flops_hlo"] is None else f"{row['flops_hlo'] / row['flops_formula']:.3f}"
-        cells = (
-            row["events"], row["method"], row["serving"], row["prompt_tokens"], number(row["flops_formula"] / 1e6), against,
-            number(row["flops_ratio"]), number(row["prefill_ratio"]), number(row["decode_ratio"]), f"{row['state_bytes']:,}",
-        )  # fmt: skip
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     """Count, time, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -156,7 +141,7 @@ def main() -> None:
         "tokens_per_title": sizes.title, "command": shlex.join(["python", *sys.argv]),
     }  # fmt: skip
     args.out.write_text(json.dumps({"facts": facts, "rows": found}, indent=1))
-    print(json.dumps(facts), markdown(found), sep="\n\n")
+    print(json.dumps(facts), cost_table(found), sep="\n\n")
 
 
 if __name__ == "__main__":

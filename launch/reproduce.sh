@@ -20,7 +20,8 @@ python=${PYTHON:-python}
 
 if [ "$table" = cost ]; then
   mkdir -p "$out"
-  exec "$python" launch/benchmark_cost.py --size="$size" --rounds=3 --out="$out/cost.json" "$@"
+  "$python" launch/benchmark_cost.py --size="$size" --rounds=3 --out="$out/cost.json" "$@"
+  exec "$python" -m user_llm.report --cost="$out/cost.json" --out="$out/report"
 fi
 phases=$("$python" -c "
 import sys

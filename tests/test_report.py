@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from etils import epath
 
-from user_llm import report as report_module
 from user_llm.evals.measured import Measured
-from user_llm.report import PUBLISHED, PUBLISHED_HEADER, write_report
+from user_llm.report import __main__ as command_line
+from user_llm.report.build import write_report
+from user_llm.report.published import PUBLISHED
 
 
 def part(n, value):
@@ -138,10 +139,49 @@ def test_published_figures_only_beside_their_own_dataset(tmp_path, dataset, spli
 
 
 def test_every_published_figure_has_its_source():
-    for rows in PUBLISHED.values():
+    for header, rows in PUBLISHED.values():
         for row in rows:
-            assert len(row) == len(PUBLISHED_HEADER)
+            assert len(row) == len(header)
             assert "arXiv" in row[-1] or "github.com" in row[-1]
+
+
+def test_published_figures_stand_beside_their_own_task(tmp_path):
+    run = make_run(tmp_path / "run", dataset="ml-20m")
+    rows = json.loads((run / "results.json").read_text())
+    (run / "results.json").write_text(json.dumps([row | {"task": "favorite", "metric": "accuracy"} for row in rows[:1]]))
+    report = write_report(run).read_text()
+    assert "| User-LLM | 0.7870 |" in report and "HSTU" not in report and "0.1540" not in report
+
+
+COSTS = {
+    "facts": {"size": "small", "command": "python launch/benchmark_cost.py --rounds=3"},
+    "rows": [
+        {
+            "method": method, "events": events, "serving": serving, "prompt_tokens": 5, "flops_formula": flops, "flops_hlo": hlo,
+            "flops_ratio": 2e9 / flops, "prefill_ratio": 3.0, "decode_ratio": None, "state_bytes": 8192,
+        }
+        for events in (50, 200)
+        for method, serving, flops, hlo in (("user_llm", "user_kv_stored", 1e6, 1.01e6), ("text_prompt_all", "recomputed", 2e9, None))
+    ],
+}  # fmt: skip
+
+
+def test_costs_beside_results_and_alone(tmp_path):
+    path = tmp_path / "cost.json"
+    path.write_text(json.dumps(COSTS))
+    run = make_run(tmp_path / "run")
+    for workdirs in ((run,), ()):
+        report = write_report(*workdirs, costs=path, out=tmp_path / "out").read_text()
+        assert "python launch/benchmark_cost.py --rounds=3" in report and "![FLOPs" in report
+        assert "| 200 | user_llm | user_kv_stored | 5 | 1.0 | 1.010 | 2,000.0 | 3.0 |  | 8,192 |" in report
+        assert "| 50 | text_prompt_all | recomputed | 5 | 2,000.0 |  | 1.0 | 3.0 |  | 8,192 |" in report
+        assert ("## Runs" in report) == bool(workdirs)
+        assert (tmp_path / "out" / "cost.png").read_bytes().startswith(b"\x89PNG")
+    path.write_text('{"facts": {}}')
+    with pytest.raises(ValueError, match="is not what launch/benchmark_cost.py writes"):
+        write_report(run, costs=path)
+    with pytest.raises(ValueError, match="Nothing to report"):
+        write_report()
 
 
 @pytest.mark.parametrize("width", [8, 16])
@@ -157,6 +197,7 @@ def test_datasets_are_not_pooled(tmp_path):
     report = write_report(*runs).read_text()
     assert "## x: next_item" in report and "## y: next_item" in report
     assert "| x: user_llm | 0.4000 (10) | 0.6000 (20) |" in report
+    assert report.split("## y: next_item")[1].split("\n\n")[1] == "Of `y`."
 
 
 def test_results_alone_are_enough(tmp_path):
@@ -194,9 +235,9 @@ def test_command_line(tmp_path):
 
 
 def test_command_line_fails_with_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr(report_module.flags, "FLAGS", SimpleNamespace(out=None))
+    monkeypatch.setattr(command_line.flags, "FLAGS", SimpleNamespace(out=None, cost=""))
     with pytest.raises(SystemExit, match="^error: .* holds no results.json") as stop:
-        report_module.main(["report", str(tmp_path)])
+        command_line.main(["report", str(tmp_path)])
     assert stop.value.__suppress_context__
 
 

@@ -20,7 +20,7 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from user_llm.data import audits
-from user_llm.report import write_report
+from user_llm.report.build import write_report
 from user_llm.tasks import contextualize, general_text, pretrain_encoder, pretrain_lm
 from user_llm.tasks.asking import baseline_rows
 from user_llm.tasks.context import open_context

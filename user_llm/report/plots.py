@@ -65,6 +65,23 @@ def plot_buckets(path: Path, number: str, labels: list[str], methods: dict[str, 
     figure.savefig(path, dpi=100)
 
 
+def plot_costs(path: Path, curves: dict[str, list[tuple[int, float]]]) -> None:
+    """Draw FLOPs over events of the history, both as powers of ten, one colour per method and one style per way of serving."""
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    axes = figure.subplots()
+    methods = list(dict.fromkeys(label.partition(",")[0] for label in curves))
+    styles: dict[str, int] = {}
+    for label, points in curves.items():
+        method = label.partition(",")[0]
+        style = ("-", "--", ":", "-.")[styles.get(method, 0) % 4]
+        styles[method] = styles.get(method, 0) + 1
+        color = f"C{methods.index(method)}"
+        axes.plot(*zip(*sorted(points), strict=True), color=color, linestyle=style, marker="o", label=label)
+    axes.set(xscale="log", yscale="log", xlabel="events in the history", ylabel="FLOPs of a request")
+    figure.legend(loc="outside right upper")
+    figure.savefig(path, dpi=100)
+
+
 def _gate_names(rows: list[dict]) -> list[str]:
     """Return the names of all gates in the order of their layers."""
     names = {name for row in rows for name in row if name.startswith("gate/")}

@@ -1,31 +1,26 @@
-"""From what runs left to report.md and report.html: results beside published figures, comparisons, data audit, plots.
+"""From what runs left to report.md and report.html: results beside published figures, comparisons, costs, data audit, plots.
 
-    python -m user_llm.report RUN [RUN...] [--out=DIR]
-
-Runs with other seeds give mean and spread. `read_run` says what a run's folder may hold; only
-results.json must be there.
+Runs with other seeds give mean and spread. `runs.read_run` says what a run's folder may hold; only results.json must be there.
 """
 
-import dataclasses
-import json
 import shlex
 import statistics
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from absl import app, flags, logging
 
-from user_llm import plots
-from user_llm.common.metrics import read_metrics
 from user_llm.evals.bootstrap import DRAWS, compare
-from user_llm.evals.measured import Measured, load_measured
-from user_llm.page import write_page
+from user_llm.evals.measured import Measured
+from user_llm.report import plots
+from user_llm.report.costs import cost_section
+from user_llm.report.markdown import table
+from user_llm.report.page import write_page
+from user_llm.report.published import PUBLISHED, SPLIT
+from user_llm.report.runs import ROW_KEYS, Cells, Run, Seen, merge_rows, read_run
 
-ROW_KEYS = ("dataset", "task", "method", "metric", "value", "n", "seed", "split", "config_hash")
 METRICS = ("recall@1", "recall@5", "recall@10", "ndcg@10", "mrr")
 BREAKDOWN_METRICS = ("recall@10", "recall@10/unseen", "ndcg@10")
 REFERENCE = "user_llm"  # what the other methods are compared with
@@ -42,148 +37,30 @@ KINDS = {
     "with_user": "While attending to a user (`with_user`)",
 }
 
-# Printed beside results on the same dataset alone, so that no figure of a large set ever stands
-# beside results on a small one.
-_SEQLLM = (
-    "candidates restricted, origin of baselines unclear",
-    "SeqLLM, arXiv 2608.03063, table 4",
-)
-_HSTU = "README of github.com/meta-recsys/generative-recommenders"
-_ESASREC = "README of github.com/blondered/transformer_benchmark"
-_PLUS = f"arXiv 2309.07602 by the {_ESASREC}"
-_GSASREC = f"arXiv 2308.07192 by the {_ESASREC}"
-PUBLISHED: dict[str, Any] = {
-    "ml-20m": [
-        ("sequence model alone", 0.152, "", "", *_SEQLLM),
-        ("history as text", 0.140, "", "", *_SEQLLM),
-        ("User-LLM", 0.154, "", "", *_SEQLLM),
-        ("SeqLLM (8B)", 0.174, "", "", *_SEQLLM),
-        ("SASRec, full cross-entropy", "", 0.2983, "", "", _PLUS),
-        ("SASRec, sampled softmax", "", 0.2889, 0.1621, "", _HSTU),
-        ("BERT4Rec", "", 0.2816, 0.1703, "", _HSTU),
-        ("eSASRec", "", 0.3289, 0.1966, "", _ESASREC),
-        ("HSTU", "", 0.3273, 0.1895, "", _HSTU),
-        ("HSTU-large", "", 0.3556, 0.2098, "", _HSTU),
-    ],
-    "ml-1m": [
-        ("SASRec, full cross-entropy", "", 0.3152, "", "", _PLUS),
-        ("SASRec, sampled softmax", "", 0.2853, 0.1603, "", _HSTU),
-        ("BERT4Rec", "", 0.2843, 0.1537, "", _HSTU),
-        ("gSASRec", "", 0.3000, "", "history removed (`unseen`)", _GSASREC),
-        ("eSASRec", "", 0.3133, 0.1772, "", _ESASREC),
-        ("HSTU", "", 0.3097, 0.1720, "", _HSTU),
-        ("HSTU-large", "", 0.3294, 0.1893, "", _HSTU),
-    ],
-}
-PUBLISHED_PROTOCOL = ("next_item", "leave_last_out")  # Task and split of all of them.
-PUBLISHED_HEADER = ("method", "recall@5", "recall@10", "ndcg@10", "remark", "source")
 
+def write_report(*workdirs: str | PathLike, costs: str | PathLike = "", out: str | PathLike | None = None) -> Path:
+    """Write report.md, its plots and report.html, and return the first's path.
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What one run left; all but `rows` may be empty."""
-
-    directory: Path
-    rows: list[dict]
-    config: dict
-    audit: dict
-    metrics: dict[str, list[dict]]
-    breakdowns: list[dict]
-    measured: list[tuple[str, str, Measured]]  # (task, method, values of each target)
-
-
-def read_run(workdir: str | PathLike) -> Run:
-    """Read what `main` left: results, config, audit, and each phase's metrics and breakdown.
+    Args:
+      costs: what `launch/benchmark_cost.py` wrote, if it is to be shown.
+      out: folder; the first run's, or that of `costs`, by default.
 
     Raises:
-      ValueError: results.json is missing, a file is cut short, or a row lacks a column.
+      ValueError: nothing to report, or what cannot be read or merged.
     """
-    directory = Path(workdir)
-    if not (directory / "results.json").exists():
-        raise ValueError(f"{directory} holds no results.json: run its command again until it ends.")
-    rows = _read_json(directory / "results.json")
-    for number, row in enumerate(rows, 1):
-        if missing := [key for key in ROW_KEYS if key not in row]:
-            where = f"{directory / 'results.json'}, row {number}"
-            raise ValueError(f"{where}: no {missing[0]!r}; run the evaluation again.")
-    optional = {name: directory / f"{name}.json" for name in ("config", "audit")}
-    return Run(
-        directory=directory,
-        rows=rows,
-        **{name: _read_json(path) if path.exists() else {} for name, path in optional.items()},
-        metrics={path.parent.name: read_metrics(path) for path in sorted(directory.glob("*/metrics.jsonl"))},
-        breakdowns=[_read_json(path) for path in sorted(directory.glob("*/breakdown.json"))],
-        measured=[load_measured(path) for path in sorted(directory.glob("*/values/*.npz"))],
-    )
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not JSON; delete the file and run the command again.") from error
-
-
-class Seen(NamedTuple):
-    """A measured value with its number of targets and the run that holds it."""
-
-    value: float
-    n: int
-    run: Path
-
-
-Group = tuple[str, str, str]  # Dataset, task, split.
-Cells = dict[Group, dict[tuple[str, str], dict[int, Seen]]]  # (method, metric) -> seed -> value.
-
-
-def merge_rows(runs: Sequence[Run]) -> tuple[Cells, list[Run], list[str]]:
-    """Gather rows by everything but the seed.
-
-    Returns:
-      The cells, the runs that added something, and a note for each run that repeats a seed of
-      another run with the same values, which counts once.
-
-    Raises:
-      ValueError: two rows for one seed with different values.
-    """
-    cells: Cells = {}
-    kept, notes = [], []
-    for run in runs:
-        repeated: Counter[Path] = Counter()
-        for row in run.rows:
-            group = cells.setdefault((row["dataset"], row["task"], row["split"]), {})
-            seeds = group.setdefault((row["method"], row["metric"]), {})
-            new = Seen(row["value"], row["n"], run.directory)
-            old = seeds.setdefault(row["seed"], new)
-            if old[:2] != new[:2]:
-                raise ValueError(
-                    f"{old.run} and {new.run} differ for seed {row['seed']} in {row['method']} "
-                    f"{row['metric']} ({old.value} and {new.value}): give one run per seed, or "
-                    "report them apart."
-                )
-            if old is not new:
-                repeated[old.run] += 1
-        notes += [
-            f"`{run.directory}` repeats {count} rows of `{other}` (same seed): counted once."
-            for other, count in repeated.items()
-        ]
-        if repeated.total() < len(run.rows) or not run.rows:
-            kept.append(run)
-    return cells, kept, notes
-
-
-def write_report(*workdirs: str | PathLike, out: str | PathLike | None = None) -> Path:
-    """Write report.md, its plots and report.html into `out` (default: the first run) and return the first's path."""
+    if not workdirs and not costs:
+        raise ValueError("Nothing to report: name a run's folder, or --cost=FILE.")
     runs = [read_run(path) for path in dict.fromkeys(Path(w).absolute() for w in workdirs)]
     cells, runs, notes = merge_rows(runs)
-    out = Path(out or workdirs[0])
+    out = Path(out or (workdirs[0] if workdirs else Path(costs).parent))
     out.mkdir(parents=True, exist_ok=True)
     sections = [
         "# Report",
-        *_run_section(runs, notes),
+        *(_run_section(runs, notes) if runs else []),
         *_result_sections(cells),
         *_comparison_sections(runs),
         *_breakdown_sections(runs, out),
+        *(cost_section(Path(costs), out) if costs else []),
         *_audit_section(runs),
         *_training_section(runs, out),
     ]
@@ -192,15 +69,6 @@ def write_report(*workdirs: str | PathLike, out: str | PathLike | None = None) -
     path = temporary.replace(out / "report.md")
     write_page(path)
     return path
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    def show(cell: Any) -> str:
-        text = f"{cell:.4f}" if isinstance(cell, float) else str(cell)
-        return text.replace("|", "\\|")
-
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(show, line)) + " |" for line in lines)
 
 
 def _run_section(runs: list[Run], notes: list[str]) -> list[str]:
@@ -229,6 +97,8 @@ def _result_sections(cells: Cells) -> list[str]:
     sections = []
     for (dataset, task, split), group in cells.items():
         sections.append(f"## {dataset}: {task} ({split})")
+        directories = dict.fromkeys(seen.run for seeds in group.values() for seen in seeds.values())
+        sections.append(f"Of {', '.join(f'`{directory.name}`' for directory in directories)}.")
         if any(len(seeds) > 1 for seeds in group.values()):
             sections.append("Mean over seeds ± sample standard deviation.")
         metrics = sorted({metric for _, metric in group}, key=_metric_order)
@@ -236,11 +106,11 @@ def _result_sections(cells: Cells) -> list[str]:
         for suffix in [kind for kind in KINDS if kind in suffixes] + sorted(suffixes - set(KINDS)):
             if suffix or "unseen" in suffixes:  # only where something is filtered is there something to say of the rest
                 sections.append(f"{KINDS.get(suffix, suffix)}:")
-            sections.append(_result_table(group, [metric for metric in metrics if metric.partition("/")[2] == suffix]))
-        if dataset in PUBLISHED and (task, split) == PUBLISHED_PROTOCOL:
+            sections.append(_resulttable(group, [metric for metric in metrics if metric.partition("/")[2] == suffix]))
+        if (dataset, task) in PUBLISHED and split == SPLIT:
             sections += [
                 f"Published on {dataset}; filter, preprocessing and order of ties differ:",
-                _table(PUBLISHED_HEADER, PUBLISHED[dataset]),
+                table(*PUBLISHED[dataset, task]),
             ]
     return sections
 
@@ -276,7 +146,7 @@ def _comparison_sections(runs: list[Run]) -> list[str]:
                 f"## {dataset}: {task}, compared",
                 f"With 95% intervals by paired bootstrap over users ({DRAWS:,} draws)."
                 + (f" Measured on other users and left out: {', '.join(others)}." if others else ""),
-                _table(["method", metric, "95%", f"against {reference}", "95%", "n", "seeds"], rows),
+                table(["method", metric, "95%", f"against {reference}", "95%", "n", "seeds"], rows),
             ]
     return sections
 
@@ -294,7 +164,7 @@ def _metric_order(metric: str) -> tuple[int, str]:
     return (METRICS.index(base) if base in METRICS else len(METRICS)), metric
 
 
-def _result_table(group: dict[tuple[str, str], dict[int, Seen]], metrics: list[str]) -> str:
+def _resulttable(group: dict[tuple[str, str], dict[int, Seen]], metrics: list[str]) -> str:
     rows = []
     for method in dict.fromkeys(method for method, _ in group):
         cells = [group.get((method, metric), {}) for metric in metrics]
@@ -303,7 +173,7 @@ def _result_table(group: dict[tuple[str, str], dict[int, Seen]], metrics: list[s
             seeds = sorted({seed for seeds in cells for seed in seeds})
             numbers = ("/".join(map(str, targets)), ", ".join(map(str, seeds)))
             rows.append([method, *map(_mean_and_spread, cells), *numbers])
-    return _table(["method", *(m.partition("/")[0] for m in metrics), "n", "seeds"], rows)
+    return table(["method", *(m.partition("/")[0] for m in metrics), "n", "seeds"], rows)
 
 
 def _mean_and_spread(seeds: dict[int, Seen]) -> str:
@@ -342,7 +212,7 @@ def _breakdown_sections(runs: list[Run], out: Path) -> list[str]:
         sections += [
             "## Ties at the split boundary",
             "Tied: the target shares its timestamp with the event before it.",
-            _table(
+            table(
                 ["method", "targets", *names],
                 ([*key, *(part[name] for name in names)] for key, part in ties.items()),
             ),
@@ -359,7 +229,7 @@ def _bucket_section(plot: Path, title: str, number: str, parts: dict[Any, dict])
         f"## {title}",
         f"![recall@10 by {number}]({plot.name})",
         f"recall@10, nothing filtered (targets, over all seeds), by {number}:",
-        _table(
+        table(
             ["method", *labels],
             [[m, *(f"{p['recall@10']:.4f} ({p['n']})" if p else "" for p in found)] for m, found in methods.items()],
         ),
@@ -371,7 +241,7 @@ def _audit_section(runs: list[Run]) -> list[str]:
     for run in runs:
         if run.audit and run.audit not in audits:
             audits.append(run.audit)
-    tables = [_table(["number", "value"], audit.items()) for audit in audits]
+    tables = [table(["number", "value"], audit.items()) for audit in audits]
     return ["## Data audit", *tables] if tables else []
 
 
@@ -384,20 +254,3 @@ def _training_section(runs: list[Run], out: Path) -> list[str]:
     if plots.plot_gates(out / "gates.png", curves):
         sections.append("![gates by layer](gates.png)")
     return sections
-
-
-def main(argv: list[str]) -> None:
-    """Write the report of the runs named on the command line."""
-    if len(argv) < 2:
-        raise app.UsageError("name at least one run folder")
-    try:
-        path = write_report(*argv[1:], out=flags.FLAGS.out)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
-    logging.info("wrote %s", path)
-
-
-if __name__ == "__main__":
-    # Defined here so that importing this module adds no flag to another program.
-    flags.DEFINE_string("out", None, "Folder of the merged report; the first run's by default.")
-    app.run(main)

@@ -1,0 +1,24 @@
+"""Merge what runs left into one report.
+
+python -m user_llm.report RUN [RUN...] [--cost=cost.json] [--out=DIR]
+"""
+
+from absl import app, flags, logging
+
+from user_llm.report.build import write_report
+
+
+def main(argv: list[str]) -> None:
+    """Write the report of the runs named on the command line."""
+    try:
+        path = write_report(*argv[1:], costs=flags.FLAGS.cost, out=flags.FLAGS.out)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+    logging.info("wrote %s", path)
+
+
+if __name__ == "__main__":
+    # Defined here so that importing this module adds no flag to another program.
+    flags.DEFINE_string("out", None, "Folder of the merged report; the first run's by default.")
+    flags.DEFINE_string("cost", "", "What launch/benchmark_cost.py wrote, to be shown too.")
+    app.run(main)
