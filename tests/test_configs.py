@@ -38,7 +38,7 @@ def cases():
             marks = () if (path.stem, variant) in FAST else pytest.mark.slow
             yield pytest.param((path, variant, ()), marks=marks, id=f"{path.stem}:{variant}")
     path = ROOT / "configs" / "movielens_xattn.py"
-    for table in datasets.TABLES.keys() - {"all"}:
+    for table in sorted(datasets.TABLES.keys() - {"all"}):
         phases = [phase for phase in datasets.TABLES[table] if phase not in datasets.METHODS["xattn"]]
         yield pytest.param((path, "small", ("pretrain_encoder", *phases)), marks=pytest.mark.slow, id=table)
 
