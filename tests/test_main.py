@@ -93,7 +93,11 @@ def test_no_data_says_how_to_get_some(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--config.datax.dir=1"], 'the config has no key \'datax\'. Did you mean "data" instead of "datax"?'),
+        pytest.param(
+            ["--config.datax.dir=1"],
+            'the config has no key \'datax\'. Did you mean "data" instead of "datax"?',
+            marks=pytest.mark.slow,
+        ),
         (
             ["--config=configs/movielens_xattn.py:huge"],
             f"Unknown variant 'huge': choose full, small, synthetic or an open LLM: {', '.join(LLMS)}.",

@@ -227,6 +227,7 @@ def test_bad_input_is_named(tmp_path):
         write_report(run)
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path):
     runs = [str(make_run(tmp_path / f"s{seed}", seed=seed)) for seed in (0, 1)]
     command = [sys.executable, "-m", "user_llm.report", *runs, f"--out={tmp_path / 'all'}"]

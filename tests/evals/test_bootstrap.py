@@ -15,6 +15,7 @@ def test_one_user_has_no_spread_and_two_have_three_means():
     np.testing.assert_allclose([np.mean(means[:, 0] == mean) for mean in (0, 0.5, 1)], [0.25, 0.5, 0.25], atol=0.04)
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_mean_as_often_as_they_say():
     rng = np.random.default_rng(0)
     samples = rng.random((300, 200)) < 0.3

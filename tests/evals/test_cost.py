@@ -123,6 +123,7 @@ def random_params(config):
     )
 
 
+@pytest.mark.slow
 def test_every_way_of_serving_computes_the_same():
     graphdef, params = structure(SHALLOW)[0], random_params(SHALLOW)
     rng = np.random.default_rng(1)

@@ -33,7 +33,7 @@ def _texts_by_hand(tiny, row, *, beams, max_tokens, stop_ids, penalty):
 
 
 @pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0, -0.5])
-@pytest.mark.parametrize("stops", [0, 1, 3])
+@pytest.mark.parametrize("stops", [0, 1, pytest.param(3, marks=pytest.mark.slow)])
 def test_texts_equal_a_beam_search_by_hand(tiny, stops, penalty):
     settings = {"beams": 4, "max_tokens": 7, "stop_ids": []}
     # Stop at tokens that beams do write, early and late.

@@ -72,6 +72,7 @@ def test_a_stream_holds_the_same_tokens(tiny, how):
             assert len(pieces) == -(-whole.lengths.max() // chunk)
 
 
+@pytest.mark.slow
 def test_a_stream_ends_with_its_rows(tiny):
     (piece,) = stream(*tiny.model, tiny.prompts, max_tokens=50, stop_ids=range(tiny.vocab), user=tiny.user)
     assert piece.tokens.shape == (3, 1) and piece.lengths.tolist() == [1, 1, 1]

@@ -75,6 +75,7 @@ def test_a_models_name_is_downloaded_once_and_only_what_is_needed(find, hub, tmp
     assert find("org/model", "http://127.0.0.1:9") == path
 
 
+@pytest.mark.slow
 def test_what_the_hub_refuses_is_said_in_a_sentence(find, hub):
     assert find("gated/model", hub).startswith(
         "ValueError: gated/model is gated: accept its licence on the hub, and set HF_TOKEN"

@@ -171,7 +171,8 @@ def test_a_user_llm_starts_as_its_bare_llm_and_its_gates_move_first(drawn):
     assert _still(grads) == {"item_head", "item_norm/scale"}  # which this loss does not depend on
 
 
-@pytest.mark.parametrize("variant", ["soft_prompt", pytest.param("both, by event", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["soft_prompt", "both, by event"])
 def test_gradients_reach_everything_through_a_soft_prompt(drawn, variant):
     graphdef, params = drawn(_create(_config(variant)))
     (value, grads), bare = _losses_and_grads(graphdef)(params)

@@ -149,6 +149,7 @@ def test_sigterm_saves_and_the_next_run_goes_on(tmp_path, uninterrupted):
     _assert_same(tmp_path, tiny.run(tmp_path), uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_logged_mean_is_of_all_its_steps_wherever_the_run_was_stopped(tmp_path):
     """Stopped at step 5, logged at step 6."""
     tiny.run(tmp_path / "whole", log_steps=6)
@@ -204,6 +205,7 @@ def test_nothing_is_traced_after_the_first_step(tmp_path):
     assert len(traces) == 1
 
 
+@pytest.mark.slow
 def test_a_batch_that_memory_cannot_hold_is_refused_and_what_was_saved_stays(tmp_path, monkeypatch, uninterrupted):
     with pytest.raises(SystemExit):
         tiny.run(tmp_path, tiny.make_task(count_events=lambda batch: os.kill(os.getpid(), signal.SIGTERM) or 1))
