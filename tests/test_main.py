@@ -61,7 +61,7 @@ def test_leaves_all_that_the_readme_promises(finished):
     assert "text_prompt_10" in report and "quickstart" not in report.split("## Runs")[0]
     for phase in PHASES:
         assert (finished / phase / "metrics.jsonl").exists() and list((finished / phase / "tensorboard").iterdir())
-    assert {path.parent.name for path in finished.glob("*/breakdown.json")} == {"baselines", *PHASES} - {"pretrain_lm"}
+    assert {path.parent.name for path in finished.glob("*/values")} == {"baselines", *PHASES} - {"pretrain_lm"}
     config = json.loads((finished / "config.json").read_text())
     assert config["config"]["user_llm"]["resampler"]["num_latents"] == 16 and config["versions"]["jax"]
 

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -17,8 +18,16 @@ from user_llm.report.build import write_report
 from user_llm.report.published import PUBLISHED
 
 
-def part(n, value):
-    return {"n": n, "recall@10": value, "recall@10/unseen": value + 0.1, "ndcg@10": value / 2}
+def values_of_targets():
+    """Return what 30 targets had: recall@10 0.4 of the 10 after 0 to 10 events, 0.6 of the 20 after more than 500."""
+    hits = np.repeat([1.0, 0.0, 1.0, 0.0], [4, 6, 12, 8])
+    numbers = {
+        "history_length": np.repeat([0, 10, 501, 9000], [5, 5, 10, 10]),
+        "item_popularity": np.repeat([4, 10], 15),
+        "boundary_tie": np.repeat([1, 0], [5, 25]),
+    }
+    metrics = {"recall@10": hits, "recall@10/unseen": np.ones(30), "ndcg@10": hits / 2}
+    return Measured(np.arange(30), np.arange(30), metrics, numbers)
 
 
 def make_run(directory, *, seed=0, dataset="toy", values=None, split="leave_last_out", width=8):
@@ -44,15 +53,11 @@ def make_run(directory, *, seed=0, dataset="toy", values=None, split="leave_last
         {"step": 20, "kind": "train", "loss": None, "gate/0": 0.02, "gate/1": -0.03},
         {"step": 20, "kind": "eval", "recall@10": 0.5},
     ]
-    lengths = [{"from": 0, "to": 10, **part(10, 0.4)}, {"from": 501, "to": None, **part(20, 0.6)}]
-    counts = [{"from": 4, "to": 10, **part(30, 0.5)}]
-    ties = {"tied": part(5, 0.7), "untied": part(25, 0.5)}
-    breakdown = {"method": "user_llm", "history_length": lengths, "item_popularity": counts, "boundary_tie": ties}
     (directory / "results.json").write_text(json.dumps(rows))
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "audit.json").write_text(json.dumps({"tie_share": 0.25, "users": 30}))
     (phase / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
-    (phase / "breakdown.json").write_text(json.dumps(breakdown))
+    values_of_targets().save(epath.Path(phase) / "values", "next_item", "user_llm")
     return directory
 
 
@@ -72,8 +77,9 @@ def test_one_run(tmp_path):
         "| method | 0-10 | 501+ |",
         "| user_llm | 0.4000 (10) | 0.6000 (20) |",
         "| method | 4-10 |",
-        "| user_llm | 0.5000 (30) |",
-        "| user_llm | tied | 5 | 0.7000 | 0.8000 | 0.3500 |",
+        "| user_llm | 0.5333 (30) |",
+        "| user_llm | tied | 5 | 0.8000 | 1.0000 | 0.4000 |",
+        "| user_llm | untied | 25 | 0.4800 | 1.0000 | 0.2400 |",
     ):
         assert line in report.splitlines(), line
     assert "±" not in report
@@ -85,7 +91,10 @@ def test_one_run(tmp_path):
 
 def test_seeds_give_mean_and_sample_spread(tmp_path):
     values = (0.4, 0.5, 0.9)
-    runs = [make_run(tmp_path / f"s{seed}", seed=seed, values={"encoder": value}) for seed, value in enumerate(values)]
+    runs = [
+        make_run(tmp_path / f"s{seed}", seed=seed, values={"encoder": value, "user_llm": 0.5})
+        for seed, value in enumerate(values)
+    ]
     report = write_report(*runs, out=tmp_path / "all").read_text()
     # Mean 0.6, sample standard deviation sqrt((0.04 + 0.01 + 0.09) / 2).
     assert "| encoder | 0.6000 ± 0.2646 | 0.1800 ± 0.0794 | 30 | 0, 1, 2 |" in report
@@ -100,7 +109,7 @@ def test_a_repeated_seed_counts_once_and_is_told(tmp_path):
     assert "| user_llm | 0.5000 | 0.1500 | 30 | 0 |" in report
     assert "±" not in report
     assert f"`{runs[1]}` repeats 6 rows of `{runs[0]}` (same seed): counted once." in report
-    assert "| user_llm | 0.4000 (10) | 0.6000 (20) |" in report
+    assert "| user_llm | 0.4000 (10) | 0.6000 (20) |" in report and "(60)" not in report
 
 
 def test_a_baseline_shared_by_two_runs_counts_once(tmp_path):
@@ -202,8 +211,9 @@ def test_datasets_are_not_pooled(tmp_path):
 
 def test_results_alone_are_enough(tmp_path):
     run = make_run(tmp_path / "run")
-    for path in [*run.glob("user_llm/*"), run / "config.json", run / "audit.json"]:
-        path.unlink()
+    shutil.rmtree(run / "user_llm")
+    for name in ("config.json", "audit.json"):
+        (run / name).unlink()
     report = write_report(run).read_text()
     assert "| user_llm | 0.5000" in report
     assert "png" not in report and "## Data audit" not in report
@@ -247,7 +257,7 @@ def with_values(directory, seed, methods, metric="recall@10", task="next_item"):
     rows = json.loads((directory / "results.json").read_text())
     for method, (users, values) in methods.items():
         measured = Measured(np.array(users), np.array(users) + 5, {metric: np.array(values, float)})
-        measured.save(epath.Path(directory) / "phase" / "values", task, method)
+        measured.save(epath.Path(directory) / "user_llm" / "values", task, method)
         rows.append({
             "dataset": "toy", "task": task, "method": method, "metric": metric, "value": float(np.mean(values)), "n": len(users),
             "seed": seed, "split": "leave_last_out", "config_hash": "abc",

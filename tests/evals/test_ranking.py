@@ -1,4 +1,4 @@
-"""Ranks, metrics, rows and breakdowns, against answers by brute force and by hand."""
+"""Ranks, metrics, rows and numbers of targets, against answers by brute force and by hand."""
 
 from unittest.mock import Mock
 
@@ -11,10 +11,9 @@ from user_llm.data.timelines import Timelines
 from user_llm.evals.ranking import (
     Ranks,
     boundary_ties,
-    breakdown,
-    by_bucket,
     ranking_values,
     result_rows,
+    target_numbers,
     target_ranks,
 )
 
@@ -124,31 +123,16 @@ def test_rows_hold_every_metric_with_both_filters(ranks):
         assert row.items() >= {"task": "next_item", "method": "encoder", "n": 3, **facts}.items()
 
 
-def test_buckets_of_a_number(ranks):
-    parts = by_bucket(ranks, np.array([10, 11, 501]), (10, 20, 500))
-    assert [(p["from"], p["to"], p["n"]) for p in parts] == [
-        (0, 10, 1),
-        (11, 20, 1),
-        (501, None, 1),
-    ]
-    assert [p["recall@10"] for p in parts] == [1, 0, 1]
-    assert [p["recall@10/unseen"] for p in parts] == [1, 1, 0]
-
-
-def test_breakdown_tells_tied_targets_from_the_rest(ranks):
+def test_numbers_of_targets_by_hand(ranks):
     timestamp = np.arange(68)
     timestamp[6] = timestamp[5]  # User 1: the target at position 3 and the event before it.
     timestamp[1] = timestamp[0]  # User 0: a tie, but not at the boundary.
-    data = timelines(timestamp=timestamp)
-    np.testing.assert_array_equal(boundary_ties(data, ranks.users, ranks.positions), [False, True, False])
-    found = breakdown("encoder", ranks, data, COUNTS)["boundary_tie"]
-    assert (found["tied"]["n"], found["untied"]["n"]) == (1, 2)
-    assert (found["tied"]["recall@10"], found["untied"]["recall@10"]) == (0, 1)
-
-
-def test_breakdown_by_how_often_the_target_occurs_in_training(ranks):
-    found = breakdown("encoder", ranks, timelines(), COUNTS)["item_popularity"]
-    assert [(p["from"], p["to"], p["recall@10"]) for p in found] == [(0, 3, 1), (4, 10, 0), (1001, None, 1)]
+    found = target_numbers(timelines(timestamp=timestamp), ranks.users, ranks.positions, COUNTS)
+    assert {name: array.tolist() for name, array in found.items()} == {
+        "history_length": [2, 3, 60],
+        "item_popularity": [3, 4, 2000],
+        "boundary_tie": [0, 1, 0],
+    }
 
 
 def test_first_event_has_nothing_to_tie_with(ranks):
@@ -157,5 +141,5 @@ def test_first_event_has_nothing_to_tie_with(ranks):
     assert not tied.any()
 
 
-def test_events_without_times_have_no_tie_groups(ranks):
-    assert breakdown("encoder", ranks, timelines(), COUNTS)["boundary_tie"] == {}
+def test_events_without_times_have_no_ties(ranks):
+    assert "boundary_tie" not in target_numbers(timelines(), ranks.users, ranks.positions, COUNTS)

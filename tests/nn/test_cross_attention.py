@@ -19,15 +19,15 @@ TEXT = jnp.asarray(_rng.normal(size=(3, 5, WIDTH)), jnp.float32)
 TOKENS = _rng.normal(size=(3, 4, CONFIG.user_width)).astype(np.float32)
 
 
-def _create(seat):
-    config = dataclasses.replace(CONFIG, seat=seat)
+def _create(seat, recency_buckets=0):
+    config = dataclasses.replace(CONFIG, seat=seat, recency_buckets=recency_buckets)
     return lambda: GatedCrossAttention(config, WIDTH, 20, norm_eps=1e-6, rngs=nnx.Rngs(params=0))
 
 
-@pytest.fixture(scope="module", params=["after_attention", "before_block"])
+@pytest.fixture(scope="module", params=[("after_attention",), ("before_block",), ("after_attention", 3)])
 def layer(request, drawn):
     """A layer as (compiled function of params, tokens, mask; params)."""
-    graphdef, params = drawn(_create(request.param))
+    graphdef, params = drawn(_create(*request.param))
 
     @jax.jit
     def run(params, tokens, mask):
@@ -73,6 +73,25 @@ def test_closed_gates_change_nothing_and_alone_get_gradient(layer):
 def test_a_new_layer_is_closed_but_its_output_projection_is_not():
     params = trees.split(_create("after_attention")())[1]
     assert params["gate"] == 0 and np.abs(params["o"]).min() > 0
+
+
+def test_recency_is_a_bias_over_how_far_back_an_event_lies(drawn):
+    """Tokens that are all alike but for their values: the weights are softmax(bias), counted back from each row's last event."""
+    graphdef, params = drawn(_create("after_attention", 3))
+    module = trees.merge(graphdef, params)
+    biases = np.log([[4.0, 2.0, 1.0], [1.0, 1.0, 6.0]])
+    module.recency = nnx.Param(jnp.asarray(biases, jnp.float32))
+    module.gate = nnx.Param(jnp.asarray(np.arctanh(0.5), jnp.float32))
+    k = jnp.ones((3, 2, 4, 4))
+    values = _rng.normal(size=(3, 2, 4, 4)).astype(np.float32)
+    mask = np.arange(4) < np.array([4, 3, 0])[:, None]
+    out = module(TEXT, k, jnp.asarray(values), mask)
+    weights = np.zeros((3, 2, 4))
+    weights[0] = np.array([[1, 2, 2, 4], [6, 1, 1, 1]]) / 9  # of distances 3, 2, 1, 0 in buckets 2, 1, 1, 0
+    weights[1, 0, :3], weights[1, 1, :3] = np.array([2, 2, 4]) / 8, np.array([1, 1, 1]) / 3
+    heads = np.einsum("BNM,BNMH->BNH", weights, values)
+    expected = TEXT + 0.5 * np.einsum("BNH,NHD->BD", heads, params["o"])[:, None]
+    np.testing.assert_allclose(out, expected, atol=2e-6)
 
 
 def test_unknown_seat_is_refused():

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from user_llm.common import trees
-from user_llm.nn.resampler import Resampler, ResamplerConfig, recency_bucket
+from user_llm.nn.resampler import Resampler, ResamplerConfig
 
 CONFIG = ResamplerConfig(num_latents=3, input_width=8, heads=2, head_dim=4, mlp_width=12, num_layers=2, recency_buckets=4)
 STATES = np.random.default_rng(0).normal(size=(4, 16, 8)).astype(np.float32)
@@ -49,15 +49,6 @@ def test_every_real_event_counts(resampler):
         after = np.asarray(run(params, changed, _mask(LENGTHS, 16)))
         assert (np.abs(after - before)[0].max(-1) > 1e-3).all()
         np.testing.assert_array_equal(after[1:], before[1:])
-
-
-def test_recency_buckets_by_hand():
-    distance = np.array([-3, 0, 1, 2, 3, 6, 7, 14, 15, 10_000])
-    np.testing.assert_array_equal(recency_bucket(distance, 8), [0, 0, 1, 1, 2, 2, 3, 3, 4, 7])
-    # Exact at every power of two, where a logarithm might round down.
-    powers = 2 ** np.arange(1, 20)
-    np.testing.assert_array_equal(recency_bucket(powers - 1, 32), np.arange(1, 20))
-    np.testing.assert_array_equal(recency_bucket(powers - 2, 32), np.arange(19))
 
 
 def test_recency_counts_back_from_the_last_real_event(resampler):

@@ -9,6 +9,8 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float, Int
 
+NUMBER = "number/"  # in front of a number's name in a file
+
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
@@ -17,11 +19,13 @@ class Measured:
     Attributes:
       users, positions: the targets: the user, and the events before it.
       values: of each metric.
+      numbers: facts of the targets that a report breaks the values down by, `ranking.target_numbers`.
     """
 
     users: Int[np.ndarray, "n"]
     positions: Int[np.ndarray, "n"]
     values: dict[str, Float[np.ndarray, "n"]]
+    numbers: dict[str, Int[np.ndarray, "n"]] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.users)
@@ -38,7 +42,7 @@ class Measured:
         temporary = folder / f"{path.name}.tmp"
         with temporary.open("wb") as file:
             facts: dict[str, Any] = {"task": task, "method": method, "users": self.users, "positions": self.positions}
-            np.savez_compressed(file, **facts | self.values)
+            np.savez_compressed(file, **facts | self.values | {NUMBER + name: array for name, array in self.numbers.items()})
         temporary.replace(path)
 
 
@@ -52,6 +56,8 @@ def load_measured(path: Path) -> tuple[str, str, Measured]:
         with np.load(path) as file:
             found = dict(file)
         task, method = (str(found.pop(name)) for name in ("task", "method"))
-        return task, method, Measured(found.pop("users"), found.pop("positions"), found)
+        users, positions = found.pop("users"), found.pop("positions")
+        numbers = {name.removeprefix(NUMBER): found.pop(name) for name in list(found) if name.startswith(NUMBER)}
+        return task, method, Measured(users, positions, found, numbers)
     except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} holds no values of targets ({error}): delete it and run the evaluation again.") from error

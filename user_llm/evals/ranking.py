@@ -5,7 +5,7 @@ constant scorer earns no recall. Left out on purpose: sampled metrics (Krichene 
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,9 +15,6 @@ from user_llm.data.timelines import Timelines
 from user_llm.evals.measured import Measured
 
 CUTOFFS = (1, 5, 10)
-# Upper ends of the buckets of a breakdown; histories of 10, 50, 100 and 200 events are the paper's.
-HISTORY_LENGTHS = (10, 20, 50, 100, 200, 500)
-ITEM_POPULARITIES = (3, 10, 30, 100, 300, 1000)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,30 +122,14 @@ def boundary_ties(
     return (positions > 0) & (timestamp[target] == timestamp[np.maximum(target - 1, 0)])
 
 
-def by_bucket(ranks: Ranks, number: Int[np.ndarray, "n"], ends: Sequence[int]) -> list[dict]:
-    """Return the metrics for each bucket of a number of each target: `from` to `to`, None = no end; empty ones are left out."""
-    bucket = np.searchsorted(ends, number)
-    starts = (0, *(end + 1 for end in ends))
-    return [{"from": starts[b], "to": (*ends, None)[b], **_part(ranks, bucket == b)} for b in np.unique(bucket)]
+def target_numbers(
+    timelines: Timelines, users: Int[np.ndarray, "n"], positions: Int[np.ndarray, "n"], train_counts: Int[np.ndarray, "V"]
+) -> dict[str, Int[np.ndarray, "n"]]:
+    """Return what a report breaks results down by.
 
-
-def breakdown(method: str, ranks: Ranks, timelines: Timelines, train_counts: Int[np.ndarray, "V"]) -> dict:
-    """Return a phase's breakdown.json: metrics by history length, item popularity and tie at the split boundary.
-
-    A history's length is its target's position, an item's popularity its events in training. `boundary_tie` has the groups `tied`
-    and `untied`; a group without users is left out, and both are for events without times.
+    Of each target the events before it, its item's events in training, and, with times, 1 where it ties with the event before it.
     """
-    tied = boundary_ties(timelines, ranks.users, ranks.positions)
-    groups = {} if tied is None else {"tied": tied, "untied": ~tied}
-    popularity = train_counts[timelines.item[timelines.offsets[ranks.users] + ranks.positions]]
-    return {
-        "method": method,
-        "history_length": by_bucket(ranks, ranks.positions, HISTORY_LENGTHS),
-        "item_popularity": by_bucket(ranks, popularity, ITEM_POPULARITIES),
-        "boundary_tie": {name: _part(ranks, chosen) for name, chosen in groups.items() if chosen.any()},
-    }
-
-
-def _part(ranks: Ranks, chosen: Bool[np.ndarray, "n"]) -> dict:
-    part = Ranks(*(array[chosen] for array in (ranks.users, ranks.positions, ranks.everything, ranks.unseen)))
-    return {"n": int(chosen.sum()), **part.metrics()}
+    popularity = train_counts[timelines.item[timelines.offsets[users] + positions]]
+    tied = boundary_ties(timelines, users, positions)
+    ties = {} if tied is None else {"boundary_tie": tied.astype(int)}
+    return {"history_length": positions, "item_popularity": popularity, **ties}

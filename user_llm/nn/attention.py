@@ -31,7 +31,7 @@ def attention(
     v: Float[Array, "B K S H"],
     *,
     mask: Bool[Array, "B #T S"] | None = None,
-    bias: Float[Array, "#B N T S"] | None = None,
+    bias: Float[Array, "#B N #T S"] | None = None,
     scale: float | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attend with softmax(scale q k + bias), the softmax in float32; rows without a visible key are exactly 0.

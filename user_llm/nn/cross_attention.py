@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float
 from user_llm.nn.attention import attention
 from user_llm.nn.layers import RMSNorm, linear_param
 from user_llm.nn.mlp import MLP
+from user_llm.nn.recency import recency_one_hot, recency_slopes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,8 @@ class CrossAttentionConfig:
       seat: `after_attention`, between self-attention and MLP (the paper), or `before_block`, ahead of the whole layer
         with a gated MLP of its own (Flamingo).
       heads, head_dim: of the cross-attention alone.
+      recency_buckets: number of log2-spaced distances from the end of the history that have a bias of their own, where the user
+        tokens are events; 0 where they are a resampler's, which has looked at recency itself.
     """
 
     user_width: int
@@ -35,6 +38,7 @@ class CrossAttentionConfig:
     heads: int
     head_dim: int
     seat: str = "after_attention"
+    recency_buckets: int = 0
 
     def __post_init__(self):
         if self.seat not in ("after_attention", "before_block"):
@@ -55,7 +59,7 @@ class UserKV(NamedTuple):
 
 
 class GatedCrossAttention(nnx.Module):
-    """Parameters: q [D, N, H], k and v [user width, N, H], o [N, H, D], gate []; mlp and mlp_gate if before_block."""
+    """Parameters: q [D, N, H], k and v [user width, N, H], o [N, H, D], gate []; by config recency [N, R], mlp and mlp_gate."""
 
     def __init__(self, config: CrossAttentionConfig, width: int, mlp_width: int, *, norm_eps: float, rngs: nnx.Rngs):
         c = self.config = config
@@ -65,6 +69,8 @@ class GatedCrossAttention(nnx.Module):
         self.v = linear_param(rngs, (c.user_width, c.heads, c.head_dim), fan_in=c.user_width)
         self.o = linear_param(rngs, (c.heads, c.head_dim, width), fan_in=c.heads * c.head_dim)
         self.gate = nnx.Param(jnp.zeros((), jnp.float32))
+        if c.recency_buckets:
+            self.recency = nnx.Param(recency_slopes(c.heads, c.recency_buckets))
         if c.seat == "before_block":
             self.mlp_norm = RMSNorm(width, eps=norm_eps)
             self.mlp = MLP(width, mlp_width, activation="silu", rngs=rngs)
@@ -84,7 +90,11 @@ class GatedCrossAttention(nnx.Module):
         mask: Bool[Array, "B M"],
     ) -> Float[Array, "B T D"]:
         q = jnp.einsum("BTD,DNH->BTNH", self.norm(x), self.q[...])
-        out = attention(q, k.astype(q.dtype), v.astype(q.dtype), mask=mask[:, None, :])
+        bias = None
+        if self.config.recency_buckets:
+            one_hot = recency_one_hot(mask, self.config.recency_buckets)
+            bias = jnp.einsum("NR,BMR->BNM", self.recency[...].astype(jnp.float32), one_hot)[:, :, None]
+        out = attention(q, k.astype(q.dtype), v.astype(q.dtype), mask=mask[:, None, :], bias=bias)
         out = jnp.einsum("BTNH,NHD->BTD", out, self.o[...])
         x = x + (jnp.tanh(self.gate[...]) * out).astype(x.dtype)
         if self.config.seat == "before_block":

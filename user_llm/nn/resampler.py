@@ -1,22 +1,18 @@
 """The Perceiver resampler: any number of event states becomes M user tokens (section 3 of the paper; Jaegle et al. 2021).
 
-M learned latents attend to the events' states and to themselves, then pass an MLP, `num_layers` times. The order of events is
-already in the states; how long ago each was is not, so each latent may learn a bias over log-spaced recency.
+M learned latents attend to the events' states and to themselves, then pass an MLP, `num_layers` times.
 """
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from user_llm.nn.attention import attention
 from user_llm.nn.layers import RMSNorm, embedding_param, linear_param
 from user_llm.nn.mlp import MLP
-
-# The steepest latent gives the last event e^4 = 55 times the weight of each of the two before it.
-MAX_RECENCY_SLOPE = 4.0
+from user_llm.nn.recency import recency_one_hot, recency_slopes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +37,6 @@ class ResamplerConfig:
     norm_eps: float = 1e-6
 
 
-def recency_bucket(distance: Int[Array, "..."], buckets: int) -> Int[Array, "..."]:
-    """Return floor(log2(1 + distance)), at most buckets - 1: 0 | 1 2 | 3..6 | 7..14 | ..."""
-    # The number of the highest bit that is set; a logarithm in float32 may round down at a power of two.
-    log = 31 - jax.lax.clz(1 + jnp.maximum(distance, 0).astype(jnp.int32))
-    return jnp.minimum(log, buckets - 1)
-
-
 class ResamplerLayer(nnx.Module):
     """Latents attend to concat(events, latents), then an MLP. Parameters: q, k, v, o, mlp, norms, recency [M, N, buckets]."""
 
@@ -63,11 +52,8 @@ class ResamplerLayer(nnx.Module):
         self.o = linear_param(rngs, (c.heads, c.head_dim, c.input_width), fan_in=c.heads * c.head_dim)
         self.mlp = MLP(c.input_width, c.mlp_width, activation="silu", rngs=rngs)
         if c.recency_buckets:
-            # From latents that start by looking at all events alike to latents that look at the last: user tokens of many time
-            # scales, and the newest state, which knows most, is at hand from the first step.
-            slopes = jnp.linspace(0.0, MAX_RECENCY_SLOPE, c.num_latents)[:, None, None]
-            bias = -slopes * jnp.arange(c.recency_buckets, dtype=jnp.float32)
-            self.recency = nnx.Param(jnp.broadcast_to(bias, (c.num_latents, c.heads, c.recency_buckets)))
+            slopes = recency_slopes(c.num_latents, c.recency_buckets)[:, None]
+            self.recency = nnx.Param(jnp.broadcast_to(slopes, (c.num_latents, c.heads, c.recency_buckets)))
 
     def __call__(
         self, latents: Float[Array, "B J M D"], states: Float[Array, "B E D"], event_mask: Bool[Array, "B J E"]
@@ -85,11 +71,7 @@ class ResamplerLayer(nnx.Module):
         mask = jnp.concatenate([event_mask.repeat(count, axis=1), same_end], axis=2)
         bias = None
         if c.recency_buckets:
-            # Distance of each event from the last real one; padding beyond it is masked anyway.
-            distance = event_mask.sum(-1, keepdims=True) - 1 - jnp.arange(states.shape[1])
-            bucket = recency_bucket(distance, c.recency_buckets)
-            # A product with one-hot rows: the gradient of a gather would be a scatter of B J M N E single numbers.
-            one_hot = jax.nn.one_hot(bucket, c.recency_buckets, dtype=jnp.float32)
+            one_hot = recency_one_hot(event_mask, c.recency_buckets)
             bias = jnp.einsum("MNR,BJER->BNJME", self.recency[...].astype(jnp.float32), one_hot)
             bias = bias.reshape(batch, c.heads, ends * count, -1)
             bias = jnp.pad(bias, ((0, 0), (0, 0), (0, 0), (0, ends * count)))

@@ -5,31 +5,24 @@ Runs with other seeds give mean and spread. `runs.read_run` says what a run's fo
 
 import shlex
 import statistics
-from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from user_llm.evals.bootstrap import DRAWS, compare
 from user_llm.evals.measured import Measured
 from user_llm.report import plots
+from user_llm.report.breakdowns import breakdown_sections
 from user_llm.report.costs import cost_section
 from user_llm.report.markdown import table
 from user_llm.report.page import write_page
 from user_llm.report.published import PUBLISHED, SPLIT
-from user_llm.report.runs import ROW_KEYS, Cells, Run, Seen, merge_rows, read_run
+from user_llm.report.runs import ROW_KEYS, Cells, Measurements, Run, Seen, gather, merge_rows, read_run
 
 METRICS = ("recall@1", "recall@5", "recall@10", "ndcg@10", "mrr")
-BREAKDOWN_METRICS = ("recall@10", "recall@10/unseen", "ndcg@10")
 REFERENCE = "user_llm"  # what the other methods are compared with
 COMPARED = ("recall@10", "accuracy", "rouge1")  # by the first of these that a task has
-# The parts of breakdown.json that are by a number: title, and the number.
-BUCKETS = {
-    "history_length": ("By history length", "events in the history"),
-    "item_popularity": ("By item popularity", "events of the target in training"),
-}
 # What a metric's name says after its slash.
 KINDS = {
     "": "Nothing filtered",
@@ -52,14 +45,15 @@ def write_report(*workdirs: str | PathLike, costs: str | PathLike = "", out: str
         raise ValueError("Nothing to report: name a run's folder, or --cost=FILE.")
     runs = [read_run(path) for path in dict.fromkeys(Path(w).absolute() for w in workdirs)]
     cells, runs, notes = merge_rows(runs)
+    found = gather(runs)
     out = Path(out or (workdirs[0] if workdirs else Path(costs).parent))
     out.mkdir(parents=True, exist_ok=True)
     sections = [
         "# Report",
         *(_run_section(runs, notes) if runs else []),
         *_result_sections(cells),
-        *_comparison_sections(runs),
-        *_breakdown_sections(runs, out),
+        *_comparison_sections(found),
+        *breakdown_sections(found, out),
         *(cost_section(Path(costs), out) if costs else []),
         *_audit_section(runs),
         *_training_section(runs, out),
@@ -115,13 +109,8 @@ def _result_sections(cells: Cells) -> list[str]:
     return sections
 
 
-def _comparison_sections(runs: list[Run]) -> list[str]:
+def _comparison_sections(found: Measurements) -> list[str]:
     """Return intervals of each method and of its difference to the reference, on the same targets of the seeds that both have."""
-    found: dict[tuple[str, str], dict[str, dict[int, Measured]]] = {}
-    for run in runs:
-        for task, method, measured in run.measured:
-            row = next(row for row in run.rows if (row["task"], row["method"]) == (task, method))
-            found.setdefault((row["dataset"], task), {}).setdefault(method, {})[row["seed"]] = measured
     sections = []
     for (dataset, task), methods in found.items():
         reference = REFERENCE if REFERENCE in methods else next(iter(methods))
@@ -180,60 +169,6 @@ def _mean_and_spread(seeds: dict[int, Seen]) -> str:
     values = [seen.value for seen in seeds.values()]
     spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.4f}{spread}" if values else ""
-
-
-def _pool(keyed: Iterable[tuple[Any, dict]]) -> dict[Any, dict]:
-    """Pool the parts with equal keys: n is their sum, each metric the mean weighted by n."""
-    groups: dict[Any, list[dict]] = {}
-    for key, part in keyed:
-        groups.setdefault(key, []).append(part)
-    pooled = {}
-    for key, parts in groups.items():
-        total = sum(part["n"] for part in parts)
-        means = {m: sum(part[m] * part["n"] for part in parts) / total for m in BREAKDOWN_METRICS}
-        pooled[key] = {"n": total, **means}
-    return pooled
-
-
-def _breakdown_sections(runs: list[Run], out: Path) -> list[str]:
-    datasets = {row["dataset"] for run in runs for row in run.rows}
-    entries = []
-    for run in runs:
-        prefix = f"{run.rows[0]['dataset']}: " if run.rows and len(datasets) > 1 else ""
-        entries += [{**entry, "method": prefix + entry["method"]} for entry in run.breakdowns]
-    sections = []
-    for kind, (title, number) in BUCKETS.items():
-        parts = _pool(((entry["method"], part["from"], part["to"]), part) for entry in entries for part in entry.get(kind, ()))
-        if parts:
-            sections += _bucket_section(out / f"{kind}.png", title, number, parts)
-    ties = _pool(((entry["method"], name), part) for entry in entries for name, part in entry["boundary_tie"].items())
-    if ties:
-        names = ("n", *BREAKDOWN_METRICS)
-        sections += [
-            "## Ties at the split boundary",
-            "Tied: the target shares its timestamp with the event before it.",
-            table(
-                ["method", "targets", *names],
-                ([*key, *(part[name] for name in names)] for key, part in ties.items()),
-            ),
-        ]
-    return sections
-
-
-def _bucket_section(plot: Path, title: str, number: str, parts: dict[Any, dict]) -> list[str]:
-    buckets = sorted({(start, end) for _, start, end in parts}, key=lambda bucket: bucket[0])
-    labels = [f"{start}+" if end is None else f"{start}-{end}" for start, end in buckets]
-    methods = {method: [parts.get((method, *bucket)) for bucket in buckets] for method, _, _ in parts}
-    plots.plot_buckets(plot, number, labels, methods)
-    return [
-        f"## {title}",
-        f"![recall@10 by {number}]({plot.name})",
-        f"recall@10, nothing filtered (targets, over all seeds), by {number}:",
-        table(
-            ["method", *labels],
-            [[m, *(f"{p['recall@10']:.4f} ({p['n']})" if p else "" for p in found)] for m, found in methods.items()],
-        ),
-    ]
 
 
 def _audit_section(runs: list[Run]) -> list[str]:

@@ -23,12 +23,11 @@ class Run:
     config: dict
     audit: dict
     metrics: dict[str, list[dict]]
-    breakdowns: list[dict]
     measured: list[tuple[str, str, Measured]]  # (task, method, values of each target)
 
 
 def read_run(workdir: str | PathLike) -> Run:
-    """Read what `main` left: results, config, audit, and each phase's metrics and breakdown.
+    """Read what `main` left: results, config, audit, and each phase's metrics and values of targets.
 
     Raises:
       ValueError: results.json is missing, a file is cut short, or a row lacks a column.
@@ -47,7 +46,6 @@ def read_run(workdir: str | PathLike) -> Run:
         rows=rows,
         **{name: _read_json(path) if path.exists() else {} for name, path in optional.items()},
         metrics={path.parent.name: read_metrics(path) for path in sorted(directory.glob("*/metrics.jsonl"))},
-        breakdowns=[_read_json(path) for path in sorted(directory.glob("*/breakdown.json"))],
         measured=[load_measured(path) for path in sorted(directory.glob("*/values/*.npz"))],
     )
 
@@ -105,3 +103,17 @@ def merge_rows(runs: Sequence[Run]) -> tuple[Cells, list[Run], list[str]]:
         if repeated.total() < len(run.rows) or not run.rows:
             kept.append(run)
     return cells, kept, notes
+
+
+Measurements = dict[tuple[str, str], dict[str, dict[int, Measured]]]  # (dataset, task) -> method -> seed -> values.
+
+
+def gather(runs: Sequence[Run]) -> Measurements:
+    """Gather the values of targets that have rows, as `merge_rows` does these: a method and seed that two runs hold counts once."""
+    found: Measurements = {}
+    for run in runs:
+        rows = {(row["task"], row["method"]): row for row in run.rows}
+        for task, method, measured in run.measured:
+            if row := rows.get((task, method)):
+                found.setdefault((row["dataset"], task), {}).setdefault(method, {})[row["seed"]] = measured
+    return found

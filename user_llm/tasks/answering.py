@@ -160,12 +160,10 @@ class Found:
 
     Attributes:
       suffix: of the method's name.
-      ranks: of all items, for the breakdown.
     """
 
     measured: Measured
     suffix: str = ""
-    ranks: Ranks | None = None
 
 
 def measure_next_item(
@@ -173,7 +171,7 @@ def measure_next_item(
 ) -> list[Found]:
     """Rank the next item, in the test part also by writing titles."""
     ranks = predictor.rank(params, task, prompts, part, limit)
-    found = [Found(ranks.measured(), ranks=ranks)]
+    found = [Found(ranks.measured())]
     if part == "test" and settings.generate_users:
         written = predictor.rank_written(params, task, prompts, part, settings.generate_users, beams=settings.beams)
         found.append(Found(written.measured(), "/generate"))

@@ -37,7 +37,7 @@ def favorites(context: Context, task: str) -> OfHistory:
 def baseline_rows(context: Context) -> list[dict]:
     """Return the result rows of what needs no model: of the next item popularity, of all time and of 7 days, of favourites counting and the majority class."""
     ranks = popularity_ranks(context.timelines, context.split, "test")
-    rows = context.record("baselines", "next_item", "popularity", ranks.measured(), ranks)
+    rows = context.record("baselines", "next_item", "popularity", ranks.measured())
     if "timestamp" in context.timelines.columns:
         recent = recent_popularity_ranks(context.timelines, context.split, "test", days=7)
         rows += context.record("baselines", "next_item", "popularity_7d", recent.measured())

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from user_llm.data.timelines import Timelines
 from user_llm.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from user_llm.evals.evaluator import train_counts
 from user_llm.evals.measured import Measured
-from user_llm.evals.ranking import Ranks, breakdown, result_rows
+from user_llm.evals.ranking import result_rows, target_numbers
 from user_llm.models import pretrained
 from user_llm.models.decoder import DecoderConfig
 from user_llm.nn.transformer import BlockConfig
@@ -108,14 +107,17 @@ class Context:
                 lines += [text + "\n" for text in column[chosen]]
         return lines
 
-    def record(self, phase: str, task: str, method: str, measured: Measured, ranks: Ranks | None = None) -> list[dict]:
-        """Return the result rows of what was measured; leave each target's values, and of ranks the breakdown, for the report."""
+    @functools.cached_property
+    def train_counts(self) -> np.ndarray:
+        """Each item's events in training."""
+        return train_counts(self.timelines, self.split)
+
+    def record(self, phase: str, task: str, method: str, measured: Measured) -> list[dict]:
+        """Return the result rows of what was measured; leave each target's values for the report."""
+        if task == "next_item":
+            numbers = target_numbers(self.timelines, measured.users, measured.positions, self.train_counts)
+            measured = dataclasses.replace(measured, numbers=numbers)
         measured.save(self.workdir / phase / "values", task, method)
-        if ranks is not None:
-            path = self.workdir / phase / "breakdown.json"
-            path.write_text(
-                json.dumps(breakdown(method, ranks, self.timelines, train_counts(self.timelines, self.split)), indent=1)
-            )
         return result_rows(measured.metrics, len(measured), **self.row_facts, task=task, method=method)
 
     def init(self, create: Callable[[], nnx.Module], rules: Rules, place: Callable[[Params], Params]) -> Params:

@@ -71,7 +71,10 @@ def cross_config(phase: ConfigDict, user_width: int) -> CrossAttentionConfig | N
     """
     if phase.injection not in INJECTIONS:
         raise ValueError(f"Unknown injection {phase.injection!r}: choose one of {', '.join(INJECTIONS)}.")
-    return None if phase.injection == "soft_prompt" else CrossAttentionConfig(user_width=user_width, **phase.cross)
+    if phase.injection == "soft_prompt":
+        return None
+    buckets = phase.resampler.recency_buckets if phase.resampler.kind == "none" else 0
+    return CrossAttentionConfig(user_width=user_width, recency_buckets=buckets, **phase.cross)
 
 
 def resampler_config(phase: ConfigDict, input_width: int) -> ResamplerConfig | None:
@@ -178,7 +181,7 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
         rows = []
         for task, asked in prompts.items():
             for found in MEASURES[task](predictor, params, task, asked, "test", None, phase.eval):
-                rows += context.record(name, task, phase.method + found.suffix, found.measured, found.ranks)
+                rows += context.record(name, task, phase.method + found.suffix, found.measured)
         if config.llm.checkpoint:
             decoder = trees.split(trees.merge(graphdef, params).decoder)
             rows += general_text.tuned(context, phase.method, *decoder, lambda count: predictor.users(params, count))

@@ -23,7 +23,7 @@ from user_llm.common.trees import Params
 from user_llm.data.pipeline import HistoryBatch, packed_windows
 from user_llm.data.schema import Schema
 from user_llm.data.timelines import Timelines
-from user_llm.evals.evaluator import rank_targets, train_counts
+from user_llm.evals.evaluator import rank_targets
 from user_llm.models.user_encoder import UserEncoder, UserEncoderConfig
 from user_llm.nn.attention import segment_mask
 from user_llm.nn.losses import chunked_cross_entropy, in_batch_cross_entropy, sampled_cross_entropy, soft_cross_entropy
@@ -198,7 +198,7 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
     create = lambda: UserEncoder(model_config, catalogue=catalogue, rngs=nnx.Rngs(params=context.seed))  # noqa: E731
     graphdef, _ = trees.abstract(create)
     data = phase.batch
-    counts = train_counts(timelines, split)
+    counts = context.train_counts
     loss = EncoderLoss(
         log_q=negative_log_q(counts, model_config.table_rows),
         share=item_share(counts, model_config.table_rows),
@@ -215,7 +215,7 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
 
     def results(params: Params) -> list[dict]:
         ranks = rank(params, "test")
-        return context.record(name, "next_item", phase.method, ranks.measured(), ranks)
+        return context.record(name, "next_item", phase.method, ranks.measured())
 
     return Task(
         name=name,
