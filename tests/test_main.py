@@ -62,6 +62,16 @@ def test_leaves_all_that_the_readme_promises(finished):
     for phase in PHASES:
         assert (finished / phase / "metrics.jsonl").exists() and list((finished / phase / "tensorboard").iterdir())
     assert {path.parent.name for path in finished.glob("*/values")} == {"baselines", *PHASES} - {"pretrain_lm"}
+    for phase in ("user_llm", "text_prompt_10"):
+        samples = json.loads((finished / phase / "samples.json").read_text())
+        assert [(sample["user"], len(sample["attended"])) for sample in samples] == [
+            (u, 5 * (phase == "user_llm")) for u in range(3)
+        ]
+        for sample in samples:
+            assert sample["wanted"] and sample["answer"].count("; ") == 4 and len(sample["history"]) == 5
+            weights = [weight for _, _, weight in sample["attended"]]
+            assert weights == sorted(weights, reverse=True) and sum(weights) <= 1
+    assert "### synthetic: next_item, user 0" in report
     config = json.loads((finished / "config.json").read_text())
     assert config["config"]["user_llm"]["resampler"]["num_latents"] == 16 and config["versions"]["jax"]
 

@@ -57,6 +57,10 @@ def make_run(directory, *, seed=0, dataset="toy", values=None, split="leave_last
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "audit.json").write_text(json.dumps({"tie_share": 0.25, "users": 30}))
     (phase / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+    sample = {"task": "next_item", "user": 7, "history": ["Emma", "Up"], "prompt": "Next:", "wanted": "A *b*"}
+    answers = ({"method": "user_llm", "answer": "X; Y", "attended": [["Emma", 1, 0.625]]},
+               {"method": "text_prompt_10", "answer": "<b>", "attended": []})  # fmt: skip
+    (phase / "samples.json").write_text(json.dumps([sample | answer for answer in answers]))
     values_of_targets().save(epath.Path(phase) / "values", "next_item", "user_llm")
     return directory
 
@@ -80,6 +84,10 @@ def test_one_run(tmp_path):
         "| user_llm | 0.5333 (30) |",
         "| user_llm | tied | 5 | 0.8000 | 1.0000 | 0.4000 |",
         "| user_llm | untied | 25 | 0.4800 | 1.0000 | 0.2400 |",
+        "### toy: next_item, user 7",
+        r"Wanted: A \*b\*. Latest events, newest first: Emma; Up.",
+        "| user_llm | X; Y | Emma (1, 0.62) |",
+        r"| text_prompt_10 | \<b\> |  |",
     ):
         assert line in report.splitlines(), line
     assert "±" not in report

@@ -1,5 +1,6 @@
 """The `:synthetic` variants, shrunk: from a generated world in each layout to the results of every task."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -38,3 +39,6 @@ def test_synthetic_variants_run_and_measure_every_task(tmp_path, name):
     if "favorite" in asked:
         by_method = {row["method"]: row["value"] for row in rows if row["task"] == "favorite"}
         assert by_method["counting"] == 1 and by_method["majority"] < 1
+    samples = json.loads((tmp_path / "user_llm" / "samples.json").read_text())
+    assert {sample["task"] for sample in samples} == asked and all(sample["wanted"] for sample in samples)
+    assert all(sample["answer"] for sample in samples if sample["task"] != "review")  # nothing is a review, too

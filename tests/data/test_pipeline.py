@@ -142,7 +142,7 @@ def make_prompts(unique, tmp_path_factory):
 
     def make(text_items=0):
         lines = Lines(tokenizer, unique, max_title_tokens=16, history="titles", text_items=text_items)
-        return tokenizer, NextItem(lines, instruction="Films:", max_tokens=120)
+        return tokenizer, NextItem(lines, leave_last_out(unique), instruction="Films:", max_tokens=120)
 
     return make
 

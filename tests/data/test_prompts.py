@@ -40,7 +40,7 @@ def make_lines(tokenizer, timelines, text_items, max_title_tokens=60, history="t
 
 def build(tokenizer, timelines, text_items=0, *, max_tokens=200, instruction="Films in order:", **options):
     lines = make_lines(tokenizer, timelines, text_items, **options)
-    return NextItem(lines, instruction=instruction, max_tokens=max_tokens)
+    return NextItem(lines, leave_last_out(timelines), instruction=instruction, max_tokens=max_tokens)
 
 
 def read(tokenizer, row):
@@ -58,6 +58,7 @@ def test_the_answer_stands_on_the_newline_before_the_next_title(tokenizer, timel
     assert lines == ["Films in order:", *[TITLES[2], TITLES[3]][2 - min(text_items, 2) :], TITLES[1]]
     assert answered == [TITLES[1]]
     np.testing.assert_array_equal(row.items, [1])
+    assert prompts.answer(0, 2) == TITLES[1]
     assert (row.ids[row.answers] == prompts.lines.end_id).all()
     assert row.ids[0] == tokenizer.bos_id and list(row.ids).count(tokenizer.bos_id) == 1
 

@@ -12,6 +12,7 @@ from user_llm.nn.attention import (
     RopeScaling,
     apply_rope,
     attention,
+    attention_weights,
     cache_mask,
     causal_mask,
     rope_frequencies,
@@ -67,6 +68,17 @@ def test_values_and_gradients_equal_the_textbook():
     theirs = jax.grad(loss(lambda *qkv: _textbook(*qkv, mask)), argnums=(0, 1, 2))(q, k, v)
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_weights_are_those_that_values_are_summed_by():
+    q, k, v = _qkv(heads=4, kv_heads=2)
+    mask = np.array(causal_mask(jnp.ones((2, 5), bool)))
+    mask[0, 2] = False  # sees nothing
+    how = {"mask": mask, "bias": jax.random.normal(jax.random.key(0), (1, 4, 1, 5)), "scale": 0.3}
+    weights = attention_weights(q, k, **how)
+    found = jnp.einsum("BNTS,BNSH->BTNH", weights, v.repeat(2, axis=1))
+    np.testing.assert_allclose(found, attention(q, k, v, **how), atol=1e-6)
+    np.testing.assert_allclose(weights.sum(-1)[0, :, [0, 2]], [[1] * 4, [0] * 4], atol=1e-6)
 
 
 def test_softmax_is_float32_in_bfloat16():

@@ -66,6 +66,22 @@ def test_recency_counts_back_from_the_last_real_event(resampler):
     assert np.abs(np.asarray(run(shut, last, mask)) - before).max() > 1e-3
 
 
+def test_weights_are_by_how_much_latents_see_events(resampler):
+    """They and what a latent sees of the latents are all it sees; events beyond an end have none."""
+    _, params = resampler
+    module = trees.merge(trees.abstract(_create)[0], params)
+    masks = np.arange(16) < np.array([[1, 5], [16, 7], [2, 2], [0, 16]])[..., None]
+    weights = np.asarray(module.weights(STATES, masks))
+    assert weights.shape == (4, 2, 3, 16)
+    assert (weights[~np.broadcast_to(masks[:, :, None], weights.shape)] == 0).all()
+    total = weights.sum(-1)
+    assert (total[masks.any(-1)] > 0.01).all() and (total < 1).all()
+    # A latent that sees no bucket but the nearest sees none but the last event.
+    shut = np.zeros((3, 2, 4), np.float32) + [0, -1e9, -1e9, -1e9]
+    module.layers[1].recency = nnx.Param(jnp.asarray(shut))
+    np.testing.assert_array_equal(np.asarray(module.weights(STATES, masks))[1, 0].nonzero()[1], [15] * 3)
+
+
 def test_several_ends_of_one_history_equal_each_alone(resampler):
     """One of them without any event."""
     run, params = resampler

@@ -91,6 +91,18 @@ class UserLLM(nnx.Module):
             user = user._replace(prompt=SoftPrompt(each_end(self.soft(tokens), 0), counts))
         return user
 
+    def attended(self, encoded: Encoded) -> Float[Array, "X E"]:
+        """Return by how much the user tokens see each event, their mean, at all B*J ends.
+
+        Raises:
+          ValueError: a model without a resampler, whose user tokens are the events.
+        """
+        if self.resampler is None:
+            raise ValueError("Without a resampler the user tokens are the events: there is nothing that they attend to.")
+        states, seen = encoded
+        found = self.resampler.weights(states, jnp.arange(states.shape[1]) < seen[..., None])
+        return found.mean(2).reshape(-1, states.shape[1])
+
     def hidden(
         self,
         text: Int[Array, "B T"],

@@ -40,9 +40,25 @@ def attention(
     1 / sqrt(H) unless given.
     """
     batch, length, heads, dim = q.shape
-    kv_heads = k.shape[1]
+    weights, total = _exponentials(q, k, mask=mask, bias=bias, scale=scale)
+    weights = weights.astype(v.dtype).reshape(batch, k.shape[1], -1, weights.shape[-1])
+    out = jnp.matmul(weights, v).reshape(batch, heads, length, dim) / total.astype(v.dtype)
+    return out.transpose(0, 2, 1, 3)
+
+
+def attention_weights(q: Float[Array, "B T N H"], k: Float[Array, "B K S H"], **how) -> Float[Array, "B N T S"]:
+    """Return by how much each query sees each key, for people to look at; `how` as `attention` takes it."""
+    weights, total = _exponentials(q, k, **{"mask": None, "bias": None, "scale": None} | how)
+    return weights / total
+
+
+def _exponentials(
+    q: Array, k: Array, *, mask: Array | None, bias: Array | None, scale: float | None
+) -> tuple[Float[Array, "B N T S"], Float[Array, "B N T 1"]]:
+    """Return exp(scores), scaled to a peak of 1, and their sums, 1 where no key is visible."""
+    batch, length, heads, dim = q.shape
     # The queries of a group stacked: plain batched matrix products, faster on CPU than 5-axis einsums.
-    q = (q * (dim**-0.5 if scale is None else scale)).transpose(0, 2, 1, 3).reshape(batch, kv_heads, -1, dim)
+    q = (q * (dim**-0.5 if scale is None else scale)).transpose(0, 2, 1, 3).reshape(batch, k.shape[1], -1, dim)
     logits = jnp.einsum("BKTH,BKSH->BKTS", q, k, preferred_element_type=jnp.float32).reshape(batch, heads, length, -1)
     if bias is not None:
         logits += bias
@@ -53,10 +69,7 @@ def attention(
     weights = jnp.exp(logits - jax.lax.stop_gradient(peak))
     # A row that sees nothing is 0 / 1. Not maximum(total, 1): its gradient is halved where a row's total is exactly 1.
     total = weights.sum(-1, keepdims=True)
-    total = jnp.where(total > 0, total, 1.0)
-    weights = weights.astype(v.dtype).reshape(batch, kv_heads, -1, weights.shape[-1])
-    out = jnp.matmul(weights, v).reshape(batch, heads, length, dim) / total.astype(v.dtype)
-    return out.transpose(0, 2, 1, 3)
+    return weights, jnp.where(total > 0, total, 1.0)
 
 
 def causal_mask(valid: Bool[Array, "B T"]) -> Bool[Array, "B T T"]:

@@ -4,12 +4,14 @@ M learned latents attend to the events' states and to themselves, then pass an M
 """
 
 import dataclasses
+from collections.abc import Iterable
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from user_llm.nn.attention import attention
+from user_llm.nn.attention import attention, attention_weights
 from user_llm.nn.layers import RMSNorm, embedding_param, linear_param
 from user_llm.nn.mlp import MLP
 from user_llm.nn.recency import recency_one_hot, recency_slopes
@@ -58,6 +60,22 @@ class ResamplerLayer(nnx.Module):
     def __call__(
         self, latents: Float[Array, "B J M D"], states: Float[Array, "B E D"], event_mask: Bool[Array, "B J E"]
     ) -> Float[Array, "B J M D"]:
+        seen, q, k, how = self._look(latents, states, event_mask)
+        v = jnp.einsum("BSD,DNH->BNSH", seen, self.v[...])
+        out = attention(q, k, v, **how)
+        latents = latents + jnp.einsum("BTNH,NHD->BTD", out, self.o[...]).reshape(latents.shape)
+        return latents + self.mlp(self.mlp_norm(latents))
+
+    def weights(
+        self, latents: Float[Array, "B J M D"], states: Float[Array, "B E D"], event_mask: Bool[Array, "B J E"]
+    ) -> Float[Array, "B J M E"]:
+        """Return by how much each latent sees each event, the mean of the heads; the rest of it sees the latents."""
+        _, q, k, how = self._look(latents, states, event_mask)
+        found = attention_weights(q, k, **how).mean(1)[..., : states.shape[1]]
+        return found.reshape(*latents.shape[:3], -1)
+
+    def _look(self, latents: Array, states: Array, event_mask: Array) -> tuple[Array, Array, Array, dict[str, Any]]:
+        """Return what is seen, queries, keys, and what hides and biases them."""
         c = self.config
         batch, ends, count, _ = latents.shape
         own = self.latent_norm(latents).reshape(batch, ends * count, -1)
@@ -65,7 +83,6 @@ class ResamplerLayer(nnx.Module):
         seen = jnp.concatenate([self.event_norm(states), own], axis=1)
         q = jnp.einsum("BTD,DNH->BTNH", own, self.q[...])
         k = jnp.einsum("BSD,DNH->BNSH", seen, self.k[...])
-        v = jnp.einsum("BSD,DNH->BNSH", seen, self.v[...])
         end = jnp.arange(ends).repeat(count)
         same_end = jnp.broadcast_to(end[:, None] == end, (batch, ends * count, ends * count))
         mask = jnp.concatenate([event_mask.repeat(count, axis=1), same_end], axis=2)
@@ -75,9 +92,7 @@ class ResamplerLayer(nnx.Module):
             bias = jnp.einsum("MNR,BJER->BNJME", self.recency[...].astype(jnp.float32), one_hot)
             bias = bias.reshape(batch, c.heads, ends * count, -1)
             bias = jnp.pad(bias, ((0, 0), (0, 0), (0, 0), (0, ends * count)))
-        out = attention(q, k, v, mask=mask, bias=bias)
-        latents = latents + jnp.einsum("BTNH,NHD->BTD", out, self.o[...]).reshape(latents.shape)
-        return latents + self.mlp(self.mlp_norm(latents))
+        return seen, q, k, {"mask": mask, "bias": bias}
 
 
 class Resampler(nnx.Module):
@@ -94,7 +109,14 @@ class Resampler(nnx.Module):
 
         Each end's mask is True at the real events it sees, which come first.
         """
+        return self.norm(self._through(self.layers, states, event_mask))
+
+    def weights(self, states: Float[Array, "B E D"], event_mask: Bool[Array, "B J E"]) -> Float[Array, "B J M E"]:
+        """Return by how much each latent sees each event in the last layer."""
+        return self.layers[-1].weights(self._through(self.layers[:-1], states, event_mask), states, event_mask)
+
+    def _through(self, layers: Iterable[ResamplerLayer], states: Array, event_mask: Array) -> Array:
         latents = jnp.broadcast_to(self.latents[...], (*event_mask.shape[:2], *self.latents.shape)).astype(states.dtype)
-        for layer in self.layers:
+        for layer in layers:
             latents = layer(latents, states, event_mask)
-        return self.norm(latents)
+        return latents

@@ -3,6 +3,7 @@
 Runs with other seeds give mean and spread. `runs.read_run` says what a run's folder may hold; only results.json must be there.
 """
 
+import re
 import shlex
 import statistics
 from os import PathLike
@@ -54,6 +55,7 @@ def write_report(*workdirs: str | PathLike, costs: str | PathLike = "", out: str
         *_result_sections(cells),
         *_comparison_sections(found),
         *breakdown_sections(found, out),
+        *_sample_sections(runs),
         *(cost_section(Path(costs), out) if costs else []),
         *_audit_section(runs),
         *_training_section(runs, out),
@@ -169,6 +171,36 @@ def _mean_and_spread(seeds: dict[int, Seen]) -> str:
     values = [seen.value for seen in seeds.values()]
     spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.4f}{spread}" if values else ""
+
+
+def _sample_sections(runs: list[Run]) -> list[str]:
+    """Return what the methods answered to the same users; of several seeds the first run's."""
+    found: dict[tuple[str, str, int], dict[str, dict]] = {}
+    for run in runs:
+        for sample in run.samples:
+            asked = run.rows[0]["dataset"], sample["task"], sample["user"]
+            found.setdefault(asked, {}).setdefault(sample["method"], sample)
+    sections = []
+    for (dataset, task, user), methods in sorted(found.items()):
+        any_one = next(iter(methods.values()))
+        sections += [
+            f"### {dataset}: {task}, user {user}",
+            f"Wanted: {_plain(any_one['wanted'])}. Latest events, newest first: {_plain('; '.join(any_one['history']))}.",
+            table(
+                ["method", "answer", "user tokens attended to (events ago, weight)"],
+                [[name, _plain(sample["answer"]), _attended(sample)] for name, sample in methods.items()],
+            ),
+        ]
+    return ["## Samples", *sections] if sections else []
+
+
+def _attended(sample: dict) -> str:
+    return _plain("; ".join(f"{title} ({ago}, {weight:.2f})" for title, ago, weight in sample["attended"]))
+
+
+def _plain(text: str) -> str:
+    """Return text of users on one line, without what Markdown would take for its own."""
+    return re.sub(r"([\\`*_\[\]<>#])", r"\\\1", " ".join(text.split()))
 
 
 def _audit_section(runs: list[Run]) -> list[str]:

@@ -24,10 +24,11 @@ class Run:
     audit: dict
     metrics: dict[str, list[dict]]
     measured: list[tuple[str, str, Measured]]  # (task, method, values of each target)
+    samples: list[dict]  # as tasks/samples.py leaves them
 
 
 def read_run(workdir: str | PathLike) -> Run:
-    """Read what `main` left: results, config, audit, and each phase's metrics and values of targets.
+    """Read what `main` left: results, config, audit, and each phase's metrics, samples and values of targets.
 
     Raises:
       ValueError: results.json is missing, a file is cut short, or a row lacks a column.
@@ -46,6 +47,7 @@ def read_run(workdir: str | PathLike) -> Run:
         rows=rows,
         **{name: _read_json(path) if path.exists() else {} for name, path in optional.items()},
         metrics={path.parent.name: read_metrics(path) for path in sorted(directory.glob("*/metrics.jsonl"))},
+        samples=[sample for path in sorted(directory.glob("*/samples.json")) for sample in _read_json(path)],
         measured=[load_measured(path) for path in sorted(directory.glob("*/values/*.npz"))],
     )
 

@@ -56,12 +56,22 @@ def score_catalogue(
     return model.score(model.item_query(last))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def attended_events(
+    graphdef: nnx.GraphDef, params: Params, events: Int[Array, "B E A"], lengths: Int[Array, "B"]
+) -> Float[Array, "B E"]:
+    """Return by how much the user tokens of whole histories see each event."""
+    model = trees.merge(graphdef, params)
+    return model.attended(model.encode(events, lengths[:, None]))
+
+
 @dataclasses.dataclass(frozen=True)
 class Predictor:
     """Answers prompts with a contextualized LLM.
 
     Attributes:
       leading: how many tokens of each task's prompts stand in front of a soft prompt.
+      resamples: whether user tokens are a resampler's, which has looked at the events.
     """
 
     graphdef: nnx.GraphDef
@@ -69,6 +79,7 @@ class Predictor:
     examples: ExampleConfig
     batch_size: int
     leading: Mapping[str, int]
+    resamples: bool = False
 
     @property
     def max_events(self) -> int:
@@ -109,15 +120,15 @@ class Predictor:
         size = batch_size or self.batch_size
         return history_batches(self.context.timelines, users, ends, max_events=self.max_events, batch_size=size)
 
+    def score(self, params: Params, task: str, prompts: Prompts, batch: HistoryBatch) -> Float[Array, "B V"]:
+        """Score all items by the item head."""
+        text, lengths, user = self.read(params, prompts, batch)
+        return score_catalogue(self.graphdef, params, text, lengths, user, self.leading[task])
+
     def rank(self, params: Params, task: str, prompts: Prompts, part: str, limit: int | None) -> Ranks:
         """Rank all items by the item head."""
-
-        def score(batch: HistoryBatch) -> Array:
-            text, lengths, user = self.read(params, prompts, batch)
-            return score_catalogue(self.graphdef, params, text, lengths, user, self.leading[task])
-
         return rank_targets(
-            score, self.context.timelines, self.context.split, part,
+            lambda batch: self.score(params, task, prompts, batch), self.context.timelines, self.context.split, part,
             max_events=self.max_events, batch_size=self.batch_size, limit=limit,
         )  # fmt: skip
 
@@ -139,6 +150,15 @@ class Predictor:
         """Return the ids of the likeliest texts of a trie, best first."""
         decoder, inputs, sizes, kv = self.embed(params, task, prompts, batch)
         return np.asarray(beam_search(*decoder, inputs, sizes, trie, beams=beams, user=kv)[0])
+
+    def favorites(
+        self, params: Params, task: str, prompts: Favorite, users: np.ndarray, ends: np.ndarray, beams: int
+    ) -> Int[np.ndarray, "n"]:
+        """Return the likeliest class of each history."""
+        trie, best = Trie.build(prompts.names), np.zeros(len(users), np.int64)
+        for indices, batch in self.batches(users, ends):
+            best[indices] = self.choose(params, task, prompts, batch, trie, min(len(prompts.names), beams))[: batch.count, 0]
+        return best
 
     def write(self, params: Params, task: str, prompts: Review, users: np.ndarray, ends: np.ndarray) -> list[str]:
         """Write an answer to each prompt, greedily, one line."""
@@ -182,15 +202,12 @@ def measure_favorite(
     predictor: Predictor, params: Params, task: str, prompts: Favorite, part: str, limit: int | None, settings: ConfigDict
 ) -> list[Found]:
     """Say how often the likeliest class is the label."""
-    users, ends = (array[:limit] for array in prompts.asked.targets(part))
+    users, ends = (array[:limit] for array in prompts.targets(part))
     if not len(users):
         raise ValueError(f"No user of the {part} part has a favourite: raise data.withhold, or ask no favourites.")
-    trie, beams = Trie.build(prompts.names), min(len(prompts.names), settings.beams)
-    correct = np.zeros(len(users))
-    for indices, batch in predictor.batches(users, ends):
-        best = predictor.choose(params, task, prompts, batch, trie, beams)[: batch.count, 0]
-        labels = [prompts.asked.label(int(user), int(end)) for user, end in zip(users[indices], ends[indices], strict=True)]
-        correct[indices] = best == labels
+    best = predictor.favorites(params, task, prompts, users, ends, settings.beams)
+    labels = [prompts.asked.label(int(user), int(end)) for user, end in zip(users, ends, strict=True)]
+    correct = (best == labels).astype(np.float64)
     return [Found(Measured(users, ends, {"accuracy": correct}))]
 
 

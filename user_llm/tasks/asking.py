@@ -15,7 +15,7 @@ from user_llm.tasks.context import Context
 
 # Each from (lines, context, the run's labels, the task's template).
 TASKS: dict[str, Callable[..., Prompts]] = {
-    "next_item": lambda lines, context, template: NextItem(lines, **template),
+    "next_item": lambda lines, context, template: NextItem(lines, context.split, **template),
     "favorite": lambda lines, context, template: Favorite(lines, favorites(context, "favorite"), **template),
     "favorite_future": lambda lines, context, template: Favorite(lines, favorites(context, "favorite_future"), **template),
     "review": lambda lines, context, template: Review(lines, context.split, **template),

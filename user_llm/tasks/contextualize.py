@@ -6,6 +6,7 @@ an encoder or none, how many titles the prompt holds, which parameters train. Ta
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,6 +33,7 @@ from user_llm.tasks.asking import build_prompts
 from user_llm.tasks.context import Context
 from user_llm.tasks.pretrain_encoder import encoder_config, encoder_section, encoder_source
 from user_llm.tasks.pretrain_lm import text_loss
+from user_llm.tasks.samples import draw_samples
 from user_llm.training.task import Batch, Task
 
 INJECTIONS = ("cross_attention", "soft_prompt", "both")
@@ -169,7 +171,8 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
     graphdef, _ = trees.abstract(create)
     load = ((r"^encoder/", encoder_source(config, name)), *phase.load) if examples.max_events else phase.load
     leading = {task: asked.shared_tokens if phase.soft_prompt.after_instruction else 0 for task, asked in prompts.items()}
-    predictor = Predictor(graphdef, context, examples, phase.eval.batch_size, leading)
+    resamples = full.resampler is not None
+    predictor = Predictor(graphdef, context, examples, phase.eval.batch_size, leading, resamples)
 
     def evaluate(params: Params) -> dict[str, float]:
         """Return the metrics of the first task, which the phase monitors."""
@@ -182,6 +185,9 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
         for task, asked in prompts.items():
             for found in MEASURES[task](predictor, params, task, asked, "test", None, phase.eval):
                 rows += context.record(name, task, phase.method + found.suffix, found.measured)
+        (context.workdir / name / "samples.json").write_text(
+            json.dumps(draw_samples(predictor, params, phase.method, prompts, phase.eval), indent=1)
+        )
         if config.llm.checkpoint:
             decoder = trees.split(trees.merge(graphdef, params).decoder)
             rows += general_text.tuned(context, phase.method, *decoder, lambda count: predictor.users(params, count))

@@ -58,6 +58,12 @@ class Prompts(Protocol):
     def prompt(self, user: int, end: int) -> Ids:
         """Return the row up to its answer position."""
 
+    def answer(self, user: int, end: int) -> str:
+        """Return what is wanted."""
+
+    def targets(self, part: str) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
+        """Return the (users, ends) of a part of the split (`validation`, `test`) that have a target."""
+
 
 class Lines:
     """Text as lines of token ids: titles, encoded once, and a user's history.

@@ -104,6 +104,10 @@ class Favorite(Question):
         """Return the class's name."""
         return self.asked.labels.names[self.asked.label(user, end)]
 
+    def targets(self, part: str) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
+        """Return the (users, ends) of a part of the split that have a favourite."""
+        return self.asked.targets(part)
+
     @functools.cached_property
     def names(self) -> dict[int, list[int]]:
         """Every class's name as a line."""

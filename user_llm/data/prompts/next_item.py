@@ -7,8 +7,10 @@ decoder learns from all of them at the cost of one.
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Int
 
 from user_llm.data.prompts.base import Ids, Lines, TextRow, fitting
+from user_llm.data.splits import Split
 
 
 class NextItem:
@@ -16,8 +18,8 @@ class NextItem:
 
     ranks = True
 
-    def __init__(self, lines: Lines, *, instruction: str, max_tokens: int):
-        self.lines, self.max_tokens = lines, max_tokens
+    def __init__(self, lines: Lines, split: Split, *, instruction: str, max_tokens: int):
+        self.lines, self.split, self.max_tokens = lines, split, max_tokens
         self.instruction = np.concatenate([lines.start, lines.line(instruction)]).astype(np.int32)
         self.shared_tokens = len(self.instruction) - 1
         if not instruction or len(self.instruction) + lines.max_title_tokens + 1 > max_tokens:
@@ -40,6 +42,14 @@ class NextItem:
     def prompt(self, user: int, end: int) -> Ids:
         """Return the prompt that ends at the answer position after the history."""
         return self._row(self.lines.history(user, end), ()).ids
+
+    def answer(self, user: int, end: int) -> str:
+        """Return the title of the event at `end`."""
+        return self.lines.timelines.catalogue.titles[self.lines.timelines.items(user, end, end + 1)[0]]
+
+    def targets(self, part: str) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
+        """Return the (users, ends) of a part of the split."""
+        return self.split.targets[part]
 
     def _row(self, history: list[Ids], targets: Sequence[int] | np.ndarray) -> TextRow:
         pieces = [*history, *(self.lines.title(item) for item in targets)]
