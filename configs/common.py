@@ -139,6 +139,7 @@ def base() -> ConfigDict:
                     "numbers": (),
                     "texts": (),
                 },
+                "catalogue_items": 50_000,  # that --compile_only assumes where there is no data
                 "ties": "hashed",
                 "min_events": 5,
                 "split": "leave_last_out",
@@ -159,6 +160,8 @@ def base() -> ConfigDict:
                 "dropout": 0.2,
                 "heads": (),
                 "unroll": True,
+                # What the backward pass computes again: none, dots (all but products with weights) or full.
+                "remat": "none",
                 "block": block(128, 2, 256, dropout=0.2),
             },
             # Perplexity before and after contextualization, of an open LLM: of a text file of yours, or of the one that comes along.
@@ -171,6 +174,7 @@ def base() -> ConfigDict:
                 "vocab_size": 2048,
                 "num_layers": 4,
                 "unroll": True,
+                "remat": "none",
                 "block": block(128, 4, 384, dropout=0.1),
             },
         }

@@ -24,6 +24,7 @@ TINY = {
 # one LLM learns, with their weights, and what the real set at hand for `small` asks for.
 DATASETS = {
     "movielens": {
+        "items": 27_280,  # MovieLens-20M; as SeqLLM (arXiv 2608.03063, table 9) counts the paper's sets
         "features": ("item", "rating", "genres", "gap"),
         "next": "Next film:",
         "past": "Films this user watched, in order:",
@@ -32,6 +33,7 @@ DATASETS = {
         "small": {},
     },
     "amazon": {
+        "items": 177_978,  # Movies_and_TV, likewise
         "features": ("item", "rating", "categories", "summary", "gap"),
         "next": "Next product:",
         "past": "Products this user reviewed, in order:",
@@ -40,6 +42,7 @@ DATASETS = {
         "small": TINY,
     },
     "google_local": {
+        "items": 270_721,  # unverified
         "features": ("item", "rating", "categories", "review", "gap"),
         "next": "Next place:",
         "past": "Places this user reviewed, in order:",
@@ -48,6 +51,7 @@ DATASETS = {
         "small": TINY,
     },
     "events": {
+        "items": 100_000,  # ours
         "features": (),  # all that the columns declare
         "next": "Next:",
         "past": "Past events of this user, in order:",
@@ -106,6 +110,7 @@ def experiment(dataset: str, method: str, variant: str) -> ConfigDict:
     config.data.source = dataset
     config.encoder.features = facts["features"]
     config.labels = ConfigDict(facts["labels"])
+    config.data.catalogue_items = facts["items"]
     if variant == "synthetic":
         synthetic(config, dataset, facts)
     elif variant == "small":

@@ -21,20 +21,17 @@ from ml_collections import ConfigDict, config_flags
 
 from user_llm.data import audits
 from user_llm.report.build import write_report
-from user_llm.tasks import contextualize, general_text, pretrain_encoder, pretrain_lm
+from user_llm.tasks import BUILDERS, general_text
 from user_llm.tasks.asking import baseline_rows
 from user_llm.tasks.context import open_context
 from user_llm.training import loop
 from user_llm.training.loop import LoopConfig
 
-BUILDERS = {
-    "pretrain_lm": pretrain_lm.build,
-    "pretrain_encoder": pretrain_encoder.build,
-    "contextualize": contextualize.build,
-}
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment to run.", lock_config=True)
+_COMPILE_ONLY = flags.DEFINE_bool("compile_only", False, "Compile all steps for --topology, on any machine, and run nothing.")
+_TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x4", "TPU chips and their form, such as v5e:2x4, v6e:16x16, v5p:4x4x8.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; runs/<config name> by default.")
 
 
@@ -67,11 +64,17 @@ def run(config: ConfigDict, workdir: epath.Path) -> list[dict]:
 def save_config(config: ConfigDict, workdir: epath.Path) -> str:
     """Create the run's directory and its config.json with versions and git hash; return the hash of the config.
 
+    Which of the phases run is not part of the hash: phases can be added to a run, which keeps those that it has.
+
     Raises:
-      ValueError: the directory holds a run of another config, or cannot be written.
+      ValueError: the directory holds a run of another config, or cannot be written; or a phase that the config does not have.
     """
     resolved = json.loads(config.to_json_best_effort())
-    config_hash = hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:12]
+    phases = sorted(name for name, section in resolved.items() if isinstance(section, dict) and "task" in section)
+    if unknown := [name for name in config.phases if name not in phases]:
+        raise ValueError(f"Unknown phase {unknown[0]!r}: choose {', '.join(phases)}.")
+    said = {key: value for key, value in resolved.items() if key != "phases"}
+    config_hash = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
     path = workdir / "config.json"
     if path.exists():
         earlier = json.loads(path.read_text())["config_hash"]

@@ -5,6 +5,7 @@ split). Without an accelerator the mesh is whatever CPU devices there are; all c
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,20 +20,21 @@ AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """Return a mesh over all devices; at most one axis may be -1 and takes what the others leave.
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Return a mesh over `devices`, or all there are; at most one axis may be -1 and takes what the others leave.
 
     Raises:
       ValueError: sizes that do not multiply to the number of devices.
     """
-    sizes, devices = [data, fsdp, tensor], jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    sizes, count = [data, fsdp, tensor], len(devices)
     known = math.prod(size for size in sizes if size != -1)
-    if sizes.count(-1) == 1 and known > 0 and devices % known == 0:
-        sizes[sizes.index(-1)] = devices // known
-    if math.prod(sizes) != devices or min(sizes) < 1:
-        raise ValueError(f"A mesh of data={data}, fsdp={fsdp}, tensor={tensor} does not fit {devices} devices.")
+    if sizes.count(-1) == 1 and known > 0 and count % known == 0:
+        sizes[sizes.index(-1)] = count // known
+    if math.prod(sizes) != count or min(sizes) < 1:
+        raise ValueError(f"A mesh of data={data}, fsdp={fsdp}, tensor={tensor} does not fit {count} devices.")
     # Auto: shardings propagate from arguments and constraints. (jax.make_mesh has defaulted to Explicit since 0.9.)
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def shardings(rules: Rules, tree: Params, mesh: Mesh) -> Params:
@@ -51,6 +53,11 @@ def shardings(rules: Rules, tree: Params, mesh: Mesh) -> Params:
 
     specs = trees.match(rules, tree)
     return jax.tree.map(sharding, tree, specs)
+
+
+def placed(shapes: Any, where: Any) -> Any:
+    """Return a tree of shapes that carry their shardings, as ahead-of-time compilation and restoring take them."""
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, where)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

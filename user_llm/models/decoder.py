@@ -30,6 +30,7 @@ class DecoderConfig:
       windowed: which layers see only a window of what came before; empty for none.
       cross: where and how the decoder attends to its user; None for a bare LLM.
       unroll: inline the layers instead of scanning them (faster on CPU, slower to compile).
+      remat: what is computed again in the backward pass, `nn.transformer.REMAT`.
     """
 
     vocab_size: int
@@ -40,6 +41,7 @@ class DecoderConfig:
     windowed: tuple[bool, ...] = ()
     cross: CrossAttentionConfig | None = None
     unroll: bool = False
+    remat: str = "none"
 
 
 class Decoder(nnx.Module):
@@ -49,7 +51,9 @@ class Decoder(nnx.Module):
         c = self.config = config
         width = c.block.width
         self.embed = embedding_param(rngs, (c.vocab_size, width))
-        self.stack = Stack(c.block, c.num_layers, windowed=c.windowed, cross=c.cross, unroll=c.unroll, rngs=rngs)
+        self.stack = Stack(
+            c.block, c.num_layers, windowed=c.windowed, cross=c.cross, unroll=c.unroll, remat=c.remat, rngs=rngs
+        )
         self.norm = RMSNorm(width, eps=c.block.norm_eps, offset=c.block.norm_offset)
         if not c.tie_embeddings:
             self.head = linear_param(rngs, (width, c.vocab_size), fan_in=width)

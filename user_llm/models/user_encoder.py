@@ -36,7 +36,7 @@ class UserEncoderConfig:
 
     Attributes:
       schema: the features of an event, the item first.
-      block, num_layers, unroll: the transformer.
+      block, num_layers, unroll, remat: the transformer, `nn.transformer.Stack`.
       objective: one of the module's three; says what a state sees and how items are scored.
       feature_width: embedding width of each feature other than the item, which has the model's width.
       positions: `rotary` (relative, any length) or `learned` (absolute, up to `max_events`).
@@ -55,6 +55,7 @@ class UserEncoderConfig:
     dropout: float = 0.0
     heads: tuple[str, ...] = ()
     unroll: bool = False
+    remat: str = "none"
 
     def __post_init__(self):
         if self.objective not in OBJECTIVES:
@@ -116,7 +117,7 @@ class UserEncoder(nnx.Module):
             # A mask token may stand behind the longest history.
             self.position = embedding_param(rngs, (c.max_events + (not c.causal), width))
         block = c.block if c.positions == "rotary" else dataclasses.replace(c.block, rope_theta=None)
-        self.stack = Stack(block, c.num_layers, unroll=c.unroll, rngs=rngs)
+        self.stack = Stack(block, c.num_layers, unroll=c.unroll, remat=c.remat, rngs=rngs)
         self.norm = RMSNorm(width, eps=c.block.norm_eps)
         self.heads = nnx.data({name: linear_param(rngs, (width, c.schema[name].size), fan_in=width) for name in c.heads})
         if c.objective == "masked":

@@ -8,25 +8,42 @@ computed from an item's features, over the other targets of the batch.
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from user_llm.common.mesh import BATCH_AXES
 
-def _chunk_rows(rows: int, chunk: int, *arrays: Array) -> tuple[Array, ...]:
-    """Pad arrays [R, ...] and split them to [R / chunk, chunk, ...].
 
-    Every n-th row goes to the same chunk, so that devices which share the rows also share each chunk.
+class Axes(NamedTuple):
+    """The mesh axes that share out rows, the catalogue and the width; () and None outside a mesh.
+
+    Each device gathers the width of its part of the catalogue once, works on rows of its own, and sums up the gradient of the
+    table once. Left to itself, XLA does both for every chunk.
     """
+
+    rows: tuple[str, ...]
+    catalogue: str | None
+    width: str | None
+
+    def sum(self, x: Array) -> Array:
+        """Sum over the catalogue."""
+        return x if self.catalogue is None else jax.lax.psum(x, self.catalogue)
+
+    def max(self, x: Array) -> Array:
+        """Return the maximum over the catalogue."""
+        return x if self.catalogue is None else jax.lax.pmax(x, self.catalogue)
+
+
+def _chunk_rows(chunk: int, *arrays: Array) -> tuple[Array, ...]:
+    """Pad arrays [R, ...] and split them to [R / chunk, chunk, ...]."""
+    rows = arrays[0].shape[0]
     chunk = min(chunk, rows)
     padded = (jnp.pad(a, [(0, -rows % chunk)] + [(0, 0)] * (a.ndim - 1)) for a in arrays)
-    return tuple(a.reshape(chunk, -1, *a.shape[1:]).swapaxes(0, 1) for a in padded)
-
-
-def _chunk_logits(hidden: Array, table: Array, valid: Array) -> Array:
-    logits = jnp.einsum("RD,VD->RV", hidden, table, preferred_element_type=jnp.float32)
-    return jnp.where(valid, logits, -1e30)
+    return tuple(a.reshape(-1, chunk, *a.shape[1:]) for a in padded)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -41,40 +58,97 @@ def chunked_cross_entropy(
     """Return the sum over rows of weight * -log softmax(hidden table^T)[target], the softmax over `valid` columns.
 
     Gradients flow to `hidden` and `table` and are computed in the forward pass, chunk by chunk of `chunk` rows; peak memory is
-    O(chunk V). Rows of weight 0 count for nothing, whatever their target.
+    O(chunk V). Rows of weight 0 count for nothing, whatever their target. Within `jax.set_mesh` rows are shared out over `data`
+    and `fsdp`, each device taking `chunk` of its own at a time, and the catalogue over `tensor`.
     """
+    return _over_mesh(_loss, hidden, table, targets, weights, valid, chunk)[0]
+
+
+def _over_mesh(body: Callable[..., tuple], hidden, table, targets, weights, valid, chunk: int) -> tuple:
+    """Run `body(axes, chunk, ...)` on every device's part of the arrays; a dimension that its axis does not divide stays whole."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return body(Axes((), None, None), chunk, hidden, table, targets, weights, valid)
+    shards, rows = mesh.shape["data"] * mesh.shape["fsdp"], hidden.shape[0]
+    fits = [axis if dim % mesh.shape[axis] == 0 else None for axis, dim in zip(("tensor", "fsdp"), table.shape, strict=True)]
+    hidden, targets, weights = (
+        jnp.pad(a, [(0, -rows % shards)] + [(0, 0)] * (a.ndim - 1)) for a in (hidden, targets, weights)
+    )
+    by_row, by_item, whole = PartitionSpec(BATCH_AXES), PartitionSpec(fits[0]), PartitionSpec()
+    of_table = PartitionSpec(*fits)
+    found = jax.shard_map(
+        functools.partial(body, Axes(BATCH_AXES, *fits), chunk),
+        in_specs=(by_row, of_table, by_row, by_row, by_item),
+        out_specs=(whole,) if body is _loss else (whole, by_row, of_table),
+        check_vma=False,  # sums over axes are written out below
+    )(hidden, table, targets, weights, valid)
+    return found if body is _loss else (found[0], found[1][:rows], found[2])
+
+
+class _Chunk(NamedTuple):
+    """A chunk's softmax over this device's part of the catalogue."""
+
+    exp: Float[Array, "c v"]
+    sums: Float[Array, "c"]
+    losses: Float[Array, "c"]
+    hit: Bool[Array, "c v"]
+
+
+def _softmax(axes: Axes, hidden: Array, table: Array, targets: Array, valid: Array) -> _Chunk:
+    logits = jnp.einsum("RD,VD->RV", hidden, table, preferred_element_type=jnp.float32)
+    logits = jnp.where(valid, logits, -1e30)
+    first = 0 if axes.catalogue is None else jax.lax.axis_index(axes.catalogue) * table.shape[0]
+    hit = first + jnp.arange(table.shape[0]) == targets[:, None]
+    peak = axes.max(jax.lax.stop_gradient(logits.max(axis=1)))
+    exp = jnp.exp(logits - peak[:, None])
+    sums = axes.sum(exp.sum(axis=1))
+    picked = axes.sum(jnp.where(hit, logits, 0.0).sum(axis=1))
+    return _Chunk(exp, sums, jnp.log(sums) + peak - picked, hit)
+
+
+def _whole_width(axes: Axes, table: Array) -> Array:
+    return table if axes.width is None else jax.lax.all_gather(table, axes.width, axis=1, tiled=True)
+
+
+def _loss(axes: Axes, chunk: int, hidden, table, targets, weights, valid) -> tuple[Array]:
+    table = _whole_width(axes, table)
 
     def step(total, rows):
         hidden, targets, weights = rows
-        logits = _chunk_logits(hidden, table, valid)
-        picked = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
-        return total + jnp.sum(weights * (jax.nn.logsumexp(logits, axis=1) - picked)), None
+        return total + jnp.sum(weights * _softmax(axes, hidden, table, targets, valid).losses), None
 
-    rows = _chunk_rows(hidden.shape[0], chunk, hidden, targets, weights)
-    return jax.lax.scan(step, jnp.zeros((), jnp.float32), rows)[0]
+    total = jax.lax.scan(step, jnp.zeros((), jnp.float32), _chunk_rows(chunk, hidden, targets, weights))[0]
+    return (jax.lax.psum(total, axes.rows) if axes.rows else total,)
 
 
-def _chunked_forward(hidden, table, targets, weights, valid, chunk):
+def _loss_and_gradients(axes: Axes, chunk: int, hidden, table, targets, weights, valid) -> tuple[Array, Array, Array]:
+    table = _whole_width(axes, table)
+
     def step(carry, rows):
         total, table_grad = carry
         hidden, targets, weights = rows
-        logits = _chunk_logits(hidden, table, valid)
-        peak = logits.max(axis=1, keepdims=True)
-        exp = jnp.exp(logits - peak)
-        sums = exp.sum(axis=1)
-        picked = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
-        total += jnp.sum(weights * (jnp.log(sums) + peak[:, 0] - picked))
-        hit = jnp.arange(table.shape[0]) == targets[:, None]
-        grad = (exp * (weights / sums)[:, None] - jnp.where(hit, weights[:, None], 0.0)).astype(table.dtype)
-        hidden_grad = jnp.einsum("RV,VD->RD", grad, table, preferred_element_type=jnp.float32)
+        found = _softmax(axes, hidden, table, targets, valid)
+        total += jnp.sum(weights * found.losses)
+        grad = found.exp * (weights / found.sums)[:, None] - jnp.where(found.hit, weights[:, None], 0.0)
+        grad = grad.astype(table.dtype)
+        hidden_grad = axes.sum(jnp.einsum("RV,VD->RD", grad, table, preferred_element_type=jnp.float32))
         table_grad += jnp.einsum("RV,RD->VD", grad, hidden, preferred_element_type=jnp.float32)
         return (total, table_grad), hidden_grad.astype(hidden.dtype)
 
-    rows = _chunk_rows(hidden.shape[0], chunk, hidden, targets, weights)
     start = (jnp.zeros((), jnp.float32), jnp.zeros(table.shape, jnp.float32))
-    (total, table_grad), hidden_grad = jax.lax.scan(step, start, rows)
-    hidden_grad = hidden_grad.swapaxes(0, 1).reshape(-1, hidden.shape[1])[: hidden.shape[0]]
-    return total, (hidden_grad, table_grad.astype(table.dtype))
+    (total, table_grad), hidden_grad = jax.lax.scan(step, start, _chunk_rows(chunk, hidden, targets, weights))
+    hidden_grad = hidden_grad.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
+    if axes.rows:
+        total = jax.lax.psum(total, axes.rows)
+        if axes.width:
+            table_grad = jax.lax.psum_scatter(table_grad, axes.width, scatter_dimension=1, tiled=True)
+        table_grad = jax.lax.psum(table_grad, tuple(axis for axis in axes.rows if axis != axes.width))
+    return total, hidden_grad, table_grad.astype(table.dtype)
+
+
+def _chunked_forward(hidden, table, targets, weights, valid, chunk):
+    total, *gradients = _over_mesh(_loss_and_gradients, hidden, table, targets, weights, valid, chunk)
+    return total, tuple(gradients)
 
 
 def _chunked_backward(chunk, grads, cotangent):

@@ -4,6 +4,8 @@ Layers are stored stacked (each parameter has a leading layer axis) and run by `
 grow with depth. `unroll=True` inlines them, which is faster on CPU. Cross-attention sits in the last layer of each
 group of `every` layers, hence the scan runs over groups; layers at the end that fill no group are inlined and have none.
 Layers may differ in what they see: all that the mask allows, or a window of it (Gemma 3).
+
+What a backward pass needs of a group is kept, or computed again (`remat`): memory for computation.
 """
 
 import dataclasses
@@ -21,6 +23,13 @@ from user_llm.nn.cross_attention import CrossAttentionConfig, GatedCrossAttentio
 from user_llm.nn.layers import RMSNorm, dropout, linear_param
 from user_llm.nn.lora import LoRAConfig
 from user_llm.nn.mlp import MLP
+
+# What is kept of each group of layers for the backward pass, besides its input: everything, the products with weights, or nothing.
+REMAT: dict[str, Callable[..., bool] | None] = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,15 +154,18 @@ class Stack(nnx.Module):
         windowed: tuple[bool, ...] = (),
         cross: CrossAttentionConfig | None = None,
         unroll: bool = False,
+        remat: str = "none",
         rngs: nnx.Rngs,
     ):
+        if remat not in REMAT:
+            raise ValueError(f"Unknown remat {remat!r}: choose one of {', '.join(REMAT)}.")
         self.every = cross.every if cross else 1
         if not 1 <= self.every <= num_layers:
             raise ValueError(f"Cross-attention in every {self.every}th of {num_layers} layers: choose from 1 to the depth.")
         self.config, self.windowed = config, windowed or (False,) * num_layers
         if len(self.windowed) != num_layers or (any(self.windowed) and config.window is None):
             raise ValueError(f"{num_layers} layers need as many marks of who has a window, and a window: {self.windowed}.")
-        self.groups, self.unroll = num_layers // self.every, unroll
+        self.groups, self.unroll, self.remat = num_layers // self.every, unroll, remat
         self.seat = cross.seat if cross else None
         self.blocks = stacked(lambda rngs: Block(config, rngs=rngs), num_layers, rngs)
         if cross:
@@ -256,6 +268,9 @@ class Stack(nnx.Module):
                 cross = lambda x: module(x, *user_kv, user.mask)  # noqa: E731
             return run_layer(carry, *last, cross), None
 
+        if policy := REMAT[self.remat]:
+            # In a scan nothing can be computed but once per turn; outside, XLA would find the same value and keep it.
+            run_group = jax.checkpoint(run_group, policy=policy, prevent_cse=self.unroll)
         groups, rest = self.layers() if layers is None else layers
         carry = (x, cache)
         if not self.unroll:

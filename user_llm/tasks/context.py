@@ -66,10 +66,10 @@ class Context:
         """Return the LLM as it comes: the checkpoint's own, or a small one to train from scratch."""
         llm = self.config.llm
         if llm.checkpoint:
-            return pretrained.decoder_config(self.checkpoint, unroll=llm.unroll)
+            return pretrained.decoder_config(self.checkpoint, unroll=llm.unroll, remat=llm.remat)
         return DecoderConfig(
             vocab_size=vocab_size, num_layers=llm.num_layers, block=BlockConfig(**llm.block), tie_embeddings=True,
-            unroll=llm.unroll,
+            unroll=llm.unroll, remat=llm.remat,
         )  # fmt: skip
 
     def optimizer_config(self, name: str) -> OptimizerConfig:
@@ -141,8 +141,7 @@ class Context:
                     found = pretrained.load_decoder(self.checkpoint, config, shardings=shardings)
                 else:
                     wanted = trees.partition(chosen(source), shapes)[0][root]
-                    like = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), wanted, shardings)
-                    found = load_params(self.workdir / source / "params", like)
+                    found = load_params(self.workdir / source / "params", meshes.placed(wanted, shardings))
                 params = trees.combine(params, {root: found})
         return params
 

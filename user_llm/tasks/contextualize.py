@@ -168,7 +168,7 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
     prompts = build_prompts(phase, context, examples)
     full = model_config(config, name, context, context.decoder_config(context.tokenizer().vocab_size))
     create = lambda: UserLLM(full, rngs=nnx.Rngs(params=context.seed))  # noqa: E731
-    graphdef, _ = trees.abstract(create)
+    graphdef, shapes = trees.abstract(create)
     load = ((r"^encoder/", encoder_source(config, name)), *phase.load) if examples.max_events else phase.load
     leading = {task: asked.shared_tokens if phase.soft_prompt.after_instruction else 0 for task, asked in prompts.items()}
     resamples = full.resampler is not None
@@ -203,6 +203,7 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
     windows = Windows(context.split.train_stop, examples.window, context.seed)
     return Task(
         name=name,
+        shapes=shapes,
         init=lambda place: context.init(create, load, place),
         loss=lambda params, batch, key: contextual_loss(
             trees.merge(graphdef, params), batch, key, leading=leading, **phase.loss

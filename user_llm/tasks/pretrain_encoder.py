@@ -196,7 +196,7 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
         raise ValueError(f"A dual encoder has the negatives of its batch and draws no others: set {name}.loss.negatives=0.")
     catalogue = item_catalogue(timelines, model_config)
     create = lambda: UserEncoder(model_config, catalogue=catalogue, rngs=nnx.Rngs(params=context.seed))  # noqa: E731
-    graphdef, _ = trees.abstract(create)
+    graphdef, shapes = trees.abstract(create)
     data = phase.batch
     counts = context.train_counts
     loss = EncoderLoss(
@@ -219,6 +219,7 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
 
     return Task(
         name=name,
+        shapes=shapes,
         init=lambda place: trees.init(create, place),
         loss=lambda params, batch, key: loss(trees.merge(graphdef, params), batch, key),
         train_data=packed_windows(

@@ -52,7 +52,7 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
     )
     model_config = context.decoder_config(tokenizer.vocab_size)
     create = lambda: Decoder(model_config, rngs=nnx.Rngs(params=context.seed))  # noqa: E731
-    graphdef, _ = trees.abstract(create)
+    graphdef, shapes = trees.abstract(create)
 
     def stream(lines: list[np.ndarray], process: tuple[int, int]):
         return packed_text(lines, rows=phase.batch.rows, row_length=phase.batch.row_length, seed=context.seed, process=process)
@@ -69,6 +69,7 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
 
     return Task(
         name=name,
+        shapes=shapes,
         init=lambda place: trees.init(create, place),
         loss=loss,
         train_data=stream(train_lines, context.process),

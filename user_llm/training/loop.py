@@ -23,7 +23,13 @@ from user_llm.common import trees
 from user_llm.common.checkpoint import Checkpointer, abstract_like, load_params, save_params
 from user_llm.common.metrics import MetricsLog
 from user_llm.common.trees import Params, Rules
-from user_llm.training.optimizer import OptimizerConfig, init_optimizer, make_optimizer, partition_trainable
+from user_llm.training.optimizer import (
+    OptimizerConfig,
+    abstract_optimizer,
+    init_optimizer,
+    make_optimizer,
+    partition_trainable,
+)
 from user_llm.training.step import TrainState, check_memory, make_train_step
 from user_llm.training.task import Task
 
@@ -185,6 +191,18 @@ def settle_steps(config: LoopConfig, task: Task) -> LoopConfig:
 def initial_params(task: Task, config: LoopConfig, mesh: Mesh) -> Params:
     """Return the parameters at step 0, sharded over the mesh."""
     return task.init(lambda shapes: meshes.shardings(config.sharding, shapes, mesh))
+
+
+def abstract_state(
+    task: Task, config: LoopConfig, optimizer_config: OptimizerConfig, mesh: Mesh, seed: int
+) -> tuple[TrainState, jax.stages.Wrapped]:
+    """Return what `initial_state` does, but of the state its shapes and shardings alone."""
+    params = meshes.placed(task.shapes, meshes.shardings(config.sharding, task.shapes, mesh))
+    trainable, frozen = partition_trainable(optimizer_config, params)
+    optimizer = make_optimizer(optimizer_config, trainable, config.total_steps)
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=meshes.replicated(mesh))
+    state = TrainState(step, trainable, frozen, abstract_optimizer(optimizer, trainable, mesh))
+    return state, make_train_step(task, optimizer, state, seed=seed, dtype=jnp.dtype(config.dtype))
 
 
 def initial_state(

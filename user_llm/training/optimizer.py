@@ -65,18 +65,18 @@ def make_optimizer(config: OptimizerConfig, params: Params, total_steps: int) ->
     )
 
 
-def init_optimizer(optimizer: optax.GradientTransformation, params: Params, mesh: Mesh) -> optax.OptState:
-    """Return the optimizer's first state: moments live where their parameters do, counters everywhere.
-
-    Left to itself, `jax.jit(optimizer.init)` puts the whole state on every device.
-    """
+def abstract_optimizer(optimizer: optax.GradientTransformation, params: Params, mesh: Mesh) -> optax.OptState:
+    """Return the shapes and shardings of the optimizer's state: moments live where their parameters do, counters everywhere."""
+    shapes = jax.eval_shape(optimizer.init, params)
     where = optax.tree.map_params(
-        optimizer,
-        lambda _, param: param.sharding,
-        jax.eval_shape(optimizer.init, params),
-        params,
-        transform_non_params=lambda _: meshes.replicated(mesh),
+        optimizer, lambda _, param: param.sharding, shapes, params, transform_non_params=lambda _: meshes.replicated(mesh)
     )
+    return meshes.placed(shapes, where)
+
+
+def init_optimizer(optimizer: optax.GradientTransformation, params: Params, mesh: Mesh) -> optax.OptState:
+    """Return the optimizer's first state; left to itself, `jax.jit(optimizer.init)` puts the whole of it on every device."""
+    where = jax.tree.map(lambda a: a.sharding, abstract_optimizer(optimizer, params, mesh))
     return jax.jit(optimizer.init, out_shardings=where)(params)
 
 

@@ -19,6 +19,7 @@ class Task:
 
     Attributes:
       name: names the phase's directory and log lines.
+      shapes: of the parameters.
       init: place -> parameters, fresh or loaded, where `place` maps a tree of their shapes to one of their shardings.
       loss: (params, batch, dropout key) -> (mean loss, scalars to log). Traced; must not depend on anything mutable.
       train_data: endless batches for this process.
@@ -29,6 +30,7 @@ class Task:
     """
 
     name: str
+    shapes: Params
     init: Callable[[Callable[[Params], Params]], Params]
     loss: Callable[[Params, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
     train_data: grain.IterDataset

@@ -1,0 +1,145 @@
+"""Does every step of a config compile for a TPU topology, and fit its chips? No TPU is needed for the answer."""
+
+import dataclasses
+import re
+from collections import Counter
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from user_llm.ahead.chips import Chip, find_topology
+from user_llm.ahead.collectives import Collective, collectives
+from user_llm.ahead.flops import count_flops
+from user_llm.ahead.stand_in import stand_in_context
+from user_llm.common import mesh as meshes
+from user_llm.tasks import BUILDERS
+from user_llm.tasks.context import Context
+from user_llm.training.loop import LoopConfig, abstract_state, settle_steps
+from user_llm.training.task import Task
+
+# What the compiler says of a program that does not fit: the bytes in all, or of temporaries alone.
+USED = re.compile(r"(?:Used |temporaries \()([\d.]+)([KMG])")
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """One compiled step, seen from one chip.
+
+    Attributes:
+      arguments: bytes of parameters, optimizer state and batch; results take their place.
+      temporaries: bytes needed besides while the step runs.
+      flops: of products, by `count_flops`, an equal share of the whole step's.
+    """
+
+    phase: str
+    step: str
+    chip: Chip
+    arguments: float
+    temporaries: float
+    flops: float
+    sent: tuple[Collective, ...]
+
+    @property
+    def total(self) -> float:
+        """Bytes needed in all."""
+        return self.arguments + self.temporaries
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.chip.memory
+
+    @property
+    def moved(self) -> float:
+        """Bytes that memory reads and writes at least: every argument is read and written, every temporary written and read."""
+        return 2 * self.total
+
+    @property
+    def intensity(self) -> float:
+        """FLOPs a byte of memory traffic; below flops / memory_rate of the chip, memory is what limits."""
+        return self.flops / self.moved
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """How long computing, memory and links each take at their peaks; the longest is the least that a step can take."""
+        sent = sum(c.sent * c.times for c in self.sent)
+        return {
+            "compute": self.flops / self.chip.flops,
+            "memory": self.moved / self.chip.memory_rate,
+            "links": sent / self.chip.link_rate,
+        }
+
+    def row(self) -> dict[str, Any]:
+        """Return what a table shows."""
+        kinds: Counter[str] = Counter()
+        for c in self.sent:
+            kinds[c.kind] += round(c.sent * c.times)
+        limit, least = max(self.seconds.items(), key=lambda pair: pair[1])
+        return {
+            "phase": self.phase, "step": self.step, "fits": self.fits, "arguments_gb": self.arguments / 1e9,
+            "temporaries_gb": self.temporaries / 1e9, "total_gb": self.total / 1e9, "memory_gb": self.chip.memory / 1e9,
+            "tflops": self.flops / 1e12, "intensity": self.intensity, "sent_mb": {k: v / 1e6 for k, v in sorted(kinds.items())},
+            "least_ms": least * 1e3, "limit": limit,
+        }  # fmt: skip
+
+
+def check(config: ConfigDict, topology: str, workdir: epath.Path) -> list[Checked]:
+    """Compile what each phase of `config` runs for a TPU topology; `workdir` is for the stand-ins of missing data.
+
+    Raises:
+      ValueError: no such topology, or a mesh or a batch that does not fit it.
+    """
+    chip, devices = find_topology(topology)
+    mesh = meshes.make_mesh(**config.mesh, devices=devices)
+    context = stand_in_context(config, mesh, workdir)
+    found = []
+    for name in config.phases:
+        if config[name].task == "pretrain_lm" and config.llm.checkpoint:
+            continue
+        task = BUILDERS[config[name].task](context.config, name, context)
+        found.append(check_train(task, name, context, chip))
+    return found
+
+
+def check_train(task: Task, name: str, context: Context, chip: Chip) -> Checked:
+    """Compile the train step of a phase."""
+    loop = settle_steps(LoopConfig(**context.config[name].loop), task)
+    optimizer = context.optimizer_config(name)
+    state, step = abstract_state(task, loop, optimizer, context.mesh, context.seed)
+    return _compile(step, (state, abstract_batch(task, context.mesh)), name, "train", context.mesh, chip)
+
+
+def abstract_batch(task: Task, mesh: Mesh) -> dict[str, Any]:
+    """Return the shapes of one step's batch, of all processes of the mesh together."""
+    processes = len({device.process_index for device in mesh.devices.flat})
+    sharding = NamedSharding(mesh, PartitionSpec(meshes.BATCH_AXES))
+
+    def shape(array: np.ndarray) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((processes * array.shape[0], *array.shape[1:]), array.dtype, sharding=sharding)
+
+    return jax.tree.map(shape, next(iter(task.train_data)))
+
+
+def _compile(step: jax.stages.Wrapped, arguments: tuple, phase: str, name: str, mesh: Mesh, chip: Chip) -> Checked:
+    per_chip = chip.devices
+    with jax.set_mesh(mesh):  # only here: nothing can be computed on devices that are but described
+        traced = step.trace(*arguments)
+    flops = count_flops(traced.jaxpr.jaxpr) / mesh.size * per_chip
+    logging.info("%s: compiling the %s step for %d devices", phase, name, mesh.size)
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        used = USED.search(str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or used is None:
+            raise
+        needed = float(used[1]) * UNITS[used[2]]
+        return Checked(phase, name, chip, 0.0, per_chip * needed, flops, ())
+    stats = compiled.memory_analysis()
+    temporaries = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    sent = [dataclasses.replace(c, sent=per_chip * c.sent) for c in collectives(compiled.as_text())]
+    return Checked(phase, name, chip, per_chip * stats.argument_size_in_bytes, per_chip * temporaries, flops, tuple(sent))

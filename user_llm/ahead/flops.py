@@ -1,0 +1,42 @@
+"""FLOPs of a traced function: 2abc for every product of [a, b] and [b, c] in it, those of a scanned body as often as it runs.
+
+XLA's own count (`evals/cost_compiled.py`) sees a scanned body once, and a compiled program's share of one device alone. What is
+no product (norms, softmax, the optimizer) is left out, as in the usual formula 6N.
+"""
+
+import math
+from typing import Any
+
+from jax.extend import core
+
+
+def count_flops(jaxpr: core.Jaxpr) -> int:
+    """Return the FLOPs of all products in `jaxpr`.
+
+    Raises:
+      ValueError: a product in a loop of unknown length.
+    """
+    return sum(_flops(equation) for equation in jaxpr.eqns)
+
+
+def _flops(equation: Any) -> int:
+    if equation.primitive.name == "dot_general":
+        left, right = (variable.aval.shape for variable in equation.invars)
+        (contracted, _), (batched, _) = equation.params["dimension_numbers"]
+        shared = math.prod(left[i] for i in (*contracted, *batched))
+        return 2 * math.prod(left) * math.prod(right) // shared
+    bodies = [count_flops(body) for body in _bodies(equation.params)]
+    if equation.primitive.name == "scan":
+        return equation.params["length"] * sum(bodies)
+    if equation.primitive.name == "shard_map":  # shapes in it are one device's
+        return equation.params["mesh"].size * sum(bodies)
+    if equation.primitive.name == "while" and sum(bodies):
+        raise ValueError("A loop of unknown length holds products: its FLOPs cannot be counted.")
+    return max(bodies, default=0) if equation.primitive.name == "cond" else sum(bodies)
+
+
+def _bodies(params: dict[str, Any]) -> list[core.Jaxpr]:
+    """Return the functions that an equation calls."""
+    values = [value for entry in params.values() for value in (entry if isinstance(entry, tuple | list) else [entry])]
+    closed = [value.jaxpr for value in values if isinstance(value, core.ClosedJaxpr)]
+    return closed + [value for value in values if isinstance(value, core.Jaxpr)]

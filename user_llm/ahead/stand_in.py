@@ -1,0 +1,72 @@
+"""Where a config's data or LLM are not at hand: a small world and an empty checkpoint of the same shapes.
+
+A compiled step depends on shapes alone: the size of the catalogue, the features of an event, the LLM's sizes, and the batch, which
+the config says.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from user_llm.data.schema import Schema
+from user_llm.data.splits import make_split
+from user_llm.data.timelines import Timelines
+from user_llm.data.tokenizer import train_bpe
+from user_llm.tasks.context import Context, catalogue_lines, load_data
+
+WORLD = {"num_users": 64, "num_items": 240, "events_per_user": 60}
+TOKENS = 8192  # of the tokenizer that stands in for an open LLM's
+
+
+def stand_in_context(config: ConfigDict, mesh, workdir: epath.Path) -> Context:
+    """Open a run of `config` on what there is, and on stand-ins for the rest.
+
+    Raises:
+      ValueError: data or an LLM that are neither here nor known by their sizes.
+    """
+    config = config.copy_and_resolve_references()
+    grown = not config.data.dir and config.data.source != "synthetic"
+    if grown:
+        config.data.synthetic.update(layout=config.data.source, **WORLD)
+        config.data.source = "synthetic"
+    timelines, split = load_data(config, workdir)
+    if grown:
+        timelines = grow(timelines, config.data.catalogue_items)
+        split = make_split(timelines, config.data.split, withhold=config.data.withhold)
+    if config.llm.checkpoint and not Path(config.llm.checkpoint).is_dir():
+        if not config.llm.published:
+            raise ValueError(f"The sizes of {config.llm.checkpoint} are not known here: name its directory by --config.llm.checkpoint=.")
+        config.llm.checkpoint = str(_empty_checkpoint(config, timelines, workdir))
+    facts = {"dataset": timelines.name, "seed": config.seed, "split": split.name, "config_hash": ""}
+    return Context(config, timelines, split, mesh, workdir, facts)
+
+
+def grow(timelines: Timelines, num_items: int) -> Timelines:
+    """Return the same timelines with a catalogue of `num_items`: further items that nobody has chosen."""
+    catalogue, schema = timelines.catalogue, timelines.schema
+    more = num_items - schema.num_items
+    if more <= 0:
+        return timelines
+    item, *rest = schema.features
+    return dataclasses.replace(
+        timelines,
+        schema=Schema((dataclasses.replace(item, size=num_items + 1), *rest)),
+        catalogue=dataclasses.replace(
+            catalogue,
+            titles=[*catalogue.titles, *(f"Item {number}" for number in range(more))],
+            keys=[*catalogue.keys, *(f"item-{number}" for number in range(more))],
+            multi={name: np.pad(bags, ((0, more), (0, 0)), mode="wrap") for name, bags in catalogue.multi.items()},
+        ),
+    )
+
+
+def _empty_checkpoint(config: ConfigDict, timelines: Timelines, workdir: epath.Path) -> epath.Path:
+    """Write the published settings of an open LLM and a tokenizer of this world: a checkpoint without weights."""
+    directory = workdir / "llm"
+    train_bpe(catalogue_lines(timelines)[:10_000], min(config.llm.published.vocab_size, TOKENS), directory)
+    (directory / "config.json").write_text(json.dumps(config.llm.published.to_dict()))
+    return directory
