@@ -84,22 +84,56 @@ def test_memory_grows_with_the_chunk_not_with_the_rows():
     assert _peak_bytes(4096, 4096, 512) > 4 * many
 
 
-def test_rows_split_over_devices_are_computed_where_they_are(mesh_of):
-    """Eight devices share the work of every chunk (a count of a loop's body, on either side)."""
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("items", [16, 7])  # which the axes divide, and which they do not: a width of 4 is divided by 2 alone
+def test_shared_out_over_a_mesh_it_is_the_same(mesh_of, sizes, items):
+    """Value and both gradients, sharded as the arguments are; 10 rows are no multiple of any part."""
+    rng = np.random.default_rng(1)
+    table, valid = rng.normal(size=(items, WIDTH)).astype(np.float32), np.arange(items) > 0
+    grad_fn = jax.jit(jax.value_and_grad(lambda h, t: 2.5 * chunked_cross_entropy(h, t, TARGETS, WEIGHTS, valid, 1), (0, 1)))
+    expected, expected_grads = grad_fn(HIDDEN, table)
+    mesh = mesh_of(*sizes)
+    fits = [axis if dim % mesh.shape[axis] == 0 else None for axis, dim in zip(("tensor", "fsdp"), table.shape, strict=True)]
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(table, NamedSharding(mesh, PartitionSpec(*fits)))
+        value, grads = grad_fn(HIDDEN, placed)
+        np.testing.assert_allclose(value, expected, rtol=1e-6)
+        for grad, wanted in zip(grads, expected_grads, strict=True):
+            np.testing.assert_allclose(grad, wanted, atol=1e-5)
+        assert grads[1].sharding.is_equivalent_to(placed.sharding, 2)
+        np.testing.assert_allclose(
+            jax.jit(chunked_cross_entropy, static_argnums=5)(HIDDEN, placed, TARGETS, WEIGHTS, valid, 1), expected / 2.5, rtol=1e-6
+        )
 
-    def flops(mesh):
-        by_row, whole = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in (["data"], []))
-        args = [
-            jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
-            for a, where in [
-                (jnp.zeros((512, 32)), by_row), (jnp.zeros((256, 32)), whole), (jnp.zeros(512, int), by_row),
-                (jnp.zeros(512), by_row), (jnp.zeros(256, bool), whole),
-            ]
-        ]  # fmt: skip
-        grad = jax.jit(jax.grad(lambda *a: chunked_cross_entropy(*a, 64), (0, 1)))
-        return grad.lower(*args).compile().cost_analysis()["flops"]
 
-    assert flops(mesh_of(8)) < flops(mesh_of(1)) / 4
+def _compiled(mesh, rows, items):
+    """The loss with both gradients on `mesh`, its rows shared out over `data` and `fsdp`, its table as config rules say."""
+    specs = [["fsdp"], ["tensor", "fsdp"], ["fsdp"], ["fsdp"], [None]]
+    shapes = [((rows, 32), "f4"), ((items, 32), "f4"), ((rows,), "i4"), ((rows,), "f4"), ((items,), "?")]
+    args = [
+        jax.ShapeDtypeStruct(*like, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+        for like, spec in zip(shapes, specs, strict=True)
+    ]
+    with jax.set_mesh(mesh):
+        return jax.jit(jax.grad(lambda *a: chunked_cross_entropy(*a, 64), (0, 1))).lower(*args).compile()
+
+
+def test_devices_share_the_work(mesh_of):
+    """Of every chunk by rows, of every row by the catalogue (a count of a loop's body, on either side)."""
+    whole = _compiled(mesh_of(1), 512, 256).cost_analysis()["flops"]
+    assert _compiled(mesh_of(1, 1, 8), 512, 256).cost_analysis()["flops"] < whole / 4
+    # Chunks of 64 rows each: as many FLOPs in a body, which runs an eighth as often.
+    text = _compiled(mesh_of(1, 8, 1), 512, 256).as_text()
+    assert "known_trip_count\":{\"n\":\"8\"}" in _compiled(mesh_of(1), 512, 256).as_text()
+    assert "known_trip_count\":{\"n\":\"8\"}" not in text
+
+
+def test_no_device_holds_the_whole_catalogue(mesh_of):
+    """Shared out over 8 devices, a catalogue of 8 times as many items takes each about the memory of one device."""
+    one = _compiled(mesh_of(1), 256, 4096).memory_analysis()
+    eight = _compiled(mesh_of(1, 1, 8), 256, 8 * 4096).memory_analysis()
+    for name in ("argument_size_in_bytes", "temp_size_in_bytes", "output_size_in_bytes"):
+        assert getattr(eight, name) < 1.3 * getattr(one, name)
 
 
 def test_sampled_by_hand():
