@@ -19,7 +19,7 @@ from user_llm.data.splits import make_split
 from user_llm.models.decoder import Decoder
 from user_llm.models.families import config_from_settings
 from user_llm.models.user_llm import UserLLM
-from user_llm.tasks import BUILDERS
+from user_llm.tasks.builders import BUILDERS
 from user_llm.tasks.context import Context
 from user_llm.tasks.contextualize import model_config
 from user_llm.training.loop import LoopConfig

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FLOORS = {"common": 0, "data": 1, "nn": 1, "models": 2, "training": 3, "evals": 3, "tasks": 4, "report": 4}
-TOP = {"main": 5, "export": 5}  # single files, one room together
+FLOORS = {"common": 0, "data": 1, "nn": 1, "models": 2, "training": 3, "evals": 3, "tasks": 4, "report": 4, "ahead": 5}
+TOP = {"main": 6, "export": 6}  # single files, one room together
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.glob("user_llm/**/*.py"))
 CONFIGS = sorted(path.relative_to(ROOT) for path in ROOT.glob("configs/*.py"))
 
@@ -32,7 +32,7 @@ def room(module: str) -> str:
 
 def faults(module: str, source: str) -> list[str]:
     """Return the imports that `module` may not have."""
-    floors = FLOORS | {"top": 5}
+    floors = FLOORS | {"top": 6}
     own = room(module)
     found = []
     for name in sorted(imported(source)):

@@ -100,7 +100,9 @@ def test_phases_are_added_to_a_run_and_nothing_else_is_changed_in_it(tmp_path):
     assert main.save_config(config, epath.Path(tmp_path)) == config_hash
     assert json.loads((tmp_path / "config.json").read_text())["config"]["phases"][-1] == "text_prompt_50"
     config.phases = (*config.phases, "pretrain_bert")
-    with pytest.raises(ValueError, match=r"Unknown phase 'pretrain_bert': choose bert4rec, dual_encoder, .*user_llm_soft_prompt\."):
+    with pytest.raises(
+        ValueError, match=r"Unknown phase 'pretrain_bert': choose bert4rec, dual_encoder, .*user_llm_soft_prompt\."
+    ):
         main.save_config(config, epath.Path(tmp_path))
     config.seed, config.phases = 1, ("user_llm",)
     with pytest.raises(ValueError, match="another config"):

@@ -2,7 +2,8 @@
 
     raw files -> timelines -> split, audit -> phases (each: task -> loop -> result rows) -> results.json, report.md
 
-Finished phases are skipped and interrupted ones resumed, so the same command goes on where it was stopped.
+Finished phases are skipped and interrupted ones resumed, so the same command goes on where it was stopped. With `--compile_only
+--topology=v5e:2x4` nothing runs: the train step of each phase is compiled for those TPU chips, on any machine.
 """
 
 import hashlib
@@ -11,6 +12,7 @@ import json
 import logging as standard_logging
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,10 +21,12 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
+from user_llm.ahead.check import check, describe
 from user_llm.data import audits
 from user_llm.report.build import write_report
-from user_llm.tasks import BUILDERS, general_text
+from user_llm.tasks import general_text
 from user_llm.tasks.asking import baseline_rows
+from user_llm.tasks.builders import BUILDERS
 from user_llm.tasks.context import open_context
 from user_llm.training import loop
 from user_llm.training.loop import LoopConfig
@@ -30,7 +34,9 @@ from user_llm.training.loop import LoopConfig
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment to run.", lock_config=True)
-_COMPILE_ONLY = flags.DEFINE_bool("compile_only", False, "Compile all steps for --topology, on any machine, and run nothing.")
+_COMPILE_ONLY = flags.DEFINE_bool(
+    "compile_only", False, "Run nothing: compile the train steps for --topology, on any machine, and say whether they fit."
+)
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x4", "TPU chips and their form, such as v5e:2x4, v6e:16x16, v5p:4x4x8.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; runs/<config name> by default.")
 
@@ -93,6 +99,15 @@ def save_config(config: ConfigDict, workdir: epath.Path) -> str:
     return config_hash
 
 
+def compile_only(config: ConfigDict, topology: str) -> bool:
+    """Print what the train step of each phase takes of each chip of `topology`, and return whether all fit."""
+    jax.config.update("jax_platforms", "cpu")  # libtpu is there, a TPU is not
+    with tempfile.TemporaryDirectory() as workdir:
+        found = check(config, topology, epath.Path(workdir))
+    print(describe(found))
+    return all(step.fits for step in found)
+
+
 def follow(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
     """Let phases that are `like` another follow what the command line says of that one, where they are not set apart from it."""
     for name, section in config.items():
@@ -132,6 +147,8 @@ def main(argv: list[str]) -> None:
     config = _CONFIG.value
     follow(config, config_flags.get_override_values(flag))
     try:
+        if _COMPILE_ONLY.value:
+            sys.exit(0 if compile_only(config, _TOPOLOGY.value) else "Error: not every step fits its chip.")
         run(config, epath.Path(_WORKDIR.value or f"runs/{name}"))
     except (ValueError, OSError, ArithmeticError) as error:
         # What the user can mend is said in one sentence; --verbosity=1 shows where it was raised.

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from user_llm.ahead.flops import count_flops
 from user_llm.common import trees
 from user_llm.nn.attention import KVCache, cache_mask, causal_mask, segment_mask
 from user_llm.nn.cross_attention import CrossAttentionConfig, UserKV
@@ -224,3 +225,34 @@ def test_windows_that_do_not_fit_the_stack_are_refused(windowed):
     block = PLAIN if len(windowed) == DEPTH else WINDOWED
     with pytest.raises(ValueError, match="5 layers need as many marks"):
         Stack(block, DEPTH, windowed=windowed, rngs=nnx.Rngs(params=0))
+
+
+@pytest.mark.parametrize("options", [{}, {"cross": CROSS}, {"unroll": True}], ids=["scanned", "cross", "unrolled"])
+def test_computing_again_changes_no_gradient_and_costs_flops(drawn, options):
+    """`full` computes every group's forward pass twice: four products where there were three."""
+    x, tokens = _x(2, 6), np.random.default_rng(2).normal(size=(2, 3, 6)).astype(np.float32)
+
+    def gradients(remat):
+        graphdef, params = drawn(lambda: Stack(PLAIN, 4, remat=remat, rngs=nnx.Rngs(params=0), **options))
+
+        def loss(params):
+            stack = trees.merge(graphdef, params)
+            kv = {"user": stack.user_kv(tokens, jnp.ones((2, 3), bool))} if "cross" in options else {}
+            return jnp.sum(stack(x, **_causal(6, 2), **kv)[0] ** 2)
+
+        traced = jax.jit(jax.grad(loss)).trace(params)
+        return count_flops(traced.jaxpr.jaxpr), jax.jit(jax.grad(loss))(params)
+
+    plain, wanted = gradients("none")
+    flops = {}
+    for remat in ("dots", "full"):
+        flops[remat], found = gradients(remat)
+        for grad, like in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(grad, like, rtol=0, atol=1e-5 * np.abs(like).max())
+    assert plain <= flops["dots"] < flops["full"]
+    assert 1.2 < flops["full"] / plain < 1.4
+
+
+def test_an_unknown_remat_is_refused():
+    with pytest.raises(ValueError, match="Unknown remat 'some': choose one of none, dots, full"):
+        Stack(PLAIN, 2, remat="some", rngs=nnx.Rngs(params=0))

@@ -1,4 +1,4 @@
-"""Does every step of a config compile for a TPU topology, and fit its chips? No TPU is needed for the answer."""
+"""Does every train step of a config compile for a TPU topology, and fit its chips? No TPU is needed for the answer."""
 
 import dataclasses
 import re
@@ -17,7 +17,8 @@ from user_llm.ahead.collectives import Collective, collectives
 from user_llm.ahead.flops import count_flops
 from user_llm.ahead.stand_in import stand_in_context
 from user_llm.common import mesh as meshes
-from user_llm.tasks import BUILDERS
+from user_llm.report import markdown
+from user_llm.tasks.builders import BUILDERS
 from user_llm.tasks.context import Context
 from user_llm.training.loop import LoopConfig, abstract_state, settle_steps
 from user_llm.training.task import Task
@@ -74,25 +75,37 @@ class Checked:
             "links": sent / self.chip.link_rate,
         }
 
-    def row(self) -> dict[str, Any]:
-        """Return what a table shows."""
+    @property
+    def sent_by_kind(self) -> dict[str, float]:
+        """Bytes sent in all by each kind of collective."""
         kinds: Counter[str] = Counter()
         for c in self.sent:
             kinds[c.kind] += round(c.sent * c.times)
-        limit, least = max(self.seconds.items(), key=lambda pair: pair[1])
-        return {
-            "phase": self.phase, "step": self.step, "fits": self.fits, "arguments_gb": self.arguments / 1e9,
-            "temporaries_gb": self.temporaries / 1e9, "total_gb": self.total / 1e9, "memory_gb": self.chip.memory / 1e9,
-            "tflops": self.flops / 1e12, "intensity": self.intensity, "sent_mb": {k: v / 1e6 for k, v in sorted(kinds.items())},
-            "least_ms": least * 1e3, "limit": limit,
-        }  # fmt: skip
+        return dict(sorted(kinds.items()))
+
+
+HEADER = ("phase", "fits", "GB of chip", "arguments", "temporaries", "TFLOP", "FLOP/byte", "GB sent", "least ms", "limit")
+
+
+def describe(found: list[Checked]) -> str:
+    """Return a table of steps, all of it by chip: memory, FLOPs, bytes sent, and the least time by the chip's peaks."""
+    rows = []
+    for step in found:
+        limit, least = max(step.seconds.items(), key=lambda pair: pair[1])
+        sent = ", ".join(f"{kind} {size / 1e9:.3f}" for kind, size in step.sent_by_kind.items())
+        rows.append((
+            step.phase, "yes" if step.fits else "NO", f"{step.total / 1e9:.2f} of {step.chip.memory / 1e9:.0f}",
+            f"{step.arguments / 1e9:.2f}", f"{step.temporaries / 1e9:.2f}", f"{step.flops / 1e12:.3f}", f"{step.intensity:.0f}",
+            sent or "none", f"{least * 1e3:.1f}", limit,
+        ))  # fmt: skip
+    return markdown.table(HEADER, rows)
 
 
 def check(config: ConfigDict, topology: str, workdir: epath.Path) -> list[Checked]:
     """Compile what each phase of `config` runs for a TPU topology; `workdir` is for the stand-ins of missing data.
 
     Raises:
-      ValueError: no such topology, or a mesh or a batch that does not fit it.
+      ValueError: no such topology, or a mesh or a batch that does not fit it; or data that are neither here nor known by their sizes.
     """
     chip, devices = find_topology(topology)
     mesh = meshes.make_mesh(**config.mesh, devices=devices)

@@ -77,7 +77,10 @@ def _trips(condition: list[str]) -> int:
 
 
 def _sent(kind: str, result: str, line: str, written: str) -> float:
-    sizes = [jnp.dtype(_dtype(name)).itemsize * math.prod(int(n) for n in dims.split(",") if n) for name, dims in ARRAY.findall(result)]
+    sizes = [
+        jnp.dtype(_dtype(name)).itemsize * math.prod(int(n) for n in dims.split(",") if n)
+        for name, dims in ARRAY.findall(result)
+    ]
     size = max(sizes) if f"{written}-start(" in line else sum(sizes)
     ring = _group(line)
     if kind == "reduce-scatter" and written == "reduce-scatter":

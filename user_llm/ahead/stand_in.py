@@ -39,7 +39,9 @@ def stand_in_context(config: ConfigDict, mesh, workdir: epath.Path) -> Context:
         split = make_split(timelines, config.data.split, withhold=config.data.withhold)
     if config.llm.checkpoint and not Path(config.llm.checkpoint).is_dir():
         if not config.llm.published:
-            raise ValueError(f"The sizes of {config.llm.checkpoint} are not known here: name its directory by --config.llm.checkpoint=.")
+            raise ValueError(
+                f"The sizes of {config.llm.checkpoint} are not known here: name its directory by --config.llm.checkpoint=."
+            )
         config.llm.checkpoint = str(_empty_checkpoint(config, timelines, workdir))
     facts = {"dataset": timelines.name, "seed": config.seed, "split": split.name, "config_hash": ""}
     return Context(config, timelines, split, mesh, workdir, facts)

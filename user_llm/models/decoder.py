@@ -51,9 +51,7 @@ class Decoder(nnx.Module):
         c = self.config = config
         width = c.block.width
         self.embed = embedding_param(rngs, (c.vocab_size, width))
-        self.stack = Stack(
-            c.block, c.num_layers, windowed=c.windowed, cross=c.cross, unroll=c.unroll, remat=c.remat, rngs=rngs
-        )
+        self.stack = Stack(c.block, c.num_layers, windowed=c.windowed, cross=c.cross, unroll=c.unroll, remat=c.remat, rngs=rngs)
         self.norm = RMSNorm(width, eps=c.block.norm_eps, offset=c.block.norm_offset)
         if not c.tie_embeddings:
             self.head = linear_param(rngs, (width, c.vocab_size), fan_in=width)

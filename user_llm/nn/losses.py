@@ -71,9 +71,7 @@ def _over_mesh(body: Callable[..., tuple], hidden, table, targets, weights, vali
         return body(Axes((), None, None), chunk, hidden, table, targets, weights, valid)
     shards, rows = mesh.shape["data"] * mesh.shape["fsdp"], hidden.shape[0]
     fits = [axis if dim % mesh.shape[axis] == 0 else None for axis, dim in zip(("tensor", "fsdp"), table.shape, strict=True)]
-    hidden, targets, weights = (
-        jnp.pad(a, [(0, -rows % shards)] + [(0, 0)] * (a.ndim - 1)) for a in (hidden, targets, weights)
-    )
+    hidden, targets, weights = (jnp.pad(a, [(0, -rows % shards)] + [(0, 0)] * (a.ndim - 1)) for a in (hidden, targets, weights))
     by_row, by_item, whole = PartitionSpec(BATCH_AXES), PartitionSpec(fits[0]), PartitionSpec()
     of_table = PartitionSpec(*fits)
     found = jax.shard_map(

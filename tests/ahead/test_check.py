@@ -1,0 +1,133 @@
+"""Compiling for TPUs on a machine without one. What needs libtpu (extra `tpu`) is skipped where it is not installed."""
+
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from user_llm.ahead.check import Checked, abstract_batch, describe
+from user_llm.ahead.chips import CHIPS, find_topology
+from user_llm.ahead.collectives import Collective
+from user_llm.ahead.flops import count_flops
+from user_llm.ahead.stand_in import grow, stand_in_context
+from user_llm.tasks.builders import BUILDERS
+from user_llm.training.loop import LoopConfig, abstract_state, initial_state, settle_steps
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tiny_quickstart import tiny_config
+
+ROOT = Path(__file__).parents[2]
+needs_libtpu = pytest.mark.skipif(find_spec("libtpu") is None, reason='libtpu is not installed: pip install -e ".[tpu]"')
+
+
+def _state_and_step(config, name, mesh, workdir):
+    context = stand_in_context(config, mesh, epath.Path(workdir))
+    task = BUILDERS[config[name].task](context.config, name, context)
+    loop = settle_steps(LoopConfig(**context.config[name].loop), task)
+    return task, loop, context, *abstract_state(task, loop, context.optimizer_config(name), mesh, 0)
+
+
+def test_flops_of_a_train_step_are_6_n_a_token(tmp_path, mesh_of):
+    """N: the weights that a token is multiplied by, the tied table as its head among them; attention itself is left out of both."""
+    config = tiny_config()
+    config.pretrain_lm.batch.row_length = 16  # so that attention between tokens hardly counts
+    config.phases = ("pretrain_lm",)
+    mesh = mesh_of(1)
+    task, _, _, state, step = _state_and_step(config, "pretrain_lm", mesh, tmp_path)
+    with jax.set_mesh(mesh):
+        found = count_flops(step.trace(state, abstract_batch(task, mesh)).jaxpr.jaxpr)
+    weights = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(state.trainable))
+    tokens = config.pretrain_lm.batch.rows * 16
+    assert found / (6 * weights * tokens) == pytest.approx(1, rel=0.1)
+
+
+def test_what_is_compiled_is_what_is_run(tmp_path, mesh_of):
+    """Shapes, dtypes and shardings of the abstract state are those of the state that training starts from."""
+    config, mesh = tiny_config(), mesh_of(2, 2, 2)
+    task, loop, context, abstract, _ = _state_and_step(config, "pretrain_encoder", mesh, tmp_path)
+    state, _ = initial_state(task, loop, context.optimizer_config("pretrain_encoder"), mesh, 0)
+    assert jax.tree.structure(abstract) == jax.tree.structure(state)
+    for like, leaf in zip(jax.tree.leaves(abstract), jax.tree.leaves(state), strict=True):
+        assert (like.shape, like.dtype) == (leaf.shape, leaf.dtype)
+        assert like.sharding.is_equivalent_to(leaf.sharding, leaf.ndim)
+
+
+def test_a_catalogue_grows_by_items_that_nobody_chose(make_timelines):
+    timelines = make_timelines([[1, 2, 3], [3, 1]])
+    grown = grow(timelines, 1000)
+    assert grown.schema.num_items == len(grown.catalogue.titles) - 1 == len(grown.catalogue.multi["genres"]) - 1 == 1000
+    np.testing.assert_array_equal(grown.item, timelines.item)
+    assert grown.catalogue.titles[:4] == timelines.catalogue.titles
+    assert grow(timelines, 2) is timelines
+
+
+def test_a_step_by_hand():
+    chip = CHIPS["v5e"]
+    step = Checked(
+        "encoder", "train", chip, 4e9, 6e9, 197e12, (Collective("all-gather", 2e8, 3), Collective("all-reduce", 1e8, 1))
+    )
+    assert step.fits and step.total == 10e9
+    assert step.seconds == pytest.approx({"compute": 1.0, "memory": 2 * 10 / 819, "links": 7e8 / 400e9})
+    assert step.sent_by_kind == {"all-gather": 6e8, "all-reduce": 1e8}
+    row = describe([step]).splitlines()[-1]
+    assert (
+        row
+        == "| encoder | yes | 10.00 of 16 | 4.00 | 6.00 | 197.000 | 9850 | all-gather 0.600, all-reduce 0.100 | 1000.0 | compute |"
+    )
+    assert not Checked("encoder", "train", chip, 11e9, 6e9, 1.0, ()).fits
+
+
+@pytest.mark.parametrize("name", ["v4:2x2", "2x4", "v5e"])
+def test_an_unknown_chip_is_refused(name):
+    with pytest.raises(ValueError, match=f"Unknown topology '{name}': name one of v5e, v5p, v6e, tpu7x"):
+        find_topology(name)
+
+
+def _compile_only(*flags):
+    command = [
+        sys.executable,
+        "-m",
+        "user_llm.main",
+        "--config=configs/movielens_encoder.py:synthetic",
+        "--compile_only",
+        *flags,
+    ]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@needs_libtpu
+def test_a_form_that_there_is_not_is_refused():
+    done = _compile_only("--topology=v5e:7x9")
+    assert done.returncode == 1
+    assert re.search(r"^Error: Cannot describe the topology 'v5e:7x9'", done.stderr, re.M)
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize("topology", ["v5e:2x4", "v6e:2x4"])
+@pytest.mark.parametrize("mesh", [("8", "1", "1"), ("1", "4", "2")], ids="-".join)
+def test_a_small_config_compiles_for_eight_chips(topology, mesh):
+    sizes = [f"--config.mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor"), mesh, strict=True)]
+    done = _compile_only(f"--topology={topology}", *sizes)
+    assert done.returncode == 0, done.stderr
+    cells = [cell.strip() for cell in done.stdout.strip().splitlines()[-1].split("|")]
+    assert cells[1:3] == ["pretrain_encoder", "yes"]
+    # Gradients are summed over replicas, and parameters gathered where no device holds them whole.
+    assert ("all-gather" in cells[8]) == (mesh[1] != "1") and "all-reduce" in cells[8]
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_what_does_not_fit_is_said_and_fails():
+    wide = [f"--config.encoder.block.{name}=16384" for name in ("width", "mlp_width")]
+    done = _compile_only("--topology=v5e:2x4", *wide)
+    assert done.returncode == 1
+    assert "| pretrain_encoder | NO |" in done.stdout
+    assert "Error: not every step fits its chip." in done.stderr
