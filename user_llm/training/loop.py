@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -200,7 +201,7 @@ def abstract_state(
     params = meshes.placed(task.shapes, meshes.shardings(config.sharding, task.shapes, mesh))
     trainable, frozen = partition_trainable(optimizer_config, params)
     optimizer = make_optimizer(optimizer_config, trainable, config.total_steps)
-    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=meshes.replicated(mesh))
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=meshes.replicated(mesh))
     state = TrainState(step, trainable, frozen, abstract_optimizer(optimizer, trainable, mesh))
     return state, make_train_step(task, optimizer, state, seed=seed, dtype=jnp.dtype(config.dtype))
 
