@@ -231,7 +231,7 @@ def test_a_strategy_trains_its_parts_and_keeps_every_bit_of_the_others(drawn, me
     )
     graphdef, params = drawn(lambda: UserLLM(config, rngs=nnx.Rngs(0)))
     task = Task(
-        name="user_llm", train_data=None, steps_per_epoch=1.0, count_events=None, evaluate=None, results=None,
+        name="user_llm", shapes=params, train_data=None, steps_per_epoch=1.0, count_events=None, evaluate=None, results=None,
         init=lambda place: jax.device_put(params, place(params)),
         loss=lambda params, batch, key: contextual_loss(trees.merge(graphdef, params), batch, key, **WEIGHTS),
     )  # fmt: skip

@@ -51,7 +51,7 @@ def _prepare(encoder, mesh, dtype="float32"):
     """The state at step 0 and the jitted step."""
     graphdef, params = encoder
     task = Task(
-        name="encoder", init=None, train_data=None, steps_per_epoch=1.0, count_events=None, evaluate=None, results=None,
+        name="encoder", shapes=params, init=None, train_data=None, steps_per_epoch=1.0, count_events=None, evaluate=None, results=None,
         loss=lambda params, batch, key: LOSS(trees.merge(graphdef, params), batch, key),
     )  # fmt: skip
     placed = jax.device_put(jax.tree.map(np.asarray, params), meshes.shardings(SHARDING, params, mesh))

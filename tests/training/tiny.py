@@ -34,12 +34,15 @@ OPTIMIZER = OptimizerConfig(
     learning_rate=0.3, warmup_steps=2, schedule="cosine", weight_decay=0.01, clip_norm=1.0, b1=0.9, b2=0.98,
     trainable=((r"frozen", False), (r".*", True)), lr_multiplier=((r".*", 1.0),), decay=EVERYTHING,
 )  # fmt: skip
+SHAPES = {
+    name: jax.ShapeDtypeStruct(shape, jnp.float32)
+    for name, shape in {"embed": (VOCAB, WIDTH), "head": (WIDTH, VOCAB), "frozen": (WIDTH,)}.items()
+}
 
 
 def _init(place):
     rng = np.random.default_rng(0)
-    shapes = {"embed": (VOCAB, WIDTH), "head": (WIDTH, VOCAB), "frozen": (WIDTH,)}
-    params = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    params = {name: jnp.asarray(rng.normal(size=like.shape), like.dtype) for name, like in SHAPES.items()}
     return jax.device_put(params, place(params))
 
 
@@ -71,6 +74,7 @@ def make_task(**changes) -> Task:
     """Return the task with some of its functions replaced."""
     task = Task(
         name="tiny",
+        shapes=SHAPES,
         init=_init,
         loss=_loss,
         train_data=packed_text(_lines(), rows=2, row_length=8, seed=SEED),
