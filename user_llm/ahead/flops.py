@@ -38,5 +38,6 @@ def _flops(equation: Any) -> int:
 def _bodies(params: dict[str, Any]) -> list[core.Jaxpr]:
     """Return the functions that an equation calls."""
     values = [value for entry in params.values() for value in (entry if isinstance(entry, tuple | list) else [entry])]
-    closed = [value.jaxpr for value in values if isinstance(value, core.ClosedJaxpr)]
-    return closed + [value for value in values if isinstance(value, core.Jaxpr)]
+    # The newest jax has one class for both kinds.
+    closed = [value.jaxpr if isinstance(value, core.ClosedJaxpr) else value for value in values]
+    return [body for body in closed if isinstance(body, core.Jaxpr)]
