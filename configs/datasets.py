@@ -42,7 +42,7 @@ DATASETS = {
         "small": TINY,
     },
     "google_local": {
-        "items": 270_721,  # unverified
+        "items": 270_721,  # likewise, not verified against the data
         "features": ("item", "rating", "categories", "review", "gap"),
         "next": "Next place:",
         "past": "Places this user reviewed, in order:",
@@ -51,7 +51,7 @@ DATASETS = {
         "small": TINY,
     },
     "events": {
-        "items": 100_000,  # ours
+        "items": 100_000,  # of a log that nobody has named yet
         "features": (),  # all that the columns declare
         "next": "Next:",
         "past": "Past events of this user, in order:",

@@ -1,6 +1,7 @@
 """Does every train step of a config compile for a TPU topology, and fit its chips? No TPU is needed for the answer."""
 
 import dataclasses
+import math
 import re
 from collections import Counter
 from typing import Any
@@ -24,13 +25,13 @@ from user_llm.training.loop import LoopConfig, abstract_state, settle_steps
 from user_llm.training.task import Task
 
 # What the compiler says of a program that does not fit: the bytes in all, or of temporaries alone.
-USED = re.compile(r"(?:Used |temporaries \()([\d.]+)([KMG])")
+USED = re.compile(r"(Used |temporaries \()([\d.]+)([KMG])")
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
 @dataclasses.dataclass(frozen=True)
 class Checked:
-    """One compiled step, seen from one chip.
+    """The compiled train step of a phase, seen from one chip.
 
     Attributes:
       arguments: bytes of parameters, optimizer state and batch; results take their place.
@@ -39,7 +40,6 @@ class Checked:
     """
 
     phase: str
-    step: str
     chip: Chip
     arguments: float
     temporaries: float
@@ -68,11 +68,10 @@ class Checked:
     @property
     def seconds(self) -> dict[str, float]:
         """How long computing, memory and links each take at their peaks; the longest is the least that a step can take."""
-        sent = sum(c.sent * c.times for c in self.sent)
         return {
             "compute": self.flops / self.chip.flops,
             "memory": self.moved / self.chip.memory_rate,
-            "links": sent / self.chip.link_rate,
+            "links": sum(self.sent_by_kind.values()) / self.chip.link_rate,
         }
 
     @property
@@ -124,7 +123,7 @@ def check_train(task: Task, name: str, context: Context, chip: Chip) -> Checked:
     loop = settle_steps(LoopConfig(**context.config[name].loop), task)
     optimizer = context.optimizer_config(name)
     state, step = abstract_state(task, loop, optimizer, context.mesh, context.seed)
-    return _compile(step, (state, abstract_batch(task, context.mesh)), name, "train", context.mesh, chip)
+    return _compile(step, (state, abstract_batch(task, context.mesh)), name, context.mesh, chip)
 
 
 def abstract_batch(task: Task, mesh: Mesh) -> dict[str, Any]:
@@ -138,21 +137,22 @@ def abstract_batch(task: Task, mesh: Mesh) -> dict[str, Any]:
     return jax.tree.map(shape, next(iter(task.train_data)))
 
 
-def _compile(step: jax.stages.Wrapped, arguments: tuple, phase: str, name: str, mesh: Mesh, chip: Chip) -> Checked:
+def _compile(step: jax.stages.Wrapped, arguments: tuple, phase: str, mesh: Mesh, chip: Chip) -> Checked:
     per_chip = chip.devices
     with jax.set_mesh(mesh):  # only here: nothing can be computed on devices that are but described
         traced = step.trace(*arguments)
     flops = count_flops(traced.jaxpr.jaxpr) / mesh.size * per_chip
-    logging.info("%s: compiling the %s step for %d devices", phase, name, mesh.size)
+    given = per_chip * sum(a.dtype.itemsize * math.prod(a.sharding.shard_shape(a.shape)) for a in jax.tree.leaves(arguments))
+    logging.info("%s: compiling the train step for %d devices", phase, mesh.size)
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         used = USED.search(str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or used is None:
             raise
-        needed = float(used[1]) * UNITS[used[2]]
-        return Checked(phase, name, chip, 0.0, per_chip * needed, flops, ())
+        needed = per_chip * float(used[2]) * UNITS[used[3]]
+        return Checked(phase, chip, given, needed if "temporaries" in used[1] else needed - given, flops, ())
     stats = compiled.memory_analysis()
     temporaries = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
     sent = [dataclasses.replace(c, sent=per_chip * c.sent) for c in collectives(compiled.as_text())]
-    return Checked(phase, name, chip, per_chip * stats.argument_size_in_bytes, per_chip * temporaries, flops, tuple(sent))
+    return Checked(phase, chip, given, per_chip * temporaries, flops, tuple(sent))

@@ -9,12 +9,13 @@ import dataclasses
 import json
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from absl import logging
 from etils import epath
 from jax.sharding import Mesh
@@ -199,11 +200,8 @@ def abstract_state(
 ) -> tuple[TrainState, jax.stages.Wrapped]:
     """Return what `initial_state` does, but of the state its shapes and shardings alone."""
     params = meshes.placed(task.shapes, meshes.shardings(config.sharding, task.shapes, mesh))
-    trainable, frozen = partition_trainable(optimizer_config, params)
-    optimizer = make_optimizer(optimizer_config, trainable, config.total_steps)
-    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=meshes.replicated(mesh))
-    state = TrainState(step, trainable, frozen, abstract_optimizer(optimizer, trainable, mesh))
-    return state, make_train_step(task, optimizer, state, seed=seed, dtype=jnp.dtype(config.dtype))
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=meshes.replicated(mesh))
+    return _state_and_step(task, config, optimizer_config, mesh, seed, params, step, abstract_optimizer)
 
 
 def initial_state(
@@ -212,11 +210,26 @@ def initial_state(
     """Return the state at step 0, sharded over the mesh, and the jitted train step."""
     if params is None:
         params = initial_params(task, config, mesh)
+    step = jax.device_put(jnp.zeros((), jnp.int32), meshes.replicated(mesh))
+    state, step_fn = _state_and_step(task, config, optimizer_config, mesh, seed, params, step, init_optimizer)
+    logging.info("%s: %s", task.name, train_summary(state))
+    return state, step_fn
+
+
+def _state_and_step(
+    task: Task,
+    config: LoopConfig,
+    optimizer_config: OptimizerConfig,
+    mesh: Mesh,
+    seed: int,
+    params: Params,
+    step: Any,
+    moments: Callable[..., optax.OptState],
+) -> tuple[TrainState, jax.stages.Wrapped]:
+    """Put a state together of arrays, or of shapes alone; `moments` returns the optimizer's part."""
     trainable, frozen = partition_trainable(optimizer_config, params)
     optimizer = make_optimizer(optimizer_config, trainable, config.total_steps)
-    step = jax.device_put(jnp.zeros((), jnp.int32), meshes.replicated(mesh))
-    state = TrainState(step, trainable, frozen, init_optimizer(optimizer, trainable, mesh))
-    logging.info("%s: %s", task.name, train_summary(state))
+    state = TrainState(step, trainable, frozen, moments(optimizer, trainable, mesh))
     return state, make_train_step(task, optimizer, state, seed=seed, dtype=jnp.dtype(config.dtype))
 
 
