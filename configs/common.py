@@ -124,6 +124,8 @@ def base() -> ConfigDict:
                 # movielens | amazon | google_local | events | synthetic, which needs no dir. For MovieLens the dir may also be a
                 # zip, or a release's name to download it; for your own events, a file or a glob.
                 "source": "movielens",
+                # That a batch is put together from; 0 for one of each process. The same number gives the same batches on any.
+                "streams": 0,
                 "dir": "",
                 "category": "Movies_and_TV",  # of Amazon Review
                 "states": (),  # of Google Local Review

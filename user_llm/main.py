@@ -22,6 +22,8 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from user_llm.ahead.check import check, describe
+from user_llm.common.distributed import initialize, is_first
+from user_llm.common.files import write_json
 from user_llm.data import audits
 from user_llm.report.build import write_report
 from user_llm.tasks import general_text
@@ -46,7 +48,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> list[dict]:
     config_hash = save_config(config, workdir)
     context = open_context(config, workdir, config_hash)
     audit = audits.audit(context.timelines, context.split)
-    (workdir / "audit.json").write_text(json.dumps(audit, indent=1))
+    write_json(workdir / "audit.json", audit)
     with jax.set_mesh(context.mesh):
         rows = baseline_rows(context)
         if config.llm.checkpoint:
@@ -60,8 +62,8 @@ def run(config: ConfigDict, workdir: epath.Path) -> list[dict]:
             task = BUILDERS[phase.task](config, name, context)
             _, found = loop.run(task, LoopConfig(**phase.loop), optimizer, context.mesh, workdir / name, config.seed)
             rows += found
-    if jax.process_index() == 0:
-        (workdir / "results.json").write_text(json.dumps(rows, indent=1))
+    write_json(workdir / "results.json", rows)
+    if is_first():
         write_report(workdir)
         logging.info("Report: %s", workdir / "report.md")
     return rows
@@ -92,8 +94,7 @@ def save_config(config: ConfigDict, workdir: epath.Path) -> str:
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     facts = {"config_hash": config_hash, "command": sys.argv, "git": git, "versions": versions, "config": resolved}
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(facts, indent=1))
+        write_json(path, facts)
     except OSError as error:
         raise ValueError(f"Cannot write the run to --workdir={workdir}: {error.strerror}.") from error
     return config_hash
@@ -149,6 +150,7 @@ def main(argv: list[str]) -> None:
     try:
         if _COMPILE_ONLY.value:
             sys.exit(0 if compile_only(config, _TOPOLOGY.value) else "Error: not every step fits its chip.")
+        initialize()
         run(config, epath.Path(_WORKDIR.value or f"runs/{name}"))
     except (ValueError, OSError, ArithmeticError) as error:
         # What the user can mend is said in one sentence; --verbosity=1 shows where it was raised.

@@ -6,7 +6,6 @@ one. Restoring always goes into an abstract tree with shardings: what was saved 
 
 from typing import Any
 
-import grain
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
@@ -21,7 +20,7 @@ def abstract_like(tree: Any) -> Any:
 class Checkpointer:
     """Keeps the latest checkpoint and the one with the best validation metric.
 
-    A checkpoint has three items: `state` (arrays), `progress` (JSON: counters, best metric) and `data` (the grain iterator).
+    A checkpoint has two items: `state` (arrays) and `progress` (JSON: counters, best metric, where the data are).
     """
 
     def __init__(self, directory: epath.PathLike):
@@ -38,12 +37,11 @@ class Checkpointer:
             ),
         )
 
-    def save(self, step: int, state: Any, progress: dict, data: grain.DatasetIterator, metric: float | None) -> None:
+    def save(self, step: int, state: Any, progress: dict, metric: float | None) -> None:
         """Start saving; returns before the files are written. `metric` (higher is better) is None if this is no new best."""
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             progress=ocp.args.JsonSave(progress),
-            data=grain.checkpoint.CheckpointSave(data),
         )
         self._manager.save(step, args=items, metrics={"value": float("-inf") if metric is None else metric}, force=True)
 
@@ -51,13 +49,12 @@ class Checkpointer:
         """Return the step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
-    def restore(self, step: int, like: Any, data: grain.DatasetIterator) -> tuple[Any, dict]:
-        """Return (state, progress) as saved at `step`, arrays sharded as in `like`, and set `data` to its place then."""
+    def restore(self, step: int, like: Any) -> tuple[Any, dict]:
+        """Return (state, progress) as saved at `step`, arrays sharded as in `like`."""
         self._manager.wait_until_finished()
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract_like(like)),
             progress=ocp.args.JsonRestore(),
-            data=grain.checkpoint.CheckpointRestore(data),
         )
         restored = self._manager.restore(step, args=items)
         return restored["state"], restored["progress"]

@@ -1,9 +1,10 @@
 """The device mesh and where arrays live on it.
 
 Three axes: `data` (replicas of the parameters), `fsdp` (batch and parameters both split) and `tensor` (heads, mlp and catalogue
-split). Without an accelerator the mesh is whatever CPU devices there are; all code above is the same on 1 and on 512 chips.
+split). Slices of TPUs, between which the network is slow, share `data` alone: only gradients cross it. Without an accelerator the mesh is whatever CPU devices there are; all code above is the same on 1 and on 512 chips.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import psutil
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from user_llm.common import trees
@@ -33,8 +35,16 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequen
         sizes[sizes.index(-1)] = count // known
     if math.prod(sizes) != count or min(sizes) < 1:
         raise ValueError(f"A mesh of data={data}, fsdp={fsdp}, tensor={tensor} does not fit {count} devices.")
-    # Auto: shardings propagate from arguments and constraints. (jax.make_mesh has defaulted to Explicit since 0.9.)
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if sizes[0] % slices:
+        raise ValueError(f"{slices} slices each hold whole replicas: data={sizes[0]} is no multiple of {slices}.")
+    if slices == 1:
+        arranged = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    else:
+        within = (sizes[0] // slices, *sizes[1:])
+        arranged = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices, allow_split_physical_axes=True)
+    # Auto: shardings propagate from arguments and constraints.
+    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def shardings(rules: Rules, tree: Params, mesh: Mesh) -> Params:
@@ -65,23 +75,88 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def by_row(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of a batch: its leading axis over `data` and `fsdp`."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def row_shards(mesh: Mesh) -> int:
+    """Return into how many parts a batch is split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def even_rows(rows: int, mesh: Mesh) -> int:
+    """Return the next number of rows that the devices share evenly."""
+    return -(-rows // row_shards(mesh)) * row_shards(mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class RowShare:
+    """The parts of a batch that a process reads: share `index` of `count` equal ones. Processes that `tensor` joins read the same."""
+
+    index: int
+    count: int
+    parts: tuple[int, ...]
+
+
+def row_share(mesh: Mesh) -> RowShare:
+    """Return what this process reads of each batch: what its devices hold, or all where the processes' parts overlap unevenly."""
+    held: dict[int, set[int]] = {}
+    for part, devices in enumerate(mesh.devices.reshape(row_shards(mesh), -1)):
+        for device in devices:
+            held.setdefault(device.process_index, set()).add(part)
+    shares = sorted({tuple(sorted(parts)) for parts in held.values()})
+    if len({len(share) for share in shares}) != 1 or len(shares) * len(shares[0]) != row_shards(mesh):
+        return RowShare(0, 1, tuple(range(row_shards(mesh))))
+    mine = tuple(sorted(held[jax.process_index()]))
+    return RowShare(shares.index(mine), len(shares), mine)
+
+
 def put_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
-    """Put each process's rows on its devices; the leading axis is split over `data` and `fsdp`.
+    """Put each process's rows, its `row_share` of the batch, on its devices; the leading axis is split over `data` and `fsdp`.
 
     Raises:
       ValueError: a batch size that the devices do not divide.
     """
-    sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    share = row_share(mesh)
 
     def put(path, array: np.ndarray) -> jax.Array:
-        rows = array.shape[0] * jax.process_count()
-        if rows % shards:
+        rows = array.shape[0] * share.count
+        if rows % row_shards(mesh):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
-            raise ValueError(f"Batch {name!r} has {rows} rows, which {shards} devices (data x fsdp) cannot share evenly.")
-        return jax.make_array_from_process_local_data(sharding, array)
+            raise ValueError(
+                f"Batch {name!r} has {rows} rows, which {row_shards(mesh)} devices (data x fsdp) cannot share evenly."
+            )
+        size = rows // row_shards(mesh)
+
+        def of_device(index: Any) -> np.ndarray:
+            place = share.parts.index((index[0].start or 0) // size)
+            return array[place * size : (place + 1) * size]
+
+        return jax.make_array_from_callback((rows, *array.shape[1:]), by_row(mesh), of_device)
 
     return jax.tree_util.tree_map_with_path(put, batch)
+
+
+def put_rows(rows: Any, mesh: Mesh) -> Any:
+    """Share out arrays that every process has whole, row by row; what the devices do not divide goes whole to each."""
+
+    def put(array: np.ndarray) -> jax.Array:
+        where = by_row(mesh) if len(array) % row_shards(mesh) == 0 else replicated(mesh)
+        return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
+
+    return jax.tree.map(put, rows)
+
+
+def fetch(tree: Any) -> Any:
+    """Return arrays on the host, whole, with what other processes hold."""
+
+    def whole(array: Any) -> np.ndarray:
+        if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
+            return np.asarray(array)
+        return multihost_utils.process_allgather(array, tiled=True)
+
+    return jax.tree.map(whole, tree)
 
 
 def free_bytes(mesh: Mesh) -> int:

@@ -1,16 +1,20 @@
-"""From timelines to batches: windows cut on the fly, shuffled by seed, sharded by process, packed, resumable (grain).
+"""From timelines to batches: windows cut on the fly, shuffled by seed, shared out over streams, packed, resumable (grain).
 
 A window is a stretch of one user's usable events, cut when it is asked for; nothing is expanded on disk. Long histories are cut
 by a grid that moves at random from epoch to epoch, so that over time every event is seen with every amount of context.
+
+A batch is put together from the same part of every stream. A stream reads every n-th window; how many streams there are is settled
+once, and each process reads some of them, so that the batches do not depend on how many processes there are.
 """
 
 import dataclasses
 import itertools
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 from jaxtyping import Int
 
@@ -18,6 +22,48 @@ from user_llm.data.prompts.base import Prompts, TextRow, pad_rows
 from user_llm.data.timelines import Timelines
 
 Batch = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Streams:
+    """Endless batches: rows of each of `parts`, streams by number, one after the other."""
+
+    parts: Mapping[int, grain.IterDataset]
+
+    def __iter__(self) -> "StreamsIterator":
+        return StreamsIterator({number: iter(part) for number, part in sorted(self.parts.items())})
+
+
+class StreamsIterator:
+    """Yields batches; its state is JSON by the number of the stream, and holds for whoever reads that stream next."""
+
+    def __init__(self, parts: dict[int, grain.DatasetIterator]):
+        self._parts = parts
+
+    def __iter__(self) -> "StreamsIterator":
+        return self
+
+    def __next__(self) -> Batch:
+        rows = [next(part) for part in self._parts.values()]
+        return rows[0] if len(rows) == 1 else jax.tree.map(lambda *arrays: np.concatenate(arrays), *rows)
+
+    def get_state(self) -> dict[str, Any]:
+        """Return where each stream is."""
+        return {str(number): part.get_state() for number, part in self._parts.items()}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from where the streams were, among them those of this iterator.
+
+        Raises:
+          ValueError: a state of other streams.
+        """
+        if missing := [number for number in self._parts if str(number) not in state]:
+            raise ValueError(
+                f"The checkpoint holds {len(state)} streams of data and not number {missing[0]}: set data.streams to {len(state)}."
+            )
+        for number, part in self._parts.items():
+            part.set_state(state[str(number)])
+
 
 # Rows filled side by side, in batches: the more, the fuller each gets, and the later the first. Short windows need but one.
 MAX_PACKING_BATCHES = 8
@@ -79,12 +125,12 @@ def packed_windows(
     rows: int,
     row_length: int,
     seed: int,
-    process: tuple[int, int] = (0, 1),
+    stream: tuple[int, int] = (0, 1),
 ) -> grain.IterDataset:
     """Return endless batches for encoder pretraining, several windows packed into each row.
 
     Each batch has `events` and `next` int32 [rows, row_length, A], `segments` and `positions` int32 [rows, row_length];
-    segment 0 is padding. `process` = (index, count): each process reads its own share of the windows.
+    segment 0 is padding. `stream` = (index, count): which of how many shares of the windows.
     """
     if row_length < window:
         raise ValueError(f"Rows of {row_length} events cannot hold windows of {window}: raise row_length to at least that.")
@@ -93,7 +139,7 @@ def packed_windows(
         events = timelines.events(w.user, w.start, w.stop + 1)
         return {"events": events[:-1], "next": events[1:]}
 
-    windows = _stream(Windows(stops, window, seed), seed, process).map(cut)
+    windows = _stream(Windows(stops, window, seed), seed, stream).map(cut)
     return _pack(windows, "events", rows, row_length, float(np.minimum(stops - 1, window).mean()), seed)
 
 
@@ -103,7 +149,7 @@ def packed_text(
     rows: int,
     row_length: int,
     seed: int,
-    process: tuple[int, int] = (0, 1),
+    stream: tuple[int, int] = (0, 1),
 ) -> grain.IterDataset:
     """Return endless batches for language modelling, several tokenised lines packed into each row.
 
@@ -115,7 +161,7 @@ def packed_text(
         return {"tokens": line[:-1], "next": line[1:]}
 
     typical = float(np.mean([len(line) for line in lines]))
-    return _pack(_stream(grain.MapDataset.source(lines), seed, process).map(cut), "tokens", rows, row_length, typical, seed)
+    return _pack(_stream(grain.MapDataset.source(lines), seed, stream).map(cut), "tokens", rows, row_length, typical, seed)
 
 
 def _pack(dataset: grain.IterDataset, name: str, rows: int, row_length: int, typical: float, seed: int) -> grain.IterDataset:
@@ -140,9 +186,9 @@ def _pack(dataset: grain.IterDataset, name: str, rows: int, row_length: int, typ
     return packed.batch(rows, drop_remainder=True).map(tidy)
 
 
-def _stream(dataset: grain.MapDataset, seed: int, process: tuple[int, int]) -> grain.IterDataset:
-    """Shuffle anew each epoch, repeat without end, and keep this process's share."""
-    index, count = process
+def _stream(dataset: grain.MapDataset, seed: int, stream: tuple[int, int]) -> grain.IterDataset:
+    """Shuffle anew each epoch, repeat without end, and keep the stream's share."""
+    index, count = stream
     dataset = dataset.shuffle(seed).repeat()
     return dataset[index::count].to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=64))
 
@@ -235,7 +281,7 @@ def contextual_examples(
     *,
     batch_size: int,
     seed: int,
-    process: tuple[int, int] = (0, 1),
+    stream: tuple[int, int] = (0, 1),
     task: str = "next_item",
     text_weight: float = 1.0,
 ) -> grain.IterDataset:
@@ -277,7 +323,7 @@ def contextual_examples(
             "prefix": np.pad(np.array([end for end, _ in found], np.int32), (0, short)),
         }
 
-    windows = _stream(Windows(stops, config.window, seed), seed, process)
+    windows = _stream(Windows(stops, config.window, seed), seed, stream)
     return windows.map(cut).filter(lambda example: example is not None).batch(batch_size, drop_remainder=True)
 
 

@@ -10,7 +10,6 @@ without TensorFlow.
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import shutil
@@ -26,6 +25,7 @@ from absl import logging
 from etils import epath
 from jaxtyping import Int
 
+from user_llm.common.files import lock
 from user_llm.data.raw import ROWS, Raw
 from user_llm.data.schema import Feature, Schema
 from user_llm.data.timelines import GAP_BUCKETS, Catalogue, Timelines, order_events
@@ -227,9 +227,7 @@ def prepare(raw: Raw, prepared_dir: epath.PathLike) -> Events:
       ValueError: a bad row, named by file and line.
     """
     folder = Path(prepared_dir) / fingerprint(raw.files)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # which ends with its process, however that ends
+    with lock(folder):
         for left in (*folder.glob(f"{SCRATCH}*"), *folder.rglob(f"{tfds.core.constants.INCOMPLETE_PREFIX}*_*")):
             logging.warning("Removing %s, left by a preparation that was killed.", left)
             shutil.rmtree(left)

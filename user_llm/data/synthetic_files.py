@@ -49,12 +49,8 @@ def write(directory: epath.PathLike, *, layout: str, num_users: int, num_items: 
     world = World.create(num_items, seed, domain=LAYOUTS[layout].domain)
     histories = sample_histories(world, num_users, events_per_user, seed)
     directory = epath.Path(directory)
-    unfinished = directory.parent / f"{directory.name}.unfinished"
-    if unfinished.exists():
-        unfinished.rmtree()
-    unfinished.mkdir(parents=True)
-    LAYOUTS[layout].write(unfinished, world, histories, seed)
-    unfinished.rename(directory)
+    directory.mkdir(parents=True)
+    LAYOUTS[layout].write(directory, world, histories, seed)
     return world
 
 

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from user_llm.common import mesh as meshes
 from user_llm.data.pipeline import HistoryBatch, history_batches
 from user_llm.data.splits import Split
 from user_llm.data.timelines import Timelines
@@ -42,7 +43,7 @@ def rank_targets(
         scores = scorer(batch)
         valid = np.zeros(scores.shape[1], bool)
         valid[1 : len(counts)] = True
-        everything, unseen = (np.asarray(_ranks(scores, batch.targets, exclude, valid)) for exclude in (None, batch.seen))
+        everything, unseen = (meshes.fetch(_ranks(scores, batch.targets, exclude, valid)) for exclude in (None, batch.seen))
         known = counts[batch.targets] > 0
         return np.where(known, everything, np.inf), np.where(known, unseen, np.inf)
 

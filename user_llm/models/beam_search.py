@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from user_llm.common.mesh import fetch
 from user_llm.common.trees import Params, merge
 from user_llm.models.decoder import Decoder
 from user_llm.models.prefill import Prompts, bucket, check_user, lane_mask, lane_positions, pad_prompts, prefill
@@ -200,7 +201,7 @@ def beam_generate(
         graphdef, params, table, sizes, user, jnp.asarray(stop_ids, jnp.int32), length_penalty, max_tokens,
         beams=beams, room=bucket(max_tokens),
     )  # fmt: skip
-    tokens, written, scores = jax.device_get(found)
+    tokens, written, scores = fetch(found)
     return Hypotheses(tokens[..., :max_tokens], written, scores)
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from user_llm.common.mesh import fetch
 from user_llm.common.trees import Params, merge
 from user_llm.models.prefill import Prompts, bucket, check_user, pad_prompts, prefill
 from user_llm.models.sampling import GREEDY, RowSampling, Sampling, by_row, choose
@@ -134,7 +135,7 @@ def stream(
         for begin in range(0, max_tokens, chunk):
             end = min(begin + chunk, max_tokens)
             state = _decode(graphdef, params, request, state, end)
-            tokens, written, ended = jax.device_get((state.tokens, state.written, state.ended))
+            tokens, written, ended = fetch((state.tokens, state.written, state.ended))
             yield Generation(tokens[:, begin:end], np.clip(written - begin, 0, end - begin))
             if ended.all():
                 return

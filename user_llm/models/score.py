@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from user_llm.common.mesh import fetch
 from user_llm.common.trees import Params, merge
 from user_llm.models.prefill import Prompts, check_user, lane_mask, lane_positions, pad_prompts, prefill
 from user_llm.nn.attention import KVCache
@@ -119,4 +120,4 @@ def score(
         _score(graphdef, params, hidden, cache, sizes, user, texts[:, i : i + chunk], widths[:, i : i + chunk])
         for i in range(0, count, chunk)
     ]
-    return np.concatenate(jax.device_get(parts), axis=1)[:, :count]
+    return np.concatenate(fetch(parts), axis=1)[:, :count]

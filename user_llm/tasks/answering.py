@@ -18,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
+from user_llm.common import mesh as meshes
 from user_llm.common import trees
 from user_llm.common.trees import Params
 from user_llm.data.pipeline import ExampleConfig, HistoryBatch, history_batches
@@ -86,13 +87,14 @@ class Predictor:
         """Events of a history that are read."""
         return max(self.examples.max_events, 1)
 
-    def read(self, params: Params, prompts: Prompts, batch: HistoryBatch) -> tuple[np.ndarray, np.ndarray, User | None]:
+    def read(self, params: Params, prompts: Prompts, batch: HistoryBatch) -> tuple[Array, Array, User | None]:
         """Return a batch's right-padded prompts, their lengths, and its users; few different widths."""
         rows = [prompts.prompt(int(user), int(end)) for user, end in zip(batch.users, batch.positions, strict=True)]
         lengths = np.array([len(row) for row in rows], np.int32)
         longest, alike = int(lengths.max()), not self.examples.text_items and lengths.min() == lengths.max()
         width = longest if alike else min(max(prompts.max_tokens, longest), bucket(longest))
-        return pad_rows(rows, width), lengths, self.user(params, batch)
+        text, sizes = meshes.put_rows((pad_rows(rows, width), lengths), self.context.mesh)
+        return text, sizes, self.user(params, batch)
 
     def embed(
         self, params: Params, task: str, prompts: Prompts, batch: HistoryBatch
@@ -107,7 +109,12 @@ class Predictor:
         """Return the batch's users, or None without an encoder."""
         if not self.examples.max_events:
             return None
-        return encode_users(self.graphdef, params, batch.events, batch.lengths)
+        return encode_users(self.graphdef, params, *meshes.put_rows((batch.events, batch.lengths), self.context.mesh))
+
+    def attended(self, params: Params, batch: HistoryBatch) -> Float[np.ndarray, "B E"]:
+        """Return by how much the batch's user tokens see each event."""
+        rows = meshes.put_rows((batch.events, batch.lengths), self.context.mesh)
+        return meshes.fetch(attended_events(self.graphdef, params, *rows))
 
     def users(self, params: Params, count: int) -> User | None:
         """Return the first `count` test users, over again where there are fewer."""
@@ -149,7 +156,7 @@ class Predictor:
     ) -> Int[np.ndarray, "B beams"]:
         """Return the ids of the likeliest texts of a trie, best first."""
         decoder, inputs, sizes, kv = self.embed(params, task, prompts, batch)
-        return np.asarray(beam_search(*decoder, inputs, sizes, trie, beams=beams, user=kv)[0])
+        return meshes.fetch(beam_search(*decoder, inputs, sizes, trie, beams=beams, user=kv)[0])
 
     def favorites(
         self, params: Params, task: str, prompts: Favorite, users: np.ndarray, ends: np.ndarray, beams: int
@@ -166,7 +173,7 @@ class Predictor:
         for indices, batch in self.batches(users, ends):
             decoder, inputs, sizes, kv = self.embed(params, task, prompts, batch)
             found = generate(
-                *decoder, inputs, lengths=np.asarray(sizes).tolist(), max_tokens=prompts.max_target_tokens,
+                *decoder, inputs, lengths=meshes.fetch(sizes).tolist(), max_tokens=prompts.max_target_tokens,
                 stop_ids=[prompts.lines.end_id], user=kv,
             )  # fmt: skip
             for index, row in zip(indices, found.rows(), strict=False):

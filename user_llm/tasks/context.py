@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 
+import grain
 import jax
 import numpy as np
 from etils import epath
@@ -15,8 +16,11 @@ from ml_collections import ConfigDict
 from user_llm.common import mesh as meshes
 from user_llm.common import trees
 from user_llm.common.checkpoint import load_params
+from user_llm.common.distributed import is_first
+from user_llm.common.files import local_folder, lock, make_once
 from user_llm.common.trees import Params, Rules
 from user_llm.data import amazon, event_files, google_local, movielens, prepare, synthetic_files
+from user_llm.data.pipeline import Streams
 from user_llm.data.raw import Raw
 from user_llm.data.splits import Split, make_split
 from user_llm.data.timelines import Timelines
@@ -53,9 +57,25 @@ class Context:
         return self.config.seed
 
     @property
-    def process(self) -> tuple[int, int]:
-        """(index, count) of this process, for sharing out data."""
-        return jax.process_index(), jax.process_count()
+    def local(self) -> Path:
+        """Where this machine keeps what it makes of the data."""
+        return local_folder(self.workdir)
+
+    def streams(self, make: Callable[[tuple[int, int], int], grain.IterDataset], rows: int) -> Streams:
+        """Return batches of `rows` rows, of which this process reads its share; `make((number, count), rows)` returns a stream.
+
+        Raises:
+          ValueError: streams that do not divide the rows, or processes that do not divide the streams.
+        """
+        share = meshes.row_share(self.mesh)
+        count = self.config.data.streams or share.count
+        if count % share.count or rows % count:
+            raise ValueError(
+                f"{rows} rows from {count} streams cannot be shared evenly by {share.count} processes: change the batch, or "
+                "data.streams."
+            )
+        each = count // share.count
+        return Streams({n: make((n, count), rows // count) for n in range(share.index * each, (share.index + 1) * each)})
 
     @functools.cached_property
     def checkpoint(self) -> Path:
@@ -87,13 +107,14 @@ class Context:
         """Return the LLM's tokenizer: the checkpoint's own, or BPE trained once on this dataset's titles and genres."""
         if self.config.llm.checkpoint:
             return load_tokenizer(self.checkpoint)
-        path = self.workdir / "tokenizer"
-        if not path.exists():
+
+        def train(path: Path) -> None:
             phases = [self.config[name] for name in self.config.phases]
             # Often enough for byte-pair merges to make whole words of them: every prompt starts with one.
             asked = [line + "\n" for phase in phases if "prompts" in phase for line in templates(phase.prompts)]
             train_bpe(self.corpus() + 100 * asked, self.config.llm.vocab_size, path)
-        return load_tokenizer(path)
+
+        return load_tokenizer(make_once(self.local / "tokenizer", train))
 
     def corpus(self) -> list[str]:
         """Return what the small LLM learns from: a line per item, and of what users wrote in training, at most CORPUS_TEXTS lines."""
@@ -117,7 +138,8 @@ class Context:
         if task == "next_item":
             numbers = target_numbers(self.timelines, measured.users, measured.positions, self.train_counts)
             measured = dataclasses.replace(measured, numbers=numbers)
-        measured.save(self.workdir / phase / "values", task, method)
+        if is_first():
+            measured.save(self.workdir / phase / "values", task, method)
         return result_rows(measured.metrics, len(measured), **self.row_facts, task=task, method=method)
 
     def init(self, create: Callable[[], nnx.Module], rules: Rules, place: Callable[[Params], Params]) -> Params:
@@ -164,13 +186,15 @@ def load_data(config: ConfigDict, workdir: epath.Path) -> tuple[Timelines, Split
       ValueError: no data given, bad data, or a leak between the parts of the split.
     """
     data = config.data
-    raw = find_data(config, workdir)
-    timelines = prepare.load(raw, workdir / "data", ties=data.ties, seed=config.seed, min_events=data.min_events)
+    folder = local_folder(workdir)
+    with lock(folder / "data"):  # one of a machine's processes downloads
+        raw = find_data(config, folder)
+    timelines = prepare.load(raw, folder / "data", ties=data.ties, seed=config.seed, min_events=data.min_events)
     return timelines, make_split(timelines, data.split, withhold=data.withhold)
 
 
-def find_data(config: ConfigDict, workdir: epath.Path) -> Raw:
-    """Return the dataset as published, which for a synthetic world is written first.
+def find_data(config: ConfigDict, keep: Path) -> Raw:
+    """Return the dataset as published; `keep` is for downloads, and for a synthetic world, which is written first.
 
     Raises:
       ValueError: no data given, or none of its kind there.
@@ -178,12 +202,12 @@ def find_data(config: ConfigDict, workdir: epath.Path) -> Raw:
     data = config.data
     source, folder, category, states, columns = data.source, data.dir, data.category, data.states, dict(data.columns)
     if source == "synthetic":
-        source, folder, columns = data.synthetic.layout, workdir / "synthetic", synthetic_files.COLUMNS
+        source, columns = data.synthetic.layout, synthetic_files.COLUMNS
         category, states = synthetic_files.NAME, (synthetic_files.NAME,)
-        if not folder.exists():
-            synthetic_files.write(folder, seed=config.seed, **data.synthetic)
+        world = lambda path: synthetic_files.write(path, seed=config.seed, **data.synthetic)  # noqa: E731
+        folder = make_once(keep / "synthetic", world)
     find = {
-        "movielens": lambda: movielens.find(folder, workdir / "data"),
+        "movielens": lambda: movielens.find(folder, keep / "data"),
         "amazon": lambda: amazon.find(folder, category),
         "google_local": lambda: google_local.find(folder, states),
         "events": lambda: event_files.find(str(folder), event_files.Columns(**columns), name=data.name),

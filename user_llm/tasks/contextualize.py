@@ -6,7 +6,6 @@ an encoder or none, how many titles the prompt holds, which parameters train. Ta
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +16,9 @@ from flax import nnx
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
+from user_llm.common import mesh as meshes
 from user_llm.common import trees
+from user_llm.common.files import write_json
 from user_llm.common.trees import Params
 from user_llm.data.pipeline import ExampleConfig, Windows, contextual_examples
 from user_llm.models.decoder import DecoderConfig
@@ -172,7 +173,8 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
     load = ((r"^encoder/", encoder_source(config, name)), *phase.load) if examples.max_events else phase.load
     leading = {task: asked.shared_tokens if phase.soft_prompt.after_instruction else 0 for task, asked in prompts.items()}
     resamples = full.resampler is not None
-    predictor = Predictor(graphdef, context, examples, phase.eval.batch_size, leading, resamples)
+    rows = meshes.even_rows(phase.eval.batch_size, context.mesh)
+    predictor = Predictor(graphdef, context, examples, rows, leading, resamples)
 
     def evaluate(params: Params) -> dict[str, float]:
         """Return the metrics of the first task, which the phase monitors."""
@@ -185,21 +187,24 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
         for task, asked in prompts.items():
             for found in MEASURES[task](predictor, params, task, asked, "test", None, phase.eval):
                 rows += context.record(name, task, phase.method + found.suffix, found.measured)
-        (context.workdir / name / "samples.json").write_text(
-            json.dumps(draw_samples(predictor, params, phase.method, prompts, phase.eval), indent=1)
-        )
+        samples = draw_samples(predictor, params, phase.method, prompts, phase.eval)
+        write_json(context.workdir / name / "samples.json", samples)
         if config.llm.checkpoint:
             decoder = trees.split(trees.merge(graphdef, params).decoder)
             rows += general_text.tuned(context, phase.method, *decoder, lambda count: predictor.users(params, count))
         return rows
 
-    def stream(task: str) -> grain.IterDataset:
-        return contextual_examples(
-            timelines, context.split.train_stop, prompts[task], examples, batch_size=phase.batch_size, seed=context.seed,
-            process=context.process, task=task, text_weight=phase.prompts[task].text,
-        )  # fmt: skip
+    def stream(number: tuple[int, int], rows: int) -> grain.IterDataset:
+        of_tasks = [
+            contextual_examples(
+                timelines, context.split.train_stop, asked, examples, batch_size=rows, seed=context.seed, stream=number,
+                task=task, text_weight=phase.prompts[task].text,
+            )
+            for task, asked in prompts.items()
+        ]  # fmt: skip
+        weights = [phase.prompts[task].weight for task in prompts]
+        return of_tasks[0] if len(of_tasks) == 1 else grain.IterDataset.mix(of_tasks, weights)
 
-    streams, weights = [stream(task) for task in prompts], [phase.prompts[task].weight for task in prompts]
     windows = Windows(context.split.train_stop, examples.window, context.seed)
     return Task(
         name=name,
@@ -208,8 +213,8 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
         loss=lambda params, batch, key: contextual_loss(
             trees.merge(graphdef, params), batch, key, leading=leading, **phase.loss
         ),
-        train_data=streams[0] if len(streams) == 1 else grain.IterDataset.mix(streams, weights),
-        steps_per_epoch=len(windows) / (phase.batch_size * context.process[1]),
+        train_data=context.streams(stream, phase.batch_size),
+        steps_per_epoch=len(windows) / phase.batch_size,
         count_events=lambda batch: int((batch["answers"] > 0).sum()),
         evaluate=evaluate,
         results=results,

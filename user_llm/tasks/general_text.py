@@ -18,6 +18,7 @@ from jaxtyping import Array
 
 from user_llm.common import mesh as meshes
 from user_llm.common import trees
+from user_llm.common.files import write_json
 from user_llm.common.trees import Params
 from user_llm.data.tokenizer import Tokenizer
 from user_llm.evals.ranking import result_rows
@@ -74,10 +75,8 @@ def untouched(context: Context) -> list[dict]:
         params = pretrained.load_decoder(context.checkpoint, model, shardings=meshes.shardings(rules, shapes, context.mesh))
         found = {"perplexity": float(perplexity(graphdef, params, batch))}
         rows = result_rows(found, batch["next"].size, **context.row_facts, task="general_text", method="llm")
-        path.parent.mkdir(exist_ok=True)
-        temporary = path.parent / "results.json.tmp"
-        temporary.write_text(json.dumps(rows, indent=1))
-        temporary.rename(path)
+        write_json(path, rows)
+        return rows
     return json.loads(path.read_text())
 
 

@@ -18,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
+from user_llm.common import mesh as meshes
 from user_llm.common import trees
 from user_llm.common.trees import Params
 from user_llm.data.pipeline import HistoryBatch, packed_windows
@@ -207,11 +208,12 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
 
     def rank(params: Params, part: str, limit: int | None = None):
         def score(batch: HistoryBatch) -> Array:
-            return score_next(graphdef, params, batch.events, batch.lengths)
+            return score_next(graphdef, params, *meshes.put_rows((batch.events, batch.lengths), context.mesh))
 
         return rank_targets(
-            score, timelines, split, part, max_events=phase.eval.max_events, batch_size=phase.eval.batch_size, limit=limit
-        )
+            score, timelines, split, part, max_events=phase.eval.max_events, limit=limit,
+            batch_size=meshes.even_rows(phase.eval.batch_size, context.mesh),
+        )  # fmt: skip
 
     def results(params: Params) -> list[dict]:
         ranks = rank(params, "test")
@@ -222,11 +224,14 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
         shapes=shapes,
         init=lambda place: trees.init(create, place),
         loss=lambda params, batch, key: loss(trees.merge(graphdef, params), batch, key),
-        train_data=packed_windows(
-            timelines, split.train_stop, window=data.window, rows=data.rows, row_length=data.row_length,
-            seed=context.seed, process=context.process,
+        train_data=context.streams(
+            lambda stream, rows: packed_windows(
+                timelines, split.train_stop, window=data.window, rows=rows, row_length=data.row_length, seed=context.seed,
+                stream=stream,
+            ),
+            data.rows,
         ),
-        steps_per_epoch=np.maximum(split.train_stop - 1, 0).sum() / (data.rows * data.row_length * context.process[1]),
+        steps_per_epoch=np.maximum(split.train_stop - 1, 0).sum() / (data.rows * data.row_length),
         count_events=lambda batch: int((batch["segments"] > 0).sum()),
         evaluate=lambda params: rank(params, "validation", phase.eval.validation_users).metrics(),
         results=results,

@@ -4,6 +4,7 @@ It is no substitute for a real LLM; it makes the whole method run from nothing, 
 one decoder that knows how titles are written.
 """
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
+from user_llm.common import mesh as meshes
 from user_llm.common import trees
 from user_llm.common.trees import Params
 from user_llm.data.pipeline import packed_text
@@ -54,8 +56,8 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
     create = lambda: Decoder(model_config, rngs=nnx.Rngs(params=context.seed))  # noqa: E731
     graphdef, shapes = trees.abstract(create)
 
-    def stream(lines: list[np.ndarray], process: tuple[int, int]):
-        return packed_text(lines, rows=phase.batch.rows, row_length=phase.batch.row_length, seed=context.seed, process=process)
+    def stream(lines: list[np.ndarray], number: tuple[int, int], rows: int) -> grain.IterDataset:
+        return packed_text(lines, rows=rows, row_length=phase.batch.row_length, seed=context.seed, stream=number)
 
     def loss(params: Params, batch: Batch, key: Array | None):
         return lm_loss(trees.merge(graphdef, params), batch, key, phase.loss.chunk)
@@ -63,8 +65,9 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
     validation_loss = jax.jit(lambda params, batch: loss(params, batch, None)[0])
 
     def evaluate(params: Params) -> dict[str, float]:
-        data = iter(stream(held_lines, (0, 1)))
-        losses = [float(validation_loss(params, next(data))) for _ in range(phase.eval.batches)]
+        data = iter(stream(held_lines, (0, 1), phase.batch.rows))
+        batches = (meshes.put_rows(next(data), context.mesh) for _ in range(phase.eval.batches))
+        losses = [float(validation_loss(params, batch)) for batch in batches]
         return {"loss": float(np.mean(losses)), "perplexity": float(np.exp(np.mean(losses)))}
 
     return Task(
@@ -72,8 +75,8 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
         shapes=shapes,
         init=lambda place: trees.init(create, place),
         loss=loss,
-        train_data=stream(train_lines, context.process),
-        steps_per_epoch=sum(map(len, train_lines)) / (phase.batch.rows * phase.batch.row_length * context.process[1]),
+        train_data=context.streams(lambda number, rows: stream(train_lines, number, rows), phase.batch.rows),
+        steps_per_epoch=sum(map(len, train_lines)) / (phase.batch.rows * phase.batch.row_length),
         count_events=lambda batch: int((batch["segments"] > 0).sum()),
         evaluate=evaluate,
         results=lambda params: [],

@@ -5,12 +5,13 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from ml_collections import ConfigDict
 
+from user_llm.common import mesh as meshes
 from user_llm.common.trees import Params
 from user_llm.data.prompts.base import Prompts
 from user_llm.data.prompts.favorite import Favorite
 from user_llm.data.prompts.next_item import NextItem
 from user_llm.data.prompts.review import Review
-from user_llm.tasks.answering import Predictor, attended_events
+from user_llm.tasks.answering import Predictor
 
 SHOWN = 5  # items of a ranking, attended events, latest events
 
@@ -19,7 +20,7 @@ def best_titles(predictor: Predictor, params: Params, task: str, prompts: NextIt
     """Return the titles of the items that rank highest."""
     titles, out = predictor.context.timelines.catalogue.titles, [""] * len(users)
     for indices, batch in predictor.batches(users, ends):
-        scores = np.asarray(predictor.score(params, task, prompts, batch))
+        scores = meshes.fetch(predictor.score(params, task, prompts, batch))
         for index, row in zip(indices, np.argsort(-scores, axis=1, kind="stable")[:, :SHOWN], strict=False):
             out[index] = "; ".join(titles[item] for item in row)
     return out
@@ -78,7 +79,7 @@ def attended_titles(
     if not predictor.resamples:
         return out
     for indices, batch in predictor.batches(users, ends):
-        weights = np.asarray(attended_events(predictor.graphdef, params, batch.events, batch.lengths))
+        weights = predictor.attended(params, batch)
         for index, row, events, length in zip(indices, weights, batch.events, batch.lengths, strict=False):
             most = np.argsort(-row[:length], kind="stable")[:SHOWN]
             out[index] = [(titles[events[e, 0]], int(length - e), float(row[e])) for e in most]

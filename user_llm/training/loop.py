@@ -1,16 +1,15 @@
 """The one train loop of the house, for every phase of every config.
 
 Order: resume -> {evaluate if due -> save if due -> next batch -> step -> log if due} -> final evaluation, save, results.
-A checkpoint holds the state, the data iterator and the progress record, so that a run killed at any step and started again
-gives the same numbers, bit for bit, as one that was left alone.
+A checkpoint holds the state and the progress record, with the place in the data, so that a run killed at any step and started again
+gives the same numbers, bit for bit, as one that was left alone. Several processes run the same loop side by side.
 """
 
 import dataclasses
 import json
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import jax
@@ -23,6 +22,8 @@ from jax.sharding import Mesh
 from user_llm.common import mesh as meshes
 from user_llm.common import trees
 from user_llm.common.checkpoint import Checkpointer, abstract_like, load_params, save_params
+from user_llm.common.distributed import gather, preemption
+from user_llm.common.files import write_json
 from user_llm.common.metrics import MetricsLog
 from user_llm.common.trees import Params, Rules
 from user_llm.training.optimizer import (
@@ -70,25 +71,11 @@ class Progress:
     stale_evals: int = 0
     evaluated_step: int = -1
     unlogged: list[dict[str, float]] = dataclasses.field(default_factory=list)  # scalars of the steps since the last log
+    data: dict[str, Any] = dataclasses.field(default_factory=dict)  # where each stream is
 
 
 class Preempted(SystemExit):
     """SIGTERM arrived; everything is saved and the same command goes on from here."""
-
-
-@contextmanager
-def sigterm_flag() -> Iterator[list[bool]]:
-    """Turn SIGTERM into a flag that the loop reads between steps."""
-    flag = [False]
-
-    def handler(signum, frame):
-        flag[0] = True
-
-    previous = signal.signal(signal.SIGTERM, handler)
-    try:
-        yield flag
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def run(
@@ -117,17 +104,21 @@ def run(
     checkpoints = Checkpointer(directory / "checkpoints")
     saved_step = step = checkpoints.latest_step() or 0
     if step:
-        state, record = checkpoints.restore(step, state, data)
+        state, record = checkpoints.restore(step, state)
         progress = Progress(**record)
+        data.set_state(progress.data)
         logging.info("%s: resuming at step %d", task.name, step)
 
     log = MetricsLog(directory, task.name, step=step, total_steps=config.total_steps)
-    with closing(checkpoints), log, sigterm_flag() as stop:  # Whatever ends the loop, pending saves are finished.
+    with closing(checkpoints), log, preemption() as preempted:  # Whatever ends the loop, pending saves are finished.
+        # Gloo, between processes on CPUs, can hang where one runs ahead of the others.
+        together = jax.process_count() > 1 and jax.default_backend() == "cpu"
+        shares = meshes.row_share(mesh).count
         pending: list[dict[str, jax.Array] | dict[str, float]] = [*progress.unlogged]
         events, since = 0, time.monotonic()
         checked: set[tuple] = set()  # shapes of batches: several tasks may take turns
         while True:
-            stopping = stop[0]  # read once: what arrives later waits for the next step
+            stopping = preempted(step)
             last = step >= config.total_steps
             if (step % config.eval_steps == 0 or last) and progress.evaluated_step != step:
                 _evaluate(task, config, state, step, progress, log)
@@ -138,7 +129,9 @@ def run(
                 if pending:
                     log.check_finite(step, {k: progress.unlogged[-1][k] for k in ("loss", "grad_norm")})
                 metric = progress.best_value if progress.best_step == step else None
-                checkpoints.save(step, state, dataclasses.asdict(progress), data, metric)
+                # Streams that processes share are the same in each.
+                progress.data = {number: place for found in gather(data.get_state()) for number, place in found.items()}
+                checkpoints.save(step, state, dataclasses.asdict(progress), metric)
                 saved_step = step
             if stopping:
                 raise Preempted(0)
@@ -151,9 +144,11 @@ def run(
                 check_memory(step_fn, state, arrays, mesh)
                 checked.add(shapes)
             state, scalars = step_fn(state, arrays)
+            if together:
+                jax.block_until_ready(scalars)
             step += 1
             pending.append(scalars)
-            events += task.count_events(batch)
+            events += shares * task.count_events(batch)
             if step % config.log_steps == 0 or step == config.total_steps:
                 names = dict.fromkeys(name for scalars in pending for name in scalars)
                 means = {k: float(jnp.mean(jnp.array([s[k] for s in pending if k in s]))) for k in names}
@@ -168,10 +163,7 @@ def run(
 
     rows = task.results(params)
     save_params(directory / "params", params)
-    # Written last: its presence says that the phase is complete.
-    temporary = directory / "results.json.tmp"
-    temporary.write_text(json.dumps(rows, indent=1))
-    temporary.rename(finished)
+    write_json(finished, rows)  # last: its presence says that the phase is complete
     return params, rows
 
 

@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 
 from user_llm.common.trees import Params
+from user_llm.data.pipeline import Streams
 
 Batch = dict[str, Any]
 
@@ -22,18 +22,18 @@ class Task:
       shapes: of the parameters.
       init: place -> parameters, fresh or loaded, where `place` maps a tree of their shapes to one of their shardings.
       loss: (params, batch, dropout key) -> (mean loss, scalars to log). Traced; must not depend on anything mutable.
-      train_data: endless batches for this process.
-      steps_per_epoch: batches, of all processes together, in one pass over the training data, on average.
+      train_data: endless batches, of which this process has its share of the rows.
+      steps_per_epoch: batches in one pass over the training data, on average.
       count_events: batch -> number of real training targets in it, for events/s.
-      evaluate: params -> validation metrics.
-      results: params -> rows for results.json, measured on the test split.
+      evaluate: params -> validation metrics; of several processes all call it, and all have the same.
+      results: params -> rows for results.json, measured on the test split; likewise.
     """
 
     name: str
     shapes: Params
     init: Callable[[Callable[[Params], Params]], Params]
     loss: Callable[[Params, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
-    train_data: grain.IterDataset
+    train_data: Streams
     steps_per_epoch: float
     count_events: Callable[[dict[str, np.ndarray]], int]
     evaluate: Callable[[Params], dict[str, float]]
