@@ -97,7 +97,7 @@ def optimizer(learning_rate: float, **changes) -> dict:
     """AdamW, `training.optimizer.OptimizerConfig`."""
     return {
         "learning_rate": learning_rate, "warmup_steps": 100, "schedule": "constant", "weight_decay": 0.01, "clip_norm": 1.0,
-        "b1": 0.9, "b2": 0.98, "lr_multiplier": ((r".*", 1.0),), "decay": DECAY,
+        "b1": 0.9, "b2": 0.98, "first_moment": "float32", "second_moment": "float32", "lr_multiplier": ((r".*", 1.0),), "decay": DECAY,
     } | changes  # fmt: skip
 
 
@@ -105,8 +105,8 @@ def loop(total_steps: int, eval_steps: int, *, monitor: str, mode: str = "max", 
     """How long and how often, `training.loop.LoopConfig`."""
     return {
         "total_steps": total_steps, "total_epochs": 0.0, "eval_steps": eval_steps, "save_steps": eval_steps, "log_steps": 20,
-        "monitor": monitor,
-        "mode": mode, "patience_evals": patience_evals, "dtype": "float32", "sharding": SHARDING,
+        "monitor": monitor, "mode": mode, "patience_evals": patience_evals, "dtype": "float32", "accumulation_steps": 1,
+        "sharding": SHARDING,
     }  # fmt: skip
 
 

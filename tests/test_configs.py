@@ -107,7 +107,7 @@ def test_user_llm_takes_any_encoder(tmp_path, make_timelines, mesh_of, monkeypat
         task = BUILDERS["contextualize"](config, name, context)
         params, batch = task.init(None), next(iter(task.train_data))
         sources[name] = found[r"^encoder/"], {"mask_token", "tower"} & set(params["encoder"])
-        assert jax.eval_shape(task.loss, params, batch, jax.random.key(0))[0].shape == ()
+        assert jax.eval_shape(task.loss, params, batch, jax.random.key(0), None)[0].shape == ()
     assert sources == {
         "user_llm_bert4rec": ("bert4rec", {"mask_token"}),
         "user_llm_dual": ("dual_encoder", {"tower"}),
@@ -132,7 +132,7 @@ def test_rules_cover_every_parameter_and_losses_have_gradients(context, monkeypa
         key = jax.eval_shape(lambda: jax.random.key(0))
 
         def loss(trainable, frozen, batch, key, task=task):
-            return task.loss(trees.combine(trainable, frozen), batch, key)
+            return task.loss(trees.combine(trainable, frozen), batch, key, None)
 
         (value, _), grads = jax.eval_shape(jax.value_and_grad(loss, has_aux=True), trainable, frozen, batch, key)
         assert value.shape == () and value.dtype == np.float32

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import psutil
@@ -58,3 +60,33 @@ def test_cpu_devices_share_the_memory_of_their_host(mesh_of):
     one, eight = meshes.free_bytes(mesh_of(1, 1, 1)), meshes.free_bytes(mesh_of(8, 1, 1))
     assert 0 < one < psutil.virtual_memory().total
     assert 0.5 < 8 * eight / one < 2  # what is free changes between two looks
+
+
+def _of_processes(sizes, processes):
+    """A mesh of devices that belong to `processes`, one number for each device in the order of the mesh."""
+    devices = np.array([SimpleNamespace(process_index=p) for p in processes], dtype=object).reshape(sizes)
+    return SimpleNamespace(shape=dict(zip(meshes.AXES, sizes, strict=True)), devices=devices, empty=False)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "processes", "share"),
+    [
+        ((4, 1, 1), [0, 0, 1, 1], (0, 2, (0, 1))),
+        ((1, 2, 2), [0, 0, 1, 1], (0, 2, (0,))),
+        ((1, 2, 2), [0, 1, 0, 1], (0, 1, (0, 1))),  # tensor joins the two: both read all
+        ((2, 2, 1), [1, 0, 1, 0], (1, 2, (1, 3))),  # rows that lie apart
+        ((4, 1, 1), [0, 0, 0, 1], (0, 1, (0, 1, 2, 3))),  # uneven: all read all
+    ],
+)
+def test_what_a_process_reads(sizes, processes, share):
+    found = meshes.row_share(_of_processes(sizes, processes))
+    assert (found.index, found.count, found.parts) == share
+
+
+def test_rows_that_all_have_are_shared_out_and_come_back_whole(mesh_of):
+    mesh, rows = mesh_of(2, 2, 2), {"even": np.arange(24).reshape(8, 3), "odd": np.arange(5)}
+    placed = meshes.put_rows(rows, mesh)
+    assert {shard.data.shape[0] for shard in placed["even"].addressable_shards} == {2}
+    assert {shard.data.shape[0] for shard in placed["odd"].addressable_shards} == {5}
+    jax.tree.map(np.testing.assert_array_equal, meshes.fetch(placed), rows)
+    assert [meshes.even_rows(rows, mesh) for rows in (1, 4, 5)] == [4, 4, 8]

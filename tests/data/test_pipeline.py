@@ -10,6 +10,7 @@ import pytest
 
 from user_llm.data.pipeline import (
     ExampleConfig,
+    Streams,
     Windows,
     contextual_examples,
     history_batches,
@@ -76,10 +77,10 @@ def segments(batch):
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_packing_keeps_windows_whole_and_processes_share_them(unique, count):
+def test_packing_keeps_windows_whole_and_streams_share_them(unique, count):
     stops, found = np.array(LENGTHS), Counter()
     options = {"window": 5, "rows": 3, "row_length": 12, "seed": 0}
-    shares = [packed_windows(unique, stops, **options, process=(index, count)) for index in range(count)]
+    shares = [packed_windows(unique, stops, **options, stream=(index, count)) for index in range(count)]
     for batch in (batch for share in shares for batch in islice(share, 30 // count)):
         assert jax.tree.map(np.shape, batch) == {
             "events": (3, 12, 5), "next": (3, 12, 5), "segments": (3, 12), "positions": (3, 12),
@@ -149,10 +150,10 @@ def make_prompts(unique, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def make_examples(unique, make_prompts):
-    def make(*, max_events, ends=1, text_items=0, batch_size=1, process=(0, 1), seed=0):
+    def make(*, max_events, ends=1, text_items=0, batch_size=1, stream=(0, 1), seed=0):
         config, (_, prompts) = ExampleConfig(max_events, ends, text_items), make_prompts(text_items)
         stops = np.array(LENGTHS)
-        return contextual_examples(unique, stops, prompts, config, batch_size=batch_size, seed=seed, process=process)
+        return contextual_examples(unique, stops, prompts, config, batch_size=batch_size, seed=seed, stream=stream)
 
     return make
 
@@ -186,11 +187,11 @@ def test_the_iterator_resumes_exactly_in_mid_epoch(unique, make_examples, kind):
                 assert_equal(next(resumed), batch)
 
 
-def test_shares_of_processes_are_disjoint_and_complete(make_examples):
+def test_streams_are_disjoint_and_complete(make_examples):
     options = {"max_events": 50, "ends": 2, "text_items": 1}  # so long that each user with events is one window
     alone = list(islice(make_examples(**options), 30))
     for index in range(3):
-        for mine, theirs in zip(make_examples(**options, process=(index, 3)), alone[index::3], strict=False):
+        for mine, theirs in zip(make_examples(**options, stream=(index, 3)), alone[index::3], strict=False):
             assert_equal(mine, theirs)
 
 
@@ -282,3 +283,32 @@ def test_history_batches_end_right_before_their_targets(unique, max_events):
             assert not batch.events[row, length:].any()
             assert set(batch.seen[row]) - {0} == set(unique.items(user, 0, position))
     assert sorted(found) == list(range(len(users)))
+
+
+def test_batches_do_not_depend_on_who_reads_the_streams(unique):
+    """One process with four streams, two with two each, four with one: the same rows, the dataset once in each epoch."""
+    stops = np.array(LENGTHS)
+
+    def reader(numbers):
+        make = lambda n: packed_windows(unique, stops, window=50, rows=2, row_length=50, seed=0, stream=(n, 4))  # noqa: E731
+        return iter(Streams({n: make(n) for n in numbers}))
+
+    alone = reader(range(4))
+    whole = [next(alone) for _ in range(6)]
+    for readers in ([reader((0, 1)), reader((2, 3))], [reader([n]) for n in range(4)]):
+        for batch in whole:
+            parts = [next(each) for each in readers]
+            assert_equal(jax.tree.map(lambda *a: np.concatenate(a), *parts), batch)
+    # Two go on from where one stopped, and one from where two stopped.
+    state = json.loads(json.dumps(alone.get_state()))
+    expected = [next(alone) for _ in range(3)]
+    two = [reader((0, 1)), reader((2, 3))]
+    for each in two:
+        each.set_state(state)
+    for batch in expected:
+        assert_equal(jax.tree.map(lambda *a: np.concatenate(a), *[next(each) for each in two]), batch)
+    after, again = alone.get_state(), reader(range(4))
+    again.set_state({number: place for each in two for number, place in each.get_state().items()})
+    assert again.get_state() == after
+    with pytest.raises(ValueError, match="holds 2 streams of data and not number 2: set data.streams to 2"):
+        again.set_state(two[0].get_state())

@@ -22,7 +22,7 @@ from user_llm.nn.cross_attention import CrossAttentionConfig
 from user_llm.nn.lora import LoRAConfig
 from user_llm.nn.resampler import ResamplerConfig
 from user_llm.nn.transformer import BlockConfig
-from user_llm.tasks.contextualize import contextual_loss
+from user_llm.tasks.contextualize import contextual_counts, contextual_loss
 from user_llm.tasks.pretrain_encoder import encoder_section, encoder_source
 from user_llm.training.loop import LoopConfig, initial_state, train_summary
 from user_llm.training.optimizer import OptimizerConfig
@@ -233,7 +233,8 @@ def test_a_strategy_trains_its_parts_and_keeps_every_bit_of_the_others(drawn, me
     task = Task(
         name="user_llm", shapes=params, train_data=None, steps_per_epoch=1.0, count_events=None, evaluate=None, results=None,
         init=lambda place: jax.device_put(params, place(params)),
-        loss=lambda params, batch, key: contextual_loss(trees.merge(graphdef, params), batch, key, **WEIGHTS),
+        loss=lambda params, batch, key, whole: contextual_loss(trees.merge(graphdef, params), batch, key, whole=whole, **WEIGHTS),
+        counts=contextual_counts,
     )  # fmt: skip
     loop = LoopConfig(**common.loop(3, 3, monitor="loss"))
     optimizer = OptimizerConfig(**common.optimizer(0.1, warmup_steps=0), trainable=chosen["trainable"])

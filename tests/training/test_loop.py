@@ -15,6 +15,7 @@ import pytest
 from user_llm.common import mesh as meshes
 from user_llm.common.checkpoint import Checkpointer
 from user_llm.common.metrics import read_metrics
+from user_llm.data.pipeline import Streams
 from user_llm.training.loop import Preempted
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -125,8 +126,8 @@ def test_a_nan_loss_stops_the_run_and_no_nan_is_kept(tmp_path, log_steps):
         lambda i: {"tokens": np.ones((2, 3), np.int32), "poison": np.full(2, np.nan if i == 5 else 0, np.float32)}
     )
     task = tiny.make_task(
-        loss=lambda params, batch, key: (jnp.sum(params["head"] ** 2) + batch["poison"].sum(), {}),
-        train_data=batches.to_iter_dataset(),
+        loss=lambda params, batch, key, whole: (jnp.sum(params["head"] ** 2) + batch["poison"].sum(), {}),
+        train_data=Streams({0: batches.to_iter_dataset()}),
         count_events=lambda batch: 1,
         evaluate=lambda params: {"accuracy": 0.0},
     )
@@ -165,7 +166,7 @@ def test_a_run_killed_anywhere_and_started_again_equals_one_left_alone(tmp_path,
     step = random.randint(1, tiny.LOOP.total_steps)
     root = Path(__file__).parents[2]
     killed = subprocess.run(
-        [sys.executable, tiny.__file__, str(tmp_path), str(step)],
+        [sys.executable, tiny.__file__, str(tmp_path), f"--at={step}"],
         env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -197,9 +198,9 @@ def test_nothing_is_traced_after_the_first_step(tmp_path):
     """Nor after a restart, which traces once."""
     traces, task = [], tiny.make_task()
 
-    def loss(params, batch, key):
+    def loss(*given):
         traces.append(len(traces))
-        return task.loss(params, batch, key)
+        return task.loss(*given)
 
     tiny.run(tmp_path, tiny.make_task(loss=loss), total_steps=8)
     assert len(traces) == 1

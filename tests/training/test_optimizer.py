@@ -18,6 +18,7 @@ from user_llm.training.optimizer import (
 
 CONFIG = OptimizerConfig(
     learning_rate=0.1, warmup_steps=0, schedule="constant", weight_decay=0.5, clip_norm=1e9, b1=0.9, b2=0.98,
+    first_moment="float32", second_moment="float32",
     trainable=((r"^llm/", False), (r".*", True)),
     lr_multiplier=((r"gate$", 10.0), (r"slow", 0.1), (r".*", 1.0)),
     decay=((r"(gate|scale)$", False), (r".*", True)),
@@ -101,3 +102,36 @@ def test_moments_live_where_their_parameters_do(mesh_of):
     for moment in ("mu", "nu"):
         assert jax.tree.map(lambda a: a.sharding, optax.tree.get(state, moment)) == where
     assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(state))
+
+
+def test_second_moments_in_bfloat16_or_factored_move_about_as_far():
+    """With equal gradients every one of them steps by the learning rate, whatever the gradients' size."""
+    for second in ("bfloat16", "factored"):
+        config = dataclasses.replace(CONFIG, weight_decay=0.0, first_moment="bfloat16", second_moment=second)
+        before, after, state = _steps(config, 3, gradient=7.0)
+        moved = {name: (after[name] - before[name]).mean() for name in ("cross/o", "slow/o")}
+        assert moved == pytest.approx({"cross/o": -0.3, "slow/o": -0.03}, rel=0.02), second
+        assert {str(a.dtype) for a in jax.tree.leaves(state) if a.ndim} == (
+            {"bfloat16"} if second == "bfloat16" else {"bfloat16", "float32"}
+        )
+
+
+def test_what_moments_take(mesh_of):
+    """Of a matrix of 256 x 512: 4 bytes a number twice, 2 twice, or 2 once and a row and a column of 4."""
+    params = {"w": jax.device_put(np.ones((256, 512), np.float32), meshes.replicated(mesh_of()))}
+    rules = {"trainable": ((r".*", True),), "lr_multiplier": ((r".*", 1.0),), "decay": ((r".*", True),)}
+    taken = {}
+    for first, second in (("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "factored")):
+        config = dataclasses.replace(CONFIG, first_moment=first, second_moment=second, **rules)
+        state = init_optimizer(make_optimizer(config, params, 10), params, mesh_of())
+        taken[second] = sum(a.nbytes for a in jax.tree.leaves(state) if a.ndim)
+    size = 256 * 512
+    assert taken == pytest.approx({"float32": 8 * size, "bfloat16": 4 * size, "factored": 2 * size + 4 * (256 + 512)}, abs=16)
+
+
+def test_moments_that_there_are_not_or_cannot_follow_are_refused():
+    trainable, _ = partition_trainable(CONFIG, PARAMS)
+    with pytest.raises(ValueError, match="Unknown optimizer.first_moment 'float16'"):
+        make_optimizer(dataclasses.replace(CONFIG, first_moment="float16"), trainable, 10)
+    with pytest.raises(ValueError, match=r"cannot follow b2=0.999: set optimizer.b2 to 0.99 or less"):
+        make_optimizer(dataclasses.replace(CONFIG, second_moment="bfloat16", b2=0.999), trainable, 10)

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +28,7 @@ ENCODER = UserEncoderConfig(
 )
 OPTIMIZER = OptimizerConfig(
     learning_rate=0.1, warmup_steps=0, schedule="constant", weight_decay=0.1, clip_norm=1.0, b1=0.9, b2=0.98,
+    first_moment="float32", second_moment="float32",
     trainable=((r"^project$|^heads/", False), (r".*", True)), lr_multiplier=((r".*", 1.0),), decay=DECAY,
 )  # fmt: skip
 LOSS = EncoderLoss(
@@ -47,19 +50,20 @@ def encoder(drawn):
     return drawn(lambda: UserEncoder(ENCODER, rngs=nnx.Rngs(params=0)))
 
 
-def _prepare(encoder, mesh, dtype="float32"):
+def _prepare(encoder, mesh, dtype="float32", parts=1):
     """The state at step 0 and the jitted step."""
     graphdef, params = encoder
     task = Task(
         name="encoder", shapes=params, init=None, train_data=None, steps_per_epoch=1.0, count_events=None, evaluate=None, results=None,
-        loss=lambda params, batch, key: LOSS(trees.merge(graphdef, params), batch, key),
+        loss=lambda params, batch, key, whole: LOSS(trees.merge(graphdef, params), batch, key, whole),
+        counts=lambda batch: {"events": (batch["segments"] > 0).sum()},
     )  # fmt: skip
     placed = jax.device_put(jax.tree.map(np.asarray, params), meshes.shardings(SHARDING, params, mesh))
     trainable, frozen = partition_trainable(OPTIMIZER, placed)
     optimizer = make_optimizer(OPTIMIZER, trainable, 10)
     step = jax.device_put(np.int32(0), meshes.replicated(mesh))
     state = TrainState(step, trainable, frozen, init_optimizer(optimizer, trainable, mesh))
-    return state, make_train_step(task, optimizer, state, seed=1, dtype=jnp.dtype(dtype))
+    return state, make_train_step(task, optimizer, state, seed=1, dtype=jnp.dtype(dtype), parts=parts)
 
 
 def _train(encoder, mesh, steps):
@@ -128,6 +132,30 @@ def _assert_split(state, shards):
     assert len(tables) == 3
     for table in tables:
         assert table.addressable_shards[0].data.size * shards == table.size
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)], ids=str)
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(drawn, mesh_of, sizes):
+    """Also where the parts have unlike numbers of events, so that their own means would not do; without dropout."""
+    block = dataclasses.replace(ENCODER.block, dropout=0.0)
+    encoder = drawn(lambda: UserEncoder(dataclasses.replace(ENCODER, block=block), rngs=nnx.Rngs(params=0)))
+    batch = jax.tree.map(lambda a: a[[0, 4, 1, 5, 2, 6, 3, 7]], _batch())  # part 0 has the shorter rows
+    found = []
+    with jax.set_mesh(mesh_of(*sizes)):
+        for parts in (1, 2):
+            state, step = _prepare(encoder, mesh_of(*sizes), parts=parts)
+            state, scalars = step(state, meshes.put_batch(batch, mesh_of(*sizes)))
+            found.append(({name: float(value) for name, value in scalars.items()}, optax.tree.get(state.opt_state, "mu")))
+    (whole, mu), (of_parts, mu_of_parts) = found
+    assert of_parts == pytest.approx(whole, rel=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), mu_of_parts, mu)
+
+
+def test_parts_that_do_not_divide_a_batch_are_refused(encoder, mesh_of):
+    with jax.set_mesh(mesh_of()):
+        state, step = _prepare(encoder, mesh_of(), parts=3)
+        with pytest.raises(ValueError, match="8 rows cannot be computed in 3 parts by 1 devices"):
+            step(state, meshes.put_batch(_batch(), mesh_of()))
 
 
 def test_products_are_computed_in_the_given_dtype_and_the_state_stays_float32(encoder, mesh_of):

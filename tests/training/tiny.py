@@ -1,37 +1,42 @@
 """A task of few parameters with all that a resumed run must get right: packed, shuffled text, dropout, a frozen part.
 
-    python tests/training/tiny.py WORKDIR KILL_STEP
+    python tests/training/tiny.py WORKDIR [--signal=SIGKILL --at=STEP --who=PROCESS] [--fsdp=N]
 
-runs it until the step at which the process kills itself.
+runs it, alone or as one of the processes that the environment names, until the step at which a process sends itself a signal.
 """
 
+import argparse
 import dataclasses
+import json
 import os
 import signal
-import sys
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
+from user_llm.common import distributed
 from user_llm.common import mesh as meshes
-from user_llm.data.pipeline import packed_text
+from user_llm.data.pipeline import Streams, packed_text
 from user_llm.nn.layers import dropout
+from user_llm.tasks.context import Context
 from user_llm.training import loop
 from user_llm.training.loop import LoopConfig
 from user_llm.training.optimizer import OptimizerConfig
 from user_llm.training.task import Task
 
-VOCAB, WIDTH, SEED = 11, 4, 5
+VOCAB, WIDTH, SEED = 11, 8, 5
 EVERYTHING = ((r".*", True),)
 LOOP = LoopConfig(
     total_steps=12, total_epochs=0, eval_steps=4, save_steps=2, log_steps=1, monitor="accuracy", mode="max", patience_evals=0,
-    dtype="float32", sharding=((r".*", ()),),
+    dtype="float32", accumulation_steps=1, sharding=((r".*", ()),),
 )  # fmt: skip
 OPTIMIZER = OptimizerConfig(
     learning_rate=0.3, warmup_steps=2, schedule="cosine", weight_decay=0.01, clip_norm=1.0, b1=0.9, b2=0.98,
+    first_moment="float32", second_moment="float32",
     trainable=((r"frozen", False), (r".*", True)), lr_multiplier=((r".*", 1.0),), decay=EVERYTHING,
 )  # fmt: skip
 SHAPES = {
@@ -51,7 +56,7 @@ def _logits(params, tokens, key):
     return (hidden + params["frozen"]) @ params["head"]
 
 
-def _loss(params, batch, key):
+def _loss(params, batch, key, whole):
     log_probs = jax.nn.log_softmax(_logits(params, batch["tokens"], key))
     picked = jnp.take_along_axis(log_probs, batch["next"][..., None], axis=-1)[..., 0]
     return -jnp.mean(jnp.where(batch["segments"] > 0, picked, 0.0)), {}
@@ -77,7 +82,8 @@ def make_task(**changes) -> Task:
         shapes=SHAPES,
         init=_init,
         loss=_loss,
-        train_data=packed_text(_lines(), rows=2, row_length=8, seed=SEED),
+        counts=lambda batch: {},
+        train_data=Streams({0: packed_text(_lines(), rows=2, row_length=8, seed=SEED)}),
         steps_per_epoch=5.0,
         count_events=lambda batch: int((batch["segments"] > 0).sum()),
         evaluate=lambda params: {"accuracy": float(_accuracy(params))},
@@ -86,9 +92,9 @@ def make_task(**changes) -> Task:
     return dataclasses.replace(task, **changes)
 
 
-def run(directory, task: Task | None = None, **changes):
-    """Run `task` on one device; `changes` are of the loop's config."""
-    mesh = jax.make_mesh((1, 1, 1), meshes.AXES, devices=jax.devices("cpu")[:1], axis_types=(AxisType.Auto,) * 3)
+def run(directory, task: Task | None = None, mesh: Mesh | None = None, **changes):
+    """Run `task`, on one device unless a mesh is given; `changes` are of the loop's config."""
+    mesh = mesh or meshes.make_mesh(devices=jax.devices("cpu")[:1])
     with jax.set_mesh(mesh):
         config = dataclasses.replace(LOOP, **changes)
         return loop.run(task or make_task(), config, OPTIMIZER, mesh, directory, SEED)
@@ -107,5 +113,30 @@ def signal_at(step: int, number: signal.Signals) -> Callable:
     return count_events
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("workdir")
+    parser.add_argument("--signal", default="SIGKILL")
+    parser.add_argument("--at", type=int, default=-1)
+    parser.add_argument("--who", type=int, default=0)
+    parser.add_argument("--fsdp", type=int, default=0, help="0 for one device and one stream")
+    args = parser.parse_args()
+    distributed.initialize()
+    changes = {}
+    if jax.process_index() == args.who:
+        changes["count_events"] = signal_at(args.at, signal.Signals[args.signal])
+    if not args.fsdp:
+        run(args.workdir, make_task(**changes))
+        return
+    mesh, config = meshes.make_mesh(data=-1, fsdp=args.fsdp), ConfigDict({"data": {"streams": 2}})
+    context = Context(config, None, None, mesh, None, {})
+    train_data = context.streams(
+        lambda stream, rows: packed_text(_lines(), rows=rows, row_length=8, seed=SEED, stream=stream), 8
+    )
+    task = make_task(train_data=train_data, **changes)
+    _, rows = run(args.workdir, task, mesh, sharding=((r"embed|head", (None, "fsdp")), (r".*", ())))
+    print(json.dumps(rows))
+
+
 if __name__ == "__main__":
-    run(sys.argv[1], make_task(count_events=signal_at(int(sys.argv[2]), signal.SIGKILL)))
+    main()

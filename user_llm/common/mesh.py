@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import psutil
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from user_llm.common import trees
 from user_llm.common.trees import Params, Rules
@@ -80,9 +80,9 @@ def by_row(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def row_shards(mesh: Mesh) -> int:
-    """Return into how many parts a batch is split."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+def row_shards(mesh: Mesh | AbstractMesh) -> int:
+    """Return into how many parts a batch is split; 1 outside a mesh."""
+    return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def even_rows(rows: int, mesh: Mesh) -> int:

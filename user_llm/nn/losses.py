@@ -7,7 +7,7 @@ computed from an item's features, over the other targets of the batch.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -16,6 +16,19 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from user_llm.common.mesh import BATCH_AXES
+
+Whole = Mapping[str, Array]  # of a batch: its counts by name, and `parts`, into how many it is split
+
+
+def whole_count(weights: Float[Array, "R"], whole: Whole | None, name: str) -> Float[Array, ""]:
+    """Return by what the mean over rows of weight 1 divides, at least 1: their number, or `whole[name]` where the rows are part of a batch.
+
+    What only the part itself can tell, such as how many events it hides, is taken to be as many in each part.
+    """
+    count = weights.sum()
+    if whole is not None:
+        count = whole[name] if name in whole else count * whole["parts"]
+    return jnp.maximum(count, 1)
 
 
 class Axes(NamedTuple):

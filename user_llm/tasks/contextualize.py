@@ -13,7 +13,7 @@ import grain
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, Bool
 from ml_collections import ConfigDict
 
 from user_llm.common import mesh as meshes
@@ -26,7 +26,7 @@ from user_llm.models.user_encoder import Encoded
 from user_llm.models.user_llm import UserLLM, UserLLMConfig
 from user_llm.nn.cross_attention import CrossAttentionConfig
 from user_llm.nn.lora import LoRAConfig
-from user_llm.nn.losses import chunked_cross_entropy
+from user_llm.nn.losses import Whole, chunked_cross_entropy, whole_count
 from user_llm.nn.resampler import ResamplerConfig
 from user_llm.tasks import general_text
 from user_llm.tasks.answering import MEASURES, Predictor
@@ -101,6 +101,7 @@ def contextual_loss(
     align: float,
     chunk: int,
     leading: Mapping[str, int],
+    whole: Whole | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """Return the weighted sum of three losses.
 
@@ -117,19 +118,18 @@ def contextual_loss(
     encoder_key, decoder_key = (None, None) if key is None else jax.random.split(key)
     tokens = batch["text"].reshape(-1, batch["text"].shape[-1])
     lengths, answers = (batch[k].reshape(len(tokens), -1) for k in ("text_lengths", "answers"))
+    predicted = predicted_tokens(batch).reshape(-1).astype(jnp.float32)
     user, encoded = None, None
     if model.config.encoder is not None:
         encoded = model.encode(batch["events"], batch["prefix"], key=encoder_key)
         user = model.user(encoded)
     hidden = model.hidden(tokens, lengths[:, 0], user=user, leading=leading[task], key=decoder_key)
 
-    position = jnp.arange(tokens.shape[1] - 1)
-    predicted = (position >= answers[:, :1]) & (position + 1 < lengths) & (answers[:, :1] > 0)
     rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-    token_loss = text_loss(model.decoder, rows, tokens[:, 1:].reshape(-1), predicted.reshape(-1).astype(jnp.float32), chunk)
+    token_loss = text_loss(model.decoder, rows, tokens[:, 1:].reshape(-1), predicted, chunk, whole)
     total, scalars = weight[0] * token_loss, {f"{task}/text_loss": token_loss}
     if "items" in batch:
-        ranked, found = _ranking_losses(model, batch, hidden, answers, encoded, chunk)
+        ranked, found = _ranking_losses(model, batch, hidden, answers, encoded, chunk, whole)
         scalars |= found
         total = catalogue * ranked + total + (align * found["align_loss"] if encoded is not None else 0.0)
     if model.config.decoder.cross is not None:
@@ -138,14 +138,28 @@ def contextual_loss(
     return total, scalars
 
 
+def predicted_tokens(batch: Batch) -> Bool[Array, "R T"]:
+    """Return which tokens the text loss asks for, by the place before each: those behind the first answer position."""
+    tokens = batch["text"].reshape(-1, batch["text"].shape[-1])
+    lengths, answers = (batch[k].reshape(len(tokens), -1) for k in ("text_lengths", "answers"))
+    position = jnp.arange(tokens.shape[1] - 1)
+    return (position >= answers[:, :1]) & (position + 1 < lengths) & (answers[:, :1] > 0)
+
+
+def contextual_counts(batch: Batch) -> dict[str, Array]:
+    """Return by what the means of `contextual_loss` divide."""
+    counts = {"tokens": predicted_tokens(batch).sum()}
+    return counts | ({"items": (batch["items"] > 0).sum()} if "items" in batch else {})
+
+
 def _ranking_losses(
-    model: UserLLM, batch: Batch, hidden: Array, answers: Array, encoded: Encoded | None, chunk: int
+    model: UserLLM, batch: Batch, hidden: Array, answers: Array, encoded: Encoded | None, chunk: int, whole: Whole | None
 ) -> tuple[Array, dict[str, Array]]:
     """Return the loss of ranking the items at the answer positions, and the scalars to log, `align_loss` among them."""
     items = batch["items"].reshape(answers.shape)
     query = model.item_query(jnp.take_along_axis(hidden, answers[..., None], axis=1))
     wanted = (items > 0).reshape(-1).astype(jnp.float32)
-    wanted /= jnp.maximum(wanted.sum(), 1)
+    wanted /= whole_count(wanted, whole, "items")
     query = query.reshape(-1, query.shape[-1])
     item_loss = chunked_cross_entropy(query, model.item_table, items.reshape(-1), wanted, model.valid_items(), chunk)
     scalars = {"item_loss": item_loss}
@@ -210,9 +224,10 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
         name=name,
         shapes=shapes,
         init=lambda place: context.init(create, load, place),
-        loss=lambda params, batch, key: contextual_loss(
-            trees.merge(graphdef, params), batch, key, leading=leading, **phase.loss
+        loss=lambda params, batch, key, whole: contextual_loss(
+            trees.merge(graphdef, params), batch, key, leading=leading, whole=whole, **phase.loss
         ),
+        counts=contextual_counts,
         train_data=context.streams(stream, phase.batch_size),
         steps_per_epoch=len(windows) / phase.batch_size,
         count_events=lambda batch: int((batch["answers"] > 0).sum()),

@@ -27,7 +27,14 @@ from user_llm.data.timelines import Timelines
 from user_llm.evals.evaluator import rank_targets
 from user_llm.models.user_encoder import UserEncoder, UserEncoderConfig
 from user_llm.nn.attention import segment_mask
-from user_llm.nn.losses import chunked_cross_entropy, in_batch_cross_entropy, sampled_cross_entropy, soft_cross_entropy
+from user_llm.nn.losses import (
+    Whole,
+    chunked_cross_entropy,
+    in_batch_cross_entropy,
+    sampled_cross_entropy,
+    soft_cross_entropy,
+    whole_count,
+)
 from user_llm.nn.masking import choose_masked
 from user_llm.nn.transformer import BlockConfig
 from user_llm.tasks.context import Context
@@ -108,14 +115,16 @@ class EncoderLoss:
     mask_probability: float
     last_only: float
 
-    def __call__(self, encoder: UserEncoder, batch: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
+    def __call__(
+        self, encoder: UserEncoder, batch: Batch, key: Array, whole: Whole | None = None
+    ) -> tuple[Array, dict[str, Array]]:
         dropout_key, draw_key = jax.random.split(key)
         predict = self._next if encoder.config.causal else self._hidden
         states, labels, real = predict(encoder, batch, dropout_key, draw_key)
         rows = states.reshape(-1, states.shape[-1])
         labels = labels.reshape(rows.shape[0], -1)
         weights = real.reshape(-1).astype(jnp.float32)
-        weights /= jnp.maximum(weights.sum(), 1)
+        weights /= whole_count(weights, whole, "events")
         item = self._item_loss(encoder, rows, labels[:, 0], weights, draw_key)
         total, scalars, column = item, {"item_loss": item}, 1
         for feature in encoder.config.schema.features[1:]:
@@ -223,7 +232,9 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
         name=name,
         shapes=shapes,
         init=lambda place: trees.init(create, place),
-        loss=lambda params, batch, key: loss(trees.merge(graphdef, params), batch, key),
+        loss=lambda params, batch, key, whole: loss(trees.merge(graphdef, params), batch, key, whole),
+        # How many events a part of a batch hides is drawn there.
+        counts=lambda batch: {"events": (batch["segments"] > 0).sum()} if model_config.causal else {},
         train_data=context.streams(
             lambda stream, rows: packed_windows(
                 timelines, split.train_stop, window=data.window, rows=rows, row_length=data.row_length, seed=context.seed,

@@ -18,27 +18,28 @@ from user_llm.common.trees import Params
 from user_llm.data.pipeline import packed_text
 from user_llm.models.decoder import Decoder
 from user_llm.nn.attention import segment_mask
-from user_llm.nn.losses import chunked_cross_entropy
+from user_llm.nn.losses import Whole, chunked_cross_entropy, whole_count
 from user_llm.tasks.context import Context
 from user_llm.training.task import Batch, Task
 
 
-def text_loss(decoder: Decoder, hidden: Array, tokens: Array, weights: Array, chunk: int) -> Array:
-    """Return the mean cross entropy of predicting `tokens` [R] from `hidden` [R, D], over rows of weight 1."""
+def text_loss(decoder: Decoder, hidden: Array, tokens: Array, weights: Array, chunk: int, whole: Whole | None = None) -> Array:
+    """Return the mean cross entropy of predicting `tokens` [R] from `hidden` [R, D], over rows of weight 1; `tokens` counts them."""
     table = decoder.output_table()
     total = chunked_cross_entropy(hidden, table, tokens, weights, jnp.ones(table.shape[0], bool), chunk)
-    return total / jnp.maximum(weights.sum(), 1)
+    return total / whole_count(weights, whole, "tokens")
 
 
-def lm_loss(decoder: Decoder, batch: Batch, key: Array | None, chunk: int) -> tuple[Array, dict[str, Array]]:
+def lm_loss(
+    decoder: Decoder, batch: Batch, key: Array | None, chunk: int, whole: Whole | None = None
+) -> tuple[Array, dict[str, Array]]:
     """Return the mean cross entropy of each next token within its line."""
     hidden, _ = decoder(
         decoder.embed_tokens(batch["tokens"]), mask=segment_mask(batch["segments"]), positions=batch["positions"], key=key
     )
     rows = hidden.reshape(-1, hidden.shape[-1])
     weights = (batch["segments"] > 0).reshape(-1).astype(jnp.float32)
-    loss = text_loss(decoder, rows, batch["next"].reshape(-1), weights, chunk)
-    return loss, {"perplexity": jnp.exp(loss)}
+    return text_loss(decoder, rows, batch["next"].reshape(-1), weights, chunk, whole), {}
 
 
 def build(config: ConfigDict, name: str, context: Context) -> Task:
@@ -59,8 +60,8 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
     def stream(lines: list[np.ndarray], number: tuple[int, int], rows: int) -> grain.IterDataset:
         return packed_text(lines, rows=rows, row_length=phase.batch.row_length, seed=context.seed, stream=number)
 
-    def loss(params: Params, batch: Batch, key: Array | None):
-        return lm_loss(trees.merge(graphdef, params), batch, key, phase.loss.chunk)
+    def loss(params: Params, batch: Batch, key: Array | None, whole: Whole | None = None):
+        return lm_loss(trees.merge(graphdef, params), batch, key, phase.loss.chunk, whole)
 
     validation_loss = jax.jit(lambda params, batch: loss(params, batch, None)[0])
 
@@ -75,6 +76,7 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
         shapes=shapes,
         init=lambda place: trees.init(create, place),
         loss=loss,
+        counts=lambda batch: {"tokens": (batch["segments"] > 0).sum()},
         train_data=context.streams(lambda number, rows: stream(train_lines, number, rows), phase.batch.rows),
         steps_per_epoch=sum(map(len, train_lines)) / (phase.batch.rows * phase.batch.row_length),
         count_events=lambda batch: int((batch["segments"] > 0).sum()),

@@ -46,7 +46,9 @@ class LoopConfig:
       total_epochs: how long in passes over the training data instead, with `total_steps` 0.
       monitor, mode: the validation metric that chooses the best parameters, and whether `max` or `min` is best.
       patience_evals: stop after this many evaluations without a new best; 0 never stops early.
-      dtype: of the computation; parameters and optimizer are float32.
+      dtype: of the computation; parameters are float32.
+      accumulation_steps: into how many parts, computed one after the other, each batch is split. The gradient is the whole batch's,
+        but for dropout, masked events and negatives within the batch, which each part has of its own.
       sharding: rules to tuples of mesh axes.
     """
 
@@ -59,6 +61,7 @@ class LoopConfig:
     mode: str
     patience_evals: int
     dtype: str
+    accumulation_steps: int
     sharding: Rules
 
 
@@ -222,7 +225,8 @@ def _state_and_step(
     trainable, frozen = partition_trainable(optimizer_config, params)
     optimizer = make_optimizer(optimizer_config, trainable, config.total_steps)
     state = TrainState(step, trainable, frozen, moments(optimizer, trainable, mesh))
-    return state, make_train_step(task, optimizer, state, seed=seed, dtype=jnp.dtype(config.dtype))
+    step_fn = make_train_step(task, optimizer, state, seed=seed, dtype=jnp.dtype(config.dtype), parts=config.accumulation_steps)
+    return state, step_fn
 
 
 def _evaluate(task: Task, config: LoopConfig, state: TrainState, step: int, progress: Progress, log: MetricsLog) -> None:

@@ -26,6 +26,9 @@ class OptimizerConfig:
       trainable: rules to bool.
       lr_multiplier: rules to float.
       decay: rules to bool; gates, norms, biases, embeddings and latents should be False.
+      first_moment: `float32` or `bfloat16`, in which it is kept between steps.
+      second_moment: likewise, or `factored`: Adafactor's means over rows and columns (Shazeer and Stern 2018), whose memory is next to
+        nothing, with its own decay in place of `b2` and updates clipped to a root mean square of 1.
     """
 
     learning_rate: float
@@ -35,6 +38,8 @@ class OptimizerConfig:
     clip_norm: float
     b1: float
     b2: float
+    first_moment: str
+    second_moment: str
     trainable: Rules
     lr_multiplier: Rules
     decay: Rules
@@ -52,13 +57,44 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
     raise ValueError(f"Unknown schedule {config.schedule!r}: choose constant or cosine.")
 
 
+def scale_by_moments(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Divide a mean of past gradients by the root of their mean square, as Adam or Adafactor does.
+
+    Raises:
+      ValueError: no such precision, or one that cannot hold the steps of a mean as slow as `b2`.
+    """
+    first, second = config.first_moment, config.second_moment
+    if first not in ("float32", "bfloat16") or second not in ("float32", "bfloat16", "factored"):
+        raise ValueError(
+            f"Unknown optimizer.first_moment {first!r} or second_moment {second!r}: choose float32 or bfloat16, or for the second "
+            "factored."
+        )
+    if second == "factored":
+        mean = optax.ema(config.b1, accumulator_dtype=jnp.dtype(first))
+        return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), mean)
+    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, mu_dtype=jnp.dtype(first))
+    if second == "float32":
+        return adam
+    if config.b2 > 0.99:
+        raise ValueError(f"A second moment in bfloat16 cannot follow b2={config.b2}: set optimizer.b2 to 0.99 or less.")
+
+    def kept(state: optax.ScaleByAdamState, dtype: jnp.dtype) -> optax.ScaleByAdamState:
+        return state._replace(nu=optax.tree.cast(state.nu, dtype))
+
+    def update(updates: Params, state: optax.ScaleByAdamState, params: Params | None = None):
+        updates, state = adam.update(updates, kept(state, jnp.float32), params)
+        return updates, kept(state, jnp.bfloat16)
+
+    return optax.GradientTransformation(lambda params: kept(adam.init(params), jnp.bfloat16), update)
+
+
 def make_optimizer(config: OptimizerConfig, params: Params, total_steps: int) -> optax.GradientTransformation:
     """Build the optimizer of the trainable subtree `params`."""
     decay = trees.match(config.decay, params)
     multiplier = trees.match(config.lr_multiplier, params)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.scale_by_adam(b1=config.b1, b2=config.b2),
+        scale_by_moments(config),
         optax.add_decayed_weights(config.weight_decay, mask=decay),
         optax.stateless(lambda updates, _: jax.tree.map(lambda u, m: u * m, updates, multiplier)),
         optax.scale_by_learning_rate(learning_rate_schedule(config, total_steps)),
@@ -66,11 +102,12 @@ def make_optimizer(config: OptimizerConfig, params: Params, total_steps: int) ->
 
 
 def abstract_optimizer(optimizer: optax.GradientTransformation, params: Params, mesh: Mesh) -> optax.OptState:
-    """Return the shapes and shardings of the optimizer's state: moments live where their parameters do, counters everywhere."""
-    shapes = jax.eval_shape(optimizer.init, params)
+    """Return the shapes and shardings of the optimizer's state: moments live where their parameters do, all else everywhere."""
+    shapes, everywhere = jax.eval_shape(optimizer.init, params), meshes.replicated(mesh)
     where = optax.tree.map_params(
-        optimizer, lambda _, param: param.sharding, shapes, params, transform_non_params=lambda _: meshes.replicated(mesh)
-    )
+        optimizer, lambda moment, param: param.sharding if moment.shape == param.shape else everywhere, shapes, params,
+        transform_non_params=lambda _: everywhere,
+    )  # fmt: skip
     return meshes.placed(shapes, where)
 
 

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from user_llm.common import mesh as meshes
 from user_llm.common import trees
 from user_llm.common.trees import Params
+from user_llm.nn.losses import Whole
 from user_llm.training.task import Batch, Task
 
 
@@ -35,28 +36,61 @@ def cast(tree: Params, dtype: jnp.dtype) -> Params:
     return jax.tree.map(lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree)
 
 
+def split_batch(batch: Batch, parts: int, shards: int) -> Batch:
+    """Return arrays [parts, rows / parts, ...]; each part has rows of every device.
+
+    Raises:
+      ValueError: a batch that the parts, or `shards` devices within them, do not divide.
+    """
+
+    def split(array: jax.Array) -> jax.Array:
+        if array.shape[0] % (parts * shards):
+            raise ValueError(f"{array.shape[0]} rows cannot be computed in {parts} parts by {shards} devices (data x fsdp).")
+        return jnp.swapaxes(array.reshape(-1, parts, *array.shape[1:]), 0, 1)
+
+    return jax.tree.map(split, batch)
+
+
 def make_train_step(
-    task: Task, optimizer: optax.GradientTransformation, like: TrainState, *, seed: int, dtype: jnp.dtype
+    task: Task, optimizer: optax.GradientTransformation, like: TrainState, *, seed: int, dtype: jnp.dtype, parts: int = 1
 ) -> jax.stages.Wrapped:
     """Return the jitted (state, batch) -> (state, scalars); the state given is donated.
 
-    What comes out is sharded as in `like`: left to itself, XLA may choose otherwise, and the next step compiles again.
+    What comes out is sharded as in `like`: left to itself, XLA may choose otherwise, and the next step compiles again. With
+    `parts` above 1 the gradient is summed up over as many parts of the batch, one in memory at a time; scalars named `loss` are sums
+    over the parts as the loss is, all others means.
     """
+    where = jax.tree.map(lambda a: a.sharding, like)
+
+    def gradient(state: TrainState, batch: Batch, key: jax.Array, whole: Whole | None) -> tuple[jax.Array, dict, Params]:
+        def loss(trainable: Params):
+            return task.loss(cast(trees.combine(trainable, state.frozen), dtype), batch, key, whole)
+
+        (value, scalars), grads = jax.value_and_grad(loss, has_aux=True)(state.trainable)
+        return value, scalars, grads
+
+    def accumulated(state: TrainState, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict, Params]:
+        whole = {**task.counts(batch), "parts": jnp.asarray(parts)}
+        of_parts = split_batch(batch, parts, meshes.row_shards(jax.sharding.get_abstract_mesh()))
+
+        def add(grads: Params, part: tuple[Batch, jax.Array]) -> tuple[Params, tuple]:
+            value, scalars, more = gradient(state, *part, whole)
+            return jax.lax.with_sharding_constraint(jax.tree.map(jnp.add, grads, more), where.trainable), (value, scalars)
+
+        start = jax.tree.map(jnp.zeros_like, state.trainable)
+        grads, (values, scalars) = jax.lax.scan(add, start, (of_parts, jax.random.split(key, parts)))
+        reduced = {name: found.sum() if name.endswith("loss") else found.mean() for name, found in scalars.items()}
+        return values.sum(), reduced, grads
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-
-        def loss(trainable: Params):
-            return task.loss(cast(trees.combine(trainable, state.frozen), dtype), batch, key)
-
-        (value, scalars), grads = jax.value_and_grad(loss, has_aux=True)(state.trainable)
+        value, scalars, grads = gradient(state, batch, key, None) if parts == 1 else accumulated(state, batch, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         scalars = {"loss": value, "grad_norm": optax.tree.norm(grads), **scalars}
         trainable = optax.apply_updates(state.trainable, updates)
         return TrainState(state.step + 1, trainable, state.frozen, opt_state), scalars
 
-    shardings = jax.tree.map(lambda a: a.sharding, like)
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(where, None))
 
 
 def check_memory(step: jax.stages.Wrapped, state: TrainState, batch: Batch, mesh: Mesh) -> None:
@@ -73,5 +107,5 @@ def check_memory(step: jax.stages.Wrapped, state: TrainState, batch: Batch, mesh
     if needed > free:
         raise ValueError(
             f"A step needs {needed / 1e9:.2f} GB on each device and {free / 1e9:.2f} GB are free: lower the batch "
-            "(rows, row_length or batch_size) or loss.chunk, or share it among more devices."
+            "(rows, row_length or batch_size) or loss.chunk, raise loop.accumulation_steps, or share it among more devices."
         )

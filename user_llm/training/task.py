@@ -9,6 +9,7 @@ import numpy as np
 
 from user_llm.common.trees import Params
 from user_llm.data.pipeline import Streams
+from user_llm.nn.losses import Whole
 
 Batch = dict[str, Any]
 
@@ -21,7 +22,10 @@ class Task:
       name: names the phase's directory and log lines.
       shapes: of the parameters.
       init: place -> parameters, fresh or loaded, where `place` maps a tree of their shapes to one of their shardings.
-      loss: (params, batch, dropout key) -> (mean loss, scalars to log). Traced; must not depend on anything mutable.
+      loss: (params, batch, dropout key, whole) -> (mean loss, scalars to log). Traced; must not depend on anything mutable. The
+        batch may be a part of one whose `counts` are `whole`, with `parts`, how many there are: losses of parts add up. None for
+        a whole batch.
+      counts: batch -> by what the means of its loss divide, as far as the batch alone tells. Traced.
       train_data: endless batches, of which this process has its share of the rows.
       steps_per_epoch: batches in one pass over the training data, on average.
       count_events: batch -> number of real training targets in it, for events/s.
@@ -32,7 +36,8 @@ class Task:
     name: str
     shapes: Params
     init: Callable[[Callable[[Params], Params]], Params]
-    loss: Callable[[Params, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+    loss: Callable[[Params, Batch, jax.Array, Whole | None], tuple[jax.Array, dict[str, jax.Array]]]
+    counts: Callable[[Batch], dict[str, jax.Array]]
     train_data: Streams
     steps_per_epoch: float
     count_events: Callable[[dict[str, np.ndarray]], int]

@@ -1,0 +1,51 @@
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import pytest
+from etils import epath
+
+from user_llm.common.files import local_folder, make_once, write_json
+
+
+def test_json_is_written_whole_and_by_the_first_process_alone(tmp_path, monkeypatch):
+    path = epath.Path(tmp_path) / "folder" / "rows.json"
+    write_json(path, [1])
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    write_json(path, [2])
+    assert json.loads(path.read_text()) == [1] and [p.name for p in path.parent.iterdir()] == ["rows.json"]
+
+
+def _make(folder: Path) -> None:
+    """Fail if anyone else is at it."""
+    folder.mkdir()
+    time.sleep(0.05)
+    (folder / "done").write_text("")
+
+
+def test_of_many_one_makes_a_folder(tmp_path):
+    """The lock is the file's, and holds between threads as between processes."""
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: make_once(tmp_path / "made", _make), range(8)))
+    assert made == [tmp_path / "made"] * 8 and (tmp_path / "made" / "done").exists()
+
+
+def test_what_a_kill_left_unfinished_is_made_again(tmp_path):
+    def fail(folder):
+        _make(folder)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_once(tmp_path / "made", fail)
+    assert not (tmp_path / "made").exists()
+    make_once(tmp_path / "made", _make)
+    make_once(tmp_path / "made", fail)  # it is there: nothing is made
+    assert {p.name for p in tmp_path.iterdir()} == {".lock", "made"}
+
+
+def test_a_remote_workdir_has_a_local_folder_of_its_own(tmp_path):
+    assert local_folder(epath.Path(tmp_path)) == tmp_path
+    one, other = (local_folder(epath.Path(f"gs://bucket/{name}")) for name in ("a", "b"))
+    assert one != other and one == local_folder(epath.Path("gs://bucket/a")) and one.is_absolute()
