@@ -20,6 +20,9 @@ from user_llm.common.trees import Params, Rules
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
+# The names of an activation's dimensions, and the axes that split them. Others stay whole: parameters travel to the rows, not rows
+# to the parameters.
+ACTIVATIONS = {"rows": BATCH_AXES, "heads": ("tensor",), "features": ("tensor",)}
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -63,6 +66,16 @@ def shardings(rules: Rules, tree: Params, mesh: Mesh) -> Params:
 
     specs = trees.match(rules, tree)
     return jax.tree.map(sharding, tree, specs)
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Split an activation as its dimensions' names say; what the axes do not divide, and everything outside a mesh, stays as it is."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    axes = [ACTIVATIONS[name] if name else () for name in names]
+    fits = [of if dim % math.prod(mesh.shape[axis] for axis in of) == 0 else () for of, dim in zip(axes, x.shape, strict=True)]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*(of or None for of in fits)))
 
 
 def placed(shapes: Any, where: Any) -> Any:

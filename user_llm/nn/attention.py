@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from user_llm.common.mesh import constrain
 from user_llm.nn.layers import RMSNorm, linear_param
 from user_llm.nn.lora import LoRAConfig, adapters
 
@@ -243,6 +244,7 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rotate is not None:
             q, k = apply_rope(q, rotate), apply_rope(k, rotate)
+        q, k, v = (constrain(out, "rows", None, "heads", None) for out in (q, k, v))
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         if cache is not None:
             if slots is None:

@@ -6,6 +6,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
+from user_llm.common.mesh import constrain
 from user_llm.nn.layers import linear_param
 from user_llm.nn.lora import LoRAConfig, adapters
 
@@ -35,7 +36,7 @@ class MLP(nnx.Module):
         gate, up = rows @ self.gate_proj[...], rows @ self.up[...]
         if self.lora is not None:
             gate, up = gate + self.lora("gate_proj", rows, key), up + self.lora("up", rows, key)
-        hidden = ACTIVATIONS[self.activation](gate) * up
+        hidden = constrain(ACTIVATIONS[self.activation](gate) * up, "rows", "features")
         out = hidden @ self.down[...]
         if self.lora is not None:
             out += self.lora("down", hidden, key)

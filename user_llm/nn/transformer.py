@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from user_llm.common.mesh import constrain
 from user_llm.nn.attention import Attention, AttentionConfig, KVCache, RopeScaling, Rotation, rope_frequencies, rotation
 from user_llm.nn.cross_attention import CrossAttentionConfig, GatedCrossAttention, UserKV
 from user_llm.nn.layers import RMSNorm, dropout, linear_param
@@ -122,7 +123,7 @@ class Block(nnx.Module):
             out = self.attn_post_norm(out)
         if c.residual_gate:
             out *= jax.nn.sigmoid(x @ self.attn_gate[...])
-        x = x + dropout(out, c.dropout, attn_key)
+        x = constrain(x + dropout(out, c.dropout, attn_key), "rows", None, None)
         if cross is not None:
             x = cross(x)
         out = self.mlp(self.mlp_norm(x), key=mlp_key)
@@ -130,7 +131,7 @@ class Block(nnx.Module):
             out = self.mlp_post_norm(out)
         if c.residual_gate:
             out *= jax.nn.sigmoid(x @ self.mlp_gate[...])
-        return x + dropout(out, c.dropout, mlp_key), cache
+        return constrain(x + dropout(out, c.dropout, mlp_key), "rows", None, None), cache
 
 
 def unstack(tree: Any, count: int) -> list:
@@ -272,7 +273,7 @@ class Stack(nnx.Module):
             # In a scan nothing can be computed but once per turn; outside, XLA would find the same value and keep it.
             run_group = jax.checkpoint(run_group, policy=policy, prevent_cse=self.unroll)
         groups, rest = self.layers() if layers is None else layers
-        carry = (x, cache)
+        carry = (constrain(x, "rows", None, None), cache)
         if not self.unroll:
             carry, _ = jax.lax.scan(run_group, carry, (groups, marks, user_kv))
         else:
