@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from absl import logging
 from etils import epath
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from user_llm.ahead.chips import Chip, find_topology
@@ -128,11 +128,10 @@ def check_train(task: Task, name: str, context: Context, chip: Chip) -> Checked:
 
 def abstract_batch(task: Task, mesh: Mesh) -> dict[str, Any]:
     """Return the shapes of one step's batch, of all processes of the mesh together."""
-    processes = len({device.process_index for device in mesh.devices.flat})
-    sharding = NamedSharding(mesh, PartitionSpec(meshes.BATCH_AXES))
+    shares = meshes.row_share(mesh).count
 
     def shape(array: np.ndarray) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((processes * array.shape[0], *array.shape[1:]), array.dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct((shares * array.shape[0], *array.shape[1:]), array.dtype, sharding=meshes.by_row(mesh))
 
     return jax.tree.map(shape, next(iter(task.train_data)))
 
