@@ -1,4 +1,7 @@
-"""Does every train step of a config compile for a TPU topology, and fit its chips? No TPU is needed for the answer."""
+"""Does all that a config runs compile for a TPU topology, and fit its chips? No TPU is needed for the answer.
+
+Of each phase: the train step, and what evaluation computes (`Task.programs`), of decoding one token.
+"""
 
 import dataclasses
 import math
@@ -31,12 +34,13 @@ UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 @dataclasses.dataclass(frozen=True)
 class Checked:
-    """The compiled train step of a phase, seen from one chip.
+    """A compiled program of a phase, seen from one chip.
 
     Attributes:
-      arguments: bytes of parameters, optimizer state and batch; results take their place.
-      temporaries: bytes needed besides while the step runs.
-      flops: of products, by `count_flops`, an equal share of the whole step's.
+      arguments: bytes of parameters, optimizer state, caches and batch.
+      temporaries: bytes needed besides while it runs, results that take no argument's place among them.
+      flops: of products, by `count_flops`, an equal share of the whole program's.
+      updates: whether it writes its arguments anew, as training does.
     """
 
     phase: str
@@ -45,6 +49,7 @@ class Checked:
     temporaries: float
     flops: float
     sent: tuple[Collective, ...]
+    updates: bool = True
 
     @property
     def total(self) -> float:
@@ -57,8 +62,8 @@ class Checked:
 
     @property
     def moved(self) -> float:
-        """Bytes that memory reads and writes at least: every argument is read and written, every temporary written and read."""
-        return 2 * self.total
+        """Bytes that memory reads and writes: every argument read, and written where it is updated, every temporary written and read."""
+        return (2 if self.updates else 1) * self.arguments + 2 * self.temporaries
 
     @property
     def intensity(self) -> float:
@@ -100,7 +105,7 @@ def describe(found: list[Checked]) -> str:
     return markdown.table(HEADER, rows)
 
 
-def check(config: ConfigDict, topology: str, workdir: epath.Path) -> list[Checked]:
+def check(config: ConfigDict, topology: str, workdir: epath.Path, *, train_only: bool = False) -> list[Checked]:
     """Compile what each phase of `config` runs for a TPU topology; `workdir` is for the stand-ins of missing data.
 
     Raises:
@@ -115,6 +120,8 @@ def check(config: ConfigDict, topology: str, workdir: epath.Path) -> list[Checke
             continue
         task = BUILDERS[config[name].task](context.config, name, context)
         found.append(check_train(task, name, context, chip))
+        if not train_only:
+            found += check_programs(task, name, context, chip)
     return found
 
 
@@ -124,6 +131,16 @@ def check_train(task: Task, name: str, context: Context, chip: Chip) -> Checked:
     optimizer = context.optimizer_config(name)
     state, step = abstract_state(task, loop, optimizer, context.mesh, context.seed)
     return _compile(step, (state, abstract_batch(task, context.mesh)), name, context.mesh, chip)
+
+
+def check_programs(task: Task, name: str, context: Context, chip: Chip) -> list[Checked]:
+    """Compile what evaluation of a phase computes."""
+    sharding = context.config[name].loop.sharding
+    params = meshes.placed(task.shapes, meshes.shardings(sharding, task.shapes, context.mesh))
+    return [
+        dataclasses.replace(_compile(*program, f"{name}: {what}", context.mesh, chip), updates=False)
+        for what, program in task.programs(params).items()
+    ]
 
 
 def abstract_batch(task: Task, mesh: Mesh) -> dict[str, Any]:
@@ -136,13 +153,14 @@ def abstract_batch(task: Task, mesh: Mesh) -> dict[str, Any]:
     return jax.tree.map(shape, next(iter(task.train_data)))
 
 
-def _compile(step: jax.stages.Wrapped, arguments: tuple, phase: str, mesh: Mesh, chip: Chip) -> Checked:
+def _compile(program: jax.stages.Wrapped, arguments: tuple, phase: str, mesh: Mesh, chip: Chip) -> Checked:
     per_chip = chip.devices
     with jax.set_mesh(mesh):  # only here: nothing can be computed on devices that are but described
-        traced = step.trace(*arguments)
-    flops = count_flops(traced.jaxpr.jaxpr) / mesh.size * per_chip
-    given = per_chip * sum(a.dtype.itemsize * math.prod(a.sharding.shard_shape(a.shape)) for a in jax.tree.leaves(arguments))
-    logging.info("%s: compiling the train step for %d devices", phase, mesh.size)
+        traced = program.trace(*arguments)
+    flops = count_flops(traced.jaxpr.jaxpr, turns=1) / mesh.size * per_chip
+    arrays = [a for a in jax.tree.leaves(arguments) if isinstance(a, jax.ShapeDtypeStruct)]
+    given = per_chip * sum(a.dtype.itemsize * math.prod(a.sharding.shard_shape(a.shape)) for a in arrays)
+    logging.info("%s: compiling for %d devices", phase, mesh.size)
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:

@@ -10,28 +10,33 @@ from typing import Any
 from jax.extend import core
 
 
-def count_flops(jaxpr: core.Jaxpr) -> int:
+def count_flops(jaxpr: core.Jaxpr, turns: int | None = None) -> int:
     """Return the FLOPs of all products in `jaxpr`.
+
+    Args:
+      turns: of each loop whose length is not told; None to refuse them.
 
     Raises:
       ValueError: a product in a loop of unknown length.
     """
-    return sum(_flops(equation) for equation in jaxpr.eqns)
+    return sum(_flops(equation, turns) for equation in jaxpr.eqns)
 
 
-def _flops(equation: Any) -> int:
+def _flops(equation: Any, turns: int | None) -> int:
     if equation.primitive.name == "dot_general":
         left, right = (variable.aval.shape for variable in equation.invars)
         (contracted, _), (batched, _) = equation.params["dimension_numbers"]
         shared = math.prod(left[i] for i in (*contracted, *batched))
         return 2 * math.prod(left) * math.prod(right) // shared
-    bodies = [count_flops(body) for body in _bodies(equation.params)]
+    bodies = [count_flops(body, turns) for body in _bodies(equation.params)]
     if equation.primitive.name == "scan":
         return equation.params["length"] * sum(bodies)
     if equation.primitive.name == "shard_map":  # shapes in it are one device's
         return equation.params["mesh"].size * sum(bodies)
     if equation.primitive.name == "while" and sum(bodies):
-        raise ValueError("A loop of unknown length holds products: its FLOPs cannot be counted.")
+        if turns is None:
+            raise ValueError("A loop of unknown length holds products: its FLOPs cannot be counted.")
+        return turns * sum(bodies)
     return max(bodies, default=0) if equation.primitive.name == "cond" else sum(bodies)
 
 

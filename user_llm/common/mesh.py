@@ -161,6 +161,17 @@ def put_rows(rows: Any, mesh: Mesh) -> Any:
     return jax.tree.map(put, rows)
 
 
+def rows_like(shapes: Any, mesh: Mesh, axis: int = 0) -> Any:
+    """Return shapes that carry the sharding of rows along `axis`; what the devices do not divide, and scalars, are whole everywhere."""
+
+    def like(array: Any) -> jax.ShapeDtypeStruct:
+        fits = array.ndim > axis and array.shape[axis] % row_shards(mesh) == 0
+        where = NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH_AXES)) if fits else replicated(mesh)
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=where)
+
+    return jax.tree.map(like, shapes)
+
+
 def fetch(tree: Any) -> Any:
     """Return arrays on the host, whole, with what other processes hold."""
 

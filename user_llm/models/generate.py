@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from user_llm.common.mesh import fetch
+from user_llm.common import mesh as meshes
 from user_llm.common.trees import Params, merge
 from user_llm.models.prefill import Prompts, bucket, check_user, pad_prompts, prefill
 from user_llm.models.sampling import GREEDY, RowSampling, Sampling, by_row, choose
@@ -106,6 +107,24 @@ def _decode(graphdef: nnx.GraphDef, params: Params, request: _Request, state: _S
     return jax.lax.while_loop(lambda state: (state.step < until) & ~state.ended.all(), advance, state)
 
 
+def abstract_programs(
+    graphdef: nnx.GraphDef, params: Params, prompts: jax.ShapeDtypeStruct, user: UserKV | None, room: int, mesh: Mesh
+) -> dict[str, tuple[jax.stages.Wrapped, tuple]]:
+    """Return the two programs of generation with their arguments, arrays by shape and sharding, to be compiled ahead of time."""
+    batch = prompts.shape[0]
+    rows = jax.eval_shape(
+        lambda: _Request(jnp.zeros(batch, jnp.int32), by_row(GREEDY, None, batch), jnp.zeros(1, jnp.int32), None)
+    )
+    request = meshes.rows_like(rows, mesh)._replace(user=user)
+    state = jax.eval_shape(functools.partial(_start, graphdef, room=room), params, prompts, request)
+    state = meshes.rows_like(state, mesh)._replace(cache=meshes.rows_like(state.cache, mesh, axis=1))
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=meshes.replicated(mesh))
+    return {
+        "prefill": (_start, (graphdef, params, prompts, request, room)),
+        "decode": (_decode, (graphdef, params, request, state, step)),
+    }
+
+
 def stream(
     graphdef: nnx.GraphDef,
     params: Params,
@@ -135,7 +154,7 @@ def stream(
         for begin in range(0, max_tokens, chunk):
             end = min(begin + chunk, max_tokens)
             state = _decode(graphdef, params, request, state, end)
-            tokens, written, ended = fetch((state.tokens, state.written, state.ended))
+            tokens, written, ended = meshes.fetch((state.tokens, state.written, state.ended))
             yield Generation(tokens[:, begin:end], np.clip(written - begin, 0, end - begin))
             if ended.all():
                 return

@@ -31,12 +31,13 @@ from user_llm.evals.measured import Measured
 from user_llm.evals.ranking import Ranks
 from user_llm.evals.rouge import rouge
 from user_llm.models.beam_search import beam_search
-from user_llm.models.generate import generate
+from user_llm.models.generate import abstract_programs, generate
 from user_llm.models.prefill import bucket
 from user_llm.models.trie import Trie
 from user_llm.models.user import User, embed_prompts
 from user_llm.nn.cross_attention import UserKV
 from user_llm.tasks.context import Context
+from user_llm.training.task import Program
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -121,6 +122,26 @@ class Predictor:
         users, positions = (np.resize(part, count) for part in self.context.split.targets["test"])
         [(_, batch)] = self.batches(users, positions, batch_size=count)
         return self.user(params, batch)
+
+    def programs(self, params: Params, prompts: Mapping[str, Prompts]) -> dict[str, Program]:
+        """Return what answering compiles for the longest prompts, on shapes alone; beam search, which takes a catalogue's titles, is left out."""
+        mesh, rows = self.context.mesh, self.batch_size
+        ints = lambda *shape: meshes.rows_like(jax.ShapeDtypeStruct(shape, jnp.int32), mesh)  # noqa: E731
+        found: dict[str, Program] = {}
+        user, lengths = None, ints(rows)
+        if self.examples.max_events:
+            events = ints(rows, self.max_events, self.context.timelines.schema.width)
+            found["encode"] = encode_users, (self.graphdef, params, events, lengths)
+            shapes = jax.eval_shape(functools.partial(encode_users, self.graphdef), params, events, lengths)
+            kv = shapes.kv and meshes.rows_like(shapes.kv, mesh, axis=1)._replace(mask=meshes.rows_like(shapes.kv.mask, mesh))
+            user = User(kv, meshes.rows_like(shapes.prompt, mesh))
+        task, asked = max(prompts.items(), key=lambda pair: pair[1].max_tokens)
+        text = ints(rows, bucket(asked.max_tokens))
+        found["score"] = score_catalogue, (self.graphdef, params, text, lengths, user, self.leading[task])
+        graphdef, decoder = trees.split(trees.merge(self.graphdef, params).decoder)
+        embed = functools.partial(embed_prompts, graphdef, leading=self.leading[task])
+        inputs = meshes.rows_like(jax.eval_shape(embed, decoder, text, lengths, user=user)[0], mesh)
+        return found | abstract_programs(graphdef, decoder, inputs, user and user.kv, bucket(1), mesh)
 
     def batches(self, users: np.ndarray, ends: np.ndarray, batch_size: int = 0) -> Iterator[tuple[np.ndarray, HistoryBatch]]:
         """Yield (indices into `users`, batch)."""

@@ -233,4 +233,5 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
         count_events=lambda batch: int((batch["answers"] > 0).sum()),
         evaluate=evaluate,
         results=results,
+        programs=lambda params: predictor.programs(params, prompts),
     )

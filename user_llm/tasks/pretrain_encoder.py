@@ -38,7 +38,7 @@ from user_llm.nn.losses import (
 from user_llm.nn.masking import choose_masked
 from user_llm.nn.transformer import BlockConfig
 from user_llm.tasks.context import Context
-from user_llm.training.task import Batch, Task
+from user_llm.training.task import Batch, Program, Task
 
 
 def encoder_section(config: ConfigDict, phase: str) -> ConfigDict:
@@ -224,6 +224,12 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
             batch_size=meshes.even_rows(phase.eval.batch_size, context.mesh),
         )  # fmt: skip
 
+    def programs(params: Params) -> dict[str, Program]:
+        rows = meshes.even_rows(phase.eval.batch_size, context.mesh)
+        shapes = ((rows, phase.eval.max_events, timelines.schema.width), (rows,))
+        histories = meshes.rows_like([jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes], context.mesh)
+        return {"score": (score_next, (graphdef, params, *histories))}
+
     def results(params: Params) -> list[dict]:
         ranks = rank(params, "test")
         return context.record(name, "next_item", phase.method, ranks.measured())
@@ -246,4 +252,5 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
         count_events=lambda batch: int((batch["segments"] > 0).sum()),
         evaluate=lambda params: rank(params, "validation", phase.eval.validation_users).metrics(),
         results=results,
+        programs=programs,
     )  # fmt: skip

@@ -82,4 +82,5 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
         count_events=lambda batch: int((batch["segments"] > 0).sum()),
         evaluate=evaluate,
         results=lambda params: [],
+        programs=lambda params: {},
     )

@@ -12,6 +12,8 @@ from user_llm.data.pipeline import Streams
 from user_llm.nn.losses import Whole
 
 Batch = dict[str, Any]
+# A jitted function and its arguments, arrays by their shapes and shardings.
+Program = tuple[jax.stages.Wrapped, tuple]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Task:
       steps_per_epoch: batches in one pass over the training data, on average.
       count_events: batch -> number of real training targets in it, for events/s.
       evaluate: params -> validation metrics; of several processes all call it, and all have the same.
+      programs: shapes of the parameters -> what evaluation compiles besides, by name, for a look ahead (`user_llm/ahead`).
       results: params -> rows for results.json, measured on the test split; likewise.
     """
 
@@ -43,3 +46,4 @@ class Task:
     count_events: Callable[[dict[str, np.ndarray]], int]
     evaluate: Callable[[Params], dict[str, float]]
     results: Callable[[Params], list[dict]]
+    programs: Callable[[Params], dict[str, Program]]
