@@ -7,6 +7,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -105,8 +106,15 @@ def describe(found: list[Checked]) -> str:
     return markdown.table(HEADER, rows)
 
 
-def check(config: ConfigDict, topology: str, workdir: epath.Path, *, train_only: bool = False) -> list[Checked]:
-    """Compile what each phase of `config` runs for a TPU topology; `workdir` is for the stand-ins of missing data.
+def check(
+    config: ConfigDict, topology: str, workdir: epath.Path, *, phases: Sequence[str] = (), train_only: bool = False
+) -> list[Checked]:
+    """Compile what a config runs for a TPU topology.
+
+    Args:
+      workdir: for the stand-ins of missing data.
+      phases: of the config's; all, if none is named.
+      train_only: leave out what evaluation computes.
 
     Raises:
       ValueError: no such topology, or a mesh or a batch that does not fit it; or data that are neither here nor known by their sizes.
@@ -115,7 +123,7 @@ def check(config: ConfigDict, topology: str, workdir: epath.Path, *, train_only:
     mesh = meshes.make_mesh(**config.mesh, devices=devices)
     context = stand_in_context(config, mesh, workdir)
     found = []
-    for name in config.phases:
+    for name in phases or config.phases:
         if config[name].task == "pretrain_lm" and config.llm.checkpoint:
             continue
         task = BUILDERS[config[name].task](context.config, name, context)
@@ -160,6 +168,8 @@ def _compile(program: jax.stages.Wrapped, arguments: tuple, phase: str, mesh: Me
     flops = count_flops(traced.jaxpr.jaxpr, turns=1) / mesh.size * per_chip
     arrays = [a for a in jax.tree.leaves(arguments) if isinstance(a, jax.ShapeDtypeStruct)]
     given = per_chip * sum(a.dtype.itemsize * math.prod(a.sharding.shard_shape(a.shape)) for a in arrays)
+    if given > chip.memory:
+        return Checked(phase, chip, given, 0.0, flops, ())  # more needs no compiler
     logging.info("%s: compiling for %d devices", phase, mesh.size)
     try:
         compiled = traced.lower().compile()

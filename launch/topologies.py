@@ -1,0 +1,274 @@
+"""Which TPUs take which config, and how: compiles full-size configs ahead of time and writes the tables of launch/README.md.
+
+    pip install -e ".[tpu]"
+    python launch/topologies.py              # which settings fit which chips
+    python launch/topologies.py --scaling    # what a chip holds and sends as chips are added
+
+No TPU is needed. Every compiled program is kept as a line of --found, so that an interrupted run goes on, and a table can be written
+from what there is (--only=REGEX compiles some rows). Of the settings of a row, in the order of `settings`, the first that fits is the
+one recommended.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import json
+import pathlib
+import re
+import tempfile
+from collections.abc import Iterator
+
+import jax
+from absl import logging
+from etils import epath
+
+from configs.common import LLMS, STRATEGIES
+from user_llm.ahead.check import Checked, check
+from user_llm.ahead.chips import CHIPS
+from user_llm.report import markdown
+
+HERE = pathlib.Path(__file__).parent
+# As Google Cloud names them, by cores (v5p) or chips, and as libtpu describes them.
+TOPOLOGIES = {
+    "v5e-8": "v5e:2x4", "v6e-8": "v6e:2x4", "v5p-8": "v5p:2x2x1", "v5p-128": "v5p:4x4x4", "v6e-256": "v6e:16x16",
+}  # fmt: skip
+EVALUATED = "v5e-8"  # what evaluation takes is compiled for the smallest alone
+SCALING = {8: "v5e:2x4", 32: "v5e:4x8", 64: "v5e:8x8", 256: "v5e:16x16"}
+REMATS = ("none", "dots", "full")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A phase of a config, and the key that holds its batch, of which `per_chip` on each chip are tried first."""
+
+    config: str
+    phase: str
+    strategy: str
+    batch: str
+    per_chip: int
+
+    @property
+    def label(self) -> str:
+        return f"`{self.config}` {self.phase}" + (f", {self.strategy}" if ":" in self.config else "")
+
+
+def rows() -> list[Row]:
+    """Return what the table has: every dataset by every method, and every open LLM by every strategy."""
+    found = []
+    for dataset in ("movielens", "amazon", "google_local"):
+        found += [
+            Row(f"{dataset}_encoder", "pretrain_encoder", "all", "batch.rows", 16),
+            Row(f"{dataset}_xattn", "user_llm", "full", "batch_size", 8),
+            Row(f"{dataset}_softprompt", "user_llm", "full", "batch_size", 8),
+            Row(f"{dataset}_textprompt", "text_prompt_50", "full", "batch_size", 16),
+        ]
+    strategies = [name for name in STRATEGIES if name != "all"]
+    return found + [
+        Row(f"movielens_xattn:{llm}", "user_llm", strategy, "batch_size", 8) for llm in LLMS for strategy in strategies
+    ]
+
+
+def settings(row: Row, chips: int) -> Iterator[dict]:
+    """Yield settings to try, the best first: large batches, little computed again, parameters whole on every chip."""
+    share = row.per_chip
+    while share:
+        for remat in REMATS:
+            for mesh in ({"data": -1, "fsdp": 1}, {"data": 1, "fsdp": -1}):
+                yield {
+                    **{f"mesh.{axis}": size for axis, size in mesh.items()},
+                    "encoder.remat": remat,
+                    "llm.remat": remat,
+                    f"{row.phase}.{row.batch}": share * chips,
+                }
+        share //= 2
+
+
+def load(row: Row, changes: dict):
+    """Return the config of a row with some of its keys changed."""
+    name, _, variant = row.config.partition(":")
+    config = importlib.import_module(f"configs.{name}").get_config(variant or "full")
+    config.update_from_flattened_dict({f"{row.phase}.strategy": row.strategy, **changes})
+    return config
+
+
+class Found:
+    """What was compiled before, a JSON line each."""
+
+    def __init__(self, path: pathlib.Path):
+        self._path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        self._known = {self._key(line): line for line in map(json.loads, lines)}
+
+    @staticmethod
+    def _key(line: dict) -> str:
+        return json.dumps(
+            [line["config"], line["phase"], line["strategy"], line["topology"], line["settings"], line["evaluated"]]
+        )
+
+    def compile(
+        self, row: Row, topology: str, changes: dict, *, evaluated: bool = False, known_only: bool = False
+    ) -> list[dict]:
+        """Return the programs of a row, the train step first: compiled now, unless they were before; [] if they may not be."""
+        facts = {"config": row.config, "phase": row.phase, "strategy": row.strategy}
+        line = facts | {"topology": topology, "settings": changes, "evaluated": evaluated}
+        if self._key(line) not in self._known and not known_only:
+            with tempfile.TemporaryDirectory() as workdir:
+                programs = check(
+                    load(row, changes), topology, epath.Path(workdir), phases=(row.phase,), train_only=not evaluated
+                )
+            line["programs"] = [as_json(program) for program in programs]
+            with self._path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            self._known[self._key(line)] = line
+            jax.clear_caches()
+        return self._known.get(self._key(line), {"programs": []})["programs"]
+
+
+def as_json(program: Checked) -> dict:
+    """Return the figures of a program that the tables show."""
+    limit, least = max(program.seconds.items(), key=lambda pair: pair[1])
+    return {
+        "name": program.phase, "fits": program.fits, "total": program.total, "flops": program.flops,
+        "sent": sum(program.sent_by_kind.values()), "least_s": least, "limit": limit,
+    }  # fmt: skip
+
+
+def recommend(found: Found, row: Row, name: str, *, known_only: bool) -> tuple[dict, list[dict]] | None:
+    """Return the first settings of a row that fit a topology, with their programs; None if none does, or nothing is known."""
+    topology = TOPOLOGIES[name]
+    chips = count_chips(topology)
+    evaluated = name == EVALUATED
+    for changes in settings(row, chips):
+        programs = found.compile(row, topology, changes, evaluated=evaluated, known_only=known_only)
+        if not programs:
+            return None
+        if all(program["fits"] for program in programs):
+            return changes, programs
+    return {}, []
+
+
+def count_chips(topology: str) -> int:
+    """Return how many chips a topology such as v5e:2x4 has."""
+    count = 1
+    for side in topology.split(":")[1].split("x"):
+        count *= int(side)
+    return count
+
+
+HEADER = (
+    "config",
+    "topology",
+    "settings",
+    "GB of chip",
+    "TFLOP",
+    "GB sent",
+    "least ms",
+    "limit",
+    "GB of score, prefill, decode",
+)
+
+
+def topology_table(found: Found, only: str, known_only: bool) -> str:
+    """Compile and return the table of settings that fit."""
+    out = []
+    for row in rows():
+        for name, topology in TOPOLOGIES.items():
+            if not re.search(only, f"{row.config} {row.phase} {row.strategy} {name}"):
+                continue
+            best = recommend(found, row, name, known_only=known_only)
+            if best is None:
+                continue
+            changes, programs = best
+            memory = CHIPS[topology.split(":")[0]].memory / 1e9
+            if not programs:
+                out.append((row.label, name, "none of those tried fits", *[""] * 6))
+                continue
+            train, *others = programs
+            chosen = ("score", "prefill", "decode")
+            shown = {p["name"].rpartition(": ")[2]: f"{p['total'] / 1e9:.2f}" for p in others}
+            out.append((
+                row.label, name, flags(row, changes), f"{train['total'] / 1e9:.2f} of {memory:.0f}",
+                f"{train['flops'] / 1e12:.3f}", f"{train['sent'] / 1e9:.3f}", f"{train['least_s'] * 1e3:.2f}", train["limit"],
+                ", ".join(shown.get(what, "-") for what in chosen) if others else "",
+            ))  # fmt: skip
+    return markdown.table(HEADER, out)
+
+
+def flags(row: Row, changes: dict) -> str:
+    """Return settings as they are written on the command line, those alone that differ from the config's."""
+    default = load(row, {})
+    said = []
+    for key, value in changes.items():
+        section = default
+        for part in key.split("."):
+            section = section[part]
+        if section != value:
+            said.append(f"--config.{key}={value}")
+    if ":" in row.config and default[row.phase].strategy != row.strategy:
+        said.append(f"--config.{row.phase}.strategy={row.strategy}")
+    return f"`{' '.join(said)}`" if said else "as it is"
+
+
+SCALED = (
+    (Row("movielens_encoder", "pretrain_encoder", "all", "batch.rows", 16), "none"),
+    (Row("movielens_xattn:qwen3_0_6b", "user_llm", "lora", "batch_size", 2), "full"),
+    (Row("movielens_xattn:qwen3_0_6b", "user_llm", "full", "batch_size", 2), "full"),
+)
+
+
+def scaling_table(found: Found, only: str, known_only: bool) -> str:
+    """Compile and return what a chip holds and sends at the same batch per chip, everything over fsdp."""
+    out = []
+    for row, remat in SCALED:
+        first = None
+        for chips, topology in SCALING.items():
+            if not re.search(only, f"{row.config} {row.phase} {row.strategy} {topology}"):
+                continue
+            changes = {"mesh.data": 1, "mesh.fsdp": -1, "encoder.remat": remat, "llm.remat": remat}
+            changes[f"{row.phase}.{row.batch}"] = row.per_chip * chips
+            programs = found.compile(row, topology, changes, known_only=known_only)
+            if not programs:
+                continue
+            [train] = programs
+            first = first or train
+            out.append((
+                row.label, topology, chips, row.per_chip, f"{train['total'] / 1e9:.2f}", f"{train['total'] / first['total']:.2f}",
+                f"{train['sent'] / 1e9:.3f}", f"{train['sent'] / first['sent']:.2f}",
+            ))  # fmt: skip
+    header = ("config", "topology", "chips", "batch a chip", "GB a chip", "to 8 chips", "GB sent by a chip", "to 8 chips")
+    return markdown.table(header, out)
+
+
+def write_section(path: pathlib.Path, name: str, text: str) -> None:
+    """Replace what stands between the marks of a section.
+
+    Raises:
+      ValueError: no such marks.
+    """
+    begin, end = f"<!-- {name} table -->", f"<!-- /{name} table -->"
+    page = path.read_text()
+    if page.count(begin) != 1 or page.count(end) != 1:
+        raise ValueError(f"{path} has no section between {begin} and {end}.")
+    before, _, rest = page.partition(begin)
+    path.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
+
+
+def main() -> None:
+    """Compile what is missing and write a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scaling", action="store_true", help="the other table")
+    parser.add_argument("--only", default="", help="compile rows whose config, phase, strategy and topology match this regex")
+    parser.add_argument("--found", type=pathlib.Path, default=pathlib.Path("runs/topologies.jsonl"), help="what was compiled")
+    parser.add_argument("--page", type=pathlib.Path, default=HERE / "README.md", help="where the table goes")
+    args = parser.parse_args()
+    logging.set_verbosity(logging.INFO)
+    jax.config.update("jax_platforms", "cpu")
+    args.found.parent.mkdir(parents=True, exist_ok=True)
+    found = Found(args.found)
+    make, name = (scaling_table, "scaling") if args.scaling else (topology_table, "topology")
+    make(found, args.only, known_only=False)
+    write_section(args.page, name, make(found, "", known_only=True))
+
+
+if __name__ == "__main__":
+    main()
