@@ -12,6 +12,7 @@ import pytest
 from etils import epath
 
 from configs import quickstart
+from user_llm.common.files import make_once
 from user_llm.data import prepare, synthetic_files
 from user_llm.data.audits import audit
 from user_llm.data.splits import leave_last_out
@@ -195,8 +196,8 @@ def test_an_interrupted_world_leaves_no_directory(tmp_path, monkeypatch, layout,
     with monkeypatch.context() as patch:
         patch.setattr(*broken, lambda *args, **kwargs: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            synthetic_files.write(tmp_path / "w", layout=layout, seed=0, **TINY)
+            make_once(tmp_path / "w", lambda path: synthetic_files.write(path, layout=layout, seed=0, **TINY))
     assert not (tmp_path / "w").exists()
     (tmp_path / "w.unfinished" / "left").write_text("of another layout")
-    synthetic_files.write(tmp_path / "w", layout=layout, seed=0, **TINY)
+    make_once(tmp_path / "w", lambda path: synthetic_files.write(path, layout=layout, seed=0, **TINY))
     assert len(list((tmp_path / "w").iterdir())) == 2
