@@ -9,8 +9,8 @@ from flax import nnx
 from user_llm.common import trees
 from user_llm.data.schema import Feature, Schema
 from user_llm.models.user_encoder import OBJECTIVES, UserEncoder, UserEncoderConfig
-from user_llm.nn.attention import causal_mask, segment_mask
 from user_llm.nn.transformer import BlockConfig
+from user_llm.nn.visibility import causal_mask, segment_mask
 
 SCHEMA = Schema(
     (
