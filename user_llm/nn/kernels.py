@@ -5,7 +5,6 @@ its description, and are shared out over the mesh: rows over `data` and `fsdp`, 
 Left out: biases, caches and keys of another length than the queries; `attention` computes these itself.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -20,24 +19,26 @@ from user_llm.common.mesh import BATCH_AXES
 from user_llm.nn.visibility import SelfMask
 
 KERNELS = ("auto", "reference", "splash", "cudnn")
-OF_PLATFORM = {"tpu": "splash", "gpu": "cudnn"}
+# How the names of the devices begin that a kernel is for.
+HOMES = {"splash": "TPU", "cudnn": "NVIDIA"}
 
-LANES = 128  # splash takes lengths and blocks in multiples of a TPU register's width
-BLOCKS = (512, 256, LANES)  # the largest that divides the length; 512 as in MaxText's defaults
-SPLASH_LENGTH = 2 * LANES  # a shorter row is one block, of which nothing can be skipped
+LANES = 128  # the width of a TPU's registers, of which blocks are multiples
+BLOCK = 512  # the largest, as in MaxText's defaults; others have not been measured
+# The softmax's sums are written LANES wide for each query: for so few keys the scores themselves are no larger.
+SPLASH_LENGTH = 2 * LANES
 
 
-def platform() -> str:
-    """Return what is compiled for: the mesh's devices, which need not be here, or else JAX's default."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
+def at_home(kernel: str) -> bool:
+    """Say whether a kernel is for what is compiled for: the mesh's devices, which need not be here, or else JAX's first."""
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    return device.device_kind.startswith(HOMES[kernel])
 
 
 def choose(kernel: str, mask: SelfMask, *, length: int, head_dim: int, dtype: DTypeLike, biased: bool) -> str:
     """Say what computes the attention of rows to themselves: `splash`, `cudnn` or `reference`; all is known at trace time.
 
-    `auto` is the platform's kernel, where it pays. A kernel that is named is taken wherever it can serve; away from its platform
-    its stand-in runs (splash interpreted, XLA for cuDNN), which is for tests: slow, or no better than the reference.
+    `auto` is the devices' own kernel, where it pays. A kernel that is named is taken wherever it can serve; on other devices its
+    stand-in runs (splash interpreted, XLA for cuDNN), which is for tests: slow, or no better than the reference.
 
     Args:
       kernel: one of KERNELS.
@@ -49,7 +50,7 @@ def choose(kernel: str, mask: SelfMask, *, length: int, head_dim: int, dtype: DT
     """
     if kernel not in KERNELS:
         raise ValueError(f"Unknown attention_kernel {kernel!r}: choose one of {', '.join(KERNELS)}.")
-    wanted = OF_PLATFORM.get(platform(), "reference") if kernel == "auto" else kernel
+    wanted = next(filter(at_home, HOMES), "reference") if kernel == "auto" else kernel
     if biased or wanted == "reference":
         return "reference"
     if wanted == "splash":
@@ -71,13 +72,13 @@ def fused(
 ) -> Float[Array, "B T N H"]:
     """Attend by the kernel that `choose` named; rows without a visible key are exactly 0."""
     compute = {"splash": _splash, "cudnn": _cudnn}[kernel]
-    always = lambda window: functools.partial(compute, causal=mask.causal, window=window, scale=scale)  # noqa: E731
+    seeing = lambda window: functools.partial(compute, causal=mask.causal, window=window, scale=scale)  # noqa: E731
 
     def attend(q, k, v, segments, windowed):
         if windowed is None:
-            out = always(mask.window)(q, k, v, segments)
+            out = seeing(mask.window)(q, k, v, segments)
         else:
-            out = jax.lax.cond(windowed, always(mask.window), always(None), q, k, v, segments)
+            out = jax.lax.cond(windowed, seeing(mask.window), seeing(None), q, k, v, segments)
         # To a kernel padding is a segment like others, for a softmax over nothing is undefined to it.
         return out if segments is None else jnp.where((segments > 0)[..., None, None], out, 0)
 
@@ -103,24 +104,27 @@ def _over_mesh(attend: Callable) -> Callable:
 def _splash(q: Array, k: Array, v: Array, segments: Array | None, *, causal: bool, window: int | None, scale: float) -> Array:
     batch, length, heads, _ = q.shape
     q = (q * scale).swapaxes(1, 2)
-    more = -length % LANES
-    if more:  # filled up with padding, which no query before it sees
+    # As few blocks as may be, all alike.
+    count = -(-length // BLOCK)
+    block = -(-length // (count * LANES)) * LANES
+    padded = count * block
+    if more := padded - length:  # filled up with padding, which no query before it sees
         q, k, v = (jnp.pad(a, ((0, 0), (0, 0), (0, more), (0, 0))) for a in (q, k, v))
         if segments is None and not causal:
             segments = jnp.ones((batch, length), jnp.int32)
         if segments is not None:
             segments = jnp.pad(segments, ((0, 0), (0, more)))
-    padded = length + more
-    seen = splash_attention.LocalMask((padded, padded), (None if window is None else window - 1, 0 if causal else None), 0)
-    if window is None:
-        kind = splash_attention.CausalMask if causal else splash_attention.FullMask
-        seen = kind((padded, padded))
-    block = next(size for size in BLOCKS if padded % size == 0)
-    sizes = {field.name: block for field in dataclasses.fields(splash_attention.BlockSizes) if field.name.startswith("block_")}
+    seen: splash_attention.Mask
+    if window is not None:
+        seen = splash_attention.LocalMask((padded, padded), (window - 1, 0 if causal else None), 0)
+    else:
+        seen = (splash_attention.CausalMask if causal else splash_attention.FullMask)((padded, padded))
     attend = splash_attention.make_splash_mha_single_device(
         splash_attention.MultiHeadMask([seen] * heads),
-        block_sizes=splash_attention.BlockSizes(**sizes),
-        interpret=platform() != "tpu",
+        block_sizes=splash_attention.BlockSizes(
+            block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+        ),
+        interpret=not at_home("splash"),
     )
     ids = None if segments is None else splash_attention.SegmentIds(segments, segments)
     return jax.vmap(attend)(q, k, v, ids)[:, :, :length].swapaxes(1, 2)
@@ -137,5 +141,5 @@ def _cudnn(q: Array, k: Array, v: Array, segments: Array | None, *, causal: bool
         scale=scale,
         is_causal=causal,
         local_window_size=None if window is None else (window - 1, 0),
-        implementation="cudnn" if platform() == "gpu" else "xla",
+        implementation="cudnn" if at_home("cudnn") else "xla",
     )

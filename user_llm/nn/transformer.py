@@ -216,8 +216,8 @@ class Stack(nnx.Module):
             return full, full
         turned = full.rotate if c.window_rope_theta is None else rotate(c.window_rope_theta, None)
         if isinstance(mask, SelfMask):
-            far, near = (dataclasses.replace(mask, window=c.window, windowed=jnp.array(windowed)) for windowed in (False, True))
-            return full._replace(mask=far), View(near, turned)
+            far, close = (dataclasses.replace(mask, window=c.window, windowed=jnp.array(holds)) for holds in (False, True))
+            return full._replace(mask=far), View(close, turned)
         near = positions[:, :, None] - key_positions[:, None, :] < c.window
         return full, View(mask & near, turned)
 
