@@ -164,6 +164,8 @@ def base() -> ConfigDict:
                 "unroll": True,
                 # What the backward pass computes again: none, dots (all but products with weights) or full.
                 "remat": "none",
+                # What computes self-attention: auto (the platform's), reference, splash (TPU) or cudnn (GPU).
+                "attention_kernel": "auto",
                 "block": block(128, 2, 256, dropout=0.2),
             },
             # Perplexity before and after contextualization, of an open LLM: of a text file of yours, or of the one that comes along.
@@ -177,6 +179,7 @@ def base() -> ConfigDict:
                 "num_layers": 4,
                 "unroll": True,
                 "remat": "none",
+                "attention_kernel": "auto",
                 "block": block(128, 4, 384, dropout=0.1),
             },
         }

@@ -22,7 +22,7 @@ from user_llm.common import trees
 from user_llm.data.schema import Feature, Schema
 from user_llm.data.timelines import GAP_BUCKETS, Catalogue, Timelines
 from user_llm.models.decoder import Decoder, DecoderConfig
-from user_llm.nn.attention import causal_mask
+from user_llm.nn.visibility import causal_mask
 
 
 @pytest.fixture(scope="session")

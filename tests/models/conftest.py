@@ -12,9 +12,9 @@ from flax import nnx
 
 from user_llm.common import trees
 from user_llm.models.decoder import Decoder, DecoderConfig
-from user_llm.nn.attention import causal_mask
 from user_llm.nn.cross_attention import CrossAttentionConfig, UserKV
 from user_llm.nn.transformer import BlockConfig
+from user_llm.nn.visibility import causal_mask
 
 VOCAB, END = 12, 2
 CONFIG = DecoderConfig(

@@ -9,9 +9,9 @@ from flax import nnx
 
 from user_llm.common import trees
 from user_llm.models.decoder import Decoder, DecoderConfig
-from user_llm.nn.attention import cache_mask, causal_mask
 from user_llm.nn.cross_attention import CrossAttentionConfig
 from user_llm.nn.transformer import BlockConfig
+from user_llm.nn.visibility import cache_mask, causal_mask
 
 BLOCK = BlockConfig(width=16, heads=4, kv_heads=2, head_dim=8, mlp_width=24)
 BARE = DecoderConfig(vocab_size=11, num_layers=2, block=BLOCK, tie_embeddings=True)

@@ -11,7 +11,7 @@ from user_llm.models.generate import generate
 from user_llm.models.score import score
 from user_llm.models.trie import Trie
 from user_llm.models.user import SoftPrompt, User, embed_prompts, hidden_states, insert
-from user_llm.nn.attention import causal_mask
+from user_llm.nn.visibility import causal_mask
 
 LEADING = 1
 _rng = np.random.default_rng(0)

@@ -13,12 +13,10 @@ from user_llm.nn.attention import (
     apply_rope,
     attention,
     attention_weights,
-    cache_mask,
-    causal_mask,
     rope_frequencies,
     rotation,
-    segment_mask,
 )
+from user_llm.nn.visibility import cache_mask, causal_mask, segment_mask
 
 
 def _qkv(queries=5, keys=5, heads=4, kv_heads=2, dim=8, batch=2):
@@ -61,7 +59,7 @@ def test_query_without_visible_key_gets_exactly_zero():
 def test_values_and_gradients_equal_the_textbook():
     # Under a causal mask the first query sees one key: there the softmax's sum is exactly 1.
     q, k, v = _qkv()
-    mask = causal_mask(jnp.ones((2, 5), bool))
+    mask = causal_mask(jnp.ones((2, 5), bool)).drawn(5)
     np.testing.assert_allclose(attention(q, k, v, mask=mask), _textbook(q, k, v, mask), atol=1e-6)
     loss = lambda f: lambda *qkv: (f(*qkv) ** 2).sum()  # noqa: E731
     ours = jax.grad(loss(lambda *qkv: attention(*qkv, mask=mask)), argnums=(0, 1, 2))(q, k, v)
@@ -72,7 +70,7 @@ def test_values_and_gradients_equal_the_textbook():
 
 def test_weights_are_those_that_values_are_summed_by():
     q, k, v = _qkv(heads=4, kv_heads=2)
-    mask = np.array(causal_mask(jnp.ones((2, 5), bool)))
+    mask = np.array(causal_mask(jnp.ones((2, 5), bool)).drawn(5))
     mask[0, 2] = False  # sees nothing
     how = {"mask": mask, "bias": jax.random.normal(jax.random.key(0), (1, 4, 1, 5)), "scale": 0.3}
     weights = attention_weights(q, k, **how)
@@ -83,7 +81,7 @@ def test_weights_are_those_that_values_are_summed_by():
 
 def test_softmax_is_float32_in_bfloat16():
     q, k, v = (a.astype(jnp.bfloat16) for a in _qkv())
-    mask = causal_mask(jnp.ones((2, 5), bool))
+    mask = causal_mask(jnp.ones((2, 5), bool)).drawn(5)
     out = attention(q, k, v, mask=mask)
     assert out.dtype == jnp.bfloat16
     wide = [a.astype(jnp.float32) for a in (q, k, v)]
@@ -95,12 +93,12 @@ def _drawn(*rows):
 
 
 def test_masks_are_as_drawn():
-    expected = _drawn("1 . . .", "1 1 . .", "1 1 1 .", "1 1 1 .")
-    np.testing.assert_array_equal(causal_mask(jnp.array([[True, True, True, False]])), expected)
+    expected = _drawn("1 . . .", "1 1 . .", "1 1 1 .", ". . . .")
+    np.testing.assert_array_equal(causal_mask(jnp.array([[True, True, True, False]])).drawn(4), expected)
     expected = _drawn("1 . . . .", "1 1 . . .", ". . 1 . .", ". . 1 1 .", ". . . . .")
-    np.testing.assert_array_equal(segment_mask(jnp.array([[1, 1, 2, 2, 0]])), expected)
+    np.testing.assert_array_equal(segment_mask(jnp.array([[1, 1, 2, 2, 0]])).drawn(5), expected)
     expected = _drawn("1 1 . . .", "1 1 . . .", ". . 1 1 .", ". . 1 1 .", ". . . . .")
-    np.testing.assert_array_equal(segment_mask(jnp.array([[1, 1, 2, 2, 0]]), causal=False), expected)
+    np.testing.assert_array_equal(segment_mask(jnp.array([[1, 1, 2, 2, 0]]), causal=False).drawn(5), expected)
     expected = _drawn("1 1 1 . .", "1 . . . .")
     np.testing.assert_array_equal(cache_mask(jnp.array([[2, 0]]), 5), expected)
 

@@ -7,9 +7,9 @@ import pytest
 from flax import nnx
 
 from user_llm.common import trees
-from user_llm.nn.attention import causal_mask
 from user_llm.nn.lora import LoRA, LoRAConfig, merge_lora
 from user_llm.nn.transformer import BlockConfig, Stack
+from user_llm.nn.visibility import causal_mask
 
 PLAIN = BlockConfig(width=16, heads=4, kv_heads=2, head_dim=8, mlp_width=24)
 LORA = LoRAConfig(rank=3, alpha=6.0, dropout=0.0, targets="attn/(q|k|v|o)|mlp/.*")

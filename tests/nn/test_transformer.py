@@ -9,9 +9,10 @@ from flax import nnx
 
 from user_llm.ahead.flops import count_flops
 from user_llm.common import trees
-from user_llm.nn.attention import KVCache, cache_mask, causal_mask, segment_mask
+from user_llm.nn.attention import KVCache
 from user_llm.nn.cross_attention import CrossAttentionConfig, UserKV
 from user_llm.nn.transformer import BlockConfig, Stack
+from user_llm.nn.visibility import cache_mask, causal_mask, segment_mask
 
 WIDTH, DEPTH = 16, 5  # cross-attention in layers 1 and 3; layer 4 fills no group
 PLAIN = BlockConfig(width=WIDTH, heads=4, kv_heads=2, head_dim=8, mlp_width=24)

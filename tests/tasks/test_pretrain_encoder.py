@@ -20,8 +20,8 @@ from user_llm.data.splits import leave_last_out
 from user_llm.data.synthetic import optimal_ranks
 from user_llm.evals.evaluator import rank_targets
 from user_llm.models.user_encoder import UserEncoder
-from user_llm.nn.attention import segment_mask
 from user_llm.nn.masking import choose_masked
+from user_llm.nn.visibility import segment_mask
 from user_llm.tasks.pretrain_encoder import EncoderLoss, encoder_config, item_catalogue, negative_log_q, score_next
 
 ROOT = Path(__file__).parents[2]

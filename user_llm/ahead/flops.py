@@ -31,6 +31,8 @@ def _flops(equation: Any, turns: int | None) -> int:
     bodies = [count_flops(body, turns) for body in _bodies(equation.params)]
     if equation.primitive.name == "scan":
         return equation.params["length"] * sum(bodies)
+    if equation.primitive.name == "pallas_call":  # blocks that a kernel skips count, as they do where a mask hides their scores
+        return math.prod(equation.params["grid_mapping"].grid) * sum(bodies)
     if equation.primitive.name == "shard_map":  # shapes in it are one device's
         return equation.params["mesh"].size * sum(bodies)
     if equation.primitive.name == "while" and sum(bodies):

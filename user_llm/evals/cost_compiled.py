@@ -20,8 +20,9 @@ from user_llm.common import trees
 from user_llm.common.trees import Params
 from user_llm.evals.cost import Request, user_side
 from user_llm.models.user_llm import UserLLM, UserLLMConfig
-from user_llm.nn.attention import KVCache, cache_mask
+from user_llm.nn.attention import KVCache
 from user_llm.nn.cross_attention import UserKV
+from user_llm.nn.visibility import cache_mask
 
 # Shorter calls are repeated until they have taken this long together.
 SHORTEST_S = 0.05

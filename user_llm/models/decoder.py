@@ -17,6 +17,7 @@ from user_llm.nn.attention import KVCache
 from user_llm.nn.cross_attention import CrossAttentionConfig, UserKV
 from user_llm.nn.layers import RMSNorm, embedding_param, linear_param
 from user_llm.nn.transformer import BlockConfig, Stack
+from user_llm.nn.visibility import SelfMask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Decoder(nnx.Module):
         self,
         inputs: Float[Array, "B T D"],
         *,
-        mask: Bool[Array, "B T S"],
+        mask: Bool[Array, "B T S"] | SelfMask,
         positions: Int[Array, "B T"],
         key_positions: Int[Array, "B S"] | None = None,
         cache: KVCache | None = None,
@@ -79,7 +80,8 @@ class Decoder(nnx.Module):
 
         Args:
           inputs: embeddings, of tokens or not.
-          mask: True where the query may see the key; S = T, or with a cache its number of slots.
+          mask: True where the query may see the key; S = T, or with a cache its number of slots. Or how the inputs see each other,
+            and nothing in the cache.
           positions: of `inputs` in their rows.
           key_positions: of each key, for layers with a window; None for `positions`, or with a cache for the slots' numbers.
           cache: from `init_cache`.

@@ -225,7 +225,8 @@ def settings_from_config(c: DecoderConfig) -> dict[str, Any]:
     if any(c.windowed):
         settings["layer_types"] = ["sliding_attention" if windowed else "full_attention" for windowed in c.windowed]
         settings |= {"sliding_window": b.window, "use_sliding_window": True}
-    plain = dataclasses.replace(c, cross=None, unroll=False, remat="none", block=dataclasses.replace(b, lora=None, dropout=0.0))
+    block = dataclasses.replace(b, lora=None, dropout=0.0, attention_kernel="auto")
+    plain = dataclasses.replace(c, cross=None, unroll=False, remat="none", block=block)
     again = config_from_settings(settings, "this decoder")
     if again != plain:
         raise ValueError(f"No family of {', '.join(FAMILIES)} describes this decoder: {plain}.")

@@ -24,8 +24,9 @@ from user_llm.common import mesh as meshes
 from user_llm.common.trees import Params, merge
 from user_llm.models.prefill import Prompts, bucket, check_user, pad_prompts, prefill
 from user_llm.models.sampling import GREEDY, RowSampling, Sampling, by_row, choose
-from user_llm.nn.attention import KVCache, cache_mask
+from user_llm.nn.attention import KVCache
 from user_llm.nn.cross_attention import UserKV
+from user_llm.nn.visibility import cache_mask
 
 
 class Generation(NamedTuple):

@@ -18,8 +18,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from user_llm.data.prompts.base import pad_rows
 from user_llm.models.decoder import Decoder
-from user_llm.nn.attention import KVCache, cache_mask
+from user_llm.nn.attention import KVCache
 from user_llm.nn.cross_attention import UserKV
+from user_llm.nn.visibility import SelfMask
 
 Prompts = Sequence[Sequence[int]] | Float[Array, "B T D"]
 
@@ -70,7 +71,7 @@ def prefill(
     batch, length, _ = inputs.shape
     positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
     cache = decoder.init_cache(batch, length, inputs.dtype)
-    hidden, filled = decoder(inputs, mask=cache_mask(positions, length), positions=positions, cache=cache, user=user)
+    hidden, filled = decoder(inputs, mask=SelfMask(), positions=positions, cache=cache, user=user)
     cache = jax.tree.map(lambda a: jnp.pad(a, [(0, 0), (0, 0), (0, 0), (0, room), (0, 0)]), filled)
     return jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0], cache
 

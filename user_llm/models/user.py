@@ -19,9 +19,9 @@ from jaxtyping import Array, Float, Int
 
 from user_llm.common.trees import Params, merge
 from user_llm.models.decoder import Decoder
-from user_llm.nn.attention import causal_mask
 from user_llm.nn.cross_attention import UserKV
 from user_llm.nn.layers import linear_param
+from user_llm.nn.visibility import causal_mask
 
 
 class SoftPrompt(NamedTuple):

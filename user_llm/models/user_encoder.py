@@ -20,9 +20,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from user_llm.data.schema import Feature, Schema
-from user_llm.nn.attention import causal_mask, segment_mask
 from user_llm.nn.layers import RMSNorm, dropout, embedding_param, linear_param
 from user_llm.nn.transformer import BlockConfig, Stack
+from user_llm.nn.visibility import SelfMask, causal_mask, segment_mask
 
 # The vocabulary is padded to a multiple of this, so that the item table divides over any mesh of up to 128 chips.
 TABLE_MULTIPLE = 128
@@ -149,7 +149,7 @@ class UserEncoder(nnx.Module):
         self,
         events: Int[Array, "B E A"],
         *,
-        mask: Bool[Array, "B E E"],
+        mask: Bool[Array, "B E E"] | SelfMask,
         positions: Int[Array, "B E"],
         hidden: Bool[Array, "B E"] | None = None,
         key: Array | None = None,

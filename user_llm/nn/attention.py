@@ -19,8 +19,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from user_llm.common.mesh import constrain
+from user_llm.nn.kernels import choose, fused
 from user_llm.nn.layers import RMSNorm, linear_param
 from user_llm.nn.lora import LoRAConfig, adapters
+from user_llm.nn.visibility import SelfMask
 
 # Added to the logits of hidden keys; large enough to absorb any logit, small enough that float32 never reaches -inf.
 HIDDEN = -1e30
@@ -31,16 +33,22 @@ def attention(
     k: Float[Array, "B K S H"],
     v: Float[Array, "B K S H"],
     *,
-    mask: Bool[Array, "B #T S"] | None = None,
+    mask: Bool[Array, "B #T S"] | SelfMask | None = None,
     bias: Float[Array, "#B N #T S"] | None = None,
     scale: float | None = None,
+    kernel: str = "auto",
 ) -> Float[Array, "B T N H"]:
     """Attend with softmax(scale q k + bias), the softmax in float32; rows without a visible key are exactly 0.
 
     Keys and values come heads first, as caches hold them, so that a step of decoding reads them where they lie. `scale` is
-    1 / sqrt(H) unless given.
+    1 / sqrt(H) unless given. `kernel` is one of `kernels.KERNELS`; where none serves, the reference below computes.
     """
     batch, length, heads, dim = q.shape
+    if isinstance(mask, SelfMask):
+        chosen = choose(kernel, mask, length=length, head_dim=dim, dtype=q.dtype, biased=bias is not None)
+        if chosen != "reference":
+            return fused(chosen, q, k, v, mask, dim**-0.5 if scale is None else scale)
+        mask = mask.drawn(length)
     weights, total = _exponentials(q, k, mask=mask, bias=bias, scale=scale)
     weights = weights.astype(v.dtype).reshape(batch, k.shape[1], -1, weights.shape[-1])
     out = jnp.matmul(weights, v).reshape(batch, heads, length, dim) / total.astype(v.dtype)
@@ -71,37 +79,6 @@ def _exponentials(
     # A row that sees nothing is 0 / 1. Not maximum(total, 1): its gradient is halved where a row's total is exactly 1.
     total = weights.sum(-1, keepdims=True)
     return weights, jnp.where(total > 0, total, 1.0)
-
-
-def causal_mask(valid: Bool[Array, "B T"]) -> Bool[Array, "B T T"]:
-    """Let each position see itself and what came before, padding excepted.
-
-    For valid = 1 1 1 0:    1 . . .
-                            1 1 . .
-                            1 1 1 .
-                            1 1 1 .
-    """
-    length = valid.shape[1]
-    return jnp.tril(jnp.ones((length, length), bool)) & valid[:, None, :]
-
-
-def segment_mask(segments: Int[Array, "B T"], *, causal: bool = True) -> Bool[Array, "B T T"]:
-    """Causal, or both ways, within a segment of a packed row; segment 0 is padding and is neither seen nor sees.
-
-    For segments = 1 1 2 2 0:   1 . . . .   not causal:   1 1 . . .
-                                1 1 . . .                 1 1 . . .
-                                . . 1 . .                 . . 1 1 .
-                                . . 1 1 .                 . . 1 1 .
-                                . . . . .                 . . . . .
-    """
-    same = (segments[:, :, None] == segments[:, None, :]) & (segments > 0)[:, :, None]
-    length = segments.shape[1]
-    return same & jnp.tril(jnp.ones((length, length), bool)) if causal else same
-
-
-def cache_mask(positions: Int[Array, "B T"], slots: int) -> Bool[Array, "B T S"]:
-    """Let the query at position p see cache slots 0..p, where slot s of the cache holds position s of its row."""
-    return jnp.arange(slots) <= positions[..., None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,6 +172,7 @@ class AttentionConfig:
     norm_eps: float = 1e-6
     norm_offset: float = 0.0
     lora: LoRAConfig | None = None
+    attention_kernel: str = "auto"
 
 
 class Attention(nnx.Module):
@@ -221,7 +199,7 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         *,
-        mask: Bool[Array, "B T S"],
+        mask: Bool[Array, "B T S"] | SelfMask,
         rotate: Rotation | None,
         cache: KVCache | None = None,
         layer: int | Int[Array, ""] = 0,
@@ -230,7 +208,8 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Attend within `x` (S = T), or to this layer's part of a cache after writing to it at `slots`.
 
-        `rotate` None means no rotary positions.
+        With a `SelfMask` it is within `x` always, and a cache, empty so far, is but written. `rotate` None means no rotary
+        positions.
         """
         c = self.config
         q = jnp.einsum("BTD,DNH->BTNH", x, self.q[...])
@@ -250,8 +229,9 @@ class Attention(nnx.Module):
             if slots is None:
                 raise ValueError("A cache needs the slots that its new keys and values go to.")
             cache = cache.write(layer, k, v, slots)
-            k, v = cache.k[layer], cache.v[layer]
-        heads = attention(q, k, v, mask=mask, scale=c.query_scale)
+            if not isinstance(mask, SelfMask):
+                k, v = cache.k[layer], cache.v[layer]
+        heads = attention(q, k, v, mask=mask, scale=c.query_scale, kernel=c.attention_kernel)
         # As one matrix: XLA on CPU turns `o` around for a product over two axes.
         out = heads.reshape(*x.shape[:2], -1) @ self.o[...].reshape(-1, c.width)
         if self.lora is not None:

@@ -24,6 +24,7 @@ from user_llm.nn.cross_attention import CrossAttentionConfig, GatedCrossAttentio
 from user_llm.nn.layers import RMSNorm, dropout, linear_param
 from user_llm.nn.lora import LoRAConfig
 from user_llm.nn.mlp import MLP
+from user_llm.nn.visibility import SelfMask
 
 # What is kept of each group of layers for the backward pass, besides its input: everything, the products with weights, or nothing.
 REMAT: dict[str, Callable[..., bool] | None] = {
@@ -52,6 +53,7 @@ class BlockConfig:
       residual_gate: multiply each branch by sigmoid(x W) before adding it (LiGR, as in eSASRec).
       dropout: on the output of both branches.
       lora: low-rank adapters of this layer's weights.
+      attention_kernel: what computes self-attention, `nn.kernels.KERNELS`.
     """
 
     width: int
@@ -73,6 +75,7 @@ class BlockConfig:
     residual_gate: bool = False
     dropout: float = 0.0
     lora: LoRAConfig | None = None
+    attention_kernel: str = "auto"
 
     @property
     def attention(self) -> AttentionConfig:
@@ -83,7 +86,7 @@ class BlockConfig:
 class View(NamedTuple):
     """What the queries of a layer see and how they are turned."""
 
-    mask: Bool[Array, "B T S"]
+    mask: Bool[Array, "B T S"] | SelfMask
     rotate: Rotation | None
 
 
@@ -201,7 +204,7 @@ class Stack(nnx.Module):
         return groups, [jax.tree.map(lambda a, i=i: a[i], tree) for i in range(whole, depth)]
 
     def views(
-        self, mask: Bool[Array, "B T S"], positions: Int[Array, "B T"], key_positions: Int[Array, "B S"]
+        self, mask: Bool[Array, "B T S"] | SelfMask, positions: Int[Array, "B T"], key_positions: Int[Array, "B S"]
     ) -> tuple[View, View]:
         """Return what layers without and with a window see."""
         c = self.config
@@ -212,14 +215,18 @@ class Stack(nnx.Module):
         full = View(mask, rotate(c.rope_theta, c.rope_scaling))
         if c.window is None:
             return full, full
+        turned = full.rotate if c.window_rope_theta is None else rotate(c.window_rope_theta, None)
+        if isinstance(mask, SelfMask):
+            far, close = (dataclasses.replace(mask, window=c.window, windowed=jnp.array(holds)) for holds in (False, True))
+            return full._replace(mask=far), View(close, turned)
         near = positions[:, :, None] - key_positions[:, None, :] < c.window
-        return full, View(mask & near, full.rotate if c.window_rope_theta is None else rotate(c.window_rope_theta, None))
+        return full, View(mask & near, turned)
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
         *,
-        mask: Bool[Array, "B T S"],
+        mask: Bool[Array, "B T S"] | SelfMask,
         positions: Int[Array, "B T"],
         key_positions: Int[Array, "B S"] | None = None,
         cache: KVCache | None = None,
@@ -231,7 +238,8 @@ class Stack(nnx.Module):
         """Run all layers.
 
         Args:
-          mask: True where the query may see the key; S = T, or the number of cache slots.
+          mask: True where the query may see the key; S = T, or the number of cache slots. Or how the inputs see each other, and
+            nothing in the cache.
           positions: rotary position of each query.
           key_positions: of each key; None for `positions`, or with a cache for the slots' numbers.
           cache: returned updated.
@@ -241,7 +249,7 @@ class Stack(nnx.Module):
           key: dropout key; None for evaluation.
         """
         if key_positions is None:
-            key_positions = positions if cache is None else jnp.arange(mask.shape[-1])[None]
+            key_positions = positions if cache is None else jnp.arange(cache.slots)[None]
         full, near = self.views(mask, positions, key_positions)
         slots = positions if slots is None else slots
         block_def, cross_def = nnx.graphdef(self.blocks), None if user is None else nnx.graphdef(self.cross)

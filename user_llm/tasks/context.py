@@ -86,11 +86,13 @@ class Context:
         """Return the LLM as it comes: the checkpoint's own, or a small one to train from scratch."""
         llm = self.config.llm
         if llm.checkpoint:
-            return pretrained.decoder_config(self.checkpoint, unroll=llm.unroll, remat=llm.remat)
-        return DecoderConfig(
-            vocab_size=vocab_size, num_layers=llm.num_layers, block=BlockConfig(**llm.block), tie_embeddings=True,
-            unroll=llm.unroll, remat=llm.remat,
-        )  # fmt: skip
+            found = pretrained.decoder_config(self.checkpoint, unroll=llm.unroll, remat=llm.remat)
+        else:
+            found = DecoderConfig(
+                vocab_size=vocab_size, num_layers=llm.num_layers, block=BlockConfig(**llm.block), tie_embeddings=True,
+                unroll=llm.unroll, remat=llm.remat,
+            )  # fmt: skip
+        return dataclasses.replace(found, block=dataclasses.replace(found.block, attention_kernel=llm.attention_kernel))
 
     def optimizer_config(self, name: str) -> OptimizerConfig:
         """Return the optimizer of a phase, which trains what the phase's strategy says.

@@ -26,7 +26,6 @@ from user_llm.data.schema import Schema
 from user_llm.data.timelines import Timelines
 from user_llm.evals.evaluator import rank_targets
 from user_llm.models.user_encoder import UserEncoder, UserEncoderConfig
-from user_llm.nn.attention import segment_mask
 from user_llm.nn.losses import (
     Whole,
     chunked_cross_entropy,
@@ -37,6 +36,7 @@ from user_llm.nn.losses import (
 )
 from user_llm.nn.masking import choose_masked
 from user_llm.nn.transformer import BlockConfig
+from user_llm.nn.visibility import segment_mask
 from user_llm.tasks.context import Context
 from user_llm.training.task import Batch, Program, Task
 
@@ -89,8 +89,8 @@ def encoder_source(config: ConfigDict, name: str) -> str:
 def encoder_config(config: ConfigDict, schema: Schema) -> UserEncoderConfig:
     """Turn a config's `encoder` section into the model's own; features are chosen and ordered by `features`, () for all."""
     chosen = Schema(tuple(schema[name] for name in config.features or schema.names))
-    block = BlockConfig(**config.block)
-    rest = {name: value for name, value in config.items() if name not in ("features", "block", "heads")}
+    block = BlockConfig(**config.block, attention_kernel=config.attention_kernel)
+    rest = {name: value for name, value in config.items() if name not in ("features", "block", "heads", "attention_kernel")}
     return UserEncoderConfig(schema=chosen, block=block, heads=tuple(config.heads), **rest)
 
 

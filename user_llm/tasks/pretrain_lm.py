@@ -17,8 +17,8 @@ from user_llm.common import trees
 from user_llm.common.trees import Params
 from user_llm.data.pipeline import packed_text
 from user_llm.models.decoder import Decoder
-from user_llm.nn.attention import segment_mask
 from user_llm.nn.losses import Whole, chunked_cross_entropy, whole_count
+from user_llm.nn.visibility import segment_mask
 from user_llm.tasks.context import Context
 from user_llm.training.task import Batch, Task
 
