@@ -16,6 +16,7 @@ from user_llm.ahead.chips import CHIPS, find_topology
 from user_llm.ahead.collectives import Collective
 from user_llm.ahead.flops import count_flops
 from user_llm.ahead.stand_in import grow, stand_in_context
+from user_llm.common import mesh as meshes
 from user_llm.tasks.builders import BUILDERS
 from user_llm.training.loop import LoopConfig, abstract_state, initial_state, settle_steps
 
@@ -89,14 +90,8 @@ def test_an_unknown_chip_is_refused(name):
 
 
 def _compile_only(*flags):
-    command = [
-        sys.executable,
-        "-m",
-        "user_llm.main",
-        "--config=configs/movielens_encoder.py:synthetic",
-        "--compile_only",
-        *flags,
-    ]
+    config = "--config=configs/movielens_encoder.py:synthetic"
+    command = [sys.executable, "-m", "user_llm.main", config, "--compile_only", *flags]  # the last --config counts
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
@@ -107,18 +102,38 @@ def test_a_form_that_there_is_not_is_refused():
     assert re.search(r"^Error: Cannot describe the topology 'v5e:7x9'", done.stderr, re.M)
 
 
+def _rows(done):
+    """The table's cells by phase."""
+    lines = [[cell.strip() for cell in line.split("|")] for line in done.stdout.splitlines() if line.startswith("|")]
+    return {cells[1]: cells for cells in lines[2:]}
+
+
 @pytest.mark.slow
 @needs_libtpu
-@pytest.mark.parametrize("topology", ["v5e:2x4", "v6e:2x4"])
-@pytest.mark.parametrize("mesh", [("8", "1", "1"), ("1", "4", "2")], ids="-".join)
+@pytest.mark.parametrize(("topology", "mesh"), [("v5e:2x4", ("8", "1", "1")), ("v6e:2x4", ("1", "4", "2"))])
 def test_a_small_config_compiles_for_eight_chips(topology, mesh):
     sizes = [f"--config.mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor"), mesh, strict=True)]
     done = _compile_only(f"--topology={topology}", *sizes)
     assert done.returncode == 0, done.stderr
-    cells = [cell.strip() for cell in done.stdout.strip().splitlines()[-1].split("|")]
-    assert cells[1:3] == ["pretrain_encoder", "yes"]
+    rows = _rows(done)
+    assert [cells[2] for cells in rows.values()] == ["yes", "yes"] and list(rows) == [
+        "pretrain_encoder",
+        "pretrain_encoder: score",
+    ]
     # Gradients are summed over replicas, and parameters gathered where no device holds them whole.
-    assert ("all-gather" in cells[8]) == (mesh[1] != "1") and "all-reduce" in cells[8]
+    sent = rows["pretrain_encoder"][8]
+    assert ("all-gather" in sent) == (mesh[1] != "1") and "all-reduce" in sent
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_what_a_contextualized_llm_answers_with_compiles_for_eight_chips():
+    flags = ["--config=configs/movielens_xattn.py:synthetic", "--config.phases=('pretrain_encoder','user_llm')"]
+    done = _compile_only("--topology=v5e:2x4", *flags)
+    assert done.returncode == 0, done.stderr
+    programs = ["user_llm", *(f"user_llm: {name}" for name in ("encode", "score", "prefill", "decode"))]
+    rows = _rows(done)
+    assert list(rows)[2:] == programs and {rows[name][2] for name in programs} == {"yes"}
 
 
 @pytest.mark.slow
@@ -127,7 +142,33 @@ def test_what_does_not_fit_is_said_and_fails():
     wide = [f"--config.encoder.block.{name}=16384" for name in ("width", "mlp_width")]
     done = _compile_only("--topology=v5e:2x4", *wide)
     assert done.returncode == 1
-    cells = [cell.strip() for cell in done.stdout.strip().splitlines()[-1].split("|")]
-    assert cells[1:3] == ["pretrain_encoder", "NO"]
-    assert float(cells[3].split()[0]) > 16 and float(cells[4]) > 0
+    cells = _rows(done)["pretrain_encoder"]
+    assert cells[2] == "NO" and float(cells[3].split()[0]) > 16 and float(cells[4]) > 0
     assert "Error: not every step fits its chip." in done.stderr
+
+
+def _filled(leaf):
+    return jax.device_put(np.ones(leaf.shape, leaf.dtype), leaf.sharding) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf
+
+
+@pytest.mark.slow
+def test_the_programs_of_evaluation_run_as_they_are_described(tmp_path, mesh_of):
+    """On arrays of the shapes and shardings that are compiled ahead; a step of decoding writes a token."""
+    config, mesh = tiny_config(), mesh_of(2, 2, 2)
+    config.phases = ("pretrain_encoder", "user_llm")
+    context = stand_in_context(config, mesh, epath.Path(tmp_path))
+    found = {}
+    for name in config.phases:
+        task = BUILDERS[config[name].task](context.config, name, context)
+        params = meshes.placed(task.shapes, meshes.shardings(config[name].loop.sharding, task.shapes, mesh))
+        for what, (program, arguments) in task.programs(params).items():
+            with jax.set_mesh(mesh):
+                found[f"{name}: {what}"] = program(*jax.tree.map(_filled, arguments))
+    assert list(found) == [
+        "pretrain_encoder: score",
+        *(f"user_llm: {name}" for name in ("encode", "score", "prefill", "decode")),
+    ]
+    items = context.timelines.schema.num_items
+    for name in ("pretrain_encoder: score", "user_llm: score"):
+        assert np.isfinite(np.asarray(found[name])).sum(1).tolist() == [items] * len(found[name])
+    assert int(found["user_llm: prefill"].step) == 1

@@ -45,7 +45,9 @@ def test_a_shard_is_counted_on_every_device(mesh_of):
     assert _count(shared, jnp.zeros((24, 4)), B) == 8 * PRODUCT
 
 
-def test_a_loop_of_unknown_length_is_refused():
+def test_a_loop_of_unknown_length_is_refused_or_counted_as_often_as_is_said():
+    unknown = lambda a: jax.lax.while_loop(lambda a: a.sum() > 0, lambda a: a @ C, a)  # noqa: E731
     with pytest.raises(ValueError, match="unknown length"):
-        _count(lambda a: jax.lax.while_loop(lambda a: a.sum() > 0, lambda a: a @ C, a), A)
+        _count(unknown, A)
+    assert count_flops(jax.make_jaxpr(unknown)(A).jaxpr, turns=5) == 5 * _count(lambda a: a @ C, A)
     assert _count(lambda a: jax.lax.while_loop(lambda a: a.sum() > 0, lambda a: a - 1, a), A) == 0

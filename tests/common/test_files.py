@@ -7,7 +7,7 @@ import jax
 import pytest
 from etils import epath
 
-from user_llm.common.files import local_folder, make_once, write_json
+from user_llm.common.files import absolute, local_folder, make_once, whole, write_json
 
 
 def test_json_is_written_whole_and_by_the_first_process_alone(tmp_path, monkeypatch):
@@ -49,3 +49,21 @@ def test_a_remote_workdir_has_a_local_folder_of_its_own(tmp_path):
     assert local_folder(epath.Path(tmp_path)) == tmp_path
     one, other = (local_folder(epath.Path(f"gs://bucket/{name}")) for name in ("a", "b"))
     assert one != other and one == local_folder(epath.Path("gs://bucket/a")) and one.is_absolute()
+
+
+def test_a_store_has_absolute_paths_and_whole_files_by_itself(tmp_path, monkeypatch):
+    path = epath.Path("gs://bucket/a")
+    assert absolute(path) == path and absolute(tmp_path) == epath.Path(tmp_path)
+    with whole(path) as target:
+        assert target == path
+    monkeypatch.chdir(tmp_path)
+    assert absolute("b") == epath.Path(tmp_path) / "b"
+
+
+def test_a_file_that_was_not_written_to_its_end_leaves_the_one_before(tmp_path):
+    path = epath.Path(tmp_path) / "a"
+    path.write_text("before")
+    with pytest.raises(KeyboardInterrupt), whole(path) as target:
+        target.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "before"

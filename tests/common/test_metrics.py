@@ -10,6 +10,7 @@ import pytest
 from absl import logging
 from tensorboardX.proto.event_pb2 import Event
 
+from user_llm.common import metrics
 from user_llm.common.metrics import MetricsLog, read_metrics
 
 
@@ -148,3 +149,22 @@ def test_close_may_be_repeated(tmp_path):
     log = MetricsLog(tmp_path, "phase", total_steps=0)
     log.close()
     log.close()
+
+
+def test_a_remote_workdir_gets_copies_and_a_resumed_run_goes_on_from_them(tmp_path, monkeypatch):
+    """A store stood in for by a folder: nothing is appended to there, and this machine's own copy may be gone."""
+    remote = tmp_path / "remote"
+    monkeypatch.setattr(metrics, "is_remote", lambda path: True)
+    for machine, step in (("first", 0), ("second", 2)):
+        monkeypatch.setattr(metrics, "local_folder", lambda workdir, machine=machine: tmp_path / machine)
+        with MetricsLog(remote, "tiny", step=step, total_steps=4) as log:
+            log.train(step + 1, {"loss": 1.0}, events_per_s=1.0)
+            log.train(step + 2, {"loss": 1.0}, events_per_s=1.0)
+            log.eval(step + 2, {"recall": 0.5})
+            seen = [row["step"] for row in read_metrics(remote / "metrics.jsonl")]
+            log.train(step + 3, {"loss": 1.0}, events_per_s=1.0)
+            assert [
+                row["step"] for row in read_metrics(remote / "metrics.jsonl")
+            ] == seen  # until the next evaluation, save or end
+    assert [row["step"] for row in read_metrics(remote / "metrics.jsonl")] == [1, 2, 2, 3, 4, 4, 5]
+    assert len(list((remote / "tensorboard").iterdir())) >= 1

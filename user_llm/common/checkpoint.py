@@ -11,6 +11,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
+from user_llm.common.files import absolute
+
 
 def abstract_like(tree: Any) -> Any:
     """Return shapes, dtypes and shardings of a tree of arrays."""
@@ -31,7 +33,7 @@ class Checkpointer:
             ]
         )
         self._manager = ocp.CheckpointManager(
-            epath.Path(directory).absolute(),
+            absolute(directory),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=keep, cleanup_tmp_directories=True, best_fn=lambda metrics: metrics["value"]
             ),
@@ -74,7 +76,7 @@ class Checkpointer:
 def save_params(directory: epath.PathLike, params: Any) -> None:
     """Write a tree of arrays for later phases and other programs; replaces what is there."""
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(epath.Path(directory).absolute(), params, force=True)
+        checkpointer.save(absolute(directory), params, force=True)
 
 
 def load_params(directory: epath.PathLike, like: Any) -> Any:
@@ -83,7 +85,7 @@ def load_params(directory: epath.PathLike, like: Any) -> Any:
     Raises:
       FileNotFoundError: nothing was saved there.
     """
-    path = epath.Path(directory).absolute()
+    path = absolute(directory)
     if not path.exists():
         raise FileNotFoundError(f"No parameters at {path}: run the phase that writes them first.")
     with ocp.StandardCheckpointer() as checkpointer:

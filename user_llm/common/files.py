@@ -14,13 +14,26 @@ from etils import epath
 from user_llm.common.distributed import is_first
 
 
+@contextmanager
+def whole(path: epath.Path) -> Iterator[epath.Path]:
+    """Yield the path to write to, which takes the place of `path` when it is complete; a kill leaves that as it was.
+
+    On a remote store it is the path itself: there, what is not written to its end does not exist.
+    """
+    if is_remote(path):
+        yield path
+        return
+    temporary = path.parent / f"{path.name}.tmp"
+    yield temporary
+    temporary.replace(path)
+
+
 def write_json(path: epath.Path, value: Any) -> None:
     """Write JSON, by the first process alone; a kill leaves the file as it was."""
     if is_first():
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.parent / f"{path.name}.tmp"
-        temporary.write_text(json.dumps(value, indent=1))
-        temporary.replace(path)
+        with whole(path) as target:
+            target.write_text(json.dumps(value, indent=1))
 
 
 @contextmanager
@@ -43,8 +56,18 @@ def make_once(path: Path, make: Callable[[Path], Any]) -> Path:
     return path
 
 
-def local_folder(workdir: epath.Path) -> Path:
-    """Return where this machine keeps what it makes of the data: the workdir, or for one on gs:// a cache of its own."""
-    if "://" not in str(workdir):
+def is_remote(path: epath.PathLike) -> bool:
+    """Return whether a path is that of a store such as gs://, whose files can be neither appended to nor locked."""
+    return "://" in str(path)
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """Return a path that holds wherever the process goes."""
+    return epath.Path(path) if is_remote(path) else epath.Path(path).absolute()
+
+
+def local_folder(workdir: epath.PathLike) -> Path:
+    """Return where this machine keeps what it makes for itself: the workdir, or for a remote one a cache of its own."""
+    if not is_remote(workdir):
         return Path(workdir)
     return Path.home() / ".cache" / "user_llm" / hashlib.sha256(str(workdir).encode()).hexdigest()[:12]

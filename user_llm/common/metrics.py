@@ -2,7 +2,8 @@
 
 On a terminal, progress is a bar with ETA, events/s and loss; elsewhere a plain log line at each
 logging interval. Only process 0 writes and shows anything; every process checks that its losses
-are finite. Histograms and images are left out.
+are finite. A remote workdir gets copies of local files, at each evaluation, save and at the end.
+Histograms and images are left out.
 """
 
 import json
@@ -17,6 +18,8 @@ from absl import logging
 from etils import epath
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
+
+from user_llm.common.files import is_remote, local_folder
 
 
 class MetricsLog:
@@ -43,14 +46,17 @@ class MetricsLog:
         self._bar: Any = None
         if jax.process_index() != 0:
             return
-        directory = epath.Path(workdir)
-        directory.mkdir(parents=True, exist_ok=True)
-        path = directory / "metrics.jsonl"
+        self._workdir = epath.Path(workdir)
+        self._local = epath.Path(local_folder(workdir))
+        self._local.mkdir(parents=True, exist_ok=True)
+        path = self._local / "metrics.jsonl"
+        if is_remote(workdir) and (self._workdir / path.name).exists():
+            path.write_text((self._workdir / path.name).read_text())  # whatever an earlier run has left here
         _truncate(path, step)
         self._file = path.open("a")
         # The suffix keeps a quick restart within the same second from overwriting the file before.
         self._board = SummaryWriter(
-            str(directory / "tensorboard"),
+            str(self._local / "tensorboard"),
             purge_step=step + 1 if step else 0,
             filename_suffix=f".{step}",
         )
@@ -85,6 +91,17 @@ class MetricsLog:
             shown = ", ".join(f"{name} {value:.4g}" for name, value in scalars.items())
             with tqdm.external_write_mode(file=sys.stderr):  # Clears the bar, if any, and draws it again below the line.
                 logging.info("%s: step %d, validation %s", self._name, step, shown)
+        self.publish()
+
+    def publish(self) -> None:
+        """Copy what was logged so far to a remote workdir."""
+        if self._file is None or not is_remote(self._workdir):
+            return
+        self._board.flush()
+        for path in (self._local / "metrics.jsonl", *(self._local / "tensorboard").iterdir()):
+            copy = self._workdir / path.relative_to(self._local)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
 
     def check_finite(self, step: int, scalars: Mapping[str, float]) -> None:
         """Refuse to go on with a NaN or infinite scalar, naming phase, steps and metric.
@@ -103,6 +120,7 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flush and close everything; harmless when repeated."""
+        self.publish()
         for part in (self._bar, self._board, self._file):
             if part is not None:
                 part.close()

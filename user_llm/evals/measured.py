@@ -2,12 +2,13 @@
 
 import dataclasses
 import zipfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from etils import epath
 from jaxtyping import Float, Int
+
+from user_llm.common.files import whole
 
 NUMBER = "number/"  # in front of a number's name in a file
 
@@ -38,22 +39,19 @@ class Measured:
     def save(self, folder: epath.Path, task: str, method: str) -> None:
         """Write `<task>.<method>.npz`, with `_` for the slashes of the method."""
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{task}.{method.replace('/', '_')}.npz"
-        temporary = folder / f"{path.name}.tmp"
-        with temporary.open("wb") as file:
+        with whole(folder / f"{task}.{method.replace('/', '_')}.npz") as path, path.open("wb") as file:
             facts: dict[str, Any] = {"task": task, "method": method, "users": self.users, "positions": self.positions}
             np.savez_compressed(file, **facts | self.values | {NUMBER + name: array for name, array in self.numbers.items()})
-        temporary.replace(path)
 
 
-def load_measured(path: Path) -> tuple[str, str, Measured]:
+def load_measured(path: epath.Path) -> tuple[str, str, Measured]:
     """Return (task, method, what was measured) of a file that `Measured.save` wrote.
 
     Raises:
       ValueError: a file that is cut off or holds something else.
     """
     try:
-        with np.load(path) as file:
+        with path.open("rb") as whole, np.load(whole) as file:
             found = dict(file)
         task, method = (str(found.pop(name)) for name in ("task", "method"))
         users, positions = found.pop("users"), found.pop("positions")

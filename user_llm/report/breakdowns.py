@@ -1,9 +1,9 @@
 """Results broken down by what is known of each target: the history before it, its popularity, ties at the split boundary."""
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import numpy as np
+from etils import epath
 from jaxtyping import Bool
 
 from user_llm.evals.measured import Measured
@@ -20,7 +20,7 @@ BUCKETS = {
 Part = dict[str, float] | None  # n and the metrics of the targets chosen, over all seeds; None where there are none
 
 
-def breakdown_sections(found: Measurements, out: Path) -> list[str]:
+def breakdown_sections(found: Measurements, out: epath.Path) -> list[str]:
     """Return a section for each number that targets have, plots written into `out`."""
     several = len({dataset for dataset, _ in found}) > 1
     methods = {
@@ -52,7 +52,7 @@ def _with(methods: dict[str, list[Measured]], name: str) -> dict[str, list[Measu
     return {method: seeds for method, seeds in chosen.items() if seeds}
 
 
-def _buckets(plot: Path, name: str, number: str, ends: Sequence[int], methods: dict[str, list[Measured]]) -> list[str]:
+def _buckets(plot: epath.Path, name: str, number: str, ends: Sequence[int], methods: dict[str, list[Measured]]) -> list[str]:
     """Return recall@10 by bucket of a number, 0 to the first end and so on; buckets without any target are left out."""
     places = {method: [np.searchsorted(ends, one.numbers[name]) for one in seeds] for method, seeds in methods.items()}
     filled = np.unique(np.concatenate([place for seeds in places.values() for place in seeds]))

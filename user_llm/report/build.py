@@ -6,11 +6,11 @@ Runs with other seeds give mean and spread. `runs.read_run` says what a run's fo
 import re
 import shlex
 import statistics
-from os import PathLike
-from pathlib import Path
 
 import numpy as np
+from etils import epath
 
+from user_llm.common.files import absolute, whole
 from user_llm.evals.bootstrap import DRAWS, compare
 from user_llm.evals.measured import Measured
 from user_llm.report import plots
@@ -32,7 +32,7 @@ KINDS = {
 }
 
 
-def write_report(*workdirs: str | PathLike, costs: str | PathLike = "", out: str | PathLike | None = None) -> Path:
+def write_report(*workdirs: epath.PathLike, costs: epath.PathLike = "", out: epath.PathLike | None = None) -> epath.Path:
     """Write report.md, its plots and report.html, and return the first's path.
 
     Args:
@@ -44,10 +44,10 @@ def write_report(*workdirs: str | PathLike, costs: str | PathLike = "", out: str
     """
     if not workdirs and not costs:
         raise ValueError("Nothing to report: name a run's folder, or --cost=FILE.")
-    runs = [read_run(path) for path in dict.fromkeys(Path(w).absolute() for w in workdirs)]
+    runs = [read_run(path) for path in dict.fromkeys(absolute(w) for w in workdirs)]
     cells, runs, notes = merge_rows(runs)
     found = gather(runs)
-    out = Path(out or (workdirs[0] if workdirs else Path(costs).parent))
+    out = epath.Path(out or (workdirs[0] if workdirs else epath.Path(costs).parent))
     out.mkdir(parents=True, exist_ok=True)
     sections = [
         "# Report",
@@ -56,13 +56,13 @@ def write_report(*workdirs: str | PathLike, costs: str | PathLike = "", out: str
         *_comparison_sections(found),
         *breakdown_sections(found, out),
         *_sample_sections(runs),
-        *(cost_section(Path(costs), out) if costs else []),
+        *(cost_section(epath.Path(costs), out) if costs else []),
         *_audit_section(runs),
         *_training_section(runs, out),
     ]
-    temporary = out / "report.md.tmp"
-    temporary.write_text("\n\n".join(sections) + "\n")
-    path = temporary.replace(out / "report.md")
+    path = out / "report.md"
+    with whole(path) as target:
+        target.write_text("\n\n".join(sections) + "\n")
     write_page(path)
     return path
 
@@ -212,7 +212,7 @@ def _audit_section(runs: list[Run]) -> list[str]:
     return ["## Data audit", *tables] if tables else []
 
 
-def _training_section(runs: list[Run], out: Path) -> list[str]:
+def _training_section(runs: list[Run], out: epath.Path) -> list[str]:
     curves = [(run.directory.name, run.metrics) for run in runs if run.metrics]
     if not curves:
         return []

@@ -1,8 +1,9 @@
 """What a request costs, from the JSON of `launch/benchmark_cost.py`, as a table and as curves over the history's length."""
 
 import json
-from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from user_llm.report import plots
 from user_llm.report.markdown import table
@@ -23,7 +24,7 @@ def cost_table(rows: list[dict[str, Any]]) -> str:
     return table(HEADER, lines)
 
 
-def cost_section(path: Path, out: Path) -> list[str]:
+def cost_section(path: epath.Path, out: epath.Path) -> list[str]:
     """Return the section, its plot written into `out`.
 
     Raises:

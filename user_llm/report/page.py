@@ -1,10 +1,12 @@
 """A report as one page of HTML that needs nothing else: its images are in it."""
 
 import base64
-from pathlib import Path
 
 import jinja2
+from etils import epath
 from markdown_it import MarkdownIt
+
+from user_llm.common.files import whole
 
 PAGE = jinja2.Template(
     """<!doctype html>
@@ -27,7 +29,7 @@ img { max-width: 100%; background: white; }
 )
 
 
-def write_page(markdown: Path) -> Path:
+def write_page(markdown: epath.Path) -> epath.Path:
     """Write `<name>.html` beside a Markdown file and return its path; images are read from the same folder."""
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
     tokens = parser.parse(markdown.read_text())
@@ -38,6 +40,6 @@ def write_page(markdown: Path) -> Path:
                 child.attrs["src"] = f"data:image/png;base64,{base64.b64encode(image).decode()}"
     body = parser.renderer.render(tokens, parser.options, {})
     path = markdown.with_suffix(".html")
-    temporary = path.with_suffix(".html.tmp")
-    temporary.write_text(PAGE.render(title=markdown.stem, body=body))
-    return temporary.replace(path)
+    with whole(path) as target:
+        target.write_text(PAGE.render(title=markdown.stem, body=body))
+    return path

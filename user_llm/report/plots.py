@@ -1,15 +1,15 @@
 """Plots of a report: curves per phase, gates by layer, recall by history length. No display."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from etils import epath
 from matplotlib.figure import Figure
 
 Curves = Sequence[tuple[str, dict[str, list[dict]]]]  # For each run its label and, by phase, its metrics.jsonl.
 
 
-def plot_losses(path: Path, runs: Curves) -> None:
+def plot_losses(path: epath.Path, runs: Curves) -> None:
     """Draw the training loss of each phase; below, recall@10 (else loss) on validation."""
     phases = list(dict.fromkeys(phase for _, metrics in runs for phase in metrics))
     figure = Figure(figsize=(4 * len(phases), 6), layout="constrained")
@@ -25,10 +25,10 @@ def plot_losses(path: Path, runs: Curves) -> None:
         grid[1, column].set(title=f"validation {'recall@10' if ranked else 'loss'}", xlabel="step")
         if len(chosen) > 1:
             grid[0, column].legend()
-    figure.savefig(path, dpi=100)
+    _save(figure, path)
 
 
-def plot_gates(path: Path, runs: Curves) -> bool:
+def plot_gates(path: epath.Path, runs: Curves) -> bool:
     """Draw tanh(gate) by step, one colour per layer; return False where no phase has gates."""
     gated = {phase: _gate_names(rows) for _, metrics in runs for phase, rows in metrics.items() if _gate_names(rows)}
     if not gated:
@@ -43,11 +43,11 @@ def plot_gates(path: Path, runs: Curves) -> bool:
         axes.axhline(0, color="gray", linewidth=0.5)
         axes.set(title=f"{phase}: tanh(gate)", xlabel="step")
         axes.legend()
-    figure.savefig(path, dpi=100)
+    _save(figure, path)
     return True
 
 
-def plot_buckets(path: Path, number: str, labels: list[str], methods: dict[str, list[dict | None]]) -> None:
+def plot_buckets(path: epath.Path, number: str, labels: list[str], methods: dict[str, list[dict | None]]) -> None:
     """Draw recall@10 by bucket of some number of the targets.
 
     A method's list has an entry for each label, None where there is no target.
@@ -62,10 +62,10 @@ def plot_buckets(path: Path, number: str, labels: list[str], methods: dict[str, 
         axes.set_xticks(range(len(labels)), labels)
     grid[0].set_ylim(bottom=0)  # Shared, and only now: set before the last curve it would stop the scaling.
     grid[0].legend()
-    figure.savefig(path, dpi=100)
+    _save(figure, path)
 
 
-def plot_costs(path: Path, curves: dict[str, list[tuple[int, float]]]) -> None:
+def plot_costs(path: epath.Path, curves: dict[str, list[tuple[int, float]]]) -> None:
     """Draw FLOPs over events of the history, both as powers of ten, one colour per method and one style per way of serving."""
     figure = Figure(figsize=(10, 6), layout="constrained")
     axes = figure.subplots()
@@ -79,7 +79,7 @@ def plot_costs(path: Path, curves: dict[str, list[tuple[int, float]]]) -> None:
         axes.plot(*zip(*sorted(points), strict=True), color=color, linestyle=style, marker="o", label=label)
     axes.set(xscale="log", yscale="log", xlabel="events in the history", ylabel="FLOPs of a request")
     figure.legend(loc="outside right upper")
-    figure.savefig(path, dpi=100)
+    _save(figure, path)
 
 
 def _gate_names(rows: list[dict]) -> list[str]:
@@ -91,3 +91,8 @@ def _gate_names(rows: list[dict]) -> list[str]:
 def _series(rows: list[dict], kind: str, name: str) -> tuple[list[int], list[Any]]:
     points = [(row["step"], row[name]) for row in rows if row["kind"] == kind and row.get(name) is not None]
     return [step for step, _ in points], [value for _, value in points]
+
+
+def _save(figure: Figure, path: epath.Path) -> None:
+    with path.open("wb") as file:
+        figure.savefig(file, format="png", dpi=100)

@@ -4,9 +4,9 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Sequence
-from os import PathLike
-from pathlib import Path
 from typing import Any, NamedTuple
+
+from etils import epath
 
 from user_llm.common.metrics import read_metrics
 from user_llm.evals.measured import Measured, load_measured
@@ -18,7 +18,7 @@ ROW_KEYS = ("dataset", "task", "method", "metric", "value", "n", "seed", "split"
 class Run:
     """What one run left; all but `rows` may be empty."""
 
-    directory: Path
+    directory: epath.Path
     rows: list[dict]
     config: dict
     audit: dict
@@ -27,13 +27,13 @@ class Run:
     samples: list[dict]  # as tasks/samples.py leaves them
 
 
-def read_run(workdir: str | PathLike) -> Run:
+def read_run(workdir: epath.PathLike) -> Run:
     """Read what `main` left: results, config, audit, and each phase's metrics, samples and values of targets.
 
     Raises:
       ValueError: results.json is missing, a file is cut short, or a row lacks a column.
     """
-    directory = Path(workdir)
+    directory = epath.Path(workdir)
     if not (directory / "results.json").exists():
         raise ValueError(f"{directory} holds no results.json: run its command again until it ends.")
     rows = _read_json(directory / "results.json")
@@ -52,7 +52,7 @@ def read_run(workdir: str | PathLike) -> Run:
     )
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: epath.Path) -> Any:
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
@@ -64,7 +64,7 @@ class Seen(NamedTuple):
 
     value: float
     n: int
-    run: Path
+    run: epath.Path
 
 
 Group = tuple[str, str, str]  # Dataset, task, split.
@@ -84,7 +84,7 @@ def merge_rows(runs: Sequence[Run]) -> tuple[Cells, list[Run], list[str]]:
     cells: Cells = {}
     kept, notes = [], []
     for run in runs:
-        repeated: Counter[Path] = Counter()
+        repeated: Counter[epath.Path] = Counter()
         for row in run.rows:
             group = cells.setdefault((row["dataset"], row["task"], row["split"]), {})
             seeds = group.setdefault((row["method"], row["metric"]), {})

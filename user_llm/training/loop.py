@@ -135,6 +135,7 @@ def run(
                 # Streams that processes share are the same in each.
                 progress.data = {number: place for found in gather(data.get_state()) for number, place in found.items()}
                 checkpoints.save(step, state, dataclasses.asdict(progress), metric)
+                log.publish()
                 saved_step = step
             if stopping:
                 raise Preempted(0)
