@@ -68,20 +68,44 @@ def test_chunked_in_bfloat16_is_close():
         np.testing.assert_allclose(np.asarray(grad, np.float32), wanted, atol=0.05)
 
 
-def _peak_bytes(rows, items, chunk):
-    """Temporary memory of the loss with both gradients, beyond arguments and results."""
-    shapes = [((rows, 8), "f4"), ((items, 8), "f4"), ((rows,), "i4"), ((rows,), "f4"), ((items,), "?")]
+def _temporary_bytes(loss, rows, items, *more):
+    """Temporary memory of a loss with both gradients, beyond arguments and results."""
+    shapes = [((rows, 8), "f4"), ((items, 8), "f4"), ((rows,), "i4"), ((rows,), "f4"), *more]
     args = [jax.ShapeDtypeStruct(*like) for like in shapes]
-    grad = jax.jit(jax.value_and_grad(lambda *a: chunked_cross_entropy(*a, chunk), (0, 1)))
-    return grad.lower(*args).compile().memory_analysis().temp_size_in_bytes
+    return jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+
+def _chunked_bytes(rows, items, chunk):
+    return _temporary_bytes(lambda *a: chunked_cross_entropy(*a, chunk), rows, items, ((items,), "?"))
 
 
 def test_memory_grows_with_the_chunk_not_with_the_rows():
     """At 4096 rows and items the logits alone would be 64 MiB; a chunk of them is 1 MiB."""
-    few, many = _peak_bytes(256, 4096, 64), _peak_bytes(4096, 4096, 64)
+    few, many = _chunked_bytes(256, 4096, 64), _chunked_bytes(4096, 4096, 64)
     assert many < few + 4 * 4096 * 8 * 4  # a few copies of the hidden states
     assert many < 4 * 2**20
-    assert _peak_bytes(4096, 4096, 512) > 4 * many
+    assert _chunked_bytes(4096, 4096, 512) > 4 * many
+
+
+def test_memory_of_the_sampled_loss_does_not_know_the_catalogue():
+    """Ten times as many items: the table and its gradient, an argument and a result, are ten times as large, and nothing else."""
+    some, many = (
+        _temporary_bytes(sampled_cross_entropy, 1024, items, ((512,), "i4"), ((items,), "f4")) for items in (100_000, 1_000_000)
+    )
+    assert some > 1024 * 512 * 4  # the logits are among it
+    assert many < 1.2 * some
+
+
+def test_memory_of_the_chunked_loss_is_that_of_a_few_chunks_of_logits():
+    """It grows with the catalogue at a given chunk, and not where the chunk shrinks as the catalogue grows."""
+    some, many, short = (
+        _chunked_bytes(1024, 100_000, 80),
+        _chunked_bytes(1024, 1_000_000, 80),
+        _chunked_bytes(1024, 1_000_000, 8),
+    )
+    assert many == pytest.approx(10 * some, rel=0.02)
+    assert short < 1.2 * some
+    assert 1 < many / (80 * 1_000_000 * 4) < 4
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)], ids=str)
