@@ -54,7 +54,7 @@ def llama(width: int, layers: int, heads: int, mlp_width: int, vocab_size: int) 
 WORLD = {"num_users": 64, "num_items": 900, "events_per_user": 250}  # so that histories fill their window
 PRESETS = {
     "tiny": {  # seconds, to see that all of it runs
-        "data.catalogue_items": 500, "encoder.block": common.block(32, 2, 64, dropout=0.0), "user_llm.batch_size": 2,
+        "data.catalogue_items": 1000, "encoder.block": common.block(32, 2, 64, dropout=0.0), "user_llm.batch_size": 2,
         "pretrain_encoder.batch.rows": 2, "llm.published": ConfigDict(llama(32, 2, 2, 64, 300)),
     },
     "small": {"data.catalogue_items": 10_000, "llm.published": ConfigDict(llama(128, 4, 4, 384, 2048))},
@@ -63,7 +63,7 @@ PRESETS = {
         "encoder.block": common.block(512, 8, 1536, dropout=0.0), "pretrain_encoder.loop.dtype": "bfloat16",
         "pretrain_encoder.batch": ConfigDict({"window": 200, "rows": 8, "row_length": 2048}),
         "pretrain_encoder.loss.chunk": 2048, "user_llm.loss.chunk": 2048, "user_llm.loop.dtype": "bfloat16",
-        "user_llm.batch_size": 16, "user_llm.prompts.next_item.max_tokens": 32,
+        "user_llm.batch_size": 16,
         "user_llm.cross.heads": 16, "user_llm.cross.head_dim": 64,
         "user_llm.resampler.heads": 8, "user_llm.resampler.head_dim": 64, "user_llm.resampler.mlp_width": 1536,
         "llm.published": ConfigDict(common.LLMS["qwen3_0_6b"][1]),
@@ -80,7 +80,7 @@ def preset_config(name: str) -> ConfigDict:
         "encoder.features": ("item",), "encoder.dropout": 0.0, "encoder.block.dropout": 0.0,
         "pretrain_encoder.optimizer": ConfigDict(plain), "user_llm.optimizer": ConfigDict(plain),
         "user_llm.encoder_init": "scratch", "user_llm.load": ((r".*", "fresh"),), "user_llm.loss.align": 0.0,
-        "user_llm.resampler.recency_buckets": 0, "llm.checkpoint": "random weights",
+        "user_llm.resampler.recency_buckets": 0, "user_llm.prompts.next_item.max_tokens": 32, "llm.checkpoint": "random weights",
     })  # fmt: skip
     config.update_from_flattened_dict(PRESETS[name])
     return config

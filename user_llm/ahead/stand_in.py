@@ -14,6 +14,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from user_llm.common.files import local_folder, make_once
 from user_llm.data.schema import Schema
 from user_llm.data.splits import make_split
 from user_llm.data.timelines import Timelines
@@ -73,9 +74,12 @@ def grow(timelines: Timelines, num_items: int) -> Timelines:
     )
 
 
-def _empty_checkpoint(config: ConfigDict, timelines: Timelines, workdir: epath.Path) -> epath.Path:
-    """Write the published settings of an open LLM and a tokenizer of this world: a checkpoint without weights."""
-    directory = workdir / "llm"
-    train_bpe(catalogue_lines(timelines)[:10_000], min(config.llm.published.vocab_size, TOKENS), directory)
-    (directory / "config.json").write_text(json.dumps(config.llm.published.to_dict()))
-    return directory
+def _empty_checkpoint(config: ConfigDict, timelines: Timelines, workdir: epath.Path) -> Path:
+    """Return the published settings of an open LLM and a tokenizer of this world, written once: a checkpoint without weights."""
+    published = config.llm.published
+
+    def write(directory: Path) -> None:
+        train_bpe(catalogue_lines(timelines)[:10_000], min(published.vocab_size, TOKENS), directory)
+        (directory / "config.json").write_text(json.dumps(published.to_dict()))
+
+    return make_once(local_folder(workdir) / "llm", write)
