@@ -102,6 +102,17 @@ def open_part(config: ConfigDict, part: str, workdir: pathlib.Path):
     return context, BUILDERS[config[phase].task](context.config, phase, context)
 
 
+def model_sizes(config: ConfigDict, phase: str, items: int) -> dict:
+    """Return what the reference is built from, as JSON."""
+    asked = ("learning_rate", "weight_decay", "clip_norm", "b1", "b2")
+    return {
+        "items": items, "encoder": config.encoder.to_dict(), "llm": config.llm.published.to_dict(),
+        "cross": config.user_llm.cross.to_dict(), "resampler": config.user_llm.resampler.to_dict(), "lora": config.lora.to_dict(),
+        "strategy": config[phase].strategy, "dtype": config[phase].loop.dtype, "catalogue": config.user_llm.loss.catalogue,
+        "optimizer": {name: config[phase].optimizer[name] for name in asked},
+    }  # fmt: skip
+
+
 def counted(batch: dict) -> dict[str, int]:
     """Return what a batch holds, padding left out."""
     if "segments" in batch:
@@ -132,12 +143,7 @@ def make_batches(preset: str, parts: list[str], workdir: pathlib.Path) -> dict:
             np.savez(workdir / f"{part}-{number}.npz", **trees.flatten(batch))
         means = {name: sum(count[name] for count in counts) / BATCHES for name in counts[0]}
         found[part] = {"step": means, "loader_events_per_s": BATCHES * means["events"] / (time.monotonic() - start)}
-        sizes = {
-            "items": context.timelines.schema.num_items, "encoder": config.encoder.to_dict(), "llm": config.llm.published.to_dict(),
-            "cross": config.user_llm.cross.to_dict(), "resampler": config.user_llm.resampler.to_dict(), "lora": config.lora.to_dict(),
-            "strategy": PARTS[part][1], "dtype": config[phase].loop.dtype, "catalogue": config.user_llm.loss.catalogue,
-            "optimizer": {name: config[phase].optimizer[name] for name in ("learning_rate", "weight_decay", "clip_norm", "b1", "b2")},
-        }  # fmt: skip
+        sizes = model_sizes(config, phase, context.timelines.schema.num_items)
         (workdir / f"{part}.json").write_text(json.dumps(sizes))
     return found
 

@@ -25,9 +25,7 @@ WORLD = {"num_users": 64, "num_items": 240, "events_per_user": 60}
 TOKENS = 8192  # of the tokenizer that stands in for an open LLM's
 
 
-def stand_in_context(
-    config: ConfigDict, mesh: Mesh, workdir: epath.Path, *, world: Mapping[str, int] | None = None
-) -> Context:
+def stand_in_context(config: ConfigDict, mesh: Mesh, workdir: epath.Path, *, world: Mapping[str, int] | None = None) -> Context:
     """Open a run of `config` on what there is, and on stand-ins for the rest.
 
     Args:
