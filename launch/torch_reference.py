@@ -11,18 +11,22 @@ WORKDIR is what benchmark.py has filled; prints one line of JSON.
 
 import contextlib
 import json
+import os
 import pathlib
 import re
 import sys
 import time
 from collections.abc import Mapping
 
-import numpy as np
-import torch
-import transformers
-import turns
-from torch import Tensor, nn
-from torch.nn import functional
+# Threads that wait for each other by spinning lose many times over where other programs want the cores, too.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+import turns  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.nn import functional  # noqa: E402
 
 WARM_UP = 2  # steps
 NOT_DECAYED = re.compile(r"norm|gate$|item\.|embed|latents")
@@ -153,7 +157,12 @@ class CrossAttention(nn.Module):
         self.heads = sizes["heads"]
         inner = self.heads * sizes["head_dim"]
         self.norm, self.gate = nn.RMSNorm(width, eps=eps), nn.Parameter(torch.zeros(()))
-        self.q, self.k, self.v, self.o = linear(width, inner), linear(user_width, inner), linear(user_width, inner), linear(inner, width)
+        self.q, self.k, self.v, self.o = (
+            linear(width, inner),
+            linear(user_width, inner),
+            linear(user_width, inner),
+            linear(inner, width),
+        )
 
     def forward(self, x: Tensor, tokens: Tensor, real: Tensor) -> Tensor:
         q, k, v = (heads_first(part, self.heads) for part in (self.q(self.norm(x)), self.k(tokens), self.v(tokens)))
@@ -218,7 +227,11 @@ class Contextualization(nn.Module):
         states = self.encoder(events, mask, place.expand_as(events))
         self.user.update(tokens=self.resampler(states, ends), real=ends.flatten() > 0)
 
-        tokens, lengths, answers = batch["text"].flatten(0, 1), batch["text_lengths"].reshape(-1, 1), batch["answers"].reshape(-1, 1)
+        tokens, lengths, answers = (
+            batch["text"].flatten(0, 1),
+            batch["text_lengths"].reshape(-1, 1),
+            batch["answers"].reshape(-1, 1),
+        )
         hidden = self.llm.model(tokens, use_cache=False).last_hidden_state  # padding stands behind what is causal
         place = torch.arange(tokens.shape[1] - 1, device=tokens.device)
         asked = (place >= answers) & (place + 1 < lengths) & (answers > 0)
@@ -234,7 +247,7 @@ def make_model(sizes: Mapping, part: str) -> nn.Module:
     return (Pretraining if part == "encoder" else Contextualization)(sizes)
 
 
-def make_optimizer(model: nn.Module, sizes: Mapping, device: str) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, sizes: Mapping) -> torch.optim.Optimizer:
     """Return AdamW of what trains, without decay of norms, gates and tables."""
     chosen = sizes["optimizer"]
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -242,9 +255,7 @@ def make_optimizer(model: nn.Module, sizes: Mapping, device: str) -> torch.optim
         {"params": [p for name, p in trained if bool(NOT_DECAYED.search(name)) == bare], "weight_decay": decay}
         for bare, decay in ((False, chosen["weight_decay"]), (True, 0.0))
     ]
-    return torch.optim.AdamW(
-        groups, lr=chosen["learning_rate"], betas=(chosen["b1"], chosen["b2"]), fused=device == "cuda"
-    )
+    return torch.optim.AdamW(groups, lr=chosen["learning_rate"], betas=(chosen["b1"], chosen["b2"]), fused=True)
 
 
 def load_batch(path: pathlib.Path, device: str) -> dict[str, Tensor]:
@@ -261,7 +272,7 @@ def time_training(workdir: pathlib.Path, part: str, steps: int, *, compiled: boo
     batches = [load_batch(path, device) for path in sorted(workdir.glob(f"{part}-*.npz"))]
     torch.manual_seed(0)
     model = make_model(sizes, part).to(device)
-    optimizer = make_optimizer(model, sizes, device)
+    optimizer = make_optimizer(model, sizes)
     loss_of = torch.compile(model.loss) if compiled else model.loss
     trained = [p for p in model.parameters() if p.requires_grad]
     low = sizes["dtype"] == "bfloat16"
