@@ -3,7 +3,6 @@
 Compiled ahead, warmed up, then a stretch of steps is timed as a whole, up to the moment that its last result is there.
 """
 
-import contextlib
 import itertools
 import time
 from collections.abc import Iterable, Iterator
@@ -87,8 +86,8 @@ def time_training(
         events, _ = train(itertools.islice(feed, steps))
         seconds = time.monotonic() - start
         peak = peak_bytes(device)
-        with jax.profiler.trace(profile) if profile else contextlib.nullcontext():
-            if profile:
+        if profile:
+            with jax.profiler.trace(profile):
                 train(itertools.islice(feed, 3))
     return {
         "step_s": seconds / steps, "events_per_s": events / seconds, "compile_s": compile_s, "peak_bytes": peak,

@@ -19,6 +19,8 @@ sys.path.insert(0, str(ROOT / "launch"))
 import benchmark
 from train_speed import mfu
 
+from user_llm.ahead.check import abstract_batch
+from user_llm.ahead.flops import count_flops
 from user_llm.common import trees
 from user_llm.models.export import save_decoder
 from user_llm.models.families import config_from_settings
@@ -26,6 +28,7 @@ from user_llm.models.user_encoder import UserEncoder
 from user_llm.models.user_llm import UserLLM
 from user_llm.tasks.contextualize import contextual_loss, model_config
 from user_llm.tasks.pretrain_encoder import EncoderLoss, encoder_config
+from user_llm.training.loop import LoopConfig, abstract_state, settle_steps
 
 ITEMS, EVENTS = 20, 9
 
@@ -226,3 +229,24 @@ def test_a_tiny_benchmark_runs_all_parts_on_both_sides(reference, tmp_path):
         assert theirs["speed_ratio"] == pytest.approx(ours["steps_per_s"] / theirs["steps_per_s"])
         assert min(ours["events_per_s"], theirs["events_per_s"], ours["compile_s"], theirs["memory_ratio"]) > 0
         assert list((trace / part).rglob("*.xplane.pb"))
+
+
+@pytest.mark.slow
+def test_the_sizes_for_a_gpu_trace_to_the_flops_of_their_formula(tmp_path):
+    """6 N a token, and attention; N of what a token is multiplied by. Frozen weights have no gradients: 4 N."""
+    found, states = {}, {}
+    for part in benchmark.PARTS:
+        context, task = benchmark.open_part(benchmark.preset_config("gpu"), part, tmp_path)
+        phase = context.config[benchmark.PARTS[part][0]]
+        optimizer = context.optimizer_config(benchmark.PARTS[part][0])
+        states[part], step = abstract_state(task, settle_steps(LoopConfig(**phase.loop), task), optimizer, context.mesh, 0)
+        with jax.set_mesh(context.mesh):
+            found[part] = count_flops(step.trace(states[part], abstract_batch(task, context.mesh)).jaxpr.jaxpr)
+    events, row = 8 * 2048, 2048
+    attention = 3 * 4 * 8 * row * 512  # forward and twice backward, two products, 8 layers
+    assert found["encoder"] == pytest.approx(events * (6 * trees.count(states["encoder"].trainable) + attention), rel=0.01)
+    llm = sum(leaf.size for path, leaf in trees.flatten(states["full"].trainable).items() if path.startswith("decoder/"))
+    assert 0.55e9 < llm < 0.7e9
+    tokens = 16 * 16 * 32
+    assert found["full"] == pytest.approx(6 * llm * tokens, rel=0.1)
+    assert 0.6 < found["lora"] / found["full"] < 0.8
