@@ -37,6 +37,13 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
     return nn.Linear(inputs, outputs, bias=False)
 
 
+class RMSNorm(nn.RMSNorm):
+    """The norm in its input's type: autocast leaves its scale float32, for which there is no fused kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 def heads_first(x: Tensor, heads: int) -> Tensor:
     """Return [B, T, N H] as [B, N, T, H]."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -64,7 +71,7 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int, mlp_width: int):
         super().__init__()
         self.heads = heads
-        self.attn_norm, self.mlp_norm = nn.RMSNorm(width, eps=1e-6), nn.RMSNorm(width, eps=1e-6)
+        self.attn_norm, self.mlp_norm = RMSNorm(width, eps=1e-6), RMSNorm(width, eps=1e-6)
         self.q, self.k, self.v, self.o = (linear(width, width) for _ in range(4))
         self.mlp = GatedMLP(width, mlp_width)
 
@@ -93,7 +100,7 @@ class Encoder(nn.Module):
         self.project = linear(width, width)
         layers = range(sizes["encoder"]["num_layers"])
         self.blocks = nn.ModuleList(Block(width, block["heads"], block["mlp_width"]) for _ in layers)
-        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.norm = RMSNorm(width, eps=1e-6)
 
     def forward(self, items: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         """Encode [B, E] to states [B, E, D]; `mask` [B, E, E] is True where an event may be seen."""
@@ -130,7 +137,7 @@ class Resampler(nn.Module):
         self.heads = sizes["heads"]
         inner = self.heads * sizes["head_dim"]
         self.latents = nn.Parameter(0.02 * torch.randn(sizes["num_latents"], width))
-        self.event_norm, self.latent_norm, self.mlp_norm, self.norm = (nn.RMSNorm(width, eps=1e-6) for _ in range(4))
+        self.event_norm, self.latent_norm, self.mlp_norm, self.norm = (RMSNorm(width, eps=1e-6) for _ in range(4))
         self.q, self.k, self.v, self.o = (*(linear(width, inner) for _ in range(3)), linear(inner, width))
         self.mlp = GatedMLP(width, sizes["mlp_width"])
 
@@ -156,7 +163,7 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.heads = sizes["heads"]
         inner = self.heads * sizes["head_dim"]
-        self.norm, self.gate = nn.RMSNorm(width, eps=eps), nn.Parameter(torch.zeros(()))
+        self.norm, self.gate = RMSNorm(width, eps=eps), nn.Parameter(torch.zeros(()))
         self.q, self.k, self.v, self.o = (
             linear(width, inner),
             linear(user_width, inner),
@@ -216,7 +223,7 @@ class Contextualization(nn.Module):
             cross = CrossAttention(settings.hidden_size, width, settings.rms_norm_eps, sizes["cross"])
             layers[number] = WithUser(layers[number], cross, self.user)
         self.encoder, self.resampler = Encoder(sizes), Resampler(width, sizes["resampler"])
-        self.item_norm = nn.RMSNorm(settings.hidden_size, eps=settings.rms_norm_eps)
+        self.item_norm = RMSNorm(settings.hidden_size, eps=settings.rms_norm_eps)
         self.item_head = linear(settings.hidden_size, width)
 
     def loss(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -240,11 +247,6 @@ class Contextualization(nn.Module):
         query = self.item_head(self.item_norm(hidden[torch.arange(len(hidden)), answers[:, 0]]))
         item = self.encoder.item_loss(query, batch["items"])
         return self.catalogue * item + batch["text_weight/next_item"][0] * text
-
-
-def make_model(sizes: Mapping, part: str) -> nn.Module:
-    """Return the model of a part, with random weights."""
-    return (Pretraining if part == "encoder" else Contextualization)(sizes)
 
 
 def make_optimizer(model: nn.Module, sizes: Mapping) -> torch.optim.Optimizer:
@@ -271,7 +273,7 @@ def time_training(workdir: pathlib.Path, part: str, steps: int, *, compiled: boo
     sizes = json.loads((workdir / f"{part}.json").read_text())
     batches = [load_batch(path, device) for path in sorted(workdir.glob(f"{part}-*.npz"))]
     torch.manual_seed(0)
-    model = make_model(sizes, part).to(device)
+    model = (Pretraining if part == "encoder" else Contextualization)(sizes).to(device)
     optimizer = make_optimizer(model, sizes)
     loss_of = torch.compile(model.loss) if compiled else model.loss
     trained = [p for p in model.parameters() if p.requires_grad]

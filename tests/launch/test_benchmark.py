@@ -102,7 +102,7 @@ def test_both_encoders_have_the_same_loss(reference, tiny, drawn):
     loss = EncoderLoss({}, 0, 64, np.zeros(0), np.zeros(0), 0.0, 0.0)
     ours, _ = jax.jit(lambda params: loss(trees.merge(graphdef, params), batch, jax.random.key(0)))(params)
 
-    theirs = reference.make_model(sizes, "encoder")
+    theirs = reference.Pretraining(sizes)
     _load(theirs, _encoder_weights(params))
     assert theirs.loss(_torch_batch(batch)).item() == pytest.approx(float(ours), abs=1e-4)
 
@@ -164,7 +164,7 @@ def test_both_contextualized_llms_have_the_same_loss(reference, tiny, drawn, tmp
         model, key = trees.merge(graphdef, params), None
         return contextual_loss(model, batch, key, catalogue=1.0, align=0.0, chunk=64, leading={"next_item": 0})[0]
 
-    theirs = reference.make_model(sizes, part)
+    theirs = reference.Contextualization(sizes)
     flat = trees.flatten(params)
     weights = _encoder_weights(params["encoder"], "encoder.") | _llm_weights(params["decoder"], full.decoder, sizes, tmp_path)
     weights |= {"item_norm.weight": flat["item_norm/scale"], "item_head.weight": flat["item_head"].T}
