@@ -6,6 +6,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from user_llm.nn.losses import (
     chunked_cross_entropy,
+    draw_items,
     in_batch_cross_entropy,
     sampled_cross_entropy,
     soft_cross_entropy,
@@ -88,12 +89,16 @@ def test_memory_grows_with_the_chunk_not_with_the_rows():
 
 
 def test_memory_of_the_sampled_loss_does_not_know_the_catalogue():
-    """Ten times as many items: the table and its gradient, an argument and a result, are ten times as large, and nothing else."""
-    some, many = (
-        _temporary_bytes(sampled_cross_entropy, 1024, items, ((512,), "i4"), ((items,), "f4")) for items in (100_000, 1_000_000)
-    )
-    assert some > 1024 * 512 * 4  # the logits are among it
+    """Ten times as many items: the table and its gradient, an argument and a result, are ten times as large, and nothing else.
+
+    What the negatives are drawn by is a number an item, like one more column of the table.
+    """
+    shape, drawn, q, log_q = (1024, 8), 512, ((512,), "i4"), lambda items: ((items,), "f4")
+    some, many = (_temporary_bytes(sampled_cross_entropy, shape[0], v, q, log_q(v)) for v in (100_000, 1_000_000))
+    assert some > shape[0] * drawn * 4  # the logits are among it
     assert many < 1.2 * some
+    draw = jax.jit(lambda key: draw_items(key, np.zeros(1_000_000, np.float32), drawn))
+    assert draw.lower(jax.random.key(0)).compile().memory_analysis().temp_size_in_bytes < 2 * 1_000_000 * 4
 
 
 def test_memory_of_the_chunked_loss_is_that_of_a_few_chunks_of_logits():
@@ -160,6 +165,21 @@ def test_no_device_holds_the_whole_catalogue(mesh_of):
     eight = _compiled(mesh_of(1, 1, 8), 256, 8 * 4096).memory_analysis()
     for name in ("argument_size_in_bytes", "temp_size_in_bytes", "output_size_in_bytes"):
         assert getattr(eight, name) < 1.3 * getattr(one, name)
+
+
+def test_items_are_drawn_by_their_probability_and_others_never():
+    log_q = np.float32([-1e9, np.log(8 / 9), np.log(1 / 9), -1e9, -1e9])
+    drawn = np.asarray(jax.jit(lambda key: draw_items(key, log_q, 90_000))(jax.random.key(0)))
+    counts = np.bincount(drawn, minlength=5)
+    assert counts.sum() == 90_000 and not counts[[0, 3, 4]].any()
+    assert abs(counts[1] - 80_000) < 5 * (90_000 * 8 / 81) ** 0.5  # five standard deviations
+
+
+@pytest.mark.parametrize(("bits", "item"), [(0, 1), (2**31 - 2, 1), (2**31, 2), (2**32 - 1, 2)])
+def test_the_ends_of_the_draw_are_items(bits, item, monkeypatch):
+    """Two items of a half each, and rows around them that are none."""
+    monkeypatch.setattr(jax.random, "bits", lambda key, shape, dtype: jnp.full(shape, bits, dtype))
+    assert draw_items(None, np.array([-1e9, 0, 0, -1e9], np.float32), 1).tolist() == [item]
 
 
 def test_sampled_by_hand():
