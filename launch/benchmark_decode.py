@@ -12,11 +12,11 @@ cross-attention in every 2nd layer) are not kept from the first step but compute
 import argparse
 import json
 import pathlib
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
+
+import turns
 
 HERE = pathlib.Path(__file__).parent
 SETTINGS = {
@@ -134,18 +134,12 @@ def main() -> None:
     import torch
     import transformers
 
-    sides: dict[str, list[dict]] = {"user_llm": [], "torch": []}
     with tempfile.TemporaryDirectory() as path:
         torch.manual_seed(0)
         transformers.LlamaForCausalLM(transformers.LlamaConfig(**SETTINGS)).save_pretrained(path)
-        for _ in range(args.rounds):
-            for side, found in sides.items():
-                command = [sys.executable, __file__, f"--side={side}", f"--model={path}"]
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-                if done.returncode:
-                    raise SystemExit(f"{side} failed:\n{done.stderr[-2000:]}")
-                found.append(json.loads(done.stdout.strip().splitlines()[-1]))
-    result: dict = {side: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for side, runs in sides.items()}
+        sides = ("user_llm", "torch")
+        commands = {side: [sys.executable, __file__, f"--side={side}", f"--model={path}"] for side in sides}
+        result: dict = turns.take_turns(commands, args.rounds)
     result["ratio"] = {key: result["user_llm"][key] / result["torch"][key] for key in result["torch"]}
     print(json.dumps(result, indent=1))
 

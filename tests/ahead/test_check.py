@@ -17,6 +17,7 @@ from user_llm.ahead.collectives import Collective
 from user_llm.ahead.flops import count_flops
 from user_llm.ahead.stand_in import grow, stand_in_context
 from user_llm.common import mesh as meshes
+from user_llm.common import trees
 from user_llm.tasks.builders import BUILDERS
 from user_llm.training.loop import LoopConfig, abstract_state, initial_state, settle_steps
 
@@ -35,18 +36,41 @@ def _state_and_step(config, name, mesh, workdir):
     return task, loop, context, *abstract_state(task, loop, context.optimizer_config(name), mesh, 0)
 
 
-def test_flops_of_a_train_step_are_6_n_a_token(tmp_path, mesh_of):
+@pytest.fixture(scope="module")
+def lm_flops(tmp_path_factory, mesh_of):
+    """Return `flops(remat)`: a token's in the train step of a scanned decoder, with its weights by path, its sizes and its rows' length."""
+    workdir, mesh = tmp_path_factory.mktemp("lm"), mesh_of(1)
+
+    def flops(remat):
+        config = tiny_config()
+        config.pretrain_lm.batch.row_length = 16  # so that attention between tokens hardly counts
+        config.phases = ("pretrain_lm",)
+        config.llm.update(unroll=False, remat=remat)
+        task, _, _, state, step = _state_and_step(config, "pretrain_lm", mesh, workdir)
+        with jax.set_mesh(mesh):
+            found = count_flops(step.trace(state, abstract_batch(task, mesh)).jaxpr.jaxpr)
+        return found / (config.pretrain_lm.batch.rows * 16), trees.flatten(state.trainable), config.llm
+
+    return flops
+
+
+def _size(weights, pattern):
+    return sum(np.prod(leaf.shape) for path, leaf in weights.items() if re.search(pattern, path))
+
+
+def test_flops_of_a_train_step_are_6_n_a_token(lm_flops):
     """N: the weights that a token is multiplied by, the tied table as its head among them; attention itself is left out of both."""
-    config = tiny_config()
-    config.pretrain_lm.batch.row_length = 16  # so that attention between tokens hardly counts
-    config.phases = ("pretrain_lm",)
-    mesh = mesh_of(1)
-    task, _, _, state, step = _state_and_step(config, "pretrain_lm", mesh, tmp_path)
-    with jax.set_mesh(mesh):
-        found = count_flops(step.trace(state, abstract_batch(task, mesh)).jaxpr.jaxpr)
-    weights = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(state.trainable))
-    tokens = config.pretrain_lm.batch.rows * 16
-    assert found / (6 * weights * tokens) == pytest.approx(1, rel=0.1)
+    found, weights, _ = lm_flops("none")
+    assert found / (6 * _size(weights, "")) == pytest.approx(1, rel=0.1)
+
+
+def test_flops_with_all_layers_computed_again_are_8_n_a_token(lm_flops):
+    """The head is not computed again, and of each layer all but its last product, whose result no gradient needs."""
+    (plain, weights, llm), (again, _, _) = lm_flops("none"), lm_flops("full")
+    layers, table = _size(weights, "stack/"), _size(weights, "embed")
+    assert again / (8 * layers + 6 * table) == pytest.approx(1, rel=0.1)
+    attention = 2 * 2 * 16 * llm.block.width * llm.num_layers  # two products with 16 positions, in every layer
+    assert again - plain == 2 * _size(weights, "stack/.*(attn/.|gate_proj|up)$") + attention
 
 
 def test_what_is_compiled_is_what_is_run(tmp_path, mesh_of):

@@ -6,6 +6,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from user_llm.nn.losses import (
     chunked_cross_entropy,
+    draw_items,
     in_batch_cross_entropy,
     sampled_cross_entropy,
     soft_cross_entropy,
@@ -68,20 +69,48 @@ def test_chunked_in_bfloat16_is_close():
         np.testing.assert_allclose(np.asarray(grad, np.float32), wanted, atol=0.05)
 
 
-def _peak_bytes(rows, items, chunk):
-    """Temporary memory of the loss with both gradients, beyond arguments and results."""
-    shapes = [((rows, 8), "f4"), ((items, 8), "f4"), ((rows,), "i4"), ((rows,), "f4"), ((items,), "?")]
+def _temporary_bytes(loss, rows, items, *more):
+    """Temporary memory of a loss with both gradients, beyond arguments and results."""
+    shapes = [((rows, 8), "f4"), ((items, 8), "f4"), ((rows,), "i4"), ((rows,), "f4"), *more]
     args = [jax.ShapeDtypeStruct(*like) for like in shapes]
-    grad = jax.jit(jax.value_and_grad(lambda *a: chunked_cross_entropy(*a, chunk), (0, 1)))
-    return grad.lower(*args).compile().memory_analysis().temp_size_in_bytes
+    return jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+
+def _chunked_bytes(rows, items, chunk):
+    return _temporary_bytes(lambda *a: chunked_cross_entropy(*a, chunk), rows, items, ((items,), "?"))
 
 
 def test_memory_grows_with_the_chunk_not_with_the_rows():
     """At 4096 rows and items the logits alone would be 64 MiB; a chunk of them is 1 MiB."""
-    few, many = _peak_bytes(256, 4096, 64), _peak_bytes(4096, 4096, 64)
+    few, many = _chunked_bytes(256, 4096, 64), _chunked_bytes(4096, 4096, 64)
     assert many < few + 4 * 4096 * 8 * 4  # a few copies of the hidden states
     assert many < 4 * 2**20
-    assert _peak_bytes(4096, 4096, 512) > 4 * many
+    assert _chunked_bytes(4096, 4096, 512) > 4 * many
+
+
+def test_memory_of_the_sampled_loss_does_not_know_the_catalogue():
+    """Ten times as many items: the table and its gradient, an argument and a result, are ten times as large, and nothing else.
+
+    What the negatives are drawn by is a number an item, like one more column of the table.
+    """
+    shape, drawn, q, log_q = (1024, 8), 512, ((512,), "i4"), lambda items: ((items,), "f4")
+    some, many = (_temporary_bytes(sampled_cross_entropy, shape[0], v, q, log_q(v)) for v in (100_000, 1_000_000))
+    assert some > shape[0] * drawn * 4  # the logits are among it
+    assert many < 1.2 * some
+    draw = jax.jit(lambda key: draw_items(key, np.zeros(1_000_000, np.float32), drawn))
+    assert draw.lower(jax.random.key(0)).compile().memory_analysis().temp_size_in_bytes < 2 * 1_000_000 * 4
+
+
+def test_memory_of_the_chunked_loss_is_that_of_a_few_chunks_of_logits():
+    """It grows with the catalogue at a given chunk, and not where the chunk shrinks as the catalogue grows."""
+    some, many, short = (
+        _chunked_bytes(1024, 100_000, 80),
+        _chunked_bytes(1024, 1_000_000, 80),
+        _chunked_bytes(1024, 1_000_000, 8),
+    )
+    assert many == pytest.approx(10 * some, rel=0.02)
+    assert short < 1.2 * some
+    assert 1 < many / (80 * 1_000_000 * 4) < 4
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)], ids=str)
@@ -136,6 +165,21 @@ def test_no_device_holds_the_whole_catalogue(mesh_of):
     eight = _compiled(mesh_of(1, 1, 8), 256, 8 * 4096).memory_analysis()
     for name in ("argument_size_in_bytes", "temp_size_in_bytes", "output_size_in_bytes"):
         assert getattr(eight, name) < 1.3 * getattr(one, name)
+
+
+def test_items_are_drawn_by_their_probability_and_others_never():
+    log_q = np.float32([-1e9, np.log(8 / 9), np.log(1 / 9), -1e9, -1e9])
+    drawn = np.asarray(jax.jit(lambda key: draw_items(key, log_q, 90_000))(jax.random.key(0)))
+    counts = np.bincount(drawn, minlength=5)
+    assert counts.sum() == 90_000 and not counts[[0, 3, 4]].any()
+    assert abs(counts[1] - 80_000) < 5 * (90_000 * 8 / 81) ** 0.5  # five standard deviations
+
+
+@pytest.mark.parametrize(("bits", "item"), [(0, 1), (2**31 - 2, 1), (2**31, 2), (2**32 - 1, 2)])
+def test_the_ends_of_the_draw_are_items(bits, item, monkeypatch):
+    """Two items of a half each, and rows around them that are none."""
+    monkeypatch.setattr(jax.random, "bits", lambda key, shape, dtype: jnp.full(shape, bits, dtype))
+    assert draw_items(None, np.array([-1e9, 0, 0, -1e9], np.float32), 1).tolist() == [item]
 
 
 def test_sampled_by_hand():

@@ -6,12 +6,15 @@ the config says.
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from user_llm.common.files import local_folder, make_once
 from user_llm.data.schema import Schema
 from user_llm.data.splits import make_split
 from user_llm.data.timelines import Timelines
@@ -22,8 +25,11 @@ WORLD = {"num_users": 64, "num_items": 240, "events_per_user": 60}
 TOKENS = 8192  # of the tokenizer that stands in for an open LLM's
 
 
-def stand_in_context(config: ConfigDict, mesh, workdir: epath.Path) -> Context:
+def stand_in_context(config: ConfigDict, mesh: Mesh, workdir: epath.Path, *, world: Mapping[str, int] | None = None) -> Context:
     """Open a run of `config` on what there is, and on stand-ins for the rest.
+
+    Args:
+      world: sizes of the world that stands in for data, of `synthetic_files.write`; None for a small one.
 
     Raises:
       ValueError: data or an LLM that are neither here nor known by their sizes.
@@ -31,7 +37,7 @@ def stand_in_context(config: ConfigDict, mesh, workdir: epath.Path) -> Context:
     config = config.copy_and_resolve_references()
     grown = not config.data.dir and config.data.source != "synthetic"
     if grown:
-        config.data.synthetic.update(layout=config.data.source, **WORLD)
+        config.data.synthetic.update(layout=config.data.source, **(world or WORLD))
         config.data.source = "synthetic"
     timelines, split = load_data(config, workdir)
     if grown:
@@ -66,9 +72,12 @@ def grow(timelines: Timelines, num_items: int) -> Timelines:
     )
 
 
-def _empty_checkpoint(config: ConfigDict, timelines: Timelines, workdir: epath.Path) -> epath.Path:
-    """Write the published settings of an open LLM and a tokenizer of this world: a checkpoint without weights."""
-    directory = workdir / "llm"
-    train_bpe(catalogue_lines(timelines)[:10_000], min(config.llm.published.vocab_size, TOKENS), directory)
-    (directory / "config.json").write_text(json.dumps(config.llm.published.to_dict()))
-    return directory
+def _empty_checkpoint(config: ConfigDict, timelines: Timelines, workdir: epath.Path) -> Path:
+    """Return the published settings of an open LLM and a tokenizer of this world, written once: a checkpoint without weights."""
+    published = config.llm.published
+
+    def write(directory: Path) -> None:
+        train_bpe(catalogue_lines(timelines)[:10_000], min(published.vocab_size, TOKENS), directory)
+        (directory / "config.json").write_text(json.dumps(published.to_dict()))
+
+    return make_once(local_folder(workdir) / "llm", write)

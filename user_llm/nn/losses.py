@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
@@ -168,6 +169,17 @@ def _chunked_backward(chunk, grads, cotangent):
 
 
 chunked_cross_entropy.defvjp(_chunked_forward, _chunked_backward)
+
+
+def draw_items(key: Array, log_q: Float[np.ndarray, "V"], count: int) -> Int[Array, "Q"]:
+    """Draw `count` items, one perhaps more than once, by probabilities in proportion to exp(log_q), known before tracing.
+
+    By the inverse of their cumulative sum, in steps of 2^-32: memory is O(V + Q), where `jax.random.categorical` takes Q V.
+    """
+    cumulated = np.cumsum(np.exp(np.asarray(log_q, np.float64)))
+    steps = (cumulated / cumulated[-1] * (2**32 - 1)).astype(np.uint32)
+    bits = jnp.minimum(jax.random.bits(key, (count,), jnp.uint32), np.uint32(2**32 - 2))  # always below the last step
+    return jnp.searchsorted(jnp.asarray(steps), bits, side="right")
 
 
 def sampled_cross_entropy(

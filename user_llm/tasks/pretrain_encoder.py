@@ -29,6 +29,7 @@ from user_llm.models.user_encoder import UserEncoder, UserEncoderConfig
 from user_llm.nn.losses import (
     Whole,
     chunked_cross_entropy,
+    draw_items,
     in_batch_cross_entropy,
     sampled_cross_entropy,
     soft_cross_entropy,
@@ -163,7 +164,7 @@ class EncoderLoss:
         table = encoder.item[...]
         if not self.negatives:
             return chunked_cross_entropy(rows, table, targets, weights, encoder.valid_items(), self.chunk)
-        negatives = jax.random.categorical(key, jnp.asarray(self.log_q), shape=(self.negatives,))
+        negatives = draw_items(key, self.log_q, self.negatives)
         return sampled_cross_entropy(rows, table, targets, weights, negatives, jnp.asarray(self.log_q))
 
 

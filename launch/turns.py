@@ -1,0 +1,33 @@
+"""What the benchmarks here share: sides in processes of their own, turn by turn, and medians over the rounds."""
+
+import json
+import resource
+import statistics
+import subprocess
+from collections.abc import Mapping, Sequence
+
+
+def run(command: Sequence[str]) -> dict:
+    """Run one side and return the JSON on its last line; a failure ends the benchmark with what the side said."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def take_turns(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, dict]:
+    """Run every side once a round, one at a time, and return each side's medians; what is no number is that of the last round."""
+    runs: dict[str, list[dict]] = {side: [] for side in commands}
+    for _ in range(rounds):
+        for side, command in commands.items():
+            runs[side].append(run(command))
+    return {side: {key: _median([found[key] for found in of_side]) for key in of_side[-1]} for side, of_side in runs.items()}
+
+
+def _median(values: list):
+    return statistics.median(values) if isinstance(values[-1], int | float) else values[-1]
+
+
+def peak_resident_bytes() -> int:
+    """Return the most memory that this process has held (Linux counts KiB)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
