@@ -10,7 +10,6 @@ import pytest
 
 from user_llm.data.pipeline import (
     ExampleConfig,
-    Streams,
     Windows,
     contextual_examples,
     history_batches,
@@ -20,6 +19,7 @@ from user_llm.data.pipeline import (
 from user_llm.data.prompts.base import Lines
 from user_llm.data.prompts.next_item import NextItem
 from user_llm.data.splits import leave_last_out
+from user_llm.data.streams import Streams
 from user_llm.data.tokenizer import train_bpe
 
 LENGTHS = [0, 1, 2, 3, 6, 7, 9, 13, 14, 30, 41]  # of training; all sorts around a window of 5 inputs and beyond

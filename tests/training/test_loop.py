@@ -15,7 +15,7 @@ import pytest
 from user_llm.common import mesh as meshes
 from user_llm.common.checkpoint import Checkpointer
 from user_llm.common.metrics import read_metrics
-from user_llm.data.pipeline import Streams
+from user_llm.data.streams import Streams
 from user_llm.training.loop import Preempted
 
 sys.path.insert(0, str(Path(__file__).parent))

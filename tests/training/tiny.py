@@ -20,7 +20,8 @@ from ml_collections import ConfigDict
 
 from user_llm.common import distributed
 from user_llm.common import mesh as meshes
-from user_llm.data.pipeline import Streams, packed_text
+from user_llm.data.pipeline import packed_text
+from user_llm.data.streams import Streams
 from user_llm.nn.layers import dropout
 from user_llm.tasks.context import Context
 from user_llm.training import loop

@@ -20,9 +20,9 @@ from user_llm.common.distributed import is_first
 from user_llm.common.files import local_folder, lock, make_once
 from user_llm.common.trees import Params, Rules
 from user_llm.data import amazon, event_files, google_local, movielens, prepare, synthetic_files
-from user_llm.data.pipeline import Streams
 from user_llm.data.raw import Raw
 from user_llm.data.splits import Split, make_split
+from user_llm.data.streams import Streams
 from user_llm.data.timelines import Timelines
 from user_llm.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from user_llm.evals.evaluator import train_counts

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from user_llm.common.trees import Params
-from user_llm.data.pipeline import Streams
+from user_llm.data.streams import Streams
 from user_llm.nn.losses import Whole
 
 Batch = dict[str, Any]
