@@ -244,7 +244,7 @@ class Contextualization(nn.Module):
         asked = (place >= answers) & (place + 1 < lengths) & (answers > 0)
         logits = self.llm.lm_head(hidden[:, :-1]).flatten(0, 1)
         text = functional.cross_entropy(logits.float(), tokens[:, 1:].where(asked, -100).flatten())
-        query = self.item_head(self.item_norm(hidden[torch.arange(len(hidden)), answers[:, 0]]))
+        query = self.item_head(self.item_norm(hidden[torch.arange(len(hidden), device=tokens.device), answers[:, 0]]))
         item = self.encoder.item_loss(query, batch["items"])
         return self.catalogue * item + batch["text_weight/next_item"][0] * text
 
