@@ -11,22 +11,18 @@ WORKDIR is what benchmark.py has filled; prints one line of JSON.
 
 import contextlib
 import json
-import os
 import pathlib
 import re
 import sys
 import time
 from collections.abc import Mapping
 
-# Threads that wait for each other by spinning lose many times over where other programs want the cores, too.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-import turns  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.nn import functional  # noqa: E402
+import numpy as np
+import torch
+import transformers
+import turns
+from torch import Tensor, nn
+from torch.nn import functional
 
 WARM_UP = 2  # steps
 NOT_DECAYED = re.compile(r"norm|gate$|item\.|embed|latents")

@@ -1,15 +1,19 @@
 """What the benchmarks here share: sides in processes of their own, turn by turn, and medians over the rounds."""
 
 import json
+import os
 import resource
 import statistics
 import subprocess
 from collections.abc import Mapping, Sequence
 
+# PyTorch's threads wait for each other by spinning, which costs them many times over where other programs want the cores, too.
+OPENMP = {"OMP_WAIT_POLICY": "passive"}
+
 
 def run(command: Sequence[str]) -> dict:
     """Run one side and return the JSON on its last line; a failure ends the benchmark with what the side said."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=OPENMP | os.environ)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
