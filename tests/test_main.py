@@ -149,9 +149,9 @@ def test_no_data_says_how_to_get_some(tmp_path):
 def test_a_mistake_on_the_command_line_ends_in_one_sentence(flags, sentence):
     if not flags[0].startswith("--config=configs"):
         flags = ["--config=configs/quickstart.py", *flags]
-    done = subprocess.run(
-        [sys.executable, "-m", "user_llm.main", *flags], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}  # jax itself speaks where libtpu is installed and a TPU is not
+    command = [sys.executable, "-m", "user_llm.main", *flags]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and done.stderr.strip() == f"Error: {sentence}"
 
 

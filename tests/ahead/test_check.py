@@ -113,9 +113,8 @@ def test_an_unknown_chip_is_refused(name):
         find_topology(name)
 
 
-def _compile_only(*flags):
-    config = "--config=configs/movielens_encoder.py:synthetic"
-    command = [sys.executable, "-m", "user_llm.main", config, "--compile_only", *flags]  # the last --config counts
+def _compile_only(*flags, config="movielens_encoder"):
+    command = [sys.executable, "-m", "user_llm.main", f"--config=configs/{config}.py:synthetic", "--compile_only", *flags]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
@@ -152,8 +151,8 @@ def test_a_small_config_compiles_for_eight_chips(topology, mesh):
 @pytest.mark.slow
 @needs_libtpu
 def test_what_a_contextualized_llm_answers_with_compiles_for_eight_chips():
-    flags = ["--config=configs/movielens_xattn.py:synthetic", "--config.phases=('pretrain_encoder','user_llm')"]
-    done = _compile_only("--topology=v5e:2x4", *flags)
+    phases = "--config.phases=('pretrain_encoder','user_llm')"
+    done = _compile_only("--topology=v5e:2x4", phases, config="movielens_xattn")
     assert done.returncode == 0, done.stderr
     programs = ["user_llm", *(f"user_llm: {name}" for name in ("encode", "score", "prefill", "decode"))]
     rows = _rows(done)
