@@ -55,8 +55,16 @@ GEMMA3 = {
     "query_pre_attn_scalar": 256, "sliding_window": 512, "rope_theta": 1e6, "rope_local_base_freq": 1e4, "rms_norm_eps": 1e-6,
     "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 32_768, "tie_word_embeddings": True,
 }  # fmt: skip
+QWEN3 = {
+    "model_type": "qwen3", "vocab_size": 151_936, "num_key_value_heads": 8, "head_dim": 128, "rope_theta": 1e6,
+    "rms_norm_eps": 1e-6, "hidden_act": "silu", "max_position_embeddings": 40_960,
+}  # fmt: skip
+LLAMA3 = {
+    "model_type": "llama", "vocab_size": 128_256, "num_attention_heads": 32, "num_key_value_heads": 8, "rope_theta": 5e5,
+    "rms_norm_eps": 1e-5, "hidden_act": "silu", "max_position_embeddings": 131_072,
+}  # fmt: skip
 LLAMA3_ROPE = {
-    "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }  # fmt: skip
 LLMS = {
@@ -66,15 +74,26 @@ LLMS = {
     "gemma3_1b": ("google/gemma-3-1b-pt", GEMMA3 | {
         "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26,
     }),
-    "qwen3_0_6b": ("Qwen/Qwen3-0.6B", {
-        "model_type": "qwen3", "vocab_size": 151_936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
-        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "rope_theta": 1e6, "rms_norm_eps": 1e-6,
-        "hidden_act": "silu", "max_position_embeddings": 40_960, "tie_word_embeddings": True,
+    "gemma3_4b": ("google/gemma-3-4b-pt", GEMMA3 | {  # with images, of which nothing is read
+        "hidden_size": 2560, "intermediate_size": 10_240, "num_hidden_layers": 34, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "vocab_size": 262_208, "sliding_window": 1024, "max_position_embeddings": 131_072,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
     }),
-    "llama3_2_1b": ("meta-llama/Llama-3.2-1B", {
-        "model_type": "llama", "vocab_size": 128_256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "rope_theta": 5e5, "rope_scaling": LLAMA3_ROPE,
-        "rms_norm_eps": 1e-5, "hidden_act": "silu", "max_position_embeddings": 131_072, "tie_word_embeddings": True,
+    "qwen3_0_6b": ("Qwen/Qwen3-0.6B", QWEN3 | {
+        "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
+        "tie_word_embeddings": True,
+    }),
+    "qwen3_8b": ("Qwen/Qwen3-8B", QWEN3 | {
+        "hidden_size": 4096, "intermediate_size": 12_288, "num_hidden_layers": 36, "num_attention_heads": 32,
+        "tie_word_embeddings": False,
+    }),
+    "llama3_2_1b": ("meta-llama/Llama-3.2-1B", LLAMA3 | {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64,
+        "rope_scaling": LLAMA3_ROPE | {"factor": 32.0}, "tie_word_embeddings": True,
+    }),
+    "llama3_1_8b": ("meta-llama/Llama-3.1-8B", LLAMA3 | {
+        "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "head_dim": 128,
+        "rope_scaling": LLAMA3_ROPE | {"factor": 8.0}, "tie_word_embeddings": False,
     }),
     "smollm2_135m": ("HuggingFaceTB/SmolLM2-135M", {
         "model_type": "llama", "vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,

@@ -15,12 +15,13 @@ import importlib
 import json
 import pathlib
 import re
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
-from absl import logging
 from etils import epath
+from ml_collections import ConfigDict
 
 from configs.common import LLMS, STRATEGIES
 from user_llm.ahead.check import Checked, check
@@ -62,66 +63,87 @@ def rows() -> list[Row]:
             Row(f"{dataset}_softprompt", "user_llm", "full", "batch_size", 8),
             Row(f"{dataset}_textprompt", "text_prompt_50", "full", "batch_size", 16),
         ]
+    llms = [f"movielens_xattn:{llm}" for llm in LLMS]
     strategies = [name for name in STRATEGIES if name != "all"]
-    return found + [
-        Row(f"movielens_xattn:{llm}", "user_llm", strategy, "batch_size", 8) for llm in LLMS for strategy in strategies
-    ]
+    return found + [Row(llm, "user_llm", strategy, "batch_size", 8) for llm in llms for strategy in strategies]
 
 
-def settings(row: Row, chips: int) -> Iterator[dict]:
-    """Yield settings to try, the best first: large batches, little computed again, parameters whole on every chip."""
-    share = row.per_chip
-    while share:
-        for remat in REMATS:
-            for mesh in ({"data": -1, "fsdp": 1}, {"data": 1, "fsdp": -1}):
-                yield {
-                    **{f"mesh.{axis}": size for axis, size in mesh.items()},
-                    "encoder.remat": remat,
-                    "llm.remat": remat,
-                    f"{row.phase}.{row.batch}": share * chips,
-                }
-        share //= 2
+LEAN = {"optimizer.first_moment": "bfloat16", "optimizer.second_moment": "factored"}
 
 
-def load(row: Row, changes: dict):
-    """Return the config of a row with some of its keys changed."""
+def settings(row: Row, chips: int) -> Iterator[list[dict]]:
+    """Yield lists of settings to try, the best first: little computed again before more, parameters whole on every chip before shared.
+
+    A list has one batch, and the last of it needs the least memory: large batches before small ones, and after all of them the same
+    with moments that take less.
+    """
+    for moments in ({}, LEAN):
+        share = row.per_chip
+        while share:
+            yield [
+                {f"mesh.{axis}": size for axis, size in mesh.items()}
+                | {"encoder.remat": remat, "llm.remat": remat, f"{row.phase}.{row.batch}": share * chips}
+                | {f"{row.phase}.{key}": dtype for key, dtype in moments.items()}
+                for remat in REMATS
+                for mesh in ({"data": -1, "fsdp": 1}, {"data": 1, "fsdp": -1})
+            ]
+            share //= 2
+
+
+def shipped(row: Row) -> ConfigDict:
+    """Return the config of a row as it is."""
     name, _, variant = row.config.partition(":")
-    config = importlib.import_module(f"configs.{name}").get_config(variant or "full")
+    return importlib.import_module(f"configs.{name}").get_config(variant or "full")
+
+
+def changed(row: Row, changes: dict) -> ConfigDict:
+    """Return the config of a row with its strategy and some of its keys changed."""
+    config = shipped(row)
     config.update_from_flattened_dict({f"{row.phase}.strategy": row.strategy, **changes})
     return config
 
 
 class Found:
-    """What was compiled before, a JSON line each."""
+    """What was compiled before, a JSON line each; and what compiles what was not, None for nothing."""
 
-    def __init__(self, path: pathlib.Path):
-        self._path = path
+    def __init__(self, path: pathlib.Path, compile: Callable[..., list[Checked]] | None = None):
+        self._path, self._compile = path, compile
         lines = path.read_text().splitlines() if path.exists() else []
         self._known = {self._key(line): line for line in map(json.loads, lines)}
 
     @staticmethod
     def _key(line: dict) -> str:
-        return json.dumps(
-            [line["config"], line["phase"], line["strategy"], line["topology"], line["settings"], line["evaluated"]]
-        )
+        return json.dumps([line[key] for key in ("config", "phase", "strategy", "topology", "settings", "part")])
 
-    def compile(
-        self, row: Row, topology: str, changes: dict, *, evaluated: bool = False, known_only: bool = False
-    ) -> list[dict]:
-        """Return the programs of a row, the train step first: compiled now, unless they were before; [] if they may not be."""
-        facts = {"config": row.config, "phase": row.phase, "strategy": row.strategy}
-        line = facts | {"topology": topology, "settings": changes, "evaluated": evaluated}
-        if self._key(line) not in self._known and not known_only:
-            with tempfile.TemporaryDirectory() as workdir:
-                programs = check(
-                    load(row, changes), topology, epath.Path(workdir), phases=(row.phase,), train_only=not evaluated
-                )
-            line["programs"] = [as_json(program) for program in programs]
+    def programs(self, row: Row, topology: str, changes: dict, part: str = "train") -> list[dict] | None:
+        """Return the figures of the programs of a row; None if they are not known and nothing compiles.
+
+        Args:
+          part: of the phase, one of `ahead.check.PARTS`.
+        """
+        line = {"config": row.config, "phase": row.phase, "strategy": row.strategy, "topology": topology, "settings": changes}
+        line["part"] = part
+        if self._key(line) not in self._known:
+            if self._compile is None:
+                return None
+            line["programs"] = [as_json(program) for program in self._compile(row, topology, changes, part)]
             with self._path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             self._known[self._key(line)] = line
-            jax.clear_caches()
-        return self._known.get(self._key(line), {"programs": []})["programs"]
+        return self._known[self._key(line)]["programs"]
+
+
+def compiler(workdir: pathlib.Path) -> Callable[[Row, str, dict, str], list[Checked]]:
+    """Return what compiles a part of a row, with stand-ins for data and LLMs in `workdir`."""
+
+    def compile(row: Row, topology: str, changes: dict, part: str) -> list[Checked]:
+        print(f"{row.label} {topology} {changes} {part}", file=sys.stderr, flush=True)
+        stand_ins = epath.Path(workdir) / row.config
+        programs = check(changed(row, changes), topology, stand_ins, phases=(row.phase,), parts=(part,))
+        jax.clear_caches()
+        return programs
+
+    return compile
 
 
 def as_json(program: Checked) -> dict:
@@ -133,17 +155,31 @@ def as_json(program: Checked) -> dict:
     }  # fmt: skip
 
 
-def recommend(found: Found, row: Row, name: str, *, known_only: bool) -> tuple[dict, list[dict]] | None:
-    """Return the first settings of a row that fit a topology, with their programs; None if none does, or nothing is known."""
+def recommend(found: Found, row: Row, name: str) -> tuple[dict, list[dict]] | None:
+    """Return the first settings of a row that fit a topology, with their programs; none if none fits, None if that is not known."""
     topology = TOPOLOGIES[name]
-    chips = count_chips(topology)
-    evaluated = name == EVALUATED
-    for changes in settings(row, chips):
-        programs = found.compile(row, topology, changes, evaluated=evaluated, known_only=known_only)
-        if not programs:
-            return None
-        if all(program["fits"] for program in programs):
-            return changes, programs
+    parts = ["train"]
+    if name == EVALUATED and row.strategy in ("all", shipped(row)[row.phase].strategy):
+        parts.append("evaluation")
+
+    def tried(changes: dict) -> list[dict] | None:
+        """Return all programs if they fit, [] if one does not, None if that is not known."""
+        out: list[dict] = []
+        for part in parts:
+            programs = found.programs(row, topology, changes, part)
+            if programs is None or not all(program["fits"] for program in programs):
+                return None if programs is None else []
+            out += programs
+        return out
+
+    for batch in settings(row, count_chips(topology)):
+        # Where neither the first nor the last of a list fits, what lies between is not compiled.
+        for changes in batch if tried(batch[0]) or tried(batch[-1]) != [] else ():
+            programs = tried(changes)
+            if programs is None:
+                return None
+            if programs:
+                return changes, programs
     return {}, []
 
 
@@ -156,26 +192,16 @@ def count_chips(topology: str) -> int:
 
 
 HEADER = (
-    "config",
-    "topology",
-    "settings",
-    "GB of chip",
-    "TFLOP",
-    "GB sent",
-    "least ms",
-    "limit",
-    "GB of score, prefill, decode",
-)
+    "config", "topology", "settings", "GB of chip", "TFLOP", "GB sent", "least ms", "limit", "GB of score, prefill, decode",
+)  # fmt: skip
 
 
-def topology_table(found: Found, only: str, known_only: bool) -> str:
-    """Compile and return the table of settings that fit."""
+def topology_table(found: Found, only: str = "") -> str:
+    """Return the table of settings that fit, of all rows that are known or match `only` and can be compiled."""
     out = []
     for row in rows():
         for name, topology in TOPOLOGIES.items():
-            if not re.search(only, f"{row.config} {row.phase} {row.strategy} {name}"):
-                continue
-            best = recommend(found, row, name, known_only=known_only)
+            best = recommend(found, row, name) if re.search(only, f"{row.config} {row.phase} {row.strategy} {name}") else None
             if best is None:
                 continue
             changes, programs = best
@@ -184,19 +210,18 @@ def topology_table(found: Found, only: str, known_only: bool) -> str:
                 out.append((row.label, name, "none of those tried fits", *[""] * 6))
                 continue
             train, *others = programs
-            chosen = ("score", "prefill", "decode")
             shown = {p["name"].rpartition(": ")[2]: f"{p['total'] / 1e9:.2f}" for p in others}
             out.append((
                 row.label, name, flags(row, changes), f"{train['total'] / 1e9:.2f} of {memory:.0f}",
                 f"{train['flops'] / 1e12:.3f}", f"{train['sent'] / 1e9:.3f}", f"{train['least_s'] * 1e3:.2f}", train["limit"],
-                ", ".join(shown.get(what, "-") for what in chosen) if others else "",
+                ", ".join(shown.get(what, "-") for what in ("score", "prefill", "decode")) if others else "",
             ))  # fmt: skip
     return markdown.table(HEADER, out)
 
 
 def flags(row: Row, changes: dict) -> str:
     """Return settings as they are written on the command line, those alone that differ from the config's."""
-    default = load(row, {})
+    default = shipped(row)
     said = []
     for key, value in changes.items():
         section = default
@@ -216,8 +241,8 @@ SCALED = (
 )
 
 
-def scaling_table(found: Found, only: str, known_only: bool) -> str:
-    """Compile and return what a chip holds and sends at the same batch per chip, everything over fsdp."""
+def scaling_table(found: Found, only: str = "") -> str:
+    """Return what a chip holds and sends at the same batch per chip, everything over fsdp."""
     out = []
     for row, remat in SCALED:
         first = None
@@ -226,8 +251,8 @@ def scaling_table(found: Found, only: str, known_only: bool) -> str:
                 continue
             changes = {"mesh.data": 1, "mesh.fsdp": -1, "encoder.remat": remat, "llm.remat": remat}
             changes[f"{row.phase}.{row.batch}"] = row.per_chip * chips
-            programs = found.compile(row, topology, changes, known_only=known_only)
-            if not programs:
+            programs = found.programs(row, topology, changes)
+            if programs is None:
                 continue
             [train] = programs
             first = first or train
@@ -261,13 +286,12 @@ def main() -> None:
     parser.add_argument("--found", type=pathlib.Path, default=pathlib.Path("runs/topologies.jsonl"), help="what was compiled")
     parser.add_argument("--page", type=pathlib.Path, default=HERE / "README.md", help="where the table goes")
     args = parser.parse_args()
-    logging.set_verbosity(logging.INFO)
     jax.config.update("jax_platforms", "cpu")
     args.found.parent.mkdir(parents=True, exist_ok=True)
-    found = Found(args.found)
-    make, name = (scaling_table, "scaling") if args.scaling else (topology_table, "topology")
-    make(found, args.only, known_only=False)
-    write_section(args.page, name, make(found, "", known_only=True))
+    table, name = (scaling_table, "scaling") if args.scaling else (topology_table, "topology")
+    with tempfile.TemporaryDirectory() as workdir:
+        table(Found(args.found, compiler(pathlib.Path(workdir))), args.only)
+    write_section(args.page, name, table(Found(args.found)))
 
 
 if __name__ == "__main__":

@@ -159,12 +159,16 @@ def test_an_unknown_variant_is_refused(path):
 
 
 # The parameters that the models' pages on huggingface.co give; Qwen3-0.6B's stores its tied table twice, here it counts once
-# (its page: 0.44B without embeddings, here 596,049,920 - 151,936 x 1024 = 440,467,456).
+# (its page: 0.44B without embeddings, here 596,049,920 - 151,936 x 1024 = 440,467,456). Gemma 3 4B's counts the image side, here
+# left out: a SigLIP tower of 416,866,032 and a projection of 2,950,272, by their shapes in transformers.
 PUBLISHED = {
     "gemma3_270m": 268_098_176,
     "gemma3_1b": 999_885_952,
+    "gemma3_4b": 4_300_079_472 - 416_866_032 - 2_950_272,
     "qwen3_0_6b": 596_049_920,
+    "qwen3_8b": 8_190_735_360,
     "llama3_2_1b": 1_235_814_400,
+    "llama3_1_8b": 8_030_261_248,
     "smollm2_135m": 134_515_008,
 }
 

@@ -20,6 +20,21 @@ def test_products_by_hand():
     assert _count(lambda a, b: jnp.einsum("nij,nkj->nik", a, b), *batched) == 7 * PRODUCT
 
 
+def test_what_nothing_comes_of_does_not_count():
+    """The gradient of a frozen table, which a scan carries along, is dropped from the compiled program."""
+
+    def step(a, b):
+        def chunk(carry, _):
+            a, table = carry
+            return (jnp.tanh(a), table + a.T @ a), a @ b
+
+        (_, table), out = jax.lax.scan(chunk, (a, C), length=6)
+        return out, table
+
+    assert _count(step, A, B) == 6 * (PRODUCT + 2 * 4 * 3 * 4)
+    assert _count(lambda a, b: step(a, b)[0], A, B) == 6 * PRODUCT
+
+
 def test_a_gradient_is_two_more_products():
     assert _count(jax.grad(lambda a, b: jnp.sum((a @ b) ** 2), (0, 1)), A, B) == 3 * PRODUCT
 

@@ -1,8 +1,16 @@
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from user_llm.models.prefill import bucket, check_user, lane_mask, lane_positions, pad_prompts
+from user_llm.ahead.collectives import KINDS
+from user_llm.common import mesh as meshes
+from user_llm.common import trees
+from user_llm.models.decoder import Decoder
+from user_llm.models.prefill import bucket, check_user, lane_mask, lane_positions, pad_prompts, prefill
 
 
 def test_buckets_are_few_and_not_much_too_long():
@@ -58,3 +66,27 @@ def test_lanes_by_hand():
         [[1, 1, 1, 0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0, 1, 1, 0]],
     ]
     assert lane_positions(lengths, 3, 3, 2).tolist() == [[0, 1, 2, 2, 2, 3, 3, 4, 4], [0, 1, 2, 3, 3, 4, 4, 5, 5]]
+
+
+@pytest.mark.parametrize("unroll", [True, False])
+def test_prompts_spread_over_devices_fill_caches_of_their_own(tiny, mesh_of, unroll):
+    """Left to the compiler, each layer's cache was collected on all devices."""
+    config = dataclasses.replace(trees.merge(*tiny.model).config, unroll=unroll)
+    graphdef, _ = trees.abstract(lambda: Decoder(config, rngs=nnx.Rngs(params=0)))
+    mesh = mesh_of(4, 2)
+    prompts = jnp.asarray(np.random.default_rng(0).integers(3, tiny.vocab, (16, 8)))
+    lengths = jnp.arange(1, 17) % 8 + 1
+
+    @jax.jit
+    def read(params, prompts, lengths):
+        return prefill(trees.merge(graphdef, params), prompts, lengths, None, 4)
+
+    expected = read(tiny.params, prompts, lengths)
+    spread = jax.device_put((prompts, lengths), meshes.by_row(mesh))
+    with jax.set_mesh(mesh):
+        program = read.lower(tiny.params, *spread).compile()
+        found = program(jax.device_put(tiny.params, meshes.replicated(mesh)), *spread)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert found[1].k.sharding.shard_shape(found[1].k.shape)[1] == 2
+    assert not any(f" {kind}(" in program.as_text() for kind in KINDS)

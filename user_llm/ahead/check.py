@@ -28,6 +28,7 @@ from user_llm.tasks.context import Context
 from user_llm.training.loop import LoopConfig, abstract_state, settle_steps
 from user_llm.training.task import Task
 
+PARTS = ("train", "evaluation")
 # What the compiler says of a program that does not fit: the bytes in all, or of temporaries alone.
 USED = re.compile(r"(Used |temporaries \()([\d.]+)([KMG])")
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
@@ -107,14 +108,14 @@ def describe(found: list[Checked]) -> str:
 
 
 def check(
-    config: ConfigDict, topology: str, workdir: epath.Path, *, phases: Sequence[str] = (), train_only: bool = False
+    config: ConfigDict, topology: str, workdir: epath.Path, *, phases: Sequence[str] = (), parts: Sequence[str] = PARTS
 ) -> list[Checked]:
     """Compile what a config runs for a TPU topology.
 
     Args:
       workdir: for the stand-ins of missing data.
       phases: of the config's; all, if none is named.
-      train_only: leave out what evaluation computes.
+      parts: of each phase, of PARTS.
 
     Raises:
       ValueError: no such topology, or a mesh or a batch that does not fit it; or data that are neither here nor known by their sizes.
@@ -127,8 +128,9 @@ def check(
         if config[name].task == "pretrain_lm" and config.llm.checkpoint:
             continue
         task = BUILDERS[config[name].task](context.config, name, context)
-        found.append(check_train(task, name, context, chip))
-        if not train_only:
+        if "train" in parts:
+            found.append(check_train(task, name, context, chip))
+        if "evaluation" in parts:
             found += check_programs(task, name, context, chip)
     return found
 

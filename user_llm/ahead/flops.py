@@ -8,10 +8,11 @@ import math
 from typing import Any
 
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 
 def count_flops(jaxpr: core.Jaxpr, turns: int | None = None) -> int:
-    """Return the FLOPs of all products in `jaxpr`.
+    """Return the FLOPs of all products in `jaxpr` that its results come of; XLA drops the others.
 
     Args:
       turns: of each loop whose length is not told; None to refuse them.
@@ -19,6 +20,11 @@ def count_flops(jaxpr: core.Jaxpr, turns: int | None = None) -> int:
     Raises:
       ValueError: a product in a loop of unknown length.
     """
+    needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return _count(needed, turns)
+
+
+def _count(jaxpr: core.Jaxpr, turns: int | None) -> int:
     return sum(_flops(equation, turns) for equation in jaxpr.eqns)
 
 
@@ -28,7 +34,7 @@ def _flops(equation: Any, turns: int | None) -> int:
         (contracted, _), (batched, _) = equation.params["dimension_numbers"]
         shared = math.prod(left[i] for i in (*contracted, *batched))
         return 2 * math.prod(left) * math.prod(right) // shared
-    bodies = [count_flops(body, turns) for body in _bodies(equation.params)]
+    bodies = [_count(body, turns) for body in _bodies(equation.params)]
     if equation.primitive.name == "scan":
         return equation.params["length"] * sum(bodies)
     if equation.primitive.name == "pallas_call":  # blocks that a kernel skips count, as they do where a mask hides their scores

@@ -77,7 +77,15 @@ def _empty_checkpoint(config: ConfigDict, timelines: Timelines, workdir: epath.P
     published = config.llm.published
 
     def write(directory: Path) -> None:
-        train_bpe(catalogue_lines(timelines)[:10_000], min(published.vocab_size, TOKENS), directory)
+        texts = catalogue_lines(timelines)[:10_000] + 1000 * _sentences(config)  # so often that their words are tokens
+        train_bpe(texts, min(published.vocab_size, TOKENS), directory)
         (directory / "config.json").write_text(json.dumps(published.to_dict()))
 
     return make_once(local_folder(workdir) / "llm", write)
+
+
+def _sentences(config: ConfigDict) -> list[str]:
+    """Return what the prompts of all phases say, which an open LLM's tokenizer writes in about a token a word."""
+    prompts = [config[phase].prompts for phase in config.phases if "prompts" in config[phase]]
+    tasks = [task for asked in prompts for task in asked.values() if isinstance(task, ConfigDict)]
+    return sorted({task[key] for task in tasks for key in ("instruction", "question") if task.get(key)})

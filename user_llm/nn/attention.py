@@ -135,6 +135,17 @@ def apply_rope(x: Float[Array, "B T N H"], by: Rotation) -> Float[Array, "B T N 
     return rotated.astype(x.dtype)
 
 
+# Row b of [B, T, K, H] goes to row b of a cache [L, B, K, S, H], at a layer and slots. With rows among the indices instead, as in
+# `.at[]`, the compiler cannot tell that no row writes to another's, and devices are sent each other's.
+BY_ROW = jax.lax.ScatterDimensionNumbers(
+    update_window_dims=(2, 3),
+    inserted_window_dims=(0, 3),
+    scatter_dims_to_operand_dims=(0, 3),
+    operand_batching_dims=(1,),
+    scatter_indices_batching_dims=(0,),
+)
+
+
 class KVCache(NamedTuple):
     """Keys and values of all layers by slot; slot s holds position s unless the caller says otherwise.
 
@@ -151,11 +162,10 @@ class KVCache(NamedTuple):
 
     def write(self, layer: int | Int[Array, ""], k: Array, v: Array, slots: Int[Array, "B T"]) -> "KVCache":
         """Return the cache with `k`, `v` [B, K, T, H] of one layer stored at `slots`; rows may be at different slots."""
-        rows = jnp.arange(slots.shape[0])[:, None]
-        return KVCache(
-            self.k.at[layer, rows, :, slots].set(k.swapaxes(1, 2).astype(self.k.dtype)),
-            self.v.at[layer, rows, :, slots].set(v.swapaxes(1, 2).astype(self.v.dtype)),
-        )
+        layers = jnp.broadcast_to(jnp.asarray(layer, slots.dtype), slots.shape)
+        at = jnp.stack([layers, slots], axis=-1)
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        return KVCache(*(jax.lax.scatter(a, at, new.astype(a.dtype), BY_ROW) for a, new in ((self.k, k), (self.v, v))))
 
 
 @dataclasses.dataclass(frozen=True)
