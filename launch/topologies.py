@@ -36,6 +36,7 @@ TOPOLOGIES = {
 EVALUATED = "v5e-8"  # what evaluation takes is compiled for the smallest alone
 SCALING = {8: "v5e:2x4", 32: "v5e:4x8", 64: "v5e:8x8", 256: "v5e:16x16"}
 REMATS = ("none", "dots", "full")
+WIDEST = 32  # of fsdp, see `shared_out`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +72,16 @@ def rows() -> list[Row]:
 LEAN = {"optimizer.first_moment": "bfloat16", "optimizer.second_moment": "factored"}
 
 
+def shared_out(chips: int) -> dict[str, int]:
+    """Return the mesh that shares parameters out over all chips, or over WIDEST where there are more, each of several copies.
+
+    A matrix of 1024 rows over 256 chips leaves 4 on each, less than a tile: XLA then sends all-reduces of the whole matrix for its
+    gathers.
+    """
+    fsdp = min(chips, WIDEST)
+    return {"mesh.data": chips // fsdp, "mesh.fsdp": fsdp}
+
+
 def settings(row: Row, chips: int) -> Iterator[list[dict]]:
     """Yield lists of settings to try, the best first: little computed again before more, parameters whole on every chip before shared.
 
@@ -81,11 +92,11 @@ def settings(row: Row, chips: int) -> Iterator[list[dict]]:
         share = row.per_chip
         while share:
             yield [
-                {f"mesh.{axis}": size for axis, size in mesh.items()}
+                mesh
                 | {"encoder.remat": remat, "llm.remat": remat, f"{row.phase}.{row.batch}": share * chips}
                 | {f"{row.phase}.{key}": dtype for key, dtype in moments.items()}
                 for remat in REMATS
-                for mesh in ({"data": -1, "fsdp": 1}, {"data": 1, "fsdp": -1})
+                for mesh in ({"mesh.data": -1, "mesh.fsdp": 1}, shared_out(chips))
             ]
             share //= 2
 
@@ -242,14 +253,14 @@ SCALED = (
 
 
 def scaling_table(found: Found, only: str = "") -> str:
-    """Return what a chip holds and sends at the same batch per chip, everything over fsdp."""
+    """Return what a chip holds and sends at the same batch per chip, parameters shared out."""
     out = []
     for row, remat in SCALED:
         first = None
         for chips, topology in SCALING.items():
             if not re.search(only, f"{row.config} {row.phase} {row.strategy} {topology}"):
                 continue
-            changes = {"mesh.data": 1, "mesh.fsdp": -1, "encoder.remat": remat, "llm.remat": remat}
+            changes = shared_out(chips) | {"encoder.remat": remat, "llm.remat": remat}
             changes[f"{row.phase}.{row.batch}"] = row.per_chip * chips
             programs = found.programs(row, topology, changes)
             if programs is None:
@@ -257,10 +268,11 @@ def scaling_table(found: Found, only: str = "") -> str:
             [train] = programs
             first = first or train
             out.append((
-                row.label, topology, chips, row.per_chip, f"{train['total'] / 1e9:.2f}", f"{train['total'] / first['total']:.2f}",
+                row.label, topology, f"{changes['mesh.data']} x {changes['mesh.fsdp']}", row.per_chip,
+                f"{train['total'] / 1e9:.2f}", f"{train['total'] / first['total']:.2f}",
                 f"{train['sent'] / 1e9:.3f}", f"{train['sent'] / first['sent']:.2f}",
             ))  # fmt: skip
-    header = ("config", "topology", "chips", "batch a chip", "GB a chip", "to 8 chips", "GB sent by a chip", "to 8 chips")
+    header = ("config", "topology", "data x fsdp", "batch a chip", "GB a chip", "to 8 chips", "GB sent by a chip", "to 8 chips")
     return markdown.table(header, out)
 
 

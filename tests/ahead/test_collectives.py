@@ -57,9 +57,15 @@ def test_a_loop_repeats_what_it_holds():
     ]
 
 
-def test_one_channel_counts_once():
+def test_what_runs_beside_a_loop_counts_once():
+    """Its fusions, some in the loop's body, share a channel, as do others that are not of it."""
     line = f"%a = f32[8,4]{{1,0}} all-gather(%x), {GROUP}, dimensions={{0}}"
-    assert len(collectives(PROGRAM.format(outer=f"{line}\n  {line}", inner="%z = f32[] constant(0)"))) == 1
+    part = """, backend_config={"async_collective_fusion_config":{"flag_start":"FLAG","flag_end":"8"}}"""
+    start, going = line + part.replace("FLAG", "-1"), line + part.replace("FLAG", "2")
+    assert (
+        collectives(PROGRAM.format(outer=f"{start}\n  {line}\n  {going}", inner=going)) == [Collective("all-gather", 96, 1)] * 2
+    )
+    assert collectives(PROGRAM.format(outer="%y = f32[] constant(1)", inner=start)) == [Collective("all-gather", 96, 12)]
 
 
 def test_a_program_of_one_device_sends_nothing():

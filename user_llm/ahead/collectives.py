@@ -14,6 +14,8 @@ import jax.numpy as jnp
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 COMPUTATION = re.compile(r"^(ENTRY )?%(\S+) \(")
 COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(?:-start)?\(")
+# Of the fusions of one collective the first has the flags -1.
+PART, STARTED = re.compile(r'"flag_start":'), re.compile(r'"flag_start":"-1"')
 CALLED = re.compile(r"(?:calls|body|to_apply)=%([\w.\-]+)|branch_computations=\{([^}]*)\}")
 CONDITION = re.compile(r" while\(.*condition=%([\w.\-]+)")
 ARRAY = re.compile(r"([a-z]+\d+\w*)\[([\d,]*)\]")
@@ -32,20 +34,17 @@ class Collective:
 def collectives(text: str) -> list[Collective]:
     """Return what the program of `text`, as XLA writes it for TPUs after optimisation, sends.
 
-    A collective that runs beside other work is split over several fusions, which share its channel: it counts once.
+    A collective that runs beside other work is split over several fusions, and where that work is a loop, some of them are in its
+    body: it counts once, where it starts.
     """
     bodies, entry = _computations(text)
-    found: dict[str, Collective] = {}
+    found: list[Collective] = []
 
     def walk(name: str, times: int) -> None:
         for line in bodies.get(name, ()):
-            if match := COLLECTIVE.search(line):
+            if (match := COLLECTIVE.search(line)) and (STARTED.search(line) or not PART.search(line)):
                 kind = "reduce-scatter" if "all-reduce-scatter" in name else match[2]
-                channel = re.search(r"channel_id=(\d+)", line)
-                key = channel[1] if channel else f"{name} {line}"
-                seen = found.get(key)
-                if seen is None or seen.times < times:
-                    found[key] = Collective(kind, _sent(kind, match[1], line, match[2]), times)
+                found.append(Collective(kind, _sent(kind, match[1], line, match[2]), times))
             condition = CONDITION.search(line)
             repeated = times * (_trips(bodies.get(condition[1], [])) if condition else 1)
             for called, branches in CALLED.findall(line):
@@ -53,7 +52,7 @@ def collectives(text: str) -> list[Collective]:
                     walk(child, repeated)
 
     walk(entry, 1)
-    return list(found.values())
+    return found
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
