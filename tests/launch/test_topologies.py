@@ -54,11 +54,11 @@ def test_all_rows_of_the_issue_are_there():
 @pytest.mark.parametrize("row", topologies.rows(), ids=lambda row: f"{row.config}-{row.strategy}")
 def test_settings_are_settings_of_the_row(row):
     """A key that the config lacks would be refused here."""
-    for batch in topologies.settings(row, 8):
-        for changes in batch:
-            config = topologies.changed(row, changes)
-            assert config[row.phase].strategy == row.strategy
-            assert config.encoder.remat == changes["encoder.remat"]
+    first, *_, last = topologies.settings(row, 8)
+    for changes in (first[0], last[-1]):
+        config = topologies.changed(row, changes)
+        assert config[row.phase].strategy == row.strategy
+        assert config.encoder.remat == changes["encoder.remat"]
 
 
 def test_large_batches_come_before_small_ones_and_the_least_memory_last():

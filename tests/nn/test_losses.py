@@ -188,8 +188,8 @@ def test_sampled_by_hand():
     table = np.array([[9.0, 9.0], [1.0, 0.0], [5.0, 5.0], [0.0, 1.0], [1.0, 1.0]])
     log_q = np.log(np.array([1.0, 0.1, 0.2, 0.3, 0.4]))
     value, _ = _sampled_and_grad(hidden, table, np.array([3]), np.array([2.0]), np.array([1, 3, 4]), log_q)
-    # Scores 2 (target), 1 and 3, each divided by its own sampling probability.
-    target, one, four = np.exp(2) / 0.3, np.exp(1) / 0.1, np.exp(3) / 0.4
+    # Scores 2 (target), 1 and 3, of the negatives each divided by its expected count among three.
+    target, one, four = np.exp(2), np.exp(1) / 0.3, np.exp(3) / 1.2
     np.testing.assert_allclose(value, -2 * np.log(target / (target + one + four)), rtol=1e-6)
 
 
@@ -205,7 +205,7 @@ def test_an_accidental_hit_gets_no_gradient_as_a_negative():
 
 def test_sampling_every_item_once_is_the_full_softmax():
     kept = np.flatnonzero(VALID)
-    value, _ = _sampled_and_grad(HIDDEN, TABLE, TARGETS, WEIGHTS, np.asarray(kept), np.zeros(ITEMS))
+    value, _ = _sampled_and_grad(HIDDEN, TABLE, TARGETS, WEIGHTS, np.asarray(kept), np.full(ITEMS, -np.log(len(kept))))
     np.testing.assert_allclose(value, _plain(HIDDEN, TABLE), rtol=1e-6)
 
 

@@ -197,6 +197,23 @@ def test_padding_trains_nothing(encoder):
     np.testing.assert_array_equal(same, loss(model, batch, jax.random.key(0))[0])
 
 
+def test_with_many_negatives_the_loss_is_that_of_the_exact_softmax(encoder):
+    """However unevenly they are drawn: 20,000 draws leave each item's share uncertain by a few percent at most."""
+    model, batch = encoder
+    share = np.zeros(model.config.table_rows)
+    share[1 : model.config.schema.num_items + 1] = np.arange(1, model.config.schema.num_items + 1)
+    log_q = np.maximum(np.log(share / share.sum(), where=share > 0, out=np.full(share.shape, -1e9)), -1e9).astype(np.float32)
+
+    def item_loss(negatives):
+        loss = _loss(model, negatives=negatives, log_q=log_q)
+        return float(jax.jit(lambda batch: loss(model, batch, jax.random.key(0))[1]["item_loss"])(batch))
+
+    exact = item_loss(0)
+    assert item_loss(20_000) == pytest.approx(exact, abs=0.02)
+    # A single negative says little of the others.
+    assert abs(item_loss(1) - exact) > 0.1
+
+
 def test_negatives_are_drawn_by_frequency_to_three_quarters_and_never_what_was_not_seen():
     log_q = negative_log_q(np.array([0, 16, 1, 0]), 6)
     np.testing.assert_allclose(np.exp(log_q), [0, 8 / 9, 1 / 9, 0, 0, 0], rtol=1e-6)

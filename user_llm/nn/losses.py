@@ -7,6 +7,7 @@ computed from an item's features, over the other targets of the batch.
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -190,15 +191,19 @@ def sampled_cross_entropy(
     negatives: Int[Array, "Q"],
     log_q: Float[Array, "V"],
 ) -> Float[Array, ""]:
-    """Return the weighted sum of -log softmax over each row's target and `negatives`, which all rows share.
+    """Return the weighted sum of -log softmax, its denominator estimated from `negatives`, which all rows share.
 
-    Logits are corrected by `log_q`, the log of each item's expected count among the negatives; a negative that is the row's
-    target is left out, so that no item is pushed up and down at once.
+    By importance sampling (Bengio and Senécal 2008): each negative stands for as many items as the inverse of its expected count
+    among the Q drawn, and the row's own target, which is no draw, for itself alone; where it is drawn it is left out. With ever more
+    negatives it comes to the exact softmax over the items that can be drawn.
+
+    Args:
+      log_q: log of each item's probability in a draw.
     """
-    positive = jnp.einsum("RD,RD->R", hidden, table[targets], preferred_element_type=jnp.float32)
-    logits = jnp.einsum("RD,QD->RQ", hidden, table[negatives], preferred_element_type=jnp.float32) - log_q[negatives]
+    positive = jnp.einsum("RD,RD->R", hidden, table[targets], preferred_element_type=jnp.float32)[:, None]
+    logits = jnp.einsum("RD,QD->RQ", hidden, table[negatives], preferred_element_type=jnp.float32)
+    logits -= log_q[negatives] + math.log(len(negatives))
     logits = jnp.where(negatives == targets[:, None], -1e30, logits)
-    positive = (positive - log_q[targets])[:, None]
     losses = jax.nn.logsumexp(jnp.concatenate([positive, logits], axis=1), axis=1) - positive[:, 0]
     return jnp.sum(weights * losses)
 

@@ -103,7 +103,7 @@ class EncoderLoss:
       head_weights: weight of each feature head next to the item's 1.
       negatives: 0 for the exact softmax, else how many sampled negatives a step. A dual encoder has those of its batch.
       chunk: rows of logits in memory at once in the exact softmax.
-      log_q: log of each item's expected count among the negatives, which are drawn by train frequency ^ 0.75.
+      log_q: log of each item's probability in a draw of a negative, by train frequency ^ 0.75.
       share: of each item among the training events, by which a dual encoder's logits are corrected.
       mask_probability, last_only: of `choose_masked`, for the masked objective.
     """
