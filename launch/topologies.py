@@ -295,7 +295,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scaling", action="store_true", help="the other table")
     parser.add_argument("--only", default="", help="compile rows whose config, phase, strategy and topology match this regex")
-    parser.add_argument("--found", type=pathlib.Path, default=pathlib.Path("runs/topologies.jsonl"), help="what was compiled")
+    parser.add_argument("--found", type=pathlib.Path, default=HERE / "topologies.jsonl", help="what was compiled")
     parser.add_argument("--page", type=pathlib.Path, default=HERE / "README.md", help="where the table goes")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
