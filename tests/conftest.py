@@ -24,6 +24,13 @@ from user_llm.data.timelines import GAP_BUCKETS, Catalogue, Timelines
 from user_llm.models.decoder import Decoder, DecoderConfig
 from user_llm.nn.visibility import causal_mask
 
+# Files of minutes, which start before the others (xdist, --no-loadscope-reorder), so that no worker waits for them at the end.
+LONG = ("test_processes", "test_synthetic_variants", "test_main", "test_pretrain_encoder")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
