@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import importlib
 import json
+import math
 import pathlib
 import re
 import sys
@@ -196,10 +197,7 @@ def recommend(found: Found, row: Row, name: str) -> tuple[dict, list[dict]] | No
 
 def count_chips(topology: str) -> int:
     """Return how many chips a topology such as v5e:2x4 has."""
-    count = 1
-    for side in topology.split(":")[1].split("x"):
-        count *= int(side)
-    return count
+    return math.prod(int(side) for side in topology.split(":")[1].split("x"))
 
 
 HEADER = (
