@@ -4,9 +4,9 @@
     python launch/topologies.py              # which settings fit which chips
     python launch/topologies.py --scaling    # what a chip holds and sends as chips are added
 
-No TPU is needed. Every compiled program is kept as a line of --found, so that an interrupted run goes on, and a table can be written
-from what there is (--only=REGEX compiles some rows). Of the settings of a row, in the order of `settings`, the first that fits is the
-one recommended.
+No TPU is needed, and no code of kernels is waited for. Every compiled program is kept as a line of --found, so that an interrupted run
+goes on, and a table can be written from what there is (--only=REGEX compiles some rows). Of the settings of a row, in the order of
+`settings`, the first that fits is the one recommended.
 """
 
 import argparse
@@ -14,17 +14,20 @@ import dataclasses
 import importlib
 import json
 import math
+import os
 import pathlib
 import re
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
-import jax
 from etils import epath
 from ml_collections import ConfigDict
 
 from configs.common import LLMS, STRATEGIES
+from user_llm.ahead import apart
 from user_llm.ahead.check import Checked, check
 from user_llm.ahead.chips import CHIPS
 from user_llm.report import markdown
@@ -119,7 +122,7 @@ class Found:
     """What was compiled before, a JSON line each; and what compiles what was not, None for nothing."""
 
     def __init__(self, path: pathlib.Path, compile: Callable[..., list[Checked]] | None = None):
-        self._path, self._compile = path, compile
+        self._path, self._compile, self._lock = path, compile, threading.Lock()
         lines = path.read_text().splitlines() if path.exists() else []
         self._known = {self._key(line): line for line in map(json.loads, lines)}
 
@@ -139,21 +142,20 @@ class Found:
             if self._compile is None:
                 return None
             line["programs"] = [as_json(program) for program in self._compile(row, topology, changes, part)]
-            with self._path.open("a") as file:
+            with self._lock, self._path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             self._known[self._key(line)] = line
         return self._known[self._key(line)]["programs"]
 
 
 def compiler(workdir: pathlib.Path) -> Callable[[Row, str, dict, str], list[Checked]]:
-    """Return what compiles a part of a row, with stand-ins for data and LLMs in `workdir`."""
+    """Return what compiles a part of a row up to where memory is assigned, with stand-ins for data and LLMs in `workdir`."""
 
     def compile(row: Row, topology: str, changes: dict, part: str) -> list[Checked]:
         print(f"{row.label} {topology} {changes} {part}", file=sys.stderr, flush=True)
-        stand_ins = epath.Path(workdir) / row.config
-        programs = check(changed(row, changes), topology, stand_ins, phases=(row.phase,), parts=(part,))
-        jax.clear_caches()
-        return programs
+        stand_ins = epath.Path(workdir) / row.config / row.strategy
+        config = changed(row, changes)
+        return apart.run(check, config, topology, stand_ins, phases=(row.phase,), parts=(part,), kernels=False)
 
     return compile
 
@@ -205,27 +207,30 @@ HEADER = (
 )  # fmt: skip
 
 
-def topology_table(found: Found, only: str = "") -> str:
-    """Return the table of settings that fit, of all rows that are known or match `only` and can be compiled."""
-    out = []
-    for row in rows():
-        for name, topology in TOPOLOGIES.items():
-            best = recommend(found, row, name) if re.search(only, f"{row.config} {row.phase} {row.strategy} {name}") else None
-            if best is None:
-                continue
-            changes, programs = best
-            memory = CHIPS[topology.split(":")[0]].memory / 1e9
-            if not programs:
-                out.append((row.label, name, "none of those tried fits", *[""] * 6))
-                continue
-            train, *others = programs
-            shown = {p["name"].rpartition(": ")[2]: f"{p['total'] / 1e9:.2f}" for p in others}
-            out.append((
-                row.label, name, flags(row, changes), f"{train['total'] / 1e9:.2f} of {memory:.0f}",
-                f"{train['flops'] / 1e12:.3f}", f"{train['sent'] / 1e9:.3f}", f"{train['least_s'] * 1e3:.2f}", train["limit"],
-                ", ".join(shown.get(what, "-") for what in ("score", "prefill", "decode")) if others else "",
-            ))  # fmt: skip
-    return markdown.table(HEADER, out)
+def topology_table(found: Found, only: str = "", jobs: int = 1) -> str:
+    """Return the table of settings that fit, of all rows that are known or match `only` and can be compiled, `jobs` rows at a time."""
+
+    def lines(row: Row) -> list[tuple]:
+        names = [name for name in TOPOLOGIES if re.search(only, f"{row.config} {row.phase} {row.strategy} {name}")]
+        tried = [(name, recommend(found, row, name)) for name in names]
+        return [topology_line(row, name, *best) for name, best in tried if best is not None]
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return markdown.table(HEADER, [line for of_row in pool.map(lines, rows()) for line in of_row])
+
+
+def topology_line(row: Row, name: str, changes: dict, programs: list[dict]) -> tuple:
+    """Return the cells of a row for a topology, settled by `recommend`."""
+    if not programs:
+        return row.label, name, "none of those tried fits", *[""] * 6
+    memory = CHIPS[TOPOLOGIES[name].split(":")[0]].memory / 1e9
+    train, *others = programs
+    shown = {p["name"].rpartition(": ")[2]: f"{p['total'] / 1e9:.2f}" for p in others}
+    return (
+        row.label, name, flags(row, changes), f"{train['total'] / 1e9:.2f} of {memory:.0f}",
+        f"{train['flops'] / 1e12:.3f}", f"{train['sent'] / 1e9:.3f}", f"{train['least_s'] * 1e3:.2f}", train["limit"],
+        ", ".join(shown.get(what, "-") for what in ("score", "prefill", "decode")) if others else "",
+    )  # fmt: skip
 
 
 def flags(row: Row, changes: dict) -> str:
@@ -250,11 +255,12 @@ SCALED = (
 )
 
 
-def scaling_table(found: Found, only: str = "") -> str:
-    """Return what a chip holds and sends at the same batch per chip, parameters shared out."""
-    out = []
-    for row, remat in SCALED:
-        first = None
+def scaling_table(found: Found, only: str = "", jobs: int = 1) -> str:
+    """Return what a chip holds and sends at the same batch per chip, parameters shared out; arguments as for `topology_table`."""
+
+    def lines(scaled: tuple[Row, str]) -> list[tuple]:
+        row, remat = scaled
+        out, first = [], None
         for chips, topology in SCALING.items():
             if not re.search(only, f"{row.config} {row.phase} {row.strategy} {topology}"):
                 continue
@@ -270,8 +276,11 @@ def scaling_table(found: Found, only: str = "") -> str:
                 f"{train['total'] / 1e9:.2f}", f"{train['total'] / first['total']:.2f}",
                 f"{train['sent'] / 1e9:.3f}", f"{train['sent'] / first['sent']:.2f}",
             ))  # fmt: skip
+        return out
+
     header = ("config", "topology", "data x fsdp", "batch a chip", "GB a chip", "to 8 chips", "GB sent by a chip", "to 8 chips")
-    return markdown.table(header, out)
+    with ThreadPoolExecutor(jobs) as pool:
+        return markdown.table(header, [line for of_row in pool.map(lines, SCALED) for line in of_row])
 
 
 def write_section(path: pathlib.Path, name: str, text: str) -> None:
@@ -295,12 +304,14 @@ def main() -> None:
     parser.add_argument("--only", default="", help="compile rows whose config, phase, strategy and topology match this regex")
     parser.add_argument("--found", type=pathlib.Path, default=HERE / "topologies.jsonl", help="what was compiled")
     parser.add_argument("--page", type=pathlib.Path, default=HERE / "README.md", help="where the table goes")
+    parser.add_argument(
+        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="rows compiled at a time, of a core each"
+    )
     args = parser.parse_args()
-    jax.config.update("jax_platforms", "cpu")
     args.found.parent.mkdir(parents=True, exist_ok=True)
     table, name = (scaling_table, "scaling") if args.scaling else (topology_table, "topology")
     with tempfile.TemporaryDirectory() as workdir:
-        table(Found(args.found, compiler(pathlib.Path(workdir))), args.only)
+        table(Found(args.found, compiler(pathlib.Path(workdir))), args.only, args.jobs)
     write_section(args.page, name, table(Found(args.found)))
 
 

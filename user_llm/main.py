@@ -3,7 +3,8 @@
     raw files -> timelines -> split, audit -> phases (each: task -> loop -> result rows) -> results.json, report.md
 
 Finished phases are skipped and interrupted ones resumed, so the same command goes on where it was stopped. With `--compile_only
---topology=v5e:2x4` nothing runs: the train step of each phase is compiled for those TPU chips, on any machine.
+--topology=v5e:2x4` nothing runs: the train step of each phase, and what its evaluation computes, are compiled for those TPU chips, on any
+machine.
 """
 
 import hashlib
@@ -21,6 +22,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
+from user_llm.ahead import apart
 from user_llm.ahead.check import check, describe
 from user_llm.common.distributed import initialize, is_first
 from user_llm.common.files import write_json
@@ -40,6 +42,9 @@ _COMPILE_ONLY = flags.DEFINE_bool(
     "compile_only", False, "Run nothing: compile the train steps for --topology, on any machine, and say whether they fit."
 )
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x4", "TPU chips and their form, such as v5e:2x4, v6e:16x16, v5p:4x4x8.")
+_KERNELS = flags.DEFINE_bool(
+    "kernels", True, "Of --compile_only: wait for the code of kernels too; --nokernels takes a fraction of the time."
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; runs/<config name> by default.")
 
 
@@ -100,11 +105,10 @@ def save_config(config: ConfigDict, workdir: epath.Path) -> str:
     return config_hash
 
 
-def compile_only(config: ConfigDict, topology: str) -> bool:
-    """Print what the train step of each phase takes of each chip of `topology`, and return whether all fit."""
-    jax.config.update("jax_platforms", "cpu")  # libtpu is there, a TPU is not
+def compile_only(config: ConfigDict, topology: str, kernels: bool) -> bool:
+    """Print what each program of each phase takes of each chip of `topology`, and return whether all fit."""
     with tempfile.TemporaryDirectory() as workdir:
-        found = check(config, topology, epath.Path(workdir))
+        found = apart.run(check, config, topology, epath.Path(workdir), kernels=kernels)
     print(describe(found))
     return all(step.fits for step in found)
 
@@ -149,7 +153,7 @@ def main(argv: list[str]) -> None:
     follow(config, config_flags.get_override_values(flag))
     try:
         if _COMPILE_ONLY.value:
-            sys.exit(0 if compile_only(config, _TOPOLOGY.value) else "Error: not every step fits its chip.")
+            sys.exit(0 if compile_only(config, _TOPOLOGY.value, _KERNELS.value) else "Error: not every step fits its chip.")
         initialize()
         run(config, epath.Path(_WORKDIR.value or f"runs/{name}"))
     except (ValueError, OSError, ArithmeticError) as error:

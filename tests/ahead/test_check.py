@@ -133,10 +133,12 @@ def _rows(done):
 
 @pytest.mark.slow
 @needs_libtpu
-@pytest.mark.parametrize(("topology", "mesh"), [("v5e:2x4", ("8", "1", "1")), ("v6e:2x4", ("1", "4", "2"))])
-def test_a_small_config_compiles_for_eight_chips(topology, mesh):
+@pytest.mark.parametrize(
+    ("topology", "mesh", "more"), [("v5e:2x4", ("8", "1", "1"), "--kernels"), ("v6e:2x4", ("1", "4", "2"), "--nokernels")]
+)
+def test_a_small_config_compiles_for_eight_chips(topology, mesh, more):
     sizes = [f"--config.mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor"), mesh, strict=True)]
-    done = _compile_only(f"--topology={topology}", *sizes)
+    done = _compile_only(f"--topology={topology}", more, *sizes)
     assert done.returncode == 0, done.stderr
     rows = _rows(done)
     assert [cells[2] for cells in rows.values()] == ["yes", "yes"] and list(rows) == [
@@ -152,7 +154,7 @@ def test_a_small_config_compiles_for_eight_chips(topology, mesh):
 @needs_libtpu
 def test_what_a_contextualized_llm_answers_with_compiles_for_eight_chips():
     phases = "--config.phases=('pretrain_encoder','user_llm')"
-    done = _compile_only("--topology=v5e:2x4", phases, config="movielens_xattn")
+    done = _compile_only("--topology=v5e:2x4", "--nokernels", phases, config="movielens_xattn")
     assert done.returncode == 0, done.stderr
     programs = ["user_llm", *(f"user_llm: {name}" for name in ("encode", "score", "prefill", "decode"))]
     rows = _rows(done)
@@ -163,7 +165,7 @@ def test_what_a_contextualized_llm_answers_with_compiles_for_eight_chips():
 @needs_libtpu
 def test_what_does_not_fit_is_said_and_fails():
     wide = [f"--config.encoder.block.{name}=16384" for name in ("width", "mlp_width")]
-    done = _compile_only("--topology=v5e:2x4", *wide)
+    done = _compile_only("--topology=v5e:2x4", "--nokernels", *wide)
     assert done.returncode == 1
     cells = _rows(done)["pretrain_encoder"]
     assert cells[2] == "NO" and float(cells[3].split()[0]) > 16 and float(cells[4]) > 0

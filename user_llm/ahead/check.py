@@ -17,6 +17,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from user_llm.ahead.assigned import assign
 from user_llm.ahead.chips import Chip, find_topology
 from user_llm.ahead.collectives import Collective, collectives
 from user_llm.ahead.flops import count_flops
@@ -108,7 +109,13 @@ def describe(found: list[Checked]) -> str:
 
 
 def check(
-    config: ConfigDict, topology: str, workdir: epath.Path, *, phases: Sequence[str] = (), parts: Sequence[str] = PARTS
+    config: ConfigDict,
+    topology: str,
+    workdir: epath.Path,
+    *,
+    phases: Sequence[str] = (),
+    parts: Sequence[str] = PARTS,
+    kernels: bool = True,
 ) -> list[Checked]:
     """Compile what a config runs for a TPU topology.
 
@@ -116,10 +123,12 @@ def check(
       workdir: for the stand-ins of missing data.
       phases: of the config's; all, if none is named.
       parts: of each phase, of PARTS.
+      kernels: as in `assigned.assign`; without them, only in a process of its own (`apart.run`).
 
     Raises:
       ValueError: no such topology, or a mesh or a batch that does not fit it; or data that are neither here nor known by their sizes.
     """
+    jax.config.update("jax_platforms", "cpu")  # libtpu is there, a TPU is not
     chip, devices = find_topology(topology)
     mesh = meshes.make_mesh(**config.mesh, devices=devices)
     context = stand_in_context(config, mesh, workdir)
@@ -129,26 +138,26 @@ def check(
             continue
         task = BUILDERS[config[name].task](context.config, name, context)
         if "train" in parts:
-            found.append(check_train(task, name, context, chip))
+            found.append(check_train(task, name, context, chip, kernels))
         if "evaluation" in parts:
-            found += check_programs(task, name, context, chip)
+            found += check_programs(task, name, context, chip, kernels)
     return found
 
 
-def check_train(task: Task, name: str, context: Context, chip: Chip) -> Checked:
+def check_train(task: Task, name: str, context: Context, chip: Chip, kernels: bool = True) -> Checked:
     """Compile the train step of a phase."""
     loop = settle_steps(LoopConfig(**context.config[name].loop), task)
     optimizer = context.optimizer_config(name)
     state, step = abstract_state(task, loop, optimizer, context.mesh, context.seed)
-    return _compile(step, (state, abstract_batch(task, context.mesh)), name, context.mesh, chip)
+    return _compile(step, (state, abstract_batch(task, context.mesh)), name, context.mesh, chip, kernels)
 
 
-def check_programs(task: Task, name: str, context: Context, chip: Chip) -> list[Checked]:
+def check_programs(task: Task, name: str, context: Context, chip: Chip, kernels: bool = True) -> list[Checked]:
     """Compile what evaluation of a phase computes."""
     sharding = context.config[name].loop.sharding
     params = meshes.placed(task.shapes, meshes.shardings(sharding, task.shapes, context.mesh))
     return [
-        dataclasses.replace(_compile(*program, f"{name}: {what}", context.mesh, chip), updates=False)
+        dataclasses.replace(_compile(*program, f"{name}: {what}", context.mesh, chip, kernels), updates=False)
         for what, program in task.programs(params).items()
     ]
 
@@ -163,7 +172,7 @@ def abstract_batch(task: Task, mesh: Mesh) -> dict[str, Any]:
     return jax.tree.map(shape, next(iter(task.train_data)))
 
 
-def _compile(program: jax.stages.Wrapped, arguments: tuple, phase: str, mesh: Mesh, chip: Chip) -> Checked:
+def _compile(program: jax.stages.Wrapped, arguments: tuple, phase: str, mesh: Mesh, chip: Chip, kernels: bool) -> Checked:
     per_chip = chip.devices
     with jax.set_mesh(mesh):  # only here: nothing can be computed on devices that are but described
         traced = program.trace(*arguments)
@@ -174,14 +183,12 @@ def _compile(program: jax.stages.Wrapped, arguments: tuple, phase: str, mesh: Me
         return Checked(phase, chip, given, 0.0, flops, ())  # more needs no compiler
     logging.info("%s: compiling for %d devices", phase, mesh.size)
     try:
-        compiled = traced.lower().compile()
+        memory, text = assign(traced.lower(), kernels)
     except jax.errors.JaxRuntimeError as error:
         used = USED.search(str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or used is None:
             raise
         needed = per_chip * float(used[2]) * UNITS[used[3]]
         return Checked(phase, chip, given, needed if "temporaries" in used[1] else needed - given, flops, ())
-    stats = compiled.memory_analysis()
-    temporaries = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-    sent = [dataclasses.replace(c, sent=per_chip * c.sent) for c in collectives(compiled.as_text())]
-    return Checked(phase, chip, given, per_chip * temporaries, flops, tuple(sent))
+    sent = [dataclasses.replace(c, sent=per_chip * c.sent) for c in collectives(text)]
+    return Checked(phase, chip, given, per_chip * memory - given, flops, tuple(sent))
