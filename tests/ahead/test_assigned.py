@@ -49,33 +49,35 @@ FILES = {
 }
 
 
-def test_memory_is_known_before_the_kernels_are():
+def test_memory_is_known_before_the_kernels_are(tmp_path):
     lowered = Lowered(FILES)
-    assert assigned.assign(lowered, kernels=False) == (1234, "HloModule")
+    assert assigned.assign(lowered, epath.Path(tmp_path), kernels=False) == (1234, "HloModule")
     assert not lowered.kernels.is_set()
     lowered.kernels.set()
 
 
-def test_all_is_waited_for_unless_said_otherwise():
+def test_all_is_waited_for_unless_said_otherwise(tmp_path):
     lowered = Lowered(FILES)
     threading.Timer(0.5, lowered.kernels.set).start()
-    assert assigned.assign(lowered) == (1234, "HloModule")
+    assert assigned.assign(lowered, epath.Path(tmp_path)) == (1234, "HloModule")
     assert lowered.kernels.is_set()
 
 
-def test_what_compiling_raises_is_raised():
+def test_what_compiling_raises_is_raised(tmp_path):
     for kernels in (True, False):
         with pytest.raises(ZeroDivisionError, match="no such memory"):
-            assigned.assign(Lowered({"before_optimizations.txt": ""}, ZeroDivisionError("no such memory")), kernels)
+            assigned.assign(
+                Lowered({"before_optimizations.txt": ""}, ZeroDivisionError("no such memory")), epath.Path(tmp_path), kernels
+            )
 
 
 @pytest.mark.parametrize("missing", ["after_optimizations.txt", "after_optimizations-memory-usage-report.txt", "Total bytes"])
-def test_another_compiler_that_does_not_say_is_no_answer(missing):
+def test_another_compiler_that_does_not_say_is_no_answer(missing, tmp_path):
     files = {name: text.replace(missing, "All") for name, text in FILES.items() if name != missing}
     lowered = Lowered(files)
     lowered.kernels.set()
     with pytest.raises(RuntimeError, match="XLA wrote no"):
-        assigned.assign(lowered)
+        assigned.assign(lowered, epath.Path(tmp_path))
 
 
 @pytest.mark.slow

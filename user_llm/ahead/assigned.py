@@ -12,16 +12,20 @@ import time
 from pathlib import Path
 
 import jax
+from etils import epath
+
+from user_llm.common.files import local_folder
 
 REPORT, TEXT = "*.after_optimizations-memory-usage-report.txt", "*.after_optimizations.txt"
 LAST = "*.after_optimizations_after_buffer_assignment.txt"  # is written once the others are whole
 HBM = re.compile(r"Memory Space: default \(color=0\)\nTotal bytes: (\d+)")
 
 
-def assign(lowered: jax.stages.Lowered, kernels: bool = True) -> tuple[int, str]:
+def assign(lowered: jax.stages.Lowered, workdir: epath.Path, kernels: bool = True) -> tuple[int, str]:
     """Compile a program for TPU.
 
     Args:
+      workdir: where XLA writes, to be removed by who made it: what goes on being made without `kernels` is written there too.
       kernels: whether to wait for the code of the chip's kernels, which takes most of the time. If not, it goes on being made in a
         thread that nothing can stop but the end of the process.
 
@@ -32,7 +36,9 @@ def assign(lowered: jax.stages.Lowered, kernels: bool = True) -> tuple[int, str]
       jax.errors.JaxRuntimeError: it does not compile, as when it needs more than the memory.
       RuntimeError: XLA did not write down what memory it assigned, as another version of it may not.
     """
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+    folder = local_folder(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as name:
         compiled: concurrent.futures.Future = concurrent.futures.Future()
 
         def compile() -> None:

@@ -149,7 +149,7 @@ def check_train(task: Task, name: str, context: Context, chip: Chip, kernels: bo
     loop = settle_steps(LoopConfig(**context.config[name].loop), task)
     optimizer = context.optimizer_config(name)
     state, step = abstract_state(task, loop, optimizer, context.mesh, context.seed)
-    return _compile(step, (state, abstract_batch(task, context.mesh)), name, context.mesh, chip, kernels)
+    return _compile(step, (state, abstract_batch(task, context.mesh)), name, context, chip, kernels)
 
 
 def check_programs(task: Task, name: str, context: Context, chip: Chip, kernels: bool = True) -> list[Checked]:
@@ -157,7 +157,7 @@ def check_programs(task: Task, name: str, context: Context, chip: Chip, kernels:
     sharding = context.config[name].loop.sharding
     params = meshes.placed(task.shapes, meshes.shardings(sharding, task.shapes, context.mesh))
     return [
-        dataclasses.replace(_compile(*program, f"{name}: {what}", context.mesh, chip, kernels), updates=False)
+        dataclasses.replace(_compile(*program, f"{name}: {what}", context, chip, kernels), updates=False)
         for what, program in task.programs(params).items()
     ]
 
@@ -172,8 +172,8 @@ def abstract_batch(task: Task, mesh: Mesh) -> dict[str, Any]:
     return jax.tree.map(shape, next(iter(task.train_data)))
 
 
-def _compile(program: jax.stages.Wrapped, arguments: tuple, phase: str, mesh: Mesh, chip: Chip, kernels: bool) -> Checked:
-    per_chip = chip.devices
+def _compile(program: jax.stages.Wrapped, arguments: tuple, phase: str, context: Context, chip: Chip, kernels: bool) -> Checked:
+    per_chip, mesh = chip.devices, context.mesh
     with jax.set_mesh(mesh):  # only here: nothing can be computed on devices that are but described
         traced = program.trace(*arguments)
     flops = count_flops(traced.jaxpr.jaxpr, turns=1) / mesh.size * per_chip
@@ -183,7 +183,7 @@ def _compile(program: jax.stages.Wrapped, arguments: tuple, phase: str, mesh: Me
         return Checked(phase, chip, given, 0.0, flops, ())  # more needs no compiler
     logging.info("%s: compiling for %d devices", phase, mesh.size)
     try:
-        memory, text = assign(traced.lower(), kernels)
+        memory, text = assign(traced.lower(), context.workdir, kernels)
     except jax.errors.JaxRuntimeError as error:
         used = USED.search(str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or used is None:
