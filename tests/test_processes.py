@@ -16,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny_quickstart import PHASES, TINY
 
 ROOT = Path(__file__).parents[1]
-FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_force_host_platform_device_count="
 MESHES = ["8,1,1", "1,8,1", "1,1,8", "2,2,2"]
 pytestmark = pytest.mark.slow
 
@@ -29,7 +28,8 @@ def _start(command, count=1, devices=8):
     started = []
     for index in range(count):
         several = {"COORDINATOR_ADDRESS": address, "NUM_PROCESSES": str(count), "PROCESS_ID": str(index)} if count > 1 else {}
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{FLAGS}{devices // count}", **several}
+        flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices // count}"  # the last one counts
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **several}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         started.append(subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, text=True, **pipes))
     return started
