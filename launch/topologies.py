@@ -20,8 +20,9 @@ import re
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
@@ -215,8 +216,13 @@ def topology_table(found: Found, only: str = "", jobs: int = 1) -> str:
         tried = [(name, recommend(found, row, name)) for name in names]
         return [topology_line(row, name, *best) for name, best in tried if best is not None]
 
+    return markdown.table(HEADER, side_by_side(lines, rows(), jobs))
+
+
+def side_by_side(lines: Callable[[Any], list[tuple]], items: Sequence, jobs: int) -> list[tuple]:
+    """Return the lines of all items, in their order, `jobs` items at a time."""
     with ThreadPoolExecutor(jobs) as pool:
-        return markdown.table(HEADER, [line for of_row in pool.map(lines, rows()) for line in of_row])
+        return [line for of_item in pool.map(lines, items) for line in of_item]
 
 
 def topology_line(row: Row, name: str, changes: dict, programs: list[dict]) -> tuple:
@@ -279,8 +285,7 @@ def scaling_table(found: Found, only: str = "", jobs: int = 1) -> str:
         return out
 
     header = ("config", "topology", "data x fsdp", "batch a chip", "GB a chip", "to 8 chips", "GB sent by a chip", "to 8 chips")
-    with ThreadPoolExecutor(jobs) as pool:
-        return markdown.table(header, [line for of_row in pool.map(lines, SCALED) for line in of_row])
+    return markdown.table(header, side_by_side(lines, SCALED, jobs))
 
 
 def write_section(path: pathlib.Path, name: str, text: str) -> None:
@@ -304,9 +309,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="compile rows whose config, phase, strategy and topology match this regex")
     parser.add_argument("--found", type=pathlib.Path, default=HERE / "topologies.jsonl", help="what was compiled")
     parser.add_argument("--page", type=pathlib.Path, default=HERE / "README.md", help="where the table goes")
-    parser.add_argument(
-        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="rows compiled at a time, of a core each"
-    )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="rows compiled at a time, of a core each")
     args = parser.parse_args()
     args.found.parent.mkdir(parents=True, exist_ok=True)
     table, name = (scaling_table, "scaling") if args.scaling else (topology_table, "topology")

@@ -10,7 +10,7 @@ from pathlib import Path
 # machine, are for the meshes; what names no mesh runs on the first.
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 if metadata.version("jaxlib").startswith("0.10."):  # later ones stop at flags that they do not know
-    FLAGS += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"  # another two fifths of compiling
+    FLAGS += " --xla_cpu_use_fusion_emitters=false"  # their kernels take long to compile
 os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}"
 
 import jax

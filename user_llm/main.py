@@ -39,7 +39,9 @@ PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-dat
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment to run.", lock_config=True)
 _COMPILE_ONLY = flags.DEFINE_bool(
-    "compile_only", False, "Run nothing: compile the train steps for --topology, on any machine, and say whether they fit."
+    "compile_only",
+    False,
+    "Run nothing: compile all that training and evaluation run for --topology, on any machine, and say whether it fits.",
 )
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x4", "TPU chips and their form, such as v5e:2x4, v6e:16x16, v5p:4x4x8.")
 _KERNELS = flags.DEFINE_bool(

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,21 @@ def test_an_interrupted_run_goes_on(tmp_path):
     assert topologies.topology_table(Found(path, again), only) == table == topologies.topology_table(Found(path))
     assert not again.asked
     assert [line.split(" | ")[1] for line in table.splitlines()[2:]] == list(topologies.TOPOLOGIES)
+
+
+def test_rows_side_by_side_are_written_in_their_order(tmp_path):
+    """Also where the first is the last to be compiled."""
+    compiler = Compiler(lambda changes, part: 1)
+
+    def slow_at_first(row, *asked):
+        if row.config == "movielens_encoder":
+            time.sleep(0.2)
+        return compiler(row, *asked)
+
+    only = "^(movielens|amazon)_encoder"
+    table = topologies.topology_table(Found(tmp_path / "several", slow_at_first), only, jobs=2)
+    assert json.loads((tmp_path / "several").read_text().splitlines()[0])["config"] == "amazon_encoder"
+    assert table == topologies.topology_table(Found(tmp_path / "one", compiler), only)
 
 
 def test_a_row_by_hand(tmp_path):

@@ -5,9 +5,6 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
-_CONTEXT = multiprocessing.get_context("forkserver")  # imports once; no fork of a process that has threads
-_CONTEXT.set_forkserver_preload(["user_llm.ahead.check"])
-
 
 def run(function: Callable, *args: Any, **kwargs: Any) -> Any:
     """Return what a function returns, run in a process that ends with it, whatever its threads still do.
@@ -16,5 +13,7 @@ def run(function: Callable, *args: Any, **kwargs: Any) -> Any:
       concurrent.futures.process.BrokenProcessPool: the process died.
       Exception: what the function raises.
     """
-    with ProcessPoolExecutor(1, mp_context=_CONTEXT) as pool:
+    context = multiprocessing.get_context("forkserver")  # no fork of a process that has threads
+    context.set_forkserver_preload([function.__module__])  # imports once, before the first
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(function, *args, **kwargs).result()

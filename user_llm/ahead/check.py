@@ -144,7 +144,7 @@ def check(
     return found
 
 
-def check_train(task: Task, name: str, context: Context, chip: Chip, kernels: bool = True) -> Checked:
+def check_train(task: Task, name: str, context: Context, chip: Chip, kernels: bool) -> Checked:
     """Compile the train step of a phase."""
     loop = settle_steps(LoopConfig(**context.config[name].loop), task)
     optimizer = context.optimizer_config(name)
@@ -152,7 +152,7 @@ def check_train(task: Task, name: str, context: Context, chip: Chip, kernels: bo
     return _compile(step, (state, abstract_batch(task, context.mesh)), name, context, chip, kernels)
 
 
-def check_programs(task: Task, name: str, context: Context, chip: Chip, kernels: bool = True) -> list[Checked]:
+def check_programs(task: Task, name: str, context: Context, chip: Chip, kernels: bool) -> list[Checked]:
     """Compile what evaluation of a phase computes."""
     sharding = context.config[name].loop.sharding
     params = meshes.placed(task.shapes, meshes.shardings(sharding, task.shapes, context.mesh))
