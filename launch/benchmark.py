@@ -12,9 +12,9 @@ random on both sides. Both events (item ids alone) and catalogue are stand-ins, 
 Every side runs in a process of its own, turn by turn; figures are medians over the rounds. Prints one JSON object. For each part and
 side: steps, events read, predicted targets and (contextualization) prompt tokens per second, without padding; seconds of tracing and
 compiling, or for `torch_compiled` of the first step; peak bytes, of the device, or on CPU of the whole process, compiling included. FLOPs
-are those of our step's products (ahead/flops.py), for all sides; `mfu` is their share of the device's bfloat16 peak, left
-out where train_speed.py does not know it. `speed_ratio` is our speed over the side's, `memory_ratio` our peak over its. `loader_events_per_s` is what
-our input pipeline alone yields: batches are made ahead of the timing.
+are those of our step's products (ahead/flops.py), without the chunks of logits that it leaves out, for all sides; `mfu` is their share
+of the device's bfloat16 peak, left out where train_speed.py does not know it. `speed_ratio` is our speed over the side's, `memory_ratio`
+our peak over its. `loader_events_per_s` is what our input pipeline alone yields: batches are made ahead of the timing.
 """
 
 import argparse
@@ -163,7 +163,7 @@ def our_side(preset: str, part: str, workdir: pathlib.Path, steps: int, profile:
     batches = [trees.unflatten(dict(np.load(workdir / f"{part}-{number}.npz"))) for number in range(BATCHES)]
     return time_training(
         task, LoopConfig(**context.config[phase].loop), context.optimizer_config(phase), context.mesh, itertools.cycle(batches),
-        seed=0, steps=steps, profile=profile and f"{profile}/{part}",
+        seed=0, steps=steps, chunk=context.config[phase].loss.chunk, profile=profile and f"{profile}/{part}",
     )  # fmt: skip
 
 

@@ -35,7 +35,8 @@ def ours(data: str, steps: int) -> dict:
         context = open_context(config, epath.Path(work), "")
         task = pretrain_encoder.build(config, "pretrain_encoder", context)
         loop, optimizer = LoopConfig(**config.pretrain_encoder.loop), context.optimizer_config("pretrain_encoder")
-        found = time_training(task, loop, optimizer, context.mesh, task.train_data, seed=0, steps=steps)
+        chunk = config.pretrain_encoder.loss.chunk
+        found = time_training(task, loop, optimizer, context.mesh, task.train_data, seed=0, steps=steps, chunk=chunk)
     return {"events_per_s": found["events_per_s"], "peak_gib": found["peak_bytes"] / 2**30}
 
 

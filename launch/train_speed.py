@@ -4,6 +4,7 @@ Compiled ahead, warmed up, then a stretch of steps is timed as a whole, up to th
 """
 
 import itertools
+import math
 import time
 from collections.abc import Iterable, Iterator
 
@@ -50,11 +51,13 @@ def time_training(
     *,
     seed: int,
     steps: int,
+    chunk: int,
     profile: str = "",
 ) -> dict:
     """Train for `steps` steps after those that warm up; what `batches` takes to yield them is part of the time.
 
     Args:
+      chunk: of the loss, as which see `nn/losses.py`: FLOPs are those of the chunks of logits that the first batch has counting rows for.
       profile: a directory for a trace of three further steps; empty for none.
 
     Returns:
@@ -80,6 +83,7 @@ def time_training(
             jax.block_until_ready((state, scalars))
             return events, scalars
 
+        chunks = [math.ceil(int(count) / chunk) for count in task.counts(batch).values()]
         first = float(train(iter([batch]))[1]["loss"])
         train(itertools.islice(feed, WARM_UP - 1))
         start = time.monotonic()
@@ -91,5 +95,5 @@ def time_training(
                 train(itertools.islice(feed, 3))
     return {
         "step_s": seconds / steps, "events_per_s": events / seconds, "compile_s": compile_s, "peak_bytes": peak,
-        "flops": count_flops(traced.jaxpr.jaxpr), "loss": first, "device": device.device_kind,
+        "flops": count_flops(traced.jaxpr.jaxpr, max(chunks, default=None)), "loss": first, "device": device.device_kind,
     }  # fmt: skip

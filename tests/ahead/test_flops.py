@@ -66,3 +66,27 @@ def test_a_loop_of_unknown_length_is_refused_or_counted_as_often_as_is_said():
         _count(unknown, A)
     assert count_flops(jax.make_jaxpr(unknown)(A).jaxpr, turns=5) == 5 * _count(lambda a: a @ C, A)
     assert _count(lambda a: jax.lax.while_loop(lambda a: a.sum() > 0, lambda a: a - 1, a), A) == 0
+
+
+def test_a_loop_counts_as_often_as_its_condition_allows():
+    def turned(a):
+        going = lambda state: (state[0] < 7) & (state[1].sum() > 0)  # noqa: E731
+        return jax.lax.while_loop(going, lambda state: (state[0] + 1, state[1] @ C), (0, a))[1]
+
+    product = _count(lambda a: a @ C, A)
+    assert _count(turned, A) == 7 * product
+    assert [count_flops(jax.make_jaxpr(turned)(A).jaxpr, turns=n) for n in (5, 9)] == [5 * product, 7 * product]
+
+
+def test_what_a_loop_carries_for_nothing_does_not_count():
+    """A result that is not read counts where the next turn's others come of it."""
+
+    def last(step):
+        return lambda a: jax.lax.while_loop(
+            lambda state: state[0] < 7, lambda state: (state[0] + 1, *step(*state[1:])), (0, a, a)
+        )[2]
+
+    product = _count(lambda a: a @ C, A)
+    assert _count(last(lambda a, b: (a @ C, b @ C)), A) == 7 * product
+    assert _count(last(lambda a, b: (a @ C, a + b)), A) == 7 * product
+    assert _count(last(lambda a, b: (a @ C, a @ C)), A) == 14 * product

@@ -229,6 +229,18 @@ def test_a_tiny_benchmark_runs_all_parts_on_both_sides(reference, tmp_path):
         assert theirs["speed_ratio"] == pytest.approx(ours["steps_per_s"] / theirs["steps_per_s"])
         assert min(ours["events_per_s"], theirs["events_per_s"], ours["compile_s"], theirs["memory_ratio"]) > 0
         assert list((trace / part).rglob("*.xplane.pb"))
+    traced = _traced_step("tiny", "full", tmp_path)[1]  # 32 x 31 logits in chunks of 512, some 200 of which count
+    assert found["full"]["flops"] == count_flops(traced, turns=1) < count_flops(traced)
+
+
+def _traced_step(preset, part, workdir):
+    """Return the shapes of a part's state, and what its step computes."""
+    context, task = benchmark.open_part(benchmark.preset_config(preset), part, workdir)
+    phase = benchmark.PARTS[part][0]
+    loop = settle_steps(LoopConfig(**context.config[phase].loop), task)
+    state, step = abstract_state(task, loop, context.optimizer_config(phase), context.mesh, 0)
+    with jax.set_mesh(context.mesh):
+        return state, step.trace(state, abstract_batch(task, context.mesh)).jaxpr.jaxpr
 
 
 @pytest.mark.slow
@@ -236,12 +248,8 @@ def test_the_sizes_for_a_gpu_trace_to_the_flops_of_their_formula(tmp_path):
     """6 N a token, and attention; N of what a token is multiplied by. Frozen weights have no gradients: 4 N."""
     found, states = {}, {}
     for part in benchmark.PARTS:
-        context, task = benchmark.open_part(benchmark.preset_config("gpu"), part, tmp_path)
-        phase = context.config[benchmark.PARTS[part][0]]
-        optimizer = context.optimizer_config(benchmark.PARTS[part][0])
-        states[part], step = abstract_state(task, settle_steps(LoopConfig(**phase.loop), task), optimizer, context.mesh, 0)
-        with jax.set_mesh(context.mesh):
-            found[part] = count_flops(step.trace(states[part], abstract_batch(task, context.mesh)).jaxpr.jaxpr)
+        states[part], traced = _traced_step("gpu", part, tmp_path)
+        found[part] = count_flops(traced)
     events, row = 8 * 2048, 2048
     attention = 3 * 4 * 8 * row * 512  # forward and twice backward, two products, 8 layers
     assert found["encoder"] == pytest.approx(events * (6 * trees.count(states["encoder"].trainable) + attention), rel=0.01)

@@ -42,7 +42,8 @@ class Checked:
     Attributes:
       arguments: bytes of parameters, optimizer state, caches and batch.
       temporaries: bytes needed besides while it runs, results that take no argument's place among them.
-      flops: of products, by `count_flops`, an equal share of the whole program's.
+      flops: of products, by `count_flops`, an equal share of the whole program's; the most that it may take, where a loss leaves out
+        logits that count for nothing.
       updates: whether it writes its arguments anew, as training does.
     """
 
@@ -157,7 +158,7 @@ def check_programs(task: Task, name: str, context: Context, chip: Chip, kernels:
     sharding = context.config[name].loop.sharding
     params = meshes.placed(task.shapes, meshes.shardings(sharding, task.shapes, context.mesh))
     return [
-        dataclasses.replace(_compile(*program, f"{name}: {what}", context, chip, kernels), updates=False)
+        dataclasses.replace(_compile(*program, f"{name}: {what}", context, chip, kernels, turns=1), updates=False)
         for what, program in task.programs(params).items()
     ]
 
@@ -172,11 +173,19 @@ def abstract_batch(task: Task, mesh: Mesh) -> dict[str, Any]:
     return jax.tree.map(shape, next(iter(task.train_data)))
 
 
-def _compile(program: jax.stages.Wrapped, arguments: tuple, phase: str, context: Context, chip: Chip, kernels: bool) -> Checked:
+def _compile(
+    program: jax.stages.Wrapped,
+    arguments: tuple,
+    phase: str,
+    context: Context,
+    chip: Chip,
+    kernels: bool,
+    turns: int | None = None,
+) -> Checked:
     per_chip, mesh = chip.devices, context.mesh
     with jax.set_mesh(mesh):  # only here: nothing can be computed on devices that are but described
         traced = program.trace(*arguments)
-    flops = count_flops(traced.jaxpr.jaxpr, turns=1) / mesh.size * per_chip
+    flops = count_flops(traced.jaxpr.jaxpr, turns) / mesh.size * per_chip
     arrays = [a for a in jax.tree.leaves(arguments) if isinstance(a, jax.ShapeDtypeStruct)]
     given = per_chip * sum(a.dtype.itemsize * math.prod(a.sharding.shard_shape(a.shape)) for a in arrays)
     if given > chip.memory:

@@ -15,17 +15,41 @@ def count_flops(jaxpr: core.Jaxpr, turns: int | None = None) -> int:
     """Return the FLOPs of all products in `jaxpr` that its results come of; XLA drops the others.
 
     Args:
-      turns: of each loop whose length is not told; None to refuse them.
+      turns: of each loop that is no scan, or as many as its condition allows if those are fewer; None for always as many as it allows.
 
     Raises:
-      ValueError: a product in a loop of unknown length.
+      ValueError: `turns` is None, and a product stands in a loop whose condition compares with no constant.
     """
     needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     return _count(needed, turns)
 
 
 def _count(jaxpr: core.Jaxpr, turns: int | None) -> int:
-    return sum(_flops(equation, turns) for equation in jaxpr.eqns)
+    read = {v for v in (*jaxpr.outvars, *(v for e in jaxpr.eqns for v in e.invars)) if isinstance(v, core.Var)}
+    return sum(
+        _loop_flops(equation.params, [v in read for v in equation.outvars], turns)
+        if equation.primitive.name == "while"
+        else _flops(equation, turns)
+        for equation in jaxpr.eqns
+    )
+
+
+def _loop_flops(params: dict[str, Any], read: list[bool], turns: int | None) -> int:
+    """Return the FLOPs of a loop that is no scan, of what its `read` results come of."""
+    condition, body = params["cond_jaxpr"].jaxpr, params["body_jaxpr"].jaxpr
+    _, tested = partial_eval.dce_jaxpr(condition, [True])
+    wanted = [a or b for a, b in zip(read, tested[params["cond_nconsts"] :], strict=True)]
+    while True:  # what the next turn's wanted values come of is wanted, too
+        needed, inputs = partial_eval.dce_jaxpr(body, wanted)
+        more = [a or b for a, b in zip(wanted, inputs[params["body_nconsts"] :], strict=True)]
+        if more == wanted:
+            break
+        wanted = more
+    flops = _count(condition, turns) + _count(needed, turns)
+    most = [*_limits(condition), *([] if turns is None else [turns])]
+    if flops and not most:
+        raise ValueError("A loop of unknown length holds products: its FLOPs cannot be counted.")
+    return flops and flops * min(most)
 
 
 def _flops(equation: Any, turns: int | None) -> int:
@@ -41,11 +65,13 @@ def _flops(equation: Any, turns: int | None) -> int:
         return math.prod(equation.params["grid_mapping"].grid) * sum(bodies)
     if equation.primitive.name == "shard_map":  # shapes in it are one device's
         return equation.params["mesh"].size * sum(bodies)
-    if equation.primitive.name == "while" and sum(bodies):
-        if turns is None:
-            raise ValueError("A loop of unknown length holds products: its FLOPs cannot be counted.")
-        return turns * sum(bodies)
     return max(bodies, default=0) if equation.primitive.name == "cond" else sum(bodies)
+
+
+def _limits(condition: core.Jaxpr) -> list[int]:
+    """Return the constants up to which a loop goes on, its turns counted from 0."""
+    limits = [equation.invars[1] for equation in condition.eqns if equation.primitive.name == "lt"]
+    return [int(limit.val) for limit in limits if isinstance(limit, core.Literal)]
 
 
 def _bodies(params: dict[str, Any]) -> list[core.Jaxpr]:
