@@ -55,7 +55,7 @@ WORLD = {"num_users": 64, "num_items": 900, "events_per_user": 250}  # so that h
 PRESETS = {
     "tiny": {  # seconds, to see that all of it runs
         "data.catalogue_items": 1000, "encoder.block": common.block(32, 2, 64, dropout=0.0), "user_llm.batch_size": 2,
-        "pretrain_encoder.batch.rows": 2, "llm.published": ConfigDict(llama(32, 2, 2, 64, 300)),
+        "pretrain_encoder.batch.rows": 2, "user_llm.loss.chunk": 64, "llm.published": ConfigDict(llama(32, 2, 2, 64, 300)),
     },
     "small": {"data.catalogue_items": 10_000, "llm.published": ConfigDict(llama(128, 4, 4, 384, 2048))},
     "gpu": {

@@ -229,8 +229,8 @@ def test_a_tiny_benchmark_runs_all_parts_on_both_sides(reference, tmp_path):
         assert theirs["speed_ratio"] == pytest.approx(ours["steps_per_s"] / theirs["steps_per_s"])
         assert min(ours["events_per_s"], theirs["events_per_s"], ours["compile_s"], theirs["memory_ratio"]) > 0
         assert list((trace / part).rglob("*.xplane.pb"))
-    traced = _traced_step("tiny", "full", tmp_path)[1]  # 32 x 31 logits in chunks of 512, some 200 of which count
-    assert found["full"]["flops"] == count_flops(traced, turns=1) < count_flops(traced)
+    traced = _traced_step("tiny", "full", tmp_path)[1]  # 32 rows of up to 32 tokens: not all of their logits count
+    assert count_flops(traced, turns=1) < found["full"]["flops"] < count_flops(traced)
 
 
 def _traced_step(preset, part, workdir):
