@@ -57,7 +57,8 @@ def time_training(
     """Train for `steps` steps after those that warm up; what `batches` takes to yield them is part of the time.
 
     Args:
-      chunk: of the loss, as which see `nn/losses.py`: FLOPs are those of the chunks of logits that the first batch has counting rows for.
+      chunk: rows of logits that the loss computes at a time. Chunks without a row that counts are left out; FLOPs count as many as the
+        first batch fills.
       profile: a directory for a trace of three further steps; empty for none.
 
     Returns:
