@@ -1,6 +1,7 @@
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from user_llm.common import mesh as meshes
 from user_llm.common.checkpoint import Checkpointer, abstract_like, load_params, save_params
@@ -47,6 +48,16 @@ def test_what_eight_devices_saved_restores_on_fewer(saved, mesh_of, sizes):
     params = load_params(directory / "params", abstract_like(like))
     _assert_equal(params, state)
     assert params["w"].sharding == like["w"].sharding
+
+
+def test_no_save_tells_jax_where_this_process_is(tmp_path, mesh_of, monkeypatch):
+    """The train loop does: a step long passed, told once a save of it is complete, has processes stop at different steps."""
+    asked = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda step: bool(asked.append(step)))
+    checkpoints = Checkpointer(tmp_path)
+    checkpoints.save(1, _tree(mesh_of(1, 1, 1), 1), {}, None)
+    checkpoints.close()
+    assert checkpoints.latest_step() == 1 and asked == []
 
 
 def test_the_latest_and_the_best_are_kept(tmp_path, mesh_of):

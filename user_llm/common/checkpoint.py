@@ -19,6 +19,16 @@ def abstract_like(tree: Any) -> Any:
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), tree)
 
 
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """Leave the question to the train loop.
+
+        Orbax asks jax again, from a thread, once a save is complete: jax would take this process to be at that step still, and
+        processes would stop at different ones, each waiting for the other.
+        """
+        return False
+
+
 class Checkpointer:
     """Keeps the latest checkpoint and the one with the best validation metric.
 
@@ -32,7 +42,7 @@ class Checkpointer:
                 policies.BestN(get_metric_fn=lambda metrics: metrics["value"], n=1, reverse=False),
             ]
         )
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             absolute(directory),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=keep, cleanup_tmp_directories=True, best_fn=lambda metrics: metrics["value"]
