@@ -124,12 +124,14 @@ def _over_chunks(
 
     Rows of weight 0 come behind all others, and no step is made for a chunk of them alone: their `out` is 0.
     """
-    rows, size = len(hidden), min(chunk, len(hidden))
+    rows = len(hidden)
+    if rows <= chunk:  # a loop, even of one step, would have `start` and the sum in memory side by side
+        return step(start, hidden, targets, weights)
     order = jnp.argsort(weights == 0, stable=True)
     # Behind the last row, and of weight 0, those that fill up the last chunk.
     ordered = (jnp.take(a, order, axis=0, mode="clip") for a in (hidden, targets, weights))
-    filled = (jnp.pad(a, [(0, -rows % size)] + [(0, 0)] * (a.ndim - 1)) for a in ordered)
-    chunks = tuple(a.reshape(-1, size, *a.shape[1:]) for a in filled)
+    filled = (jnp.pad(a, [(0, -rows % chunk)] + [(0, 0)] * (a.ndim - 1)) for a in ordered)
+    chunks = tuple(a.reshape(-1, chunk, *a.shape[1:]) for a in filled)
     most, counting = len(chunks[0]), (weights != 0).sum()
     if axes.catalogue:  # its parts are summed up within a step: all devices make as many
         counting = jax.lax.pmax(counting, axes.rows)
@@ -142,7 +144,7 @@ def _over_chunks(
     # No scan with a condition in its body: what all chunks share, such as the table turned around, is made once for a loop. `most` says
     # nothing that `counting` does not, but to those who count FLOPs and collectives.
     begin = jnp.int32(0), start, jnp.zeros_like(chunks[0])
-    going = lambda state: (state[0] < most) & (state[0] * size < counting)  # noqa: E731
+    going = lambda state: (state[0] < most) & (state[0] * chunk < counting)  # noqa: E731
     _, carry, outs = jax.lax.while_loop(going, advance, begin)
     return carry, outs.reshape(-1, hidden.shape[1])[jnp.argsort(order)]
 
