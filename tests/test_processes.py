@@ -29,16 +29,20 @@ def _start(command, count=1, devices=8):
     for index in range(count):
         several = {"COORDINATOR_ADDRESS": address, "NUM_PROCESSES": str(count), "PROCESS_ID": str(index)} if count > 1 else {}
         flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices // count}"  # the last one counts
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **several}
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONFAULTHANDLER": "1", **several}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         started.append(subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, text=True, **pipes))
     return started
 
 
 def _finish(processes):
-    """Wait for all; return what each printed last."""
+    """Wait for all; return what each printed last, or fail with where each hangs."""
     try:
         outputs = [process.communicate(timeout=600) for process in processes]
+    except subprocess.TimeoutExpired:
+        for process in processes:
+            process.send_signal(signal.SIGABRT)  # faulthandler prints the stacks of its threads
+        pytest.fail("\n\n".join(process.communicate()[1][:6000] for process in processes))
     finally:
         for process in processes:
             process.kill()
