@@ -10,8 +10,9 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
 
-from user_llm.ahead.check import Checked, abstract_batch, describe
+from user_llm.ahead.check import Checked, abstract_batch, bytes_read, describe
 from user_llm.ahead.chips import CHIPS, find_topology
 from user_llm.ahead.collectives import Collective
 from user_llm.ahead.flops import count_flops
@@ -105,6 +106,19 @@ def test_a_step_by_hand():
         == "| encoder | yes | 10.00 of 16 | 4.00 | 6.00 | 197.000 | 9850 | all-gather 0.600, all-reduce 0.100 | 1000.0 | compute |"
     )
     assert not Checked("encoder", chip, 11e9, 6e9, 1.0, ()).fits
+
+
+def test_arguments_that_a_program_does_not_read_take_nothing(mesh_of):
+    """Of those it reads a device holds its part; what is static, and a number of Python's, is no array."""
+    mesh = mesh_of(1, 8, 1)
+
+    def array(*shape, axes=()):
+        return jax.ShapeDtypeStruct(shape, np.float32, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
+
+    params = {"shared": array(8, 4, axes=("fsdp",)), "unread": array(100), "whole": array(3)}
+    arguments = ("static", params, 2)
+    program = jax.jit(lambda kind, params, times: params["shared"] * times + params["whole"].sum(), static_argnums=0)
+    assert bytes_read(program.trace(*arguments), arguments) == 4 * 4 + 3 * 4
 
 
 @pytest.mark.parametrize("name", ["v4:2x2", "2x4", "v5e"])

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from absl import logging
 from etils import epath
+from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -40,7 +41,7 @@ class Checked:
     """A compiled program of a phase, seen from one chip.
 
     Attributes:
-      arguments: bytes of parameters, optimizer state, caches and batch.
+      arguments: bytes of parameters, optimizer state, caches and batch, as far as the program reads them.
       temporaries: bytes needed besides while it runs, results that take no argument's place among them.
       flops: of products, by `count_flops`, an equal share of the whole program's; the most that it may take, where a loss leaves out
         logits that count for nothing.
@@ -173,6 +174,17 @@ def abstract_batch(task: Task, mesh: Mesh) -> dict[str, Any]:
     return jax.tree.map(shape, next(iter(task.train_data)))
 
 
+def bytes_read(traced: jax.stages.Traced, arguments: tuple) -> int:
+    """Return the bytes that the arguments of a program take on a device, without those that it does not read: jit drops them."""
+    jaxpr = traced.jaxpr.jaxpr
+    _, read = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    # Neither what is static nor Python's numbers, which alone are weakly typed, are arrays.
+    arrays = [a for a in jax.tree.leaves(arguments) if isinstance(a, jax.ShapeDtypeStruct)]
+    read = [is_read for var, is_read in zip(jaxpr.invars, read, strict=True) if not var.aval.weak_type]
+    sizes = [a.dtype.itemsize * math.prod(a.sharding.shard_shape(a.shape)) for a in arrays]
+    return sum(size for size, is_read in zip(sizes, read, strict=True) if is_read)
+
+
 def _compile(
     program: jax.stages.Wrapped,
     arguments: tuple,
@@ -186,8 +198,7 @@ def _compile(
     with jax.set_mesh(mesh):  # only here: nothing can be computed on devices that are but described
         traced = program.trace(*arguments)
     flops = count_flops(traced.jaxpr.jaxpr, turns) / mesh.size * per_chip
-    arrays = [a for a in jax.tree.leaves(arguments) if isinstance(a, jax.ShapeDtypeStruct)]
-    given = per_chip * sum(a.dtype.itemsize * math.prod(a.sharding.shard_shape(a.shape)) for a in arrays)
+    given = per_chip * bytes_read(traced, arguments)
     if given > chip.memory:
         return Checked(phase, chip, given, 0.0, flops, ())  # more needs no compiler
     logging.info("%s: compiling for %d devices", phase, mesh.size)
