@@ -122,7 +122,7 @@ def _over_chunks(
 ) -> tuple[Any, Array]:
     """Return the last carry of carry, out = step(carry, hidden, targets, weights) over chunks of rows, and all `out` [R, D].
 
-    Rows of weight 0 come behind all others, and no step is made for a chunk of them alone: their `out` is 0.
+    Of several chunks, rows of weight 0 come behind all others, and no step is made for a chunk of them alone: their `out` is 0.
     """
     rows = len(hidden)
     if rows <= chunk:  # a loop, even of one step, would have `start` and the sum in memory side by side
