@@ -159,7 +159,11 @@ def base() -> ConfigDict:
                     "categories": (),
                     "numbers": (),
                     "texts": (),
+                    # Of numbers in `time`: s, ms, us, ns, YYYYMMDD or YYYYMMDDHHMMSS; "" to decide from all of them.
+                    "time_unit": "",
                 },
+                # Rows that cannot be read: refuse the first, by file and row, or skip (leave out and count) all.
+                "bad_rows": "refuse",
                 "catalogue_items": 50_000,  # that --compile_only assumes where there is no data
                 "ties": "hashed",
                 "min_events": 5,

@@ -88,14 +88,14 @@ def test_many_values_become_equal_shares(tmp_path):
         (Columns("user", "what", time="when"), "has no column 'user'; it has who, what, when"),
         (
             Columns("who", "what", time="when", numbers=("name",)),
-            "'name' .* holds no numbers; list it under categories or texts",
+            "e.csv, row 1: no number that can be read, as column 'name' holds 'Apple'; list columns of names under categories or texts",
         ),
     ],
 )
 def test_columns_that_do_not_fit_are_explained(tmp_path, columns, words):
     write(tmp_path / "e.csv", ROWS)
     with pytest.raises(ValueError, match=words):
-        find(str(tmp_path / "e.csv"), columns, name="t")
+        prepare.load(find(str(tmp_path / "e.csv"), columns, name="t"), tmp_path / "prepared")
 
 
 def test_time_and_order_exclude_each_other():

@@ -9,13 +9,14 @@ import threading
 import zipfile
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from user_llm.data import movielens, movielens_raw, prepare
+from user_llm.data import download, movielens, movielens_raw, prepare
 from user_llm.data.audits import audit
 from user_llm.data.movielens_raw import readable_title
-from user_llm.data.prepare import unique_titles
 from user_llm.data.splits import leave_last_out
+from user_llm.data.titles import unique_titles
 
 
 def load(source, prepared, *, base_url=movielens.BASE_URL, **options):
@@ -400,12 +401,13 @@ def test_a_half_written_dataset_is_never_accepted(write_release, tmp_path, monke
 def test_a_half_unpacked_zip_is_never_accepted(write_release, tmp_path, monkeypatch):
     path = zipped(write_release(tmp_path / "raw"), tmp_path / "ml.zip")
 
-    def interrupted(archive, directory):
-        archive.extract(archive.namelist()[0], directory)
+    def interrupted(archive, entry, target, most):
+        whole(archive, entry, target, most)
         raise OSError("No space left on device")
 
+    whole = download.extract
     with monkeypatch.context() as patch:
-        patch.setattr(zipfile.ZipFile, "extractall", interrupted)
+        patch.setattr(download, "extract", interrupted)
         with pytest.raises(OSError, match="No space"):
             load(path, tmp_path / "prepared")
     assert_tiny(load(path, tmp_path / "prepared", ties="file"), tied=(3, 2, 4))
@@ -425,7 +427,7 @@ def test_a_broken_zip_is_refused(write_release, tmp_path):
 
 def test_the_real_small_release_is_read_whole(data_dir):
     raw = movielens.find(data_dir / "movielens" / "ml-latest-small", "unused")
-    (events,) = raw.events()
+    events = pa.Table.from_batches(raw.events())
     items = {row["item"]: row for piece in raw.items() for row in piece.to_pylist()}
     assert len(events) == 100_836
     assert len(events["user"].unique()) == 610

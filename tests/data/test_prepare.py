@@ -25,8 +25,9 @@ def make_raw(tmp_path):
 
     def make(rows=ROWS, **changes) -> Raw:
         (tmp_path / "file").write_text(repr(rows))
+        whole = lambda: ((user, item, time, 0, *rest) for user, item, time, *rest in rows)  # noqa: E731
         found = Raw(
-            name="toy", files=(epath.Path(tmp_path / "file"),), events=lambda: pieces(iter(rows), found.event_schema),
+            name="toy", files=(epath.Path(tmp_path / "file"),), events=lambda: pieces(whole(), found.event_schema),
             items=lambda: pieces(iter(ITEMS), found.item_schema), ordinals={"stars": 5}, texts=("text",), bags=("kinds",),
             **changes,
         )  # fmt: skip
@@ -53,7 +54,10 @@ def test_events_become_timelines(make_raw, tmp_path, monkeypatch, rows):
     assert timelines.columns["text"].tolist() == ["", "good, good", "so so", "Bad", "zoë 漢字"]
     assert timelines.catalogue.vocab == {"kinds": ["", "food"]}
     np.testing.assert_array_equal(timelines.catalogue.multi["kinds"], [[0], [0], [0], [1]])
-    assert timelines.facts == {"rows": 6, "duplicates_dropped": 1, "users_before_min_events": 3}
+    assert timelines.facts == {
+        "rows": 6, "duplicates_dropped": 1, "users_before_min_events": 3, "bad_rows_left_out": 0, "time_unit": "s",
+        "ticks_per_second": 1, "events_before_1970": 0, "events_after_2100": 0, "times_rounded": 0,
+    }  # fmt: skip
     assert [(f.name, f.kind, f.size) for f in timelines.schema] == [
         ("item", "item", 4), ("stars", "ordinal", 6), ("kinds", "multi", 2), ("text", "text", 4096), ("gap", "time", 28),
     ]  # fmt: skip
@@ -74,9 +78,12 @@ def test_records_hold_whole_users_and_files_whole_records(make_raw, tmp_path, mo
 
 
 def test_separators_in_texts_do_no_harm(make_raw, tmp_path):
-    rows = [("u", "b", time, 1, f"one{prepare.SEPARATOR}two") for time in range(3)]
+    texts = [f"one{prepare.SEPARATOR}two", f"{prepare.ESCAPE}1{prepare.SEPARATOR}0", prepare.ESCAPE * 2, "", "0"]
+    rows = [(f"u{text}", "b", time, 1, text) for text in texts for time in range(3)]
     timelines = prepare.load(make_raw(rows), tmp_path / "prepared")
-    assert timelines.columns["text"].tolist() == ["one two"] * 3
+    assert sorted(timelines.user_keys) == sorted(f"u{text}" for text in texts)
+    for user, key in enumerate(timelines.user_keys):
+        assert timelines.columns["text"][timelines.offsets[user] : timelines.offsets[user + 1]].tolist() == [key[1:]] * 3
 
 
 def test_an_order_is_no_time(make_raw, tmp_path):

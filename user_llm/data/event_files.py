@@ -1,33 +1,29 @@
 """Your own events: Parquet, CSV or JSON lines, in one file, a folder or a glob, with the columns that you name.
 
-DuckDB reads them; what does not fit is said by file and row. Numbers of few values are taken as they are, others by their share of
-all values.
+Every column is read as what it is declared to be, and no type is guessed; what does not fit is said by file and row. Numbers of few
+values are taken as they are, others by their share of all values (`prepare.py`).
 """
 
+import contextlib
 import dataclasses
 import glob
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
+from typing import Any
 
-import duckdb
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from etils import epath
 
-from user_llm.data.raw import ROWS, Raw
+from user_llm.data import columns as reading
+from user_llm.data import times
+from user_llm.data.columns import Column, WrongType
+from user_llm.data.event_tables import FORMATS, Format, Piece, format_of
+from user_llm.data.opening import check_regular
+from user_llm.data.raw import BadRows, Raw
+from user_llm.data.values import shown
 
-READERS = {
-    ".parquet": "read_parquet([{}], filename = true)",
-    ".csv": "read_csv([{}], filename = true, header = true, null_padding = false)",
-    ".jsonl": "read_json([{}], filename = true, format = 'newline_delimited')",
-}
-READERS |= {
-    ".csv.gz": READERS[".csv"],
-    ".jsonl.gz": READERS[".jsonl"],
-    ".json": READERS[".jsonl"],
-    ".json.gz": READERS[".jsonl"],
-}
 LEVELS = 10  # of a number; one more stands for a missing one
-# Later than this many seconds since 1970 (the year 5138) a number must be meant in milliseconds.
-MILLISECONDS = 100_000_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,16 +31,18 @@ class Columns:
     """Which column holds what.
 
     Attributes:
-      user, item: ids of any type.
-      time: seconds or milliseconds since 1970, dates or timestamps; empty if only the order is known.
-      order: whole numbers that order a user's events; empty with `time`.
-      title: readable name of the item; empty for the id.
+      user, item: ids of any type that is not nested; they are text, whose spelling is kept.
+      time: numbers since 1970 in one unit, dates or timestamps; empty if only the order is known.
+      time_unit: of numbers: s, ms, us, ns, YYYYMMDD or YYYYMMDDHHMMSS; empty for one that is decided from all of them
+        (`times.decide`).
+      order: numbers that order a user's events; empty with `time`.
+      title: readable name of the item, of which the first that is not blank counts; empty for the id.
       categories: of the item: columns of names, or of lists of names.
       numbers: of the event, such as ratings and prices; each becomes a level from 1 to 10.
       texts: of the event.
 
     Raises:
-      ValueError: neither `time` nor `order`, or both.
+      ValueError: neither `time` nor `order`, or both; an unknown unit; a number or text that is named twice.
     """
 
     user: str
@@ -55,144 +53,259 @@ class Columns:
     categories: tuple[str, ...] = ()
     numbers: tuple[str, ...] = ()
     texts: tuple[str, ...] = ()
+    time_unit: str = ""
 
     def __post_init__(self):
         if bool(self.time) == bool(self.order):
             raise ValueError(f"Name one column of times (time={self.time!r}) or of the order of events (order={self.order!r}).")
+        units = (*times.UNITS, *times.COMPACT)
+        if self.time_unit and self.time_unit not in units:
+            raise ValueError(f"Unknown data.columns.time_unit {self.time_unit!r}: choose {', '.join(units)}, or '' to decide.")
+        features = (*self.numbers, *self.texts)
+        for name in features:
+            if features.count(name) > 1:
+                raise ValueError(f"Column {name!r} is named twice in numbers and texts: name it once.")
+
+    def needed(self) -> list[str]:
+        """Return the columns that every file must have."""
+        return [self.user, self.item, self.time or self.order]
 
     def named(self) -> list[str]:
-        """Return all columns that must be there."""
-        single = (self.user, self.item, self.time or self.order, self.title)
-        return [name for name in (*single, *self.categories, *self.numbers, *self.texts) if name]
+        """Return all columns, each once."""
+        optional = (self.title, *self.categories, *self.numbers, *self.texts)
+        return list(dict.fromkeys([*self.needed(), *filter(None, optional)]))
 
 
-def find(source: str, columns: Columns, *, name: str) -> Raw:
+def find(source: str, columns: Columns, *, name: str, bad_rows: str = "refuse") -> Raw:
     """Return the events of a file, a folder or a glob.
 
+    Args:
+      bad_rows: `refuse`, or `skip` to leave rows out that cannot be read.
+
     Raises:
-      ValueError: no such file, another kind of file, a column that is not there or cannot be what it is declared to be.
+      ValueError: no such file, another kind of file, a column that is not there or whose type can never be what it is declared to be.
     """
-    files = _files(source)
-    table = _connect(files)
-    types = {column: kind for column, kind, *_ in table.sql("DESCRIBE files").fetchall()}
-    missing = [column for column in columns.named() if column not in types]
-    if missing:
-        there = ", ".join(column for column in types if column != "filename")
-        raise ValueError(f"{source} has no column {', '.join(map(repr, missing))}; it has {there}.")
-    levels = {column: _levels(table, column, types[column], source) for column in columns.numbers}
-    time = _quoted(columns.time or columns.order)
-    selected = {
-        "user": f"CAST({_quoted(columns.user)} AS VARCHAR)",
-        "item": f"CAST({_quoted(columns.item)} AS VARCHAR)",
-        "time": _seconds(time, types[columns.time]) if columns.time else f"try_cast({time} AS BIGINT)",
-        **{column: f"CAST({levels[column]} AS INTEGER)" for column in columns.numbers},
-        **{column: f"coalesce(CAST({_quoted(column)} AS VARCHAR), '')" for column in columns.texts},
-    }
+    files, form = find_files(source)
+    _check_columns(source, files, form, columns)
+    reader = _Reader(columns, files, form, BadRows.of(bad_rows))
+    dates = reader.first_is_date()
     raw = Raw(
-        name=name, files=files, events=lambda: _events(files, selected, raw.event_schema), timed=bool(columns.time),
-        items=lambda: _items(files, columns, types, raw.item_schema), ordinals=dict.fromkeys(columns.numbers, LEVELS + 1),
-        texts=columns.texts, bags=("categories",) if columns.categories else (),
+        name=name, files=files, events=lambda: reader.events(raw.event_schema, dates), items=lambda: reader.items(raw.item_schema),
+        ordinals=dict.fromkeys(columns.numbers, LEVELS + 1), measured=columns.numbers, texts=columns.texts,
+        bags=("categories",) if columns.categories else (), timed=bool(columns.time), unit="s" if dates else columns.time_unit,
+        bad_rows=reader.bad_rows, settings=f"{columns} {bad_rows}",
     )  # fmt: skip
     return raw
 
 
-def _files(source: str) -> tuple[epath.Path, ...]:
+def find_files(source: str) -> tuple[tuple[epath.Path, ...], Format]:
+    """Return the files of a file, a folder or a glob, and their format.
+
+    A name that exists is taken literally, whatever signs it has. Of a folder the files count, and those of its folders that are
+    called `key=value`, but hidden ones do not.
+
+    Raises:
+      ValueError: none, or files of several formats.
+    """
     path = epath.Path(source)
-    found = (
-        sorted(path.iterdir()) if path.is_dir() else [epath.Path(file) for file in sorted(glob.glob(source, recursive=True))]
-    )
-    files = tuple(file for file in found if _suffix(file) in READERS)
-    kinds = {READERS[_suffix(file)] for file in files}
-    if len(kinds) != 1:
-        what = "holds files of several kinds" if kinds else "names no file of events"
-        raise ValueError(f"{source} {what}: name one file, folder or glob of {', '.join(READERS)}.")
-    return files
+    if path.is_dir():
+        found = _in_folder(path)
+    elif path.exists():
+        found = [path]
+    else:
+        found = [epath.Path(file) for file in sorted(glob.glob(source, recursive=True))]
+    files = tuple(file for file in found if format_of(file) and not file.is_dir())
+    forms = {id(form): form for form in map(format_of, files) if form}
+    if len(forms) != 1:
+        what = "holds files of several kinds" if forms else "names no file of events"
+        raise ValueError(f"{source} {what}: name one file, folder or glob of {', '.join(FORMATS)}, packed by gzip or not.")
+    for file in files:
+        check_regular(file)
+    return files, next(iter(forms.values()))
 
 
-def _suffix(file: epath.Path) -> str:
-    return "".join(file.suffixes[-2:]) if file.suffix == ".gz" else file.suffix
+def _in_folder(folder: epath.Path) -> list[epath.Path]:
+    found: list[epath.Path] = []
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if not path.is_dir():
+            found.append(path)
+        elif "=" in path.name:
+            found += _in_folder(path)
+    return found
 
 
-def _connect(files: Sequence[epath.Path]) -> duckdb.DuckDBPyConnection:
-    """Return a connection in which the view `files` holds all rows, in order."""
-    table = duckdb.connect()
-    table.execute("SET enable_progress_bar = false; SET memory_limit = '1GB'")
-    paths = ", ".join("'" + str(file).replace("'", "''") + "'" for file in files)
+def _check_columns(source: str, files: tuple[epath.Path, ...], form: Format, columns: Columns) -> None:
+    anywhere: dict[str, None] = {}
+    for file in files:
+        there = form.names(file, columns.named())
+        for name in columns.named():
+            if there.count(name) > 1:
+                raise ValueError(f"{file} has {there.count(name)} columns {name!r}: rename all but one.")
+        if missing := [name for name in columns.needed() if name not in there and there]:
+            raise ValueError(f"{file} has no column {', '.join(map(repr, missing))}; it has {', '.join(there)}.")
+        anywhere |= dict.fromkeys(there)
+    if missing := [name for name in columns.named() if name not in anywhere and anywhere]:
+        raise ValueError(f"{source} has no column {', '.join(map(repr, missing))}; it has {', '.join(anywhere)}.")
+
+
+class _Reader:
+    """Reads all columns of the files in one pass, of which the items' titles and categories remain."""
+
+    def __init__(self, columns: Columns, files: tuple[epath.Path, ...], form: Format, bad_rows: BadRows):
+        self.columns, self.files, self.form, self.bad_rows = columns, files, form, bad_rows
+        self.titles: dict[str, str] = {}
+        self.names: list[dict[str, list[str]]] = [{} for _ in columns.categories]
+
+    def _pieces(self, bad_rows: BadRows) -> Iterator[Piece]:
+        for file in self.files:
+            for piece in self.form.pieces(file, self.columns.named(), bad_rows):
+                if len(piece.rows):
+                    yield piece
+
+    def _times(self, column: Column) -> times.Times:
+        compact = self.columns.time_unit in times.COMPACT
+        return times.read(column, order=bool(self.columns.order), compact=compact)
+
+    def first_is_date(self) -> bool:
+        """Say whether the first readable time is a date; the others must be what it is."""
+        for piece in self._pieces(BadRows(skip=True)):
+            found = _declared(piece, self.columns.time or self.columns.order, "time", self._times)
+            if not found.bad.all():
+                return bool(found.dates[np.argmin(found.bad)])
+        return False
+
+    def events(self, schema: pa.Schema, dates: bool) -> Iterator[pa.RecordBatch]:
+        """Yield the events, and gather the items."""
+        self.titles.clear()
+        for names in self.names:
+            names.clear()
+        self.bad_rows.count = 0
+        for piece in self._pieces(self.bad_rows):
+            batch = self._batch(piece, schema, dates)
+            if batch is not None and len(batch):
+                yield batch
+
+    def _batch(self, piece: Piece, schema: pa.Schema, dates: bool) -> pa.RecordBatch | None:
+        columns, faults, size = self.columns, _Faults(piece), len(piece.rows)
+        time_name, role = columns.time or columns.order, "time" if columns.time else "order"
+        values: dict[str, pa.Array] = {}
+        for kind, name in (("user", columns.user), ("item", columns.item)):
+            values[kind], bad = _declared(piece, name, kind, reading.text)
+            faults.add(bad | reading.missing(values[kind]), name, kind)
+        found = _declared(piece, time_name, role, self._times)
+        faults.add(found.bad, time_name, role)
+        faults.add(
+            ~found.bad & (found.dates != dates),
+            time_name,
+            role,
+            f", while the first {role} is {'a date' if dates else 'a number'}",
+        )
+        values |= {"time": pa.array(found.whole), "fraction": pa.array(found.fraction)}
+        for n, name in enumerate(columns.numbers):
+            values[f"level_{n}"] = pa.nulls(size, pa.float64())
+            if name in piece.columns:
+                values[f"level_{n}"], bad = _declared(piece, name, "number", reading.number)
+                faults.add(bad, name, "number", "; list columns of names under categories or texts")
+        for n, name in enumerate(columns.texts):
+            values[f"text_{n}"] = self._text(piece, name, "text", faults)
+        titles = self._text(piece, columns.title, "title", faults)
+        bags = [self._names(piece, name, faults) for name in columns.categories]
+        good = faults.settle(self.bad_rows)
+        batch = pa.RecordBatch.from_arrays([values[field.name] for field in schema], schema=schema)
+        if good is not None:
+            batch, titles, bags = batch.filter(good), titles.filter(good), [bag.filter(good) for bag in bags]
+        self._gather(batch["item"], titles, bags)
+        return batch
+
+    @staticmethod
+    def _text(piece: Piece, name: str, kind: str, faults: "_Faults") -> pa.Array:
+        if name not in piece.columns:
+            return pa.array([""] * len(piece.rows), pa.string()) if kind == "text" else pa.nulls(len(piece.rows), pa.string())
+        found, bad = _declared(piece, name, kind, reading.text)
+        faults.add(bad, name, kind)
+        return found.fill_null("")
+
+    @staticmethod
+    def _names(piece: Piece, name: str, faults: "_Faults") -> pa.Array:
+        if name not in piece.columns:
+            return pa.array([[]] * len(piece.rows), pa.list_(pa.string()))
+        found, bad = _declared(piece, name, "category", reading.names)
+        faults.add(bad, name, "category")
+        return found
+
+    def _gather(self, items: pa.Array, titles: pa.Array, bags: list[pa.Array]) -> None:
+        """Keep the first title that is not blank, and the first categories that are not empty, of each item."""
+        codes = items.dictionary_encode()
+        if self.columns.title:
+            filled = pc.not_equal(pc.utf8_trim_whitespace(titles), "").fill_null(False)
+            _keep_first(codes, filled.to_numpy(zero_copy_only=False), titles, self.titles)
+        for bag, kept in zip(bags, self.names, strict=True):
+            _keep_first(codes, pc.list_value_length(bag).to_numpy(zero_copy_only=False) > 0, bag, kept)
+
+    def items(self, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+        """Yield what was gathered."""
+        for item in dict.fromkeys(key for kept in (self.titles, *self.names) for key in kept):
+            names = [name for kept in self.names for name in kept.get(item, ())]
+            row = {"item": [item], "title": [self.titles.get(item)]} | ({"categories": [names]} if self.names else {})
+            yield pa.record_batch(row, schema=schema)
+
+
+def _keep_first(codes: pa.DictionaryArray, filled: np.ndarray, values: pa.Array, kept: dict) -> None:
+    """Keep for each item that has none yet the first of the values that are filled."""
+    rows = np.flatnonzero(filled)
+    unique, first = np.unique(codes.indices.to_numpy()[rows], return_index=True)
+    keys = codes.dictionary.take(pa.array(unique)).to_pylist()
+    missing = [n for n, key in enumerate(keys) if key not in kept]
+    for n, value in zip(missing, values.take(pa.array(rows[first[missing]])).to_pylist(), strict=True):
+        kept[keys[n]] = value
+
+
+def _declared(piece: Piece, name: str, kind: str, read: Callable[[Column], Any]) -> Any:
+    """Read a column as what it is declared to be.
+
+    Raises:
+      ValueError: its type can never be that.
+    """
+    column = piece.columns.get(name)
     try:
-        table.execute(f"CREATE VIEW files AS SELECT * FROM {READERS[_suffix(files[0])].format(paths)}")
-    except duckdb.Error as error:
-        raise ValueError(f"{files[0].parent}: {_first_line(error)}") from None
-    return table
+        return read(pa.nulls(len(piece.rows)) if column is None else column)
+    except WrongType as error:
+        raise ValueError(
+            f"{piece.file}: column {name!r} is of type {error}, which is no {kind}: name another column."
+        ) from None
 
 
-def _first_line(error: duckdb.Error) -> str:
-    return str(error).strip().splitlines()[0]
+class _Faults:
+    """What is wrong with the rows of a piece."""
+
+    def __init__(self, piece: Piece):
+        self.piece = piece
+        self.bad: list[tuple[np.ndarray, str, str, str]] = []
+
+    def add(self, bad: np.ndarray, name: str, kind: str, more: str = "") -> None:
+        """Note rows in which a column is not what it is declared to be."""
+        if bad.any():
+            self.bad.append((bad, name, kind, more))
+
+    def settle(self, bad_rows: BadRows) -> pa.Array | None:
+        """Refuse the first bad row, or leave all of them out: return which rows remain, None for all."""
+        if not self.bad:
+            return None
+        bad = np.any([mask for mask, *_ in self.bad], axis=0)
+        row = int(np.argmax(bad))
+        name, kind, more = next(rest for mask, *rest in self.bad if mask[row])
+        column = self.piece.columns.get(name)
+        value = None if column is None else column[row]
+        value = value.as_py() if isinstance(value, pa.Scalar) else value
+        fault = f"no {kind} that can be read, as column {name!r} holds {_shown(value)}{more}"
+        bad_rows(f"{self.piece.file}, row {self.piece.rows[row]}: {fault}", int(bad.sum()))
+        return pa.array(~bad)
 
 
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
-
-
-def _seconds(column: str, kind: str) -> str:
-    """Return SQL for seconds since 1970."""
-    if kind in ("DATE", "TIMESTAMP WITH TIME ZONE") or kind.startswith("TIMESTAMP"):
-        return f"CAST(floor(epoch({column})) AS BIGINT)"
-    number = f"CAST(floor(try_cast({column} AS DOUBLE)) AS BIGINT)"
-    seconds = f"CASE WHEN {number} > {MILLISECONDS} THEN {number} // 1000 ELSE {number} END"
-    if kind == "VARCHAR":
-        return f"coalesce({seconds}, CAST(floor(epoch(try_cast({column} AS TIMESTAMP))) AS BIGINT))"
-    return seconds
-
-
-def _levels(table: duckdb.DuckDBPyConnection, name: str, kind: str, source: str) -> str:
-    """Return SQL for the level of a number."""
-    column = _quoted(name)
-    try:
-        values = table.sql(
-            f"SELECT DISTINCT {column} AS v FROM files WHERE v IS NOT NULL ORDER BY v LIMIT {LEVELS + 1}"
-        ).fetchall()
-        if len(values) > LEVELS:
-            shares = [i / LEVELS for i in range(1, LEVELS)]
-            edges = table.sql(f"SELECT quantile_disc({column}, {shares}) FROM files").fetchall()[0][0]
-        else:
-            edges = [value for (value,) in values[:-1]]
-        edges = [float(edge) for edge in edges]
-    except (duckdb.Error, TypeError, ValueError):
-        raise ValueError(f"{source}: column {name!r} ({kind}) holds no numbers; list it under categories or texts.") from None
-    above = " + ".join(f"CAST({column} > {edge!r} AS INTEGER)" for edge in edges) or "0"
-    return f"CASE WHEN {column} IS NULL THEN {LEVELS + 1} ELSE 1 + {above} END"
-
-
-def _events(files: tuple[epath.Path, ...], selected: dict[str, str], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    table, file, before = _connect(files), None, 0
-    chosen = ", ".join(f"{expression} AS {_quoted(name)}" for name, expression in selected.items())
-    try:
-        for piece in table.sql(f"SELECT {chosen}, filename FROM files").to_arrow_reader(ROWS):
-            for name in ("user", "item", "time"):
-                if piece[name].null_count:
-                    row = piece[name].is_null().index(True).as_py()
-                    names = piece["filename"][: row + 1].to_pylist()
-                    number = names.count(names[-1]) + (before if names[-1] == file else 0)
-                    raise ValueError(f"{names[-1]}, row {number}: no {name} that can be read; mend or delete the row.")
-            names = piece["filename"].to_pylist()
-            before = names.count(names[-1]) + (before if names[0] == names[-1] == file else 0)
-            file = names[-1]
-            yield pa.RecordBatch.from_arrays([piece[field.name].cast(field.type) for field in schema], schema=schema)
-    except duckdb.Error as error:
-        raise ValueError(f"{files[0].parent}: {_first_line(error)}") from None
-
-
-def _items(
-    files: tuple[epath.Path, ...], columns: Columns, types: dict[str, str], schema: pa.Schema
-) -> Iterator[pa.RecordBatch]:
-    title = f"CAST(any_value({_quoted(columns.title)}) AS VARCHAR)" if columns.title else "CAST(NULL AS VARCHAR)"
-    lists = [
-        _quoted(name)
-        if types[name].endswith("[]")
-        else f"CASE WHEN {_quoted(name)} IS NULL THEN [] ELSE [CAST({_quoted(name)} AS VARCHAR)] END"
-        for name in columns.categories
-    ]
-    bags = f", any_value(list_concat({', '.join(lists)})) AS categories" if lists else ""
-    query = f"SELECT CAST({_quoted(columns.item)} AS VARCHAR) AS item, {title} AS title{bags} FROM files GROUP BY 1"
-    for piece in _connect(files).sql(query).to_arrow_reader(ROWS):
-        yield pa.RecordBatch.from_arrays([piece[field.name].cast(field.type) for field in schema], schema=schema)
+def _shown(value: object) -> str:
+    if isinstance(value, bytes):
+        with contextlib.suppress(UnicodeDecodeError):
+            value = value.decode()
+    return "nothing" if value is None else shown(value)

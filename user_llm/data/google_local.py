@@ -9,15 +9,19 @@ from typing import Any
 
 from etils import epath
 
-from user_llm.data.amazon import existing
-from user_llm.data.raw import Raw, clean, identifier, json_lines, pieces, whole
+from user_llm.data.amazon import existing, milliseconds, of_lines
+from user_llm.data.raw import Raw, clean
+from user_llm.data.values import identifier, names_of, text_of, whole
 
 REVIEWS = ("review-{}_10.json", "review-{}.json")
 PLACES = ("meta-{}.json",)
 
 
-def find(directory: epath.PathLike, states: Sequence[str]) -> Raw:
+def find(directory: epath.PathLike, states: Sequence[str], *, bad_rows: str = "refuse") -> Raw:
     """Return the reviews of one or several states.
+
+    Args:
+      bad_rows: `refuse`, or `skip` to leave lines out that cannot be read.
 
     Raises:
       ValueError: no state named, or one whose reviews or places are not in `directory`. A bad line is refused when it is read.
@@ -33,22 +37,17 @@ def find(directory: epath.PathLike, states: Sequence[str]) -> Raw:
             if not files:
                 raise ValueError(f"{folder} has no {patterns[0].format(state)}.gz: download it, or leave {state} out.")
             found.append(files[0])
-    raw = Raw(
-        name=f"google-local-{'-'.join(states)}",
-        files=(*reviews, *places),
-        events=lambda: pieces((row for path in reviews for row in json_lines(path, _review)), raw.event_schema),
-        items=lambda: pieces((row for path in places for row in json_lines(path, _place)), raw.item_schema),
-        ordinals={"rating": 5}, texts=("review",), bags=("categories",),
-    )  # fmt: skip
-    return raw
+    return of_lines(
+        f"google-local-{'-'.join(states)}", (reviews, _review), (places, _place), texts=("review",), bad_rows=bad_rows
+    )
 
 
 def _review(line: dict[str, Any]) -> tuple:
-    time = whole(line["time"], "time", 0, 10**14) // 1000
     user, place = (identifier(line[name], name) for name in ("user_id", "gmap_id"))
-    return user, place, time, whole(line["rating"], "rating", 1, 5), clean(line.get("text"))
+    stars = whole(line["rating"], "rating", 1, 5)
+    return user, place, *milliseconds(line["time"], "time"), stars, clean(text_of(line.get("text")))
 
 
-def _place(line: dict[str, Any]) -> tuple[str, str | None, list[str]]:
-    names = dict.fromkeys(map(clean, line.get("category") or []))
-    return identifier(line["gmap_id"], "gmap_id"), clean(line.get("name")) or None, [name for name in names if name]
+def _place(line: dict[str, Any]) -> tuple[str, str, list[str]]:
+    names = list(filter(None, dict.fromkeys(map(clean, names_of(line.get("category"))))))
+    return identifier(line["gmap_id"], "gmap_id"), clean(text_of(line.get("name"))), names

@@ -21,12 +21,13 @@ CHECKSUMS = {
 }
 
 
-def find(source: epath.PathLike, directory: epath.PathLike, *, base_url: str = BASE_URL) -> Raw:
+def find(source: epath.PathLike, directory: epath.PathLike, *, base_url: str = BASE_URL, bad_rows: str = "refuse") -> Raw:
     """Return MovieLens as published.
 
     Args:
       source: a directory or zip in any published layout, or the name of a release to download.
       directory: where downloads and what is unpacked are kept.
+      bad_rows: `refuse`, or `skip` to leave rows out that cannot be read.
 
     Raises:
       ValueError: no such source, or one that is incomplete.
@@ -36,5 +37,6 @@ def find(source: epath.PathLike, directory: epath.PathLike, *, base_url: str = B
         path = fetch(f"{base_url}/{source}.zip", directory / "downloads", CHECKSUMS[str(source)])
     elif not path.is_dir() and not (path.suffix == ".zip" and path.exists()):
         raise ValueError(f"No MovieLens at {str(source)!r}: name a directory, a zip, or one of {', '.join(CHECKSUMS)}.")
-    folder = path if path.is_dir() else unzip(path, directory / "unzipped")
-    return movielens_raw.open_release(folder, name=str(source) if str(source) in CHECKSUMS else path.absolute().stem)
+    folder = path if path.is_dir() else unzip(path, directory / "unzipped", movielens_raw.ALL_FILES)
+    name = str(source) if str(source) in CHECKSUMS else path.absolute().stem
+    return movielens_raw.open_release(folder, name=name, bad_rows=bad_rows)

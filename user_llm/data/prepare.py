@@ -20,23 +20,24 @@ from pathlib import Path
 import duckdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
 from jaxtyping import Int
 
 from user_llm.common.files import lock
+from user_llm.data import numbering
+from user_llm.data.opening import check_regular
 from user_llm.data.raw import ROWS, Raw
 from user_llm.data.schema import Feature, Schema
 from user_llm.data.timelines import GAP_BUCKETS, Catalogue, Timelines, order_events
+from user_llm.data.titles import one_line, readable, unique_titles
 
 RECORDS = 16  # read at a time
 SHARD = 20  # pieces of a file; tfds holds one file's records in memory until it is written
-SEPARATOR = "\x1e"  # of the texts of a record
+SEPARATOR, ESCAPE = "\x1e", "\x1d"  # of the texts of a record, and what stands before 0 and 1 where a text holds one of the two
 SCRATCH = "scratch-"
-MEMORY = "1GB"  # of DuckDB, beyond which it sorts on disk
-# Ids that are numbers are ordered as numbers, before those that are not.
-IN_ORDER = "try_cast({0} AS HUGEINT) NULLS LAST, {0}"
 
 
 @dataclasses.dataclass
@@ -53,7 +54,7 @@ class Events(tfds.core.ShardBasedBuilder):
     shuffles: beyond 1 GB it needs TensorFlow for that.
     """
 
-    VERSION = tfds.core.Version("2.0.0")
+    VERSION = tfds.core.Version("3.0.0")
     BUILDER_CONFIGS: list = []
     url_infos: dict = {}  # nothing is downloaded here; left to itself tfds looks for a file of checksums
 
@@ -65,7 +66,7 @@ class Events(tfds.core.ShardBasedBuilder):
     def _info(self) -> tfds.core.DatasetInfo:
         column = lambda dtype: tfds.features.Tensor(shape=(None,), dtype=dtype)  # noqa: E731
         features = {"user": np.str_, "events": column(np.int32), "item": column(np.int32), "time": column(np.int64)}
-        features |= {name: column(np.int32) for name in self.raw.ordinals} | dict.fromkeys(self.raw.texts, np.str_)
+        features |= {own: np.str_ if own.startswith("text") else column(np.int32) for own in self.raw.stored}
         return tfds.core.DatasetInfo(
             builder=self, features=tfds.features.FeaturesDict(features), metadata=tfds.core.MetadataDict()
         )
@@ -74,15 +75,13 @@ class Events(tfds.core.ShardBasedBuilder):
         root = Path(self.data_dir_root)  # where there is room for the dataset
         with contextlib.ExitStack() as stack:
             scratch = stack.enter_context(tempfile.TemporaryDirectory(dir=root, prefix=SCRATCH))
-            table = stack.enter_context(_table(self.raw, Path(scratch)))
+            table = stack.enter_context(numbering.number_events(self.raw, Path(scratch)))
             self.info.metadata.update(_facts(table, self.raw))
-            count = table.sql("SELECT count(*) FROM kept").fetchall()[0][0]
-            return {"train": _shards(self._generate_examples(table, stack.pop_all()), count)}
+            return {"train": _shards(self._generate_examples(table.database, stack.pop_all()), table.kept)}
 
     def _generate_examples(self, table: duckdb.DuckDBPyConnection, scratch: contextlib.ExitStack) -> Iterator[tuple[int, dict]]:
         """Yield the number of the first user and the record."""
-        names = ["time", *self.raw.ordinals, *self.raw.texts]
-        chosen = ", ".join(f"kept.{name}" for name in names)
+        chosen = ", ".join(f"kept.{name}" for name in ("time", *self.raw.stored))
         query = f"""
             SELECT users.user AS user, users.number AS number, items.number::INTEGER AS item, {chosen}
             FROM kept JOIN users ON kept.user = users.user JOIN items ON kept.item = items.item
@@ -106,13 +105,23 @@ class Events(tfds.core.ShardBasedBuilder):
         number = rows["number"].to_numpy()
         starts = np.flatnonzero(np.diff(number, prepend=number[0] - 1))
         counts = np.diff(starts, append=len(number)).astype(np.int32)
-        record = {name: rows[name].to_numpy() for name in ("item", "time", *self.raw.ordinals)}
-        record |= {name: _joined(rows[name]) for name in self.raw.texts}
+        record = {name: rows[name].to_numpy() for name in ("item", "time")}
+        record |= {own: _joined(rows[own]) if own.startswith("text") else rows[own].to_numpy() for own in self.raw.stored}
         return record | {"user": _joined(rows["user"].take(pa.array(starts))), "events": counts}
 
 
 def _joined(texts: pa.ChunkedArray) -> str:
-    return SEPARATOR.join(text.replace(SEPARATOR, " ") for text in texts.to_pylist())
+    """Return many texts as one, from which `_apart` has them again whatever they hold."""
+    escaped = pc.replace_substring(pc.replace_substring(texts, ESCAPE, f"{ESCAPE}0"), SEPARATOR, f"{ESCAPE}1").combine_chunks()
+    one = pa.ListArray.from_arrays(pa.array([0, len(escaped)], pa.int32()), escaped)
+    return pc.binary_join(one, SEPARATOR)[0].as_py()
+
+
+def _apart(joined: str) -> list[str]:
+    texts = joined.split(SEPARATOR)
+    if ESCAPE not in joined:
+        return texts
+    return [text.replace(f"{ESCAPE}1", SEPARATOR).replace(f"{ESCAPE}0", ESCAPE) for text in texts]
 
 
 def _shards(records: Iterator[tuple[int, dict]], events: int) -> list[Callable[[], Iterator[tuple[int, dict]]]]:
@@ -133,89 +142,30 @@ def _shards(records: Iterator[tuple[int, dict]], events: int) -> list[Callable[[
     return [functools.partial(shard, number) for number in range(1, count + 1)]
 
 
-def _table(raw: Raw, scratch: Path) -> duckdb.DuckDBPyConnection:
-    """Return a database on disk with `kept` (events without duplicates), `users`, `items` (both numbered) and `catalogue`."""
-    table = duckdb.connect(str(scratch / "events.duckdb"))
-    table.execute(f"SET memory_limit = '{MEMORY}'; SET temp_directory = '{scratch}'; SET enable_progress_bar = false")
-    for name, schema, source in (("events", raw.event_schema, raw.events), ("published", raw.item_schema, raw.items)):
-        numbered = schema.insert(0, pa.field("row", pa.int64()))
-        faults: list[ValueError] = []
-        reader = pa.RecordBatchReader.from_batches(numbered, _numbered(source(), numbered, faults))
-        table.register("source", reader)
-        try:
-            table.execute(f"CREATE TABLE {name} AS SELECT * FROM source")
-        except duckdb.Error:
-            if faults:  # what a reader refuses, in its own words
-                raise faults[0] from None
-            raise
-        table.unregister("source")
-    table.execute("""
-        CREATE TABLE kept AS SELECT * FROM events QUALIFY row_number() OVER (PARTITION BY "user", item, time ORDER BY row) = 1
-    """)
-    for name, of in (("users", '"user"'), ("items", "item")):
-        order = IN_ORDER.format(of)
-        table.execute(f"""
-            CREATE TABLE {name} AS
-            SELECT {of}, row_number() OVER (ORDER BY {order}) AS number FROM (SELECT DISTINCT {of} FROM kept)
-        """)
-    table.execute("""
-        CREATE TABLE catalogue AS SELECT items.number, items.item AS "key", published.* EXCLUDE (row, item)
-        FROM items LEFT JOIN published ON items.item = published.item
-        QUALIFY row_number() OVER (PARTITION BY items.item ORDER BY published.row) = 1
-        ORDER BY items.number
-    """)
-    return table
-
-
-def _numbered(batches: Iterable[pa.RecordBatch], schema: pa.Schema, faults: list[ValueError]) -> Iterator[pa.RecordBatch]:
-    """Number the rows of all pieces, for no database keeps the publisher's order by itself; keep what ends it too early."""
-    first = 0
-    try:
-        for batch in batches:
-            rows = pa.array(np.arange(first, first + len(batch)))
-            yield pa.RecordBatch.from_arrays([rows, *batch.columns], schema=schema)
-            first += len(batch)
-            if first % (SHARD * ROWS) == 0:
-                logging.info("%d rows are read.", first)
-    except ValueError as fault:
-        faults.append(fault)
-        raise
-
-
-def _facts(table: duckdb.DuckDBPyConnection, raw: Raw) -> dict:
+def _facts(table: numbering.Numbered, raw: Raw) -> dict:
     """Return the dataset's metadata."""
-    rows, kept, users = (table.sql(f"SELECT count(*) FROM {name}").fetchall()[0][0] for name in ("events", "kept", "users"))
-    if not rows:
+    if not table.rows:
         raise ValueError(f"{raw.files[0]} holds no events.")
-    items = table.sql("SELECT * FROM catalogue ORDER BY number").to_arrow_table()
-    bags = {name: [list(filter(None, bag or [])) for bag in items[name].to_pylist()] for name in raw.bags}
+    items = table.database.sql("SELECT * FROM catalogue ORDER BY number").to_arrow_table()
+    bags = {name: [_names(bag) for bag in items[name].to_pylist()] for name in raw.bags}
     vocab = {name: sorted({value for bag in bags[name] for value in bag}) for name in raw.bags}
     number = {name: {value: i for i, value in enumerate(values, 1)} for name, values in vocab.items()}
     keys = items["key"].to_pylist()
-    titles = [title or key for title, key in zip(items["title"].to_pylist(), keys, strict=True)]
+    titles = [readable(title, key, n) for n, (title, key) in enumerate(zip(items["title"].to_pylist(), keys, strict=True), 1)]
     return {
         "keys": keys,
         "titles": unique_titles(titles),
         "bags": {name: [[number[name][value] for value in bag] for bag in found] for name, found in bags.items()},
         "vocab": vocab,
-        "audit": {"rows": rows, "duplicates_dropped": rows - kept, "users_before_min_events": users},
+        "ticks_per_second": table.ticks.per_second,
+        "edges": table.edges,
+        "audit": table.facts(raw),
     }
 
 
-def unique_titles(titles: list[str]) -> list[str]:
-    """Number repeated titles " [2]", " [3]", ... so that a title names one item."""
-    taken: set[str] = set()
-    latest: dict[str, int] = {}
-    out = []
-    for title in titles:
-        name, n = title, latest.get(title, 1)
-        while name in taken:
-            n += 1
-            name = f"{title} [{n}]"
-        latest[title] = n
-        taken.add(name)
-        out.append(name)
-    return out
+def _names(bag: list[str | None] | None) -> list[str]:
+    """Return the names of a bag, each once and on one line."""
+    return list(dict.fromkeys(filter(None, (one_line(name or "") for name in bag or []))))
 
 
 def prepare(raw: Raw, prepared_dir: epath.PathLike) -> Events:
@@ -226,7 +176,7 @@ def prepare(raw: Raw, prepared_dir: epath.PathLike) -> Events:
     Raises:
       ValueError: a bad row, named by file and line.
     """
-    folder = Path(prepared_dir) / fingerprint(raw.files)
+    folder = Path(prepared_dir) / fingerprint(raw.files, raw.settings)
     with lock(folder):
         for left in (*folder.glob(f"{SCRATCH}*"), *folder.rglob(f"{tfds.core.constants.INCOMPLETE_PREFIX}*_*")):
             logging.warning("Removing %s, left by a preparation that was killed.", left)
@@ -265,22 +215,28 @@ def load(
     order = order_events(np.repeat(np.arange(len(keys)), lengths), user, columns["item"], columns["time"], ties=ties, seed=seed)
     columns = {name: column[order] for name, column in columns.items()}
     catalogue = _catalogue(builder.info.metadata)
+    called = raw.called
     schema = Schema(
         (
             Feature("item", "item", len(catalogue.titles)),
-            *(Feature(name, "ordinal", highest + 1) for name, highest in raw.ordinals.items()),
+            *(
+                Feature(called[own], "ordinal", raw.ordinals[name] + 1)
+                for own, name in raw.stored.items()
+                if own.startswith("level")
+            ),
             *(Feature(name, "multi", max(len(catalogue.vocab[name]), 2), catalogue.multi[name].shape[1]) for name in raw.bags),
-            *(Feature(name, "text", word_ids, words) for name in raw.texts),
+            *(Feature(called[own], "text", word_ids, words) for own in raw.stored if own.startswith("text")),
             *((Feature("gap", "time", GAP_BUCKETS),) if raw.timed else ()),
         )
     )
-    item, time = columns.pop("item"), columns.pop("time")
+    item, seconds = columns.pop("item"), columns.pop("time") / builder.info.metadata["ticks_per_second"]
+    columns = {called[own]: column for own, column in columns.items()}
     return Timelines(
         name=raw.name,
         user_keys=keys,
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
         item=item,
-        columns=columns | ({"timestamp": time} if raw.timed else {}),
+        columns=columns | ({"timestamp": seconds} if raw.timed else {}),
         schema=schema,
         catalogue=catalogue,
         facts=dict(builder.info.metadata["audit"]),
@@ -290,8 +246,8 @@ def load(
 def _long(record: dict, raw: Raw, min_events: int) -> dict[str, np.ndarray]:
     """Return what a record holds of users with at least `min_events` events."""
     # No Python object for each string.
-    for name in ("user", *raw.texts):
-        record[name] = np.array(record[name].decode().split(SEPARATOR), np.dtypes.StringDType())
+    for name in ("user", *(own for own in raw.stored if own.startswith("text"))):
+        record[name] = np.array(_apart(record[name].decode()), np.dtypes.StringDType())
     long = record["events"] >= min_events
     events = np.repeat(long, record["events"])
     return {name: column[long if name in ("user", "events") else events] for name, column in record.items()}
@@ -304,12 +260,17 @@ def _number(key: str) -> int:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
 
 
-def fingerprint(files: Iterable[epath.Path]) -> str:
-    """Identify files by name and content; sizes and times, in whole seconds here, miss a quick edit."""
-    digest = hashlib.sha256()
+def fingerprint(files: Iterable[epath.Path], settings: str = "") -> str:
+    """Identify files by name and content (sizes and times, in whole seconds here, miss a quick edit), and settings of their reader.
+
+    Raises:
+      ValueError: what is no regular file.
+    """
+    digest = hashlib.sha256(settings.encode())
     for path in files:
+        check_regular(path)
         with path.open("rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+            digest.update(path.name.encode(errors="surrogateescape") + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:12]
 
 

@@ -4,21 +4,63 @@
 the publishers' layouts and nothing else.
 """
 
-import ast
 import dataclasses
-import gzip
 import html
-import json
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
+from absl import logging
 from etils import epath
 
+from user_llm.data.opening import line_chunks
+from user_llm.data.values import json_object
+
 ROWS = 50_000  # of one piece
-TAGS = re.compile(r"<(script|style)\b.*?</\1>|<[^<>]*>", re.DOTALL | re.IGNORECASE)
+WARNINGS = 5  # of bad rows that are left out; the others are counted only
+TAG = re.compile(r"<[^<>]*>")
+UNSHOWN = re.compile(r"<(script|style)\b", re.IGNORECASE)  # parts of a page that no reader sees
+ENDS = {name: re.compile(f"</{name}>", re.IGNORECASE) for name in ("script", "style")}
+
+
+@dataclasses.dataclass
+class BadRows:
+    """What becomes of rows that cannot be read: the first ends the reading, or with `skip` all are left out and counted.
+
+    Attributes:
+      skip: leave them out.
+      count: how many were left out.
+    """
+
+    skip: bool = False
+    count: int = 0
+
+    @classmethod
+    def of(cls, mode: str) -> "BadRows":
+        """Return what the config's `data.bad_rows` says.
+
+        Raises:
+          ValueError: it says neither refuse nor skip.
+        """
+        if mode not in ("refuse", "skip"):
+            raise ValueError(f"Unknown data.bad_rows {mode!r}: choose refuse or skip.")
+        return cls(skip=mode == "skip")
+
+    def __call__(self, fault: str, rows: int = 1) -> None:
+        """Refuse a row, or leave it and `rows` - 1 others out.
+
+        Args:
+          fault: file, row and what is wrong, without a full stop.
+
+        Raises:
+          ValueError: bad rows are refused.
+        """
+        if not self.skip:
+            raise ValueError(f"{fault}; mend or delete the row, or leave such rows out by --config.data.bad_rows=skip.")
+        if self.count < WARNINGS:
+            logging.warning("Left out: %s.", fault)
+        self.count += rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,13 +70,18 @@ class Raw:
     Attributes:
       name: for result rows.
       files: all that is read; their content tells one prepared dataset from another.
-      events: yields pieces with the columns `user` and `item` (the publisher's ids, strings), `time` (seconds since 1970, or with
-        `timed` False any number that orders a user's events), and those of `ordinals` and `texts`, in the publisher's order.
-      items: yields pieces with `item`, `title` and the columns of `bags` (lists of strings); the first row of an item counts.
-      ordinals: event-side columns of numbers from 1 to the given highest, such as {"rating": 5}.
-      texts: event-side columns of text.
+      events: yields pieces with the columns of `event_schema`, in the publisher's order: `user` and `item` (the publisher's ids),
+        `time` and `fraction` (see `times.py`), and those that `stored` names.
+      items: yields pieces with `item`, `title` and the columns of `bags` (lists of strings); the first row of an item counts. It
+        is called when `events` has ended.
+      ordinals: event-side columns of numbers from 1 to the given highest, such as {"rating": 5}, by the publisher's names.
+      measured: those of `ordinals` that `events` gives as numbers of any size, of which preparing makes such levels.
+      texts: event-side columns of text, by the publisher's names.
       bags: item-side columns of names.
-      timed: whether `time` is a time.
+      timed: whether `time` is a time; otherwise it only orders a user's events.
+      unit: what `time` counts, one of `times.UNITS` or `times.COMPACT`; empty for one that is decided from all times.
+      bad_rows: what becomes of rows that cannot be read.
+      settings: what else tells one prepared dataset from another.
     """
 
     name: str
@@ -42,18 +89,34 @@ class Raw:
     events: Callable[[], Iterator[pa.RecordBatch]]
     items: Callable[[], Iterator[pa.RecordBatch]]
     ordinals: Mapping[str, int]
+    measured: tuple[str, ...] = ()
     texts: tuple[str, ...] = ()
     bags: tuple[str, ...] = ()
     timed: bool = True
+    unit: str = "s"
+    bad_rows: BadRows = dataclasses.field(default_factory=BadRows)
+    settings: str = ""
+
+    @property
+    def stored(self) -> dict[str, str]:
+        """The program's own names of event-side columns, and the publisher's: {"level_0": "rating", "text_0": "review"}."""
+        levels = {f"level_{n}": name for n, name in enumerate(self.ordinals)}
+        return levels | {f"text_{n}": name for n, name in enumerate(self.texts)}
+
+    @property
+    def called(self) -> dict[str, str]:
+        """What the timelines call the columns of `stored`: as the publisher does, but `column gap` where the program has a `gap`."""
+        taken = {"item", "gap", "timestamp", *self.bags}
+        return {own: f"column {name}" if name in taken else name for own, name in self.stored.items()}
 
     @property
     def event_schema(self) -> pa.Schema:
         """The columns of `events`."""
-        return pa.schema(
-            {"user": pa.string(), "item": pa.string(), "time": pa.int64()}
-            | dict.fromkeys(self.ordinals, pa.int32())
-            | dict.fromkeys(self.texts, pa.string())
-        )
+        kinds = {
+            own: pa.string() if name in self.texts and own.startswith("text") else pa.float64() if name in self.measured else pa.int32()
+            for own, name in self.stored.items()
+        }  # fmt: skip
+        return pa.schema({"user": pa.string(), "item": pa.string(), "time": pa.int64(), "fraction": pa.int64()} | kinds)
 
     @property
     def item_schema(self) -> pa.Schema:
@@ -63,49 +126,51 @@ class Raw:
 
 def pieces(rows: Iterable[Sequence[Any]], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     """Gather rows to pieces."""
-    columns: list[list[Any]] = [[] for _ in schema]
+    held: list[Sequence[Any]] = []
     for row in rows:
-        for column, value in zip(columns, row, strict=True):
-            column.append(value)
-        if len(columns[0]) == ROWS:
-            yield pa.record_batch(columns, schema=schema)
-            columns = [[] for _ in schema]
-    if columns[0]:
-        yield pa.record_batch(columns, schema=schema)
+        held.append(row)
+        if len(held) == ROWS:
+            yield pa.record_batch(list(zip(*held, strict=True)), schema=schema)
+            held = []
+    if held:
+        yield pa.record_batch(list(zip(*held, strict=True)), schema=schema)
 
 
-def json_lines(path: epath.Path, parse: Callable[[dict[str, Any]], Any]) -> Iterator[Any]:
-    """Yield what `parse` makes of each line of a file, gzipped or not, that holds one JSON object (or Python literal) each.
+def json_pieces(
+    path: epath.Path, parse: Callable[[dict[str, Any]], Sequence[Any]], schema: pa.Schema, bad_rows: BadRows
+) -> Iterator[pa.RecordBatch]:
+    """Yield what `parse` makes of each line of a file, packed or not, that holds one JSON object (or Python literal) each.
+
+    Blank lines are left out. A line is bad that holds no object, or that `parse` refuses (KeyError, TypeError, ValueError).
 
     Raises:
-      ValueError: a line that is no object, or that `parse` refuses (KeyError, TypeError, ValueError), or a file that is cut off;
-        named by file and line.
+      ValueError: a bad line that is not left out, named by file and line, or a file that is cut off.
     """
-    number = 0
-    try:
-        with path.open("rb") as file, gzip.open(file) if path.suffix == ".gz" else file as lines:
-            for number, line in enumerate(lines, 1):
+    for first, lines in line_chunks(path, ROWS):
+        rows = []
+        for number, line in enumerate(lines, first):
+            if len(line) < 3 and not line.strip():
+                continue
+            try:
+                row = parse(json_object(line))
+                if not line.isascii() or b"\\u" in line:
+                    _check_text(row)
+                rows.append(row)
+            except (KeyError, TypeError, ValueError) as error:
+                what = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+                bad_rows(f"{path}, line {number}: {what}")
+        yield from pieces(rows, schema)
+
+
+def _check_text(row: Sequence[Any]) -> None:
+    """Refuse half of a surrogate pair, which is no character."""
+    for value in row:
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and not text.isascii():
                 try:
-                    yield parse(_object(line))
-                except (KeyError, TypeError, ValueError, SyntaxError) as error:
-                    what = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-                    raise ValueError(f"{path}, line {number}: {what}; mend or delete the line.") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}, after line {number}: {error}; the file may be cut off: get it whole.") from None
-
-
-def _object(line: bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(line)
-    except ValueError:
-        # Amazon's files of 2014 are Python literals, which look like JSON but for their quotes.
-        try:
-            found = ast.literal_eval(line.decode().strip())
-        except (SyntaxError, ValueError):
-            raise ValueError(f"{line[:60]!r} is no JSON object") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{line[:60]!r} is no JSON object")
-    return found
+                    text.encode()
+                except UnicodeEncodeError as error:
+                    raise ValueError(f"half a surrogate pair, \\u{ord(text[error.start]):x}, which is no character") from None
 
 
 def clean(text: str | None) -> str:
@@ -115,28 +180,21 @@ def clean(text: str | None) -> str:
     if "&" in text:
         text = html.unescape(text)
     if "<" in text:
-        text = TAGS.sub(" ", text)
+        text = TAG.sub(" ", _without_scripts(text))
     return " ".join(text.split())
 
 
-def whole(value: Any, name: str, lowest: int, highest: int) -> int:
-    """Return a number that must be whole and within bounds.
-
-    Raises:
-      ValueError: it is not.
-    """
-    number = float(value)
-    if not (lowest <= number <= highest and number == int(number)):
-        raise ValueError(f"{name} {value!r} is no whole number from {lowest} to {highest}")
-    return int(number)
-
-
-def identifier(value: Any, name: str) -> str:
-    """Return an id as text.
-
-    Raises:
-      ValueError: there is none.
-    """
-    if value in (None, ""):
-        raise ValueError(f"no {name}")
-    return str(value)
+def _without_scripts(text: str) -> str:
+    """Drop scripts and styles that end; in time linear in the text, as each part of it is searched once."""
+    kept, at, endless = [], 0, set()
+    for start in UNSHOWN.finditer(text):
+        name = start[1].lower()
+        if start.start() < at or name in endless:
+            continue
+        end = ENDS[name].search(text, start.end())
+        if end is None:
+            endless.add(name)
+            continue
+        kept.append(text[at : start.start()])
+        at = end.end()
+    return " ".join([*kept, text[at:]])

@@ -209,10 +209,10 @@ def find_data(config: ConfigDict, keep: Path) -> Raw:
         world = lambda path: synthetic_files.write(path, seed=config.seed, **data.synthetic)  # noqa: E731
         folder = make_once(keep / "synthetic", world)
     find = {
-        "movielens": lambda: movielens.find(folder, keep / "data"),
-        "amazon": lambda: amazon.find(folder, category),
-        "google_local": lambda: google_local.find(folder, states),
-        "events": lambda: event_files.find(str(folder), event_files.Columns(**columns), name=data.name),
+        "movielens": lambda: movielens.find(folder, keep / "data", bad_rows=data.bad_rows),
+        "amazon": lambda: amazon.find(folder, category, bad_rows=data.bad_rows),
+        "google_local": lambda: google_local.find(folder, states, bad_rows=data.bad_rows),
+        "events": lambda: event_files.find(str(folder), event_files.Columns(**columns), name=data.name, bad_rows=data.bad_rows),
     }
     if source not in find:
         raise ValueError(f"Unknown data.source {source!r}: choose synthetic, {', '.join(find)}.")

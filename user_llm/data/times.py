@@ -1,0 +1,249 @@
+"""Times as they are: whole numbers and fractions, in a unit that is decided for a whole column, or dates of ISO 8601.
+
+A reader hands over each time as two int64: the whole part, rounded down, and the fraction in 10^-18 of it. What the whole part
+counts is known (dates: seconds since 1970) or decided from all of them, and then both become ticks, whole numbers that sort as the
+times do and are equal where these are.
+"""
+
+import datetime
+import decimal
+import re
+import zoneinfo
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import Bool, Int
+
+from user_llm.data import columns
+from user_llm.data.columns import WHOLE, Column, WrongType, plain
+from user_llm.data.values import NUMBER
+
+FRACTION = 10**18  # parts of one
+UNITS = {"s": 1, "ms": 1000, "us": 1_000_000, "ns": 1_000_000_000}  # in a second
+COMPACT = {"YYYYMMDD": (19000101, 21001231), "YYYYMMDDHHMMSS": (19000101000000, 21001231235959)}  # of 1900 to 2100
+ISO = re.compile(
+    r"(\d{4})(-?)(\d\d)\2(\d\d)"
+    r"(?:[T ]?(\d\d)(?::?(\d\d)(?::?(\d\d)(?:[.,](\d+))?)?)?)?"
+    r"\s*(?:(Z|UTC|GMT|[+-]\d\d(?::?\d\d)?)|\[?([A-Za-z][A-Za-z_]*(?:/[A-Za-z0-9_+-]+)+)\]?)?",
+    re.ASCII,
+)
+EPOCH = datetime.date(1970, 1, 1).toordinal()
+YEAR_2100 = 4_102_444_800  # seconds since 1970
+
+
+class Times(NamedTuple):
+    """Times of a column.
+
+    Attributes:
+      whole, fraction: int64, as the module says.
+      dates: which of them are dates, whose whole parts are seconds since 1970, and no numbers of a unit unknown.
+      bad: which cannot be read.
+    """
+
+    whole: Int[np.ndarray, "rows"]
+    fraction: Int[np.ndarray, "rows"]
+    dates: Bool[np.ndarray, "rows"]
+    bad: Bool[np.ndarray, "rows"]
+
+
+def read(column: Column, *, order: bool = False, compact: bool = False) -> Times:
+    """Return a column's times, or with `order` the numbers that order events.
+
+    Dates are ISO 8601 with or without a time of day, fractions of a second and an offset or zone (without one, UTC); with `compact`
+    what looks like a number, such as 20240501160000, is a date as well.
+
+    Raises:
+      WrongType: a type that holds no times.
+    """
+    if isinstance(column, pa.Array):
+        column = plain(column)
+        kind, size = column.type, len(column)
+        none = column.is_null().to_numpy(zero_copy_only=False)
+        if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
+            if order:
+                raise WrongType(str(kind))
+            return _typed(column, none)
+        if not compact and pa.types.is_integer(kind) and kind != pa.uint64():
+            values = column.cast(pa.int64()).fill_null(0).to_numpy()
+            return Times(values, np.zeros(size, np.int64), np.zeros(size, bool), none)
+        if not compact and pa.types.is_floating(kind):
+            return _floats(column.cast(pa.float64()).to_numpy(zero_copy_only=False))
+        if not any(check(kind) for check in (pa.types.is_binary, pa.types.is_null, pa.types.is_integer, pa.types.is_decimal,
+                                             pa.types.is_floating)):  # fmt: skip
+            raise WrongType(str(kind))
+    texts, bad = columns.text(column)
+    texts = pc.utf8_trim_whitespace(texts)
+    return _texts(texts, bad | columns.missing(texts), dates=not order, compact=compact)
+
+
+def _typed(column: pa.Array, none: np.ndarray) -> Times:
+    if pa.types.is_date(column.type):
+        column = column.cast(pa.timestamp("s"))
+    values = column.cast(pa.int64()).fill_null(0).to_numpy()
+    ticks = UNITS[column.type.unit]
+    whole, rest = np.divmod(values, ticks)
+    return Times(whole, rest * (FRACTION // ticks), np.ones(len(values), bool), none)
+
+
+def _floats(values: np.ndarray) -> Times:
+    bad = ~(np.abs(values) < 2.0**63)  # NaN and inf as well
+    values = np.where(bad, 0, values)
+    floor = np.floor(values)
+    # The difference is exact, and so distinct floats stay apart.
+    fraction = np.minimum(np.rint((values - floor) * FRACTION), FRACTION - 1024).astype(np.int64)
+    return Times(floor.astype(np.int64), fraction, np.zeros(len(values), bool), bad)
+
+
+def _texts(texts: pa.Array, bad: np.ndarray, *, dates: bool, compact: bool) -> Times:
+    size = len(texts)
+    zeros = np.zeros(size, np.int64)
+    if not compact:
+        whole = pc.match_substring_regex(texts, WHOLE).fill_null(False)
+        if pc.all(whole).as_py() or size == 0:
+            return Times(texts.cast(pa.int64()).to_numpy(), zeros, np.zeros(size, bool), bad)
+    if dates and not bad.any() and (quick := _quick(texts)) is not None:
+        return quick
+    parts = np.zeros((size, 2), np.int64)
+    is_date, bad = np.zeros(size, bool), bad.copy()
+    for row, value in enumerate(texts.to_pylist()):
+        if bad[row]:
+            continue
+        try:
+            numeric = not compact and NUMBER.fullmatch(value)
+            if not numeric and not dates:
+                raise ValueError
+            parts[row] = exact(value) if numeric else moment(value)
+            is_date[row] = not numeric
+        except (ValueError, OverflowError):
+            bad[row] = True
+    return Times(parts[:, 0], parts[:, 1], is_date, bad)
+
+
+def _quick(texts: pa.Array) -> Times | None:
+    """Return the dates of a column that is all of one usual form, or None."""
+    if not pc.all(pc.match_substring_regex(texts, r"^[0-9]{4}-[0-9]{2}-[0-9]{2}($|[T ][0-9]{2}:)")).as_py():
+        return None
+    for kind in (pa.timestamp("us"), pa.timestamp("us", "UTC")):
+        try:
+            return _typed(texts.cast(kind), np.zeros(len(texts), bool))
+        except pa.ArrowInvalid:
+            continue
+    return None
+
+
+def exact(text: str) -> tuple[int, int]:
+    """Return the whole part of a decimal number, rounded down, and its fraction in 10^-18.
+
+    Raises:
+      ValueError: it does not fit into 64 bits.
+    """
+    value = decimal.Decimal(text)
+    if value.adjusted() > 19:
+        raise ValueError
+    with decimal.localcontext(prec=60):
+        whole, fraction = divmod(int((value * FRACTION).to_integral_value(decimal.ROUND_FLOOR)), FRACTION)
+    if not -(2**63) <= whole < 2**63:
+        raise ValueError
+    return whole, fraction
+
+
+def moment(text: str) -> tuple[int, int]:
+    """Return a date's seconds since 1970 and their fraction in 10^-18.
+
+    Raises:
+      ValueError: no such date.
+    """
+    match = ISO.fullmatch(text)
+    if not match:
+        raise ValueError
+    year, _, month, day, *clock, fraction, offset, zone = match.groups()
+    hour, minute, second = (int(part or 0) for part in clock)
+    if hour > 24 or minute > 59 or second > 60 or (hour == 24 and minute + second):  # 24:00 and leap seconds end a day
+        raise ValueError
+    date = datetime.date(int(year), int(month), int(day))
+    seconds = (date.toordinal() - EPOCH) * 86400 + hour * 3600 + minute * 60 + second
+    if offset and offset[0] in "+-":
+        digits = offset[1:].replace(":", "").ljust(4, "0")
+        seconds -= int(offset[0] + "1") * (int(digits[:2]) * 3600 + int(digits[2:]) * 60)
+    if zone:
+        seconds -= _zone_offset(zone, date, seconds)
+    return seconds, int((fraction or "0")[:18].ljust(18, "0"))
+
+
+def _zone_offset(zone: str, date: datetime.date, seconds: int) -> int:
+    try:
+        zone_info = zoneinfo.ZoneInfo(zone)
+    except (zoneinfo.ZoneInfoNotFoundError, OSError):
+        raise ValueError from None
+    local = datetime.datetime.combine(date, datetime.time()) + datetime.timedelta(seconds=seconds % 86400)
+    offset = local.replace(tzinfo=zone_info).utcoffset()
+    return 0 if offset is None else int(offset.total_seconds())
+
+
+class Ticks(NamedTuple):
+    """How a dataset's times become ticks.
+
+    Attributes:
+      unit: of the whole parts: one of UNITS or of COMPACT.
+      per_second: ticks of a second.
+      sql: of the ticks, from the columns `time` and `fraction`.
+      rounded: whether ticks are coarser than the times, which span too many years.
+    """
+
+    unit: str
+    per_second: int
+    sql: str
+    rounded: bool
+
+
+def decide(counts: dict[str, Any], unit: str, *, timed: bool) -> Ticks:
+    """Decide what a dataset's times count and how fine their ticks are.
+
+    Without a unit given, times that all look like dates of 1900 to 2100 (YYYYMMDD, YYYYMMDDHHMMSS) are dates; others are in the
+    coarsest unit in which the middle one of them lies before the year 5138 (s), or within the same distance of 1970.
+
+    Args:
+      counts: as `COUNTS` counts them.
+      unit: of UNITS or COMPACT, or empty for one to be decided.
+      timed: False if times only order events.
+    """
+    if not timed:
+        return Ticks("", 1, "dense_rank() OVER (ORDER BY time, fraction)" if counts["fractions"] else "time", False)
+    unit = unit or next((name for name in COMPACT if counts[name] == counts["rows"]), "")
+    if not unit:
+        within = (name for name in ("s", "ms", "us") if 2 * counts[name] > counts["rows"])
+        unit = next(within, "ns")
+    if unit in COMPACT:
+        length = len(unit)
+        pattern = "%Y%m%d" if length == 8 else "%Y%m%d%H%M%S"
+        return Ticks(unit, 1, f"CAST(epoch(strptime(CAST(time AS VARCHAR), '{pattern}')) AS BIGINT)", False)
+    largest = max(abs(counts["earliest"]), abs(counts["latest"])) + 1
+    wanted = next(digits for digits in (0, 3, 6, 9, 18) if not counts[f"finer_{digits}"])
+    digits = next(d for d in (9, 6, 3, 0) if d <= wanted and UNITS[unit] * 10**d <= UNITS["ns"] and largest * 10**d < 2**63)
+    scaled = f"time * {10**digits} + fraction // {FRACTION // 10**digits}" if counts["fractions"] else "time"
+    if not counts["fractions"]:
+        digits = 0
+    return Ticks(unit, UNITS[unit] * 10**digits, scaled, digits < min(wanted, 9))
+
+
+def _dates(name: str) -> str:
+    first, last = COMPACT[name]
+    pattern = "%Y%m%d" if len(name) == 8 else "%Y%m%d%H%M%S"
+    return f"time BETWEEN {first} AND {last} AND fraction = 0 AND try_strptime(CAST(time AS VARCHAR), '{pattern}') IS NOT NULL"
+
+
+# What `decide` must know of all events, in SQL over the columns `time` and `fraction`.
+COUNTS = {
+    "rows": "count(*)",
+    "earliest": "min(time)",
+    "latest": "max(time)",
+    "fractions": "count(*) FILTER (fraction <> 0)",
+    **{f"finer_{digits}": f"count(*) FILTER (fraction % {FRACTION // 10**digits} <> 0)" for digits in (0, 3, 6, 9)},
+    "finer_18": "0",
+    **{
+        unit: f"count(*) FILTER (time > {-(10**top)} AND time < {10**top})" for unit, top in (("s", 11), ("ms", 14), ("us", 17))
+    },
+    **{name: f"count(*) FILTER ({_dates(name)})" for name in COMPACT},
+}
