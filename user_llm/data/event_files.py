@@ -20,7 +20,7 @@ from user_llm.data import times
 from user_llm.data.columns import Column, WrongType
 from user_llm.data.event_tables import FORMATS, Format, Piece, format_of
 from user_llm.data.opening import check_regular
-from user_llm.data.raw import BadRows, Raw
+from user_llm.data.raw import BadRows, Raw, pieces
 from user_llm.data.values import shown
 
 LEVELS = 10  # of a number; one more stands for a missing one
@@ -159,8 +159,10 @@ class _Reader:
         self.names: list[dict[str, list[str]]] = [{} for _ in columns.categories]
 
     def _pieces(self, bad_rows: BadRows) -> Iterator[Piece]:
+        columns = self.columns
+        spelled = {*columns.needed(), columns.title, *columns.categories, *columns.texts}
         for file in self.files:
-            for piece in self.form.pieces(file, self.columns.named(), bad_rows):
+            for piece in self.form.pieces(file, columns.named(), set(columns.numbers) - spelled, bad_rows):
                 if len(piece.rows):
                     yield piece
 
@@ -246,13 +248,12 @@ class _Reader:
 
     def items(self, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
         """Yield what was gathered."""
-        for item in dict.fromkeys(key for kept in (self.titles, *self.names) for key in kept):
-            names = [name for kept in self.names for name in kept.get(item, ())]
-            row = {"item": [item], "title": [self.titles.get(item)]} | ({"categories": [names]} if self.names else {})
-            yield pa.record_batch(row, schema=schema)
+        kept = dict.fromkeys(key for kept in (self.titles, *self.names) for key in kept)
+        rows = ((item, self.titles.get(item), [name for names in self.names for name in names.get(item, ())]) for item in kept)
+        return pieces((row[: len(schema)] for row in rows), schema)
 
 
-def _keep_first(codes: pa.DictionaryArray, filled: np.ndarray, values: pa.Array, kept: dict) -> None:
+def _keep_first(codes: pa.DictionaryArray, filled: np.ndarray, values: pa.Array, kept: dict[str, Any]) -> None:
     """Keep for each item that has none yet the first of the values that are filled."""
     rows = np.flatnonzero(filled)
     unique, first = np.unique(codes.indices.to_numpy()[rows], return_index=True)

@@ -4,12 +4,13 @@ import collections
 import csv
 import dataclasses
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
+import pyarrow.json
 import pyarrow.parquet
 from etils import epath
 from jaxtyping import Int
@@ -21,6 +22,12 @@ from user_llm.data.values import json_object
 
 SEPARATORS = ",;\t|"
 LONGEST_HEADER = 1 << 20  # bytes
+ALIKE = {
+    str: pa.string(),
+    int: pa.int64(),
+    type(None): pa.string(),
+    list: pa.list_(pa.string()),
+}  # floats must keep their spelling
 KEYS_SEEN = 1000  # lines of JSON whose keys are taken for the columns of a file, where a message lists them
 
 
@@ -44,11 +51,12 @@ class Format:
 
     Attributes:
       names: returns the columns of a file, given those that must be there.
-      pieces: returns its rows, with the columns of the given names that are there.
+      pieces: returns its rows, with the columns of the given names that are there; of the second ones the numbers count, not how
+        they are spelled.
     """
 
     names: Callable[[epath.Path, Sequence[str]], list[str]]
-    pieces: Callable[[epath.Path, Sequence[str], BadRows], Iterator[Piece]]
+    pieces: Callable[[epath.Path, Sequence[str], Collection[str], BadRows], Iterator[Piece]]
 
 
 def _csv_header(file: epath.Path, needed: Sequence[str]) -> tuple[str, list[str]]:
@@ -76,7 +84,7 @@ def _csv_header(file: epath.Path, needed: Sequence[str]) -> tuple[str, list[str]
     return separator, headers[separator]
 
 
-def _csv_pieces(file: epath.Path, wanted: Sequence[str], bad_rows: BadRows) -> Iterator[Piece]:
+def _csv_pieces(file: epath.Path, wanted: Sequence[str], numbers: Collection[str], bad_rows: BadRows) -> Iterator[Piece]:
     separator, header = _csv_header(file, wanted)
     places = {name: f"c{header.index(name)}" for name in wanted if name in header}
     names = [f"c{place}" for place in range(len(header))]
@@ -143,7 +151,7 @@ def _parquet(file: epath.Path) -> pyarrow.parquet.ParquetFile:
         raise ValueError(f"{file} is no Parquet file that can be read: {' '.join(str(error).split())[:160]}.") from None
 
 
-def _parquet_pieces(file: epath.Path, wanted: Sequence[str], bad_rows: BadRows) -> Iterator[Piece]:
+def _parquet_pieces(file: epath.Path, wanted: Sequence[str], numbers: Collection[str], bad_rows: BadRows) -> Iterator[Piece]:
     table = _parquet(file)
     here = [name for name in wanted if name in table.schema_arrow.names]
     meta = table.metadata
@@ -174,18 +182,37 @@ def _objects(lines: list[bytes]) -> Iterator[dict[str, Any] | None]:
             yield None
 
 
-def _json_pieces(file: epath.Path, wanted: Sequence[str], bad_rows: BadRows) -> Iterator[Piece]:
+def _json_pieces(file: epath.Path, wanted: Sequence[str], numbers: Collection[str], bad_rows: BadRows) -> Iterator[Piece]:
     for first, lines in line_chunks(file, ROWS):
-        objects, numbers = [], []
-        for number, line in enumerate(lines, first):
-            if len(line) < 3 and not line.strip():
-                continue
+        filled = [number for number, line in enumerate(lines, first) if not line.isspace()]
+        if columns := _alike([lines[number - first] for number in filled], wanted, numbers):
+            yield Piece(file, np.array(filled), columns)
+            continue
+        objects, rows = [], []
+        for number in filled:
             try:
-                objects.append(json_object(line))
-                numbers.append(number)
+                objects.append(json_object(lines[number - first]))
+                rows.append(number)
             except ValueError as error:
                 bad_rows(f"{file}, row {number}: {error}")
-        yield Piece(file, np.array(numbers, np.int64), {name: [row.get(name) for row in objects] for name in wanted})
+        yield Piece(file, np.array(rows, np.int64), {name: [row.get(name) for row in objects] for name in wanted})
+
+
+def _alike(lines: list[bytes], wanted: Sequence[str], numbers: Collection[str]) -> dict[str, Column] | None:
+    """Return the columns of lines whose values are of the types of the first one, five times as fast; None for other lines."""
+    try:
+        first = json_object(lines[0])
+        kinds = {name: pa.float64() if name in numbers else ALIKE[type(first.get(name))] for name in wanted}
+        data = b"".join(lines)
+        data.decode()
+        table = pyarrow.json.read_json(
+            pa.BufferReader(data),
+            pyarrow.json.ReadOptions(use_threads=False, block_size=len(data) + 1),
+            pyarrow.json.ParseOptions(explicit_schema=pa.schema(kinds), unexpected_field_behavior="ignore"),
+        )
+    except (IndexError, KeyError, ValueError, pa.ArrowException):
+        return None
+    return {name: table[name].combine_chunks() for name in wanted} if len(table) == len(lines) else None
 
 
 CSV = Format(lambda file, needed: _csv_header(file, needed)[1], _csv_pieces)

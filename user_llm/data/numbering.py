@@ -71,12 +71,23 @@ def number_events(raw: Raw, scratch: Path) -> Iterator[Numbered]:
         for name, schema, source in (("events", raw.event_schema, raw.events), ("published", raw.item_schema, raw.items)):
             _store(database, name, schema, source())
         counts = _row(database, ", ".join(f"{sql} AS {name}" for name, sql in times.COUNTS.items()))
-        ticks = times.decide(counts, raw.unit, timed=raw.timed) if counts["rows"] else times.Ticks("", 1, "time", False)
+        ticks = _ticks(database, raw, counts)
         edges = {own: _edges(database, own, raw.ordinals[name] - 1) for own, name in raw.stored.items() if name in raw.measured}
         _number(database, raw, ticks, edges, exact=bool(counts["fractions"]))
         kept, users = (database.sql(f"SELECT count(*) FROM {name}").fetchall()[0][0] for name in ("kept", "users"))
         named = {raw.stored[own]: values for own, values in edges.items()}
         yield Numbered(database, counts["rows"], kept, users, ticks, named)
+
+
+def _ticks(database: duckdb.DuckDBPyConnection, raw: Raw, counts: dict) -> times.Ticks:
+    """Return how times become ticks; without a unit given, times are dates if all of them are of one form and of 1900 to 2100."""
+    if not counts["rows"]:
+        return times.Ticks("", 1, "time", rounded=False)
+    unit = raw.unit
+    if raw.timed and not unit and (form := times.compact(counts)):
+        no_date = f"try_strptime(CAST(time AS VARCHAR), '{times.PATTERNS[form]}') IS NULL"
+        unit = "" if _row(database, f"count(*) FILTER ({no_date}) AS others")["others"] else form
+    return times.decide(counts, unit, timed=raw.timed)
 
 
 def _row(database: duckdb.DuckDBPyConnection, columns: str) -> dict:

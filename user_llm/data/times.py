@@ -201,8 +201,8 @@ class Ticks(NamedTuple):
 def decide(counts: dict[str, Any], unit: str, *, timed: bool) -> Ticks:
     """Decide what a dataset's times count and how fine their ticks are.
 
-    Without a unit given, times that all look like dates of 1900 to 2100 (YYYYMMDD, YYYYMMDDHHMMSS) are dates; others are in the
-    coarsest unit in which the middle one of them lies before the year 5138 (s), or within the same distance of 1970.
+    Without a unit given, numbers are in the coarsest unit in which the middle one of them lies before the year 5138, or within the
+    same distance of 1970: s below 10^11, ms below 10^14, us below 10^17, and else ns.
 
     Args:
       counts: as `COUNTS` counts them.
@@ -211,29 +211,24 @@ def decide(counts: dict[str, Any], unit: str, *, timed: bool) -> Ticks:
     """
     if not timed:
         return Ticks("", 1, "dense_rank() OVER (ORDER BY time, fraction)" if counts["fractions"] else "time", False)
-    unit = unit or next((name for name in COMPACT if counts[name] == counts["rows"]), "")
-    if not unit:
-        within = (name for name in ("s", "ms", "us") if 2 * counts[name] > counts["rows"])
-        unit = next(within, "ns")
     if unit in COMPACT:
-        length = len(unit)
-        pattern = "%Y%m%d" if length == 8 else "%Y%m%d%H%M%S"
-        return Ticks(unit, 1, f"CAST(epoch(strptime(CAST(time AS VARCHAR), '{pattern}')) AS BIGINT)", False)
+        return Ticks(unit, 1, f"CAST(epoch(strptime(CAST(time AS VARCHAR), '{PATTERNS[unit]}')) AS BIGINT)", False)
+    unit = unit or next((name for name in ("s", "ms", "us") if 2 * counts[name] > counts["rows"]), "ns")
+    finest = next((digits for digits in (0, 3, 6) if not counts[f"finer_{digits}"]), 9)  # that the fractions need
     largest = max(abs(counts["earliest"]), abs(counts["latest"])) + 1
-    wanted = next(digits for digits in (0, 3, 6, 9, 18) if not counts[f"finer_{digits}"])
-    digits = next(d for d in (9, 6, 3, 0) if d <= wanted and UNITS[unit] * 10**d <= UNITS["ns"] and largest * 10**d < 2**63)
-    scaled = f"time * {10**digits} + fraction // {FRACTION // 10**digits}" if counts["fractions"] else "time"
-    if not counts["fractions"]:
-        digits = 0
-    return Ticks(unit, UNITS[unit] * 10**digits, scaled, digits < min(wanted, 9))
+    fits = lambda digits: UNITS[unit] * 10**digits <= UNITS["ns"] and largest * 10**digits < 2**63  # noqa: E731
+    digits = next((digits for digits in (9, 6, 3) if digits <= finest and fits(digits)), 0)
+    sql = f"time * {10**digits} + fraction // {FRACTION // 10**digits}" if digits else "time"
+    return Ticks(unit, UNITS[unit] * 10**digits, sql, rounded=bool(counts[f"finer_{digits}"]))
 
 
-def _dates(name: str) -> str:
-    first, last = COMPACT[name]
-    pattern = "%Y%m%d" if len(name) == 8 else "%Y%m%d%H%M%S"
-    return f"time BETWEEN {first} AND {last} AND fraction = 0 AND try_strptime(CAST(time AS VARCHAR), '{pattern}') IS NOT NULL"
+def compact(counts: dict[str, Any]) -> str:
+    """Return the one of COMPACT that all times may be by their size, or nothing."""
+    within = lambda first, last: first <= counts["earliest"] and counts["latest"] <= last  # noqa: E731
+    return next((name for name, span in COMPACT.items() if counts["rows"] and not counts["fractions"] and within(*span)), "")
 
 
+PATTERNS = {"YYYYMMDD": "%Y%m%d", "YYYYMMDDHHMMSS": "%Y%m%d%H%M%S"}
 # What `decide` must know of all events, in SQL over the columns `time` and `fraction`.
 COUNTS = {
     "rows": "count(*)",
@@ -241,9 +236,7 @@ COUNTS = {
     "latest": "max(time)",
     "fractions": "count(*) FILTER (fraction <> 0)",
     **{f"finer_{digits}": f"count(*) FILTER (fraction % {FRACTION // 10**digits} <> 0)" for digits in (0, 3, 6, 9)},
-    "finer_18": "0",
     **{
         unit: f"count(*) FILTER (time > {-(10**top)} AND time < {10**top})" for unit, top in (("s", 11), ("ms", 14), ("us", 17))
     },
-    **{name: f"count(*) FILTER ({_dates(name)})" for name in COMPACT},
 }
