@@ -1,11 +1,15 @@
 """A tiny MovieLens in every published layout, and a small synthetic world."""
 
+import dataclasses
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from user_llm.data import movielens, prepare, synthetic_files
+from user_llm.data.numbering import number_events
+from user_llm.data.raw import Raw
 from user_llm.data.synthetic import World
 from user_llm.data.timelines import Timelines
 
@@ -75,3 +79,47 @@ def small_world(tmp_path_factory) -> tuple[World, Timelines]:
         directory / "raw", layout="movielens", num_users=400, num_items=240, events_per_user=40, seed=3
     )
     return world, prepare.load(movielens.find(directory / "raw", directory), directory / "prepared")
+
+
+@dataclasses.dataclass(frozen=True)
+class Events:
+    """Events as they are numbered.
+
+    Attributes:
+      users: item ids of each user, in order of time.
+      times: seconds of each user's events; ticks if there are no times.
+      levels: of each measured number or rating, of each user's events.
+      titles, categories: by item id.
+    """
+
+    users: dict[str, list[str]]
+    times: dict[str, list[float]]
+    levels: dict[str, dict[str, list[int]]]
+    titles: dict[str, str]
+    categories: dict[str, list[str]]
+    facts: dict
+
+
+def number(raw: Raw) -> Events:
+    """Return all events of a dataset as they are numbered, without writing them as records."""
+    with tempfile.TemporaryDirectory() as scratch, number_events(raw, Path(scratch)) as table:
+        rows = table.database.sql('SELECT * FROM kept ORDER BY "user", time, row').to_arrow_table().to_pylist()
+        facts = prepare._facts(table, raw)
+    users, times = {}, {}
+    levels = {name: {} for own, name in raw.stored.items() if own.startswith("level")}
+    for row in rows:
+        users.setdefault(row["user"], []).append(row["item"])
+        times.setdefault(row["user"], []).append(row["time"] / facts["ticks_per_second"])
+        for own, name in raw.stored.items():
+            if own.startswith("level"):
+                levels[name].setdefault(row["user"], []).append(row[own])
+    (bag,) = [*facts["bags"].values()] or [[[]] * len(facts["keys"])]
+    (vocab,) = [*facts["vocab"].values()] or [[]]
+    categories = {key: [vocab[i - 1] for i in names] for key, names in zip(facts["keys"], bag, strict=True)}
+    return Events(users, times, levels, dict(zip(facts["keys"], facts["titles"], strict=True)), categories, facts)
+
+
+@pytest.fixture(scope="session")
+def numbered() -> Callable[[Raw], Events]:
+    """Return `numbered(raw)`: what a dataset's events become."""
+    return number

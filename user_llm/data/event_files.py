@@ -248,7 +248,8 @@ class _Reader:
 
     def items(self, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
         """Yield what was gathered."""
-        kept = dict.fromkeys(key for kept in (self.titles, *self.names) for key in kept)
+        gathered: list[dict[str, Any]] = [self.titles, *self.names]
+        kept = dict.fromkeys(item for values in gathered for item in values)
         rows = ((item, self.titles.get(item), [name for names in self.names for name in names.get(item, ())]) for item in kept)
         return pieces((row[: len(schema)] for row in rows), schema)
 

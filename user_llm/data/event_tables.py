@@ -5,7 +5,6 @@ import csv
 import dataclasses
 import io
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -167,19 +166,15 @@ def _parquet_pieces(file: epath.Path, wanted: Sequence[str], numbers: Collection
 
 
 def _json_names(file: epath.Path, needed: Sequence[str]) -> list[str]:
-    """Return the keys of the first lines, and those needed that may stand in a later one."""
+    """Return the keys of the first lines; none if the first line is no object, which reading then says."""
     keys: dict[str, None] = {}
-    for row in _objects(next(line_chunks(file, KEYS_SEEN), (1, []))[1]):
-        keys |= dict.fromkeys(row or ())
-    return list(keys)
-
-
-def _objects(lines: list[bytes]) -> Iterator[dict[str, Any] | None]:
-    for line in lines:
+    for line in next(line_chunks(file, KEYS_SEEN), (1, []))[1]:
         try:
-            yield json_object(line)
+            keys |= dict.fromkeys(json_object(line))
         except ValueError:
-            yield None
+            if not keys:
+                return []
+    return list(keys)
 
 
 def _json_pieces(file: epath.Path, wanted: Sequence[str], numbers: Collection[str], bad_rows: BadRows) -> Iterator[Piece]:
