@@ -15,6 +15,7 @@ from etils import epath
 from user_llm.common.files import is_remote
 
 LONGEST_LINE = 1 << 24  # bytes; a longer one is no row of data
+MOST_BLANK = 10_000  # lines in a row
 CHUNK_BYTES = 1 << 25  # of the lines that are held at a time
 # Packed text grows 3 to 50 times. deflate can pack 1 GB of nothing into 1 MB, 1,030 times less.
 MOST_GROWTH = 300
@@ -93,11 +94,11 @@ def line_chunks(path: epath.Path, rows: int) -> Iterator[tuple[int, list[bytes]]
     """Yield the number of the first line and the lines, at most `rows` of them and about CHUNK_BYTES; a byte order mark is dropped.
 
     Raises:
-      ValueError: a line longer than LONGEST_LINE, or a file that cannot be read to its end, named by the line.
+      ValueError: a line longer than LONGEST_LINE, more than MOST_BLANK blank lines, or a file that cannot be read to its end, named by the line.
     """
     with opened(path) as file:
         lines: list[bytes] = []
-        first, size = 1, 0
+        first, size, blank = 1, 0, 0
         while True:
             number = first + len(lines)
             try:
@@ -106,6 +107,9 @@ def line_chunks(path: epath.Path, rows: int) -> Iterator[tuple[int, list[bytes]]
                 raise ValueError(f"{path}, after line {number - 1}: {error}.") from None
             if len(line) > LONGEST_LINE:
                 raise ValueError(f"{path}, line {number}: longer than {LONGEST_LINE >> 20} MiB, which is no row of data.")
+            blank = blank + 1 if len(line) < 3 and line.isspace() else 0
+            if blank > MOST_BLANK:
+                raise ValueError(f"{path}, line {number}: more than {MOST_BLANK} blank lines in a row, which no data has.")
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if line:

@@ -20,8 +20,8 @@ from user_llm.data.values import json_object
 ROWS = 50_000  # of one piece
 WARNINGS = 5  # of bad rows that are left out; the others are counted only
 TAG = re.compile(r"<[^<>]*>")
-UNSHOWN = re.compile(r"<(script|style)\b", re.IGNORECASE)  # parts of a page that no reader sees
-ENDS = {name: re.compile(f"</{name}>", re.IGNORECASE) for name in ("script", "style")}
+UNSHOWN = re.compile(r"<(script|style)\b", re.IGNORECASE | re.ASCII)  # parts of a page that no reader sees
+ENDS = {name: re.compile(f"</{name}>", re.IGNORECASE | re.ASCII) for name in ("script", "style")}
 
 
 @dataclasses.dataclass
