@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import random
@@ -16,6 +17,7 @@ from user_llm.common import mesh as meshes
 from user_llm.common.checkpoint import Checkpointer
 from user_llm.common.metrics import read_metrics
 from user_llm.data.streams import Streams
+from user_llm.training import loop
 from user_llm.training.loop import Preempted
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -70,6 +72,33 @@ def test_it_learns_and_leaves_what_later_phases_need(uninterrupted):
     assert len(losses) == 12 and max(losses[-3:]) < 0.7 * losses[0]
     assert [row["step"] for row in _metrics(directory) if row["kind"] == "eval"] == [0, 4, 8, 12]
     np.testing.assert_array_equal(params["frozen"], tiny.make_task().init(lambda shapes: jax.devices()[0])["frozen"])
+
+
+def test_half_precision_keeps_frozen_parameters_in_it_and_trained_ones_in_float32(tmp_path):
+    """Whatever computes, evaluation included, reads halves; only what trains is kept whole, also where a finished run is read again."""
+    seen = []
+
+    def evaluate(params):
+        seen.append({name: str(leaf.dtype) for name, leaf in params.items()})
+        return {"accuracy": 0.0}
+
+    results = lambda params: [evaluate(params)]  # noqa: E731
+    task = tiny.make_task(evaluate=evaluate, results=results)
+    params, rows = tiny.run(tmp_path, task, total_steps=3, eval_steps=3, dtype="bfloat16")
+    assert len(seen) == 3 and all(set(dtypes.values()) == {"bfloat16"} for dtypes in seen)
+    assert rows == [{"accuracy": 0.0}]
+
+    config = dataclasses.replace(tiny.LOOP, dtype="bfloat16")
+    mesh = meshes.make_mesh(devices=jax.devices("cpu")[:1])
+    with jax.set_mesh(mesh):
+        state, _ = loop.initial_state(task, config, tiny.OPTIMIZER, mesh, 0)
+        abstract, _ = loop.abstract_state(task, config, tiny.OPTIMIZER, mesh, 0)
+    sizes = lambda tree: [(a.shape, a.dtype) for a in jax.tree.leaves(tree)]  # noqa: E731
+    assert sizes(state) == sizes(abstract)
+    assert state.frozen["frozen"].dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in state.trainable.values()} == {jnp.dtype("float32")}
+    again, _ = tiny.run(tmp_path, task, total_steps=3, eval_steps=3, dtype="bfloat16")
+    jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
 def test_evaluations_come_before_saves_and_both_before_the_step(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from user_llm.common import mesh as meshes
 from user_llm.common import trees
-from user_llm.common.checkpoint import Checkpointer, abstract_like, load_params, save_params
+from user_llm.common.checkpoint import Checkpointer, load_params, save_params
 from user_llm.common.distributed import gather, preemption
 from user_llm.common.files import write_json
 from user_llm.common.metrics import MetricsLog
@@ -33,7 +33,7 @@ from user_llm.training.optimizer import (
     make_optimizer,
     partition_trainable,
 )
-from user_llm.training.step import TrainState, check_memory, make_train_step
+from user_llm.training.step import TrainState, cast, check_memory, make_train_step
 from user_llm.training.task import Task
 
 
@@ -46,7 +46,8 @@ class LoopConfig:
       total_epochs: how long in passes over the training data instead, with `total_steps` 0.
       monitor, mode: the validation metric that chooses the best parameters, and whether `max` or `min` is best.
       patience_evals: stop after this many evaluations without a new best; 0 never stops early.
-      dtype: of the computation; parameters are float32.
+      dtype: in which training and evaluation compute. Trained parameters are kept in float32 and cast at every step; frozen ones are
+        kept in `dtype`, so that they take no more memory than that and are never cast again.
       accumulation_steps: into how many parts, computed one after the other, each batch is split. The gradient is the whole batch's,
         but for dropout, masked events and negatives within the batch, which each part has of its own.
       sharding: rules to tuples of mesh axes.
@@ -96,12 +97,11 @@ def run(
     config = settle_steps(config, task)
     directory = epath.Path(directory)
     finished = directory / "results.json"
-    params = initial_params(task, config, mesh)
     if finished.exists():
         logging.info("%s: finished earlier, reusing %s", task.name, directory)
-        return load_params(directory / "params", abstract_like(params)), json.loads(finished.read_text())
+        return load_params(directory / "params", abstract_params(task, config, mesh)), json.loads(finished.read_text())
 
-    state, step_fn = initial_state(task, config, optimizer_config, mesh, seed, params)
+    state, step_fn = initial_state(task, config, optimizer_config, mesh, seed)
     data = iter(task.train_data)
     progress = Progress()
     checkpoints = Checkpointer(directory / "checkpoints")
@@ -165,7 +165,7 @@ def run(
         elif progress.best_step not in (-1, step):
             params = checkpoints.restore_state(progress.best_step, state).params
 
-    rows = task.results(params)
+    rows = task.results(cast(params, jnp.dtype(config.dtype)))
     save_params(directory / "params", params)
     write_json(finished, rows)  # last: its presence says that the phase is complete
     return params, rows
@@ -191,21 +191,25 @@ def initial_params(task: Task, config: LoopConfig, mesh: Mesh) -> Params:
     return task.init(lambda shapes: meshes.shardings(config.sharding, shapes, mesh))
 
 
+def abstract_params(task: Task, config: LoopConfig, mesh: Mesh) -> Params:
+    """Return the shapes and shardings of what `initial_params` returns."""
+    return meshes.placed(task.shapes, meshes.shardings(config.sharding, task.shapes, mesh))
+
+
 def abstract_state(
     task: Task, config: LoopConfig, optimizer_config: OptimizerConfig, mesh: Mesh, seed: int
 ) -> tuple[TrainState, jax.stages.Wrapped]:
     """Return what `initial_state` does, but of the state its shapes and shardings alone."""
-    params = meshes.placed(task.shapes, meshes.shardings(config.sharding, task.shapes, mesh))
+    params = abstract_params(task, config, mesh)
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=meshes.replicated(mesh))
     return _state_and_step(task, config, optimizer_config, mesh, seed, params, step, abstract_optimizer)
 
 
 def initial_state(
-    task: Task, config: LoopConfig, optimizer_config: OptimizerConfig, mesh: Mesh, seed: int, params: Params | None = None
+    task: Task, config: LoopConfig, optimizer_config: OptimizerConfig, mesh: Mesh, seed: int
 ) -> tuple[TrainState, jax.stages.Wrapped]:
     """Return the state at step 0, sharded over the mesh, and the jitted train step."""
-    if params is None:
-        params = initial_params(task, config, mesh)
+    params = initial_params(task, config, mesh)
     step = jax.device_put(jnp.zeros((), jnp.int32), meshes.replicated(mesh))
     state, step_fn = _state_and_step(task, config, optimizer_config, mesh, seed, params, step, init_optimizer)
     logging.info("%s: %s", task.name, train_summary(state))
@@ -224,6 +228,7 @@ def _state_and_step(
 ) -> tuple[TrainState, jax.stages.Wrapped]:
     """Put a state together of arrays, or of shapes alone; `moments` returns the optimizer's part."""
     trainable, frozen = partition_trainable(optimizer_config, params)
+    frozen = cast(frozen, jnp.dtype(config.dtype))
     optimizer = make_optimizer(optimizer_config, trainable, config.total_steps)
     state = TrainState(step, trainable, frozen, moments(optimizer, trainable, mesh))
     step_fn = make_train_step(task, optimizer, state, seed=seed, dtype=jnp.dtype(config.dtype), parts=config.accumulation_steps)
@@ -232,7 +237,7 @@ def _state_and_step(
 
 def _evaluate(task: Task, config: LoopConfig, state: TrainState, step: int, progress: Progress, log: MetricsLog) -> None:
     """Measure on validation and update `progress`, in which larger is always better."""
-    metrics = task.evaluate(state.params)
+    metrics = task.evaluate(cast(state.params, jnp.dtype(config.dtype)))
     log.eval(step, metrics)
     if config.monitor not in metrics:
         raise ValueError(f"{task.name} cannot monitor {config.monitor!r}: it reports {', '.join(metrics)}.")
