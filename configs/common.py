@@ -215,7 +215,7 @@ def pretrain_encoder(*, total_steps: int, eval_steps: int, **changes) -> ConfigD
         "batch": {"window": 200, "rows": 15, "row_length": 200},
         # Masked: a fifth of the events, and in a share of the histories the last alone, are BERT4Rec's own for MovieLens.
         "loss": {"head_weights": {}, "negatives": 0, "chunk": 512, "mask_probability": 0.2, "last_only": 0.1},
-        "eval": {"max_events": 200, "batch_size": 64, "validation_users": 2000},
+        "eval": {"max_events": 200, "batch_size": 64, "validation_users": 2000, "pad_whole": False},
         "optimizer": optimizer(1e-3),
         "loop": loop(total_steps, eval_steps, monitor="ndcg@10", patience_evals=15),
     } | changes)  # fmt: skip
@@ -284,7 +284,7 @@ def contextualize(method: str, *, total_steps: int, eval_steps: int, **changes) 
         "load": LOAD,
         "loss": {"catalogue": 1.0, "align": 1.0, "chunk": 512},
         "eval": {"batch_size": 64, "validation_users": 1000, "generate_users": 0, "beams": 10, "review_users": 500,
-                 "samples": 3},
+                 "samples": 3, "pad_whole": False},
         "optimizer": optimizer(1e-3, lr_multiplier=CONTEXTUAL_LEARNING_RATES),
         "loop": loop(total_steps, eval_steps, monitor="ndcg@10", patience_evals=8),
     } | changes)  # fmt: skip

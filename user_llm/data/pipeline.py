@@ -24,6 +24,7 @@ Batch = dict[str, Any]
 
 # Rows filled side by side, in batches: the more, the fuller each gets, and the later the first. Short windows need but one.
 MAX_PACKING_BATCHES = 8
+BUCKET = 50  # events; histories to evaluate are padded to a multiple of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +177,7 @@ def history_batches(
     *,
     max_events: int,
     batch_size: int,
-    bucket: int = 50,
+    bucket: int = BUCKET,
 ) -> Iterator[tuple[np.ndarray, HistoryBatch]]:
     """Yield (indices into `users`, batch) with users of like length together, padded to a multiple of `bucket` events.
 
@@ -270,24 +271,22 @@ def contextual_examples(
         events = timelines.events(w.user, w.start, w.stop)
         padded = np.zeros((config.max_events, events.shape[1]), np.int32)
         padded[:count] = events
-        text = _text_arrays([row for _, row in found if row is not None], prompts, config.answers)
-        short = ends - len(found)
-        return {
-            "events": padded,
-            "lengths": np.array(count, np.int32),
-            "text_weight": weight,
-            **{name: np.pad(a, [(0, short)] + [(0, 0)] * (a.ndim - 1)) for name, a in text.items()},
-            "prefix": np.pad(np.array([end for end, _ in found], np.int32), (0, short)),
-        }
+        prefix = np.zeros(ends, np.int32)
+        prefix[: len(found)] = [end for end, _ in found]
+        text = _text_arrays([row for _, row in found if row is not None], prompts, config.answers, ends)
+        return {"events": padded, "lengths": np.array(count, np.int32), "prefix": prefix, "text_weight": weight, **text}
 
     windows = _stream(Windows(stops, config.window, seed), seed, stream)
     return windows.map(cut).filter(lambda example: example is not None).batch(batch_size, drop_remainder=True)
 
 
-def _text_arrays(rows: list[TextRow], prompts: Prompts, answers: int) -> Batch:
-    found = {
-        "text": pad_rows([row.ids for row in rows], prompts.max_tokens),
-        "text_lengths": np.array([len(row.ids) for row in rows], np.int32),
-        "answers": pad_rows([row.answers for row in rows], answers),
+def _text_arrays(rows: list[TextRow], prompts: Prompts, answers: int, count: int = 1) -> Batch:
+    """Return the rows, at most `count`, as arrays of `count` rows."""
+    lengths = np.zeros(count, np.int32)
+    lengths[: len(rows)] = [len(row.ids) for row in rows]
+    arrays = {
+        "text": pad_rows([row.ids for row in rows], prompts.max_tokens, count),
+        "text_lengths": lengths,
+        "answers": pad_rows([row.answers for row in rows], answers, count),
     }
-    return found | ({"items": pad_rows([row.items for row in rows], answers)} if prompts.ranks else {})
+    return arrays | ({"items": pad_rows([row.items for row in rows], answers, count)} if prompts.ranks else {})

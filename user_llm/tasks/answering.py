@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from user_llm.common import mesh as meshes
 from user_llm.common import trees
 from user_llm.common.trees import Params
-from user_llm.data.pipeline import ExampleConfig, HistoryBatch, history_batches
+from user_llm.data.pipeline import BUCKET, ExampleConfig, HistoryBatch, history_batches
 from user_llm.data.prompts.base import Prompts, pad_rows
 from user_llm.data.prompts.favorite import Favorite
 from user_llm.data.prompts.next_item import NextItem
@@ -74,6 +74,8 @@ class Predictor:
     Attributes:
       leading: how many tokens of each task's prompts stand in front of a soft prompt.
       resamples: whether user tokens are a resampler's, which has looked at the events.
+      pad_whole: whether all histories are padded to `max_events` and all prompts to their task's `max_tokens`, so that one program
+        serves every batch, and not to one of several lengths: for accelerators, where compiling takes longer than padding.
     """
 
     graphdef: nnx.GraphDef
@@ -82,18 +84,25 @@ class Predictor:
     batch_size: int
     leading: Mapping[str, int]
     resamples: bool = False
+    pad_whole: bool = False
 
     @property
     def max_events(self) -> int:
         """Events of a history that are read."""
         return max(self.examples.max_events, 1)
 
+    @property
+    def bucket(self) -> int:
+        """Of how many events the padded length of a history is a multiple."""
+        return self.max_events if self.pad_whole else BUCKET
+
     def read(self, params: Params, prompts: Prompts, batch: HistoryBatch) -> tuple[Array, Array, User | None]:
         """Return a batch's right-padded prompts, their lengths, and its users; few different widths."""
         rows = [prompts.prompt(int(user), int(end)) for user, end in zip(batch.users, batch.positions, strict=True)]
         lengths = np.array([len(row) for row in rows], np.int32)
         longest, alike = int(lengths.max()), not self.examples.text_items and lengths.min() == lengths.max()
-        width = longest if alike else min(max(prompts.max_tokens, longest), bucket(longest))
+        most = max(prompts.max_tokens, longest)
+        width = longest if alike else most if self.pad_whole else min(most, bucket(longest))
         text, sizes = meshes.put_rows((pad_rows(rows, width), lengths), self.context.mesh)
         return text, sizes, self.user(params, batch)
 
@@ -146,7 +155,9 @@ class Predictor:
     def batches(self, users: np.ndarray, ends: np.ndarray, batch_size: int = 0) -> Iterator[tuple[np.ndarray, HistoryBatch]]:
         """Yield (indices into `users`, batch)."""
         size = batch_size or self.batch_size
-        return history_batches(self.context.timelines, users, ends, max_events=self.max_events, batch_size=size)
+        return history_batches(
+            self.context.timelines, users, ends, max_events=self.max_events, batch_size=size, bucket=self.bucket
+        )
 
     def score(self, params: Params, task: str, prompts: Prompts, batch: HistoryBatch) -> Float[Array, "B V"]:
         """Score all items by the item head."""
@@ -157,7 +168,7 @@ class Predictor:
         """Rank all items by the item head."""
         return rank_targets(
             lambda batch: self.score(params, task, prompts, batch), self.context.timelines, self.context.split, part,
-            max_events=self.max_events, batch_size=self.batch_size, limit=limit,
+            max_events=self.max_events, batch_size=self.batch_size, limit=limit, bucket=self.bucket,
         )  # fmt: skip
 
     def rank_written(self, params: Params, task: str, prompts: NextItem, part: str, limit: int | None, *, beams: int) -> Ranks:
@@ -169,7 +180,7 @@ class Predictor:
 
         return rank_listed(
             propose, self.context.timelines, self.context.split, part,
-            max_events=self.max_events, batch_size=self.batch_size, limit=limit,
+            max_events=self.max_events, batch_size=self.batch_size, limit=limit, bucket=self.bucket,
         )  # fmt: skip
 
     def choose(

@@ -188,7 +188,7 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
     leading = {task: asked.shared_tokens if phase.soft_prompt.after_instruction else 0 for task, asked in prompts.items()}
     resamples = full.resampler is not None
     rows = meshes.even_rows(phase.eval.batch_size, context.mesh)
-    predictor = Predictor(graphdef, context, examples, rows, leading, resamples)
+    predictor = Predictor(graphdef, context, examples, rows, leading, resamples, phase.eval.pad_whole)
 
     def evaluate(params: Params) -> dict[str, float]:
         """Return the metrics of the first task, which the phase monitors."""

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from user_llm.common import mesh as meshes
 from user_llm.common import trees
 from user_llm.common.trees import Params
-from user_llm.data.pipeline import HistoryBatch, packed_windows
+from user_llm.data.pipeline import BUCKET, HistoryBatch, packed_windows
 from user_llm.data.schema import Schema
 from user_llm.data.timelines import Timelines
 from user_llm.evals.evaluator import rank_targets
@@ -222,6 +222,7 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
 
         return rank_targets(
             score, timelines, split, part, max_events=phase.eval.max_events, limit=limit,
+            bucket=phase.eval.max_events if phase.eval.pad_whole else BUCKET,
             batch_size=meshes.even_rows(phase.eval.batch_size, context.mesh),
         )  # fmt: skip
 

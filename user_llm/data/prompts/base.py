@@ -83,6 +83,7 @@ class Lines:
         self.end_id = tokenizer.encode("\n")[-1]
         self.start = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], np.int32)
         self.titles = [np.array(tokenizer.encode(title), np.int32) for title in timelines.catalogue.titles]
+        self.title_lines = [np.array([*title[:max_title_tokens], self.end_id], np.int32) for title in self.titles]
 
     def line(self, text: str, most: int | None = None) -> Ids:
         """Return a text's first `most` tokens and the end token; nothing for no text."""
@@ -91,7 +92,7 @@ class Lines:
 
     def title(self, item: int) -> Ids:
         """Return an item's title as a line."""
-        return np.append(self.titles[item][: self.max_title_tokens], self.end_id).astype(np.int32)
+        return self.title_lines[item]
 
     def titles_as_targets(self) -> dict[int, list[int]]:
         """Return the whole title of every item id, with its end token."""
@@ -180,9 +181,9 @@ class Question:
         return self.row(user, int(rng.integers(start + 1, end + 1)))
 
 
-def pad_rows(rows: Sequence[Ids], length: int) -> Int[np.ndarray, "B T"]:
-    """Right-pad rows with 0 to `length`."""
-    out = np.zeros((len(rows), length), np.int32)
+def pad_rows(rows: Sequence[Ids], length: int, count: int | None = None) -> Int[np.ndarray, "B T"]:
+    """Right-pad rows with 0 to `length`, and with rows of 0 to `count` rows."""
+    out = np.zeros((len(rows) if count is None else count, length), np.int32)
     for i, row in enumerate(rows):
         out[i, : len(row)] = row
     return out
