@@ -31,6 +31,7 @@ ITS_HEADS = (r"^encoder/heads/", False)  # the encoder's heads are of use in pre
 USER_SIDE = (r"^decoder/stack/cross/", True)
 BARE_LLM = (r"^decoder/", False)
 STRATEGIES = {
+    "none": {"adapters": False, "trainable": ((r".*", False),)},
     "all": {"adapters": False, "trainable": ((r".*", True),)},
     "full": {"adapters": False, "trainable": (ITS_HEADS, (r".*", True))},
     "lora": {"adapters": True, "trainable": (ITS_HEADS, USER_SIDE, (r"/lora/", True), BARE_LLM, (r".*", True))},
@@ -40,6 +41,16 @@ STRATEGIES = {
 
 # The pretrained encoder moves slowly, the gates, which start shut, quickly.
 CONTEXTUAL_LEARNING_RATES = ((r"^encoder/", 0.1), (r"cross/gate$", 10.0), (r".*", 1.0))
+
+# The same where the LLM is an open one, which a rate made for weights from scratch would undo.
+PRETRAINED_LEARNING_RATES = (
+    (r"^encoder/", 0.1),
+    (r"cross/gate$", 10.0),
+    (r"^decoder/stack/cross/", 1.0),
+    (r"/lora/", 0.3),
+    (r"^decoder/", 0.03),
+    (r".*", 1.0),
+)
 
 # Where each part of a contextualized LLM starts from; `encoder` and `encoder_init` say it of the encoder.
 LOAD = (

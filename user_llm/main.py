@@ -69,7 +69,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> list[dict]:
             task = BUILDERS[phase.task](config, name, context)
             _, found = loop.run(task, LoopConfig(**phase.loop), optimizer, context.mesh, workdir / name, config.seed)
             rows += found
-    write_json(workdir / "results.json", rows)
+            write_json(workdir / "results.json", rows)  # so that what is finished can be reported whatever happens next
     if is_first():
         write_report(workdir)
         logging.info("Report: %s", workdir / "report.md")

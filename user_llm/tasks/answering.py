@@ -74,6 +74,7 @@ class Predictor:
     Attributes:
       leading: how many tokens of each task's prompts stand in front of a soft prompt.
       resamples: whether user tokens are a resampler's, which has looked at the events.
+      ranks: whether the item head has been trained to rank items; without it the next item is measured by writing titles alone.
       pad_whole: whether all histories are padded to `max_events` and all prompts to their task's `max_tokens`, so that one program
         serves every batch, and not to one of several lengths: for accelerators, where compiling takes longer than padding.
     """
@@ -84,6 +85,7 @@ class Predictor:
     batch_size: int
     leading: Mapping[str, int]
     resamples: bool = False
+    ranks: bool = True
     pad_whole: bool = False
 
     @property
@@ -228,12 +230,20 @@ class Found:
 def measure_next_item(
     predictor: Predictor, params: Params, task: str, prompts: NextItem, part: str, limit: int | None, settings: ConfigDict
 ) -> list[Found]:
-    """Rank the next item, in the test part also by writing titles."""
-    ranks = predictor.rank(params, task, prompts, part, limit)
-    found = [Found(ranks.measured())]
-    if part == "test" and settings.generate_users:
-        written = predictor.rank_written(params, task, prompts, part, settings.generate_users, beams=settings.beams)
-        found.append(Found(written.measured(), "/generate"))
+    """Rank the next item: by the item head, and in the test part also by writing titles; by writing alone without a trained head.
+
+    Raises:
+      ValueError: no way to rank is left.
+    """
+    written = settings.generate_users if part == "test" or not predictor.ranks else 0
+    if not (predictor.ranks or written):
+        raise ValueError("With loss.catalogue=0 no item head is trained, so titles must be written: set eval.generate_users.")
+    found = []
+    if predictor.ranks:
+        found.append(Found(predictor.rank(params, task, prompts, part, limit).measured()))
+    if written:
+        ranks = predictor.rank_written(params, task, prompts, part, written, beams=settings.beams)
+        found.append(Found(ranks.measured(), "/generate"))
     return found
 
 

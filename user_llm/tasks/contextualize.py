@@ -186,9 +186,11 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
     graphdef, shapes = trees.abstract(create)
     load = ((r"^encoder/", encoder_source(config, name)), *phase.load) if examples.max_events else phase.load
     leading = {task: asked.shared_tokens if phase.soft_prompt.after_instruction else 0 for task, asked in prompts.items()}
-    resamples = full.resampler is not None
     rows = meshes.even_rows(phase.eval.batch_size, context.mesh)
-    predictor = Predictor(graphdef, context, examples, rows, leading, resamples, phase.eval.pad_whole)
+    predictor = Predictor(
+        graphdef, context, examples, rows, leading, resamples=full.resampler is not None, ranks=phase.loss.catalogue > 0,
+        pad_whole=phase.eval.pad_whole,
+    )  # fmt: skip
 
     def evaluate(params: Params) -> dict[str, float]:
         """Return the metrics of the first task, which the phase monitors."""

@@ -102,6 +102,8 @@ def run(
         return load_params(directory / "params", abstract_params(task, config, mesh)), json.loads(finished.read_text())
 
     state, step_fn = initial_state(task, config, optimizer_config, mesh, seed)
+    if not jax.tree.leaves(state.trainable):  # a phase that measures and trains nothing
+        config = dataclasses.replace(config, total_steps=0)
     data = iter(task.train_data)
     progress = Progress()
     checkpoints = Checkpointer(directory / "checkpoints")
