@@ -75,7 +75,7 @@ class Runner:
     """Runs commands with a limit of time; their output goes to a file in `out`."""
 
     def __init__(self, out: pathlib.Path, site: pathlib.Path | None):
-        self.out = out
+        self.out, self.grace_s = out, 15.0
         paths = [str(path) for path in (site, ROOT) if path]
         self.env = os.environ | {
             "PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")]),
@@ -88,13 +88,13 @@ class Runner:
             process = subprocess.Popen(
                 [sys.executable, *command], stdout=log, stderr=subprocess.STDOUT, env=self.env, cwd=ROOT, start_new_session=True
             )
-            for number, grace in ((signal.SIGTERM, 15.0), (signal.SIGKILL, None)):
+            for number in (signal.SIGTERM, signal.SIGKILL):
                 try:
                     return process.wait(max(until - time.monotonic(), 1.0)) == 0
                 except subprocess.TimeoutExpired:
                     log.write(f"{' '.join(command)}: stopped at its limit by {number.name}\n")
                     os.killpg(process.pid, number)
-                    until = time.monotonic() + (grace or 0.0)
+                    until = time.monotonic() + self.grace_s
             process.wait()
             return False
 

@@ -101,6 +101,15 @@ def test_half_precision_keeps_frozen_parameters_in_it_and_trained_ones_in_float3
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
+def test_a_phase_that_trains_nothing_takes_no_step_and_measures_what_it_started_from(tmp_path, monkeypatch):
+    log = []
+    monkeypatch.setattr(tiny, "OPTIMIZER", dataclasses.replace(tiny.OPTIMIZER, trainable=((r".*", False),)))
+    params, rows = tiny.run(tmp_path, _scripted([7], log))
+    start = tiny.make_task().init(lambda shapes: jax.devices()[0])
+    assert log == ["evaluate"] and rows == [{"head": float(start["head"][0, 0])}]
+    jax.tree.map(np.testing.assert_array_equal, params, start)
+
+
 def test_evaluations_come_before_saves_and_both_before_the_step(tmp_path, monkeypatch):
     log = []
     save = Checkpointer.save
