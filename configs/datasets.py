@@ -125,6 +125,7 @@ def experiment(dataset: str, method: str, variant: str) -> ConfigDict:
             config.llm.published = ConfigDict(published)
             for name in ("user_llm", *TEXT_PROMPTS):
                 config[name].strategy = "lora"
+                config[name].optimizer.lr_multiplier = common.PRETRAINED_LEARNING_RATES
     else:
         raise ValueError(
             f"Unknown variant {variant!r}: choose full, gpu, small, synthetic or an open LLM: {', '.join(common.LLMS)}."
