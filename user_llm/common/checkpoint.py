@@ -11,7 +11,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from user_llm.common.files import absolute
+from user_llm.common.distributed import barrier, gather, is_first
+from user_llm.common.files import absolute, check_manifest, write_manifest
+
+REMEDY = "Delete {}/results.json and run the same command: the phase goes on from its last checkpoint."
 
 
 def abstract_like(tree: Any) -> Any:
@@ -84,9 +87,13 @@ class Checkpointer:
 
 
 def save_params(directory: epath.PathLike, params: Any) -> None:
-    """Write a tree of arrays for later phases and other programs; replaces what is there."""
+    """Write a tree of arrays with its checksums for later phases and other programs; replaces what is there."""
+    path = absolute(directory)
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(absolute(directory), params, force=True)
+        checkpointer.save(path, params, force=True)
+    barrier("params are written")
+    if is_first():
+        write_manifest(path)
 
 
 def load_params(directory: epath.PathLike, like: Any) -> Any:
@@ -94,9 +101,24 @@ def load_params(directory: epath.PathLike, like: Any) -> Any:
 
     Raises:
       FileNotFoundError: nothing was saved there.
+      ValueError: files that are damaged or missing, the first of them named.
     """
     path = absolute(directory)
     if not path.exists():
-        raise FileNotFoundError(f"No parameters at {path}: run the phase that writes them first.")
+        raise FileNotFoundError(
+            f"No parameters at {path}: they were deleted or never written. {REMEDY.format(path.parent)}"
+        )
+    _check_params(path)
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(path, like)
+
+
+def _check_params(path: epath.Path) -> None:
+    """Compare a folder with its checksums; processes share the work, and all refuse what one refuses."""
+    fault = None
+    try:
+        check_manifest(path, part=jax.process_index(), parts=jax.process_count())
+    except ValueError as error:
+        fault = f"{error} {REMEDY.format(path.parent)}"
+    if faults := [fault for fault in gather(fault) if fault]:
+        raise ValueError(faults[0])
