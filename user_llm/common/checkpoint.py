@@ -105,9 +105,7 @@ def load_params(directory: epath.PathLike, like: Any) -> Any:
     """
     path = absolute(directory)
     if not path.exists():
-        raise FileNotFoundError(
-            f"No parameters at {path}: they were deleted or never written. {REMEDY.format(path.parent)}"
-        )
+        raise FileNotFoundError(f"No parameters at {path}: they were deleted or never written. {REMEDY.format(path.parent)}")
     _check_params(path)
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(path, like)

@@ -69,13 +69,13 @@ def agreed(compute: Callable[[], Any]) -> Any:
     """Return in all processes the JSON value that the first computes; what it refuses is refused in all.
 
     Raises:
-      ValueError: raised by `compute`.
+      ValueError: raised by `compute`, as is an OSError.
     """
     value, refusal = None, None
     if is_first():
         try:
             value = compute()
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             if jax.process_count() == 1:
                 raise
             refusal = str(error)

@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 from absl import logging
 from etils import epath
@@ -72,7 +73,7 @@ def hold(workdir: epath.Path) -> Iterator[None]:
 def _locked(workdir: epath.Path) -> Iterator[None]:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        file = (workdir / LOCK).open("a+")
+        file = (Path(workdir) / LOCK).open("a+")
     except OSError as error:
         raise ValueError(f"Cannot write the run to --workdir={workdir}: {error.strerror}.") from error
     with file:
