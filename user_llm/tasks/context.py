@@ -188,9 +188,9 @@ def open_context(config: ConfigDict, workdir: epath.Path, config_hash: str) -> C
       ValueError: no data given, bad data, or a mesh that does not fit the devices.
     """
     raw = open_raw(config, workdir)
+    hashes = inputs.data_files(raw.files, local_folder(workdir) / "data")
     timelines, split = read_data(config, workdir, raw)
     facts = {"dataset": timelines.name, "seed": config.seed, "split": split.name, "config_hash": config_hash}
-    hashes = inputs.data_files(raw.files, local_folder(workdir) / "data")
     return Context(config, timelines, split, meshes.make_mesh(**config.mesh), workdir, facts, hashes)
 
 
