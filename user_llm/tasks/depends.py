@@ -1,6 +1,5 @@
 """What each phase of a run depends on, and what of it the run's directory already holds."""
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -99,13 +98,19 @@ def other_runs(reuse: str) -> list[epath.Path]:
 
 
 def with_sources(config: ConfigDict) -> list[str]:
-    """Return the phases of a run and those whose parameters they start from, in an order in which each can be built."""
+    """Return the phases of a run and those whose parameters they start from, in an order in which each can be built.
+
+    Raises:
+      ValueError: a phase that starts from itself, or from what is no phase.
+    """
     order: list[str] = []
 
-    def add(name: str) -> None:
+    def add(name: str, above: tuple[str, ...] = ()) -> None:
+        if name in above:
+            raise ValueError(f"Phase {name} starts from parameters of its own: {' <- '.join([*above, name])}.")
         if name not in order:
             for source in sources(config, name):
-                add(source)
+                add(source, (*above, name))
             order.append(name)
 
     for name in config.phases:
@@ -115,15 +120,21 @@ def with_sources(config: ConfigDict) -> list[str]:
 
 
 def sources(config: ConfigDict, name: str) -> list[str]:
-    """Return the phases whose parameters a phase starts from."""
+    """Return the phases whose parameters a phase starts from.
+
+    Raises:
+      ValueError: one that is no phase, or an encoder that no phase pretrains.
+    """
     phase = config[name]
     if phase.task != "contextualize":
         return []
+    encoder_section(config, phase.encoder)  # refuses what is no encoder
     encoder = [phase.encoder] if phase.examples.max_events and phase.encoder_init == "pretrained" else []
-    loaded = [source for _, source in phase.load if source not in ("fresh", "checkpoint")]
-    return list(
-        dict.fromkeys([*encoder, *(source for source in loaded if not (source == "pretrain_lm" and config.llm.checkpoint))])
-    )
+    kinds = ("fresh", "checkpoint", *(("pretrain_lm",) if config.llm.checkpoint else ()))
+    loaded = [source for _, source in phase.load if source not in kinds]
+    if unknown := [source for source in loaded if "task" not in config.get(source, {})]:
+        raise ValueError(f"{name}.load names {unknown[0]!r}, which is no phase.")
+    return list(dict.fromkeys([*encoder, *loaded]))
 
 
 def needs_tokenizer(config: ConfigDict) -> bool:
@@ -243,8 +254,11 @@ def _settle_tokenizer(context: Context, runs: Sequence[epath.Path]) -> None:
     home = epath.Path(context.local)
     made = lambda folder: (folder / "tokenizer.json").exists()  # noqa: E731
     part = phases.decide(home, TOKENIZER, wanted, runs=runs, accept=True, finished=made)
-    if part.accepted and not _begun(context.workdir):  # nothing was trained with it
-        part = dataclasses.replace(part, stands=False, accepted=(), aside=part.identity, identity=wanted)
+    if part.stands and not _begun(context.workdir):  # nothing was trained with it
+        source = phases.find_phase(home, TOKENIZER, wanted, runs, made)
+        if part.accepted or source is not None:
+            (home / TOKENIZER).rmtree()
+            part = phases.Part(TOKENIZER, wanted, source=source)
     if part.source is not None or part.accepted:
         phases.settle(home, part)
     else:  # the folder appears once it is made

@@ -38,7 +38,7 @@ class Part:
     Attributes:
       identity: of what will stand in the directory.
       aside: the identity of what stands there and must leave; None if nothing does.
-      source: a directory that holds the finished phase; None if the phase stands there already, or is to be trained.
+      source: a directory that holds the phase; None if the phase stands there already, or is to be trained.
       accepted: what differs between the present files and those that the kept phase was trained on.
     """
 
@@ -83,7 +83,7 @@ def decide(
     directory = workdir / name
     stored = read_identity(directory)
     if not (finished(directory) or has_begun(directory)):
-        return Part(name, wanted, source=find_finished(workdir, name, wanted, runs, finished))
+        return Part(name, wanted, source=find_phase(workdir, name, wanted, runs, finished))
     if stored is None:
         if not accept:
             raise ValueError(f"{directory} does not say what it was trained on, for want of {FILE}: {REMEDY}")
@@ -96,16 +96,18 @@ def decide(
             raise ValueError(f"{name} in {workdir} was trained on other files ({listed(files)}): {REMEDY}")
         if finished(directory):
             return Part(name, stored, accepted=files, stands=True)
-    return Part(name, wanted, aside=stored, source=find_finished(workdir, name, wanted, runs, finished))
+    return Part(name, wanted, aside=stored, source=find_phase(workdir, name, wanted, runs, finished))
 
 
-def find_finished(
+def find_phase(
     workdir: epath.Path, name: str, wanted: Identity, runs: Sequence[epath.Path], finished: Callable[[epath.Path], bool]
 ) -> epath.Path | None:
-    """Return the directory of a finished phase of an identity: one that was set aside here, or one of another run."""
+    """Return the directory of a phase of an identity: one that was set aside here, or a finished one of another run."""
     aside = f"{name}-{wanted.hash}"
-    candidates = [workdir / EARLIER / aside]
-    candidates += [run / place for run in runs for place in (name, f"{EARLIER}/{aside}")]
+    here = workdir / EARLIER / aside
+    if (finished(here) or has_begun(here)) and read_identity(here) == wanted:
+        return here
+    candidates = [run / place for run in runs for place in (name, f"{EARLIER}/{aside}")]
     return next((place for place in candidates if finished(place) and read_identity(place) == wanted), None)
 
 
