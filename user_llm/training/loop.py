@@ -203,6 +203,7 @@ def _train(
                 names = dict.fromkeys(name for scalars in pending for name in scalars)
                 means = {k: float(jnp.mean(jnp.array([s[k] for s in pending if k in s]))) for k in names}
                 now = time.monotonic()
+                check()
                 log.train(step, means, events_per_s=events / (now - since))
                 pending, events, since = [], 0, now
         params = state.params
