@@ -134,8 +134,12 @@ def follow(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
 
 
 def quiet_orbax(record) -> bool:
-    """Keep orbax's running commentary out of the log, but not its warnings."""
-    return "orbax" not in record.pathname or record.levelno >= standard_logging.WARNING
+    """Keep orbax's running commentary out of the log, but not its warnings; what fails there is raised here, and said once."""
+    if "orbax" not in record.pathname:
+        return True
+    if not logging.level_debug():
+        record.exc_info = record.exc_text = None
+    return record.levelno >= standard_logging.WARNING
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -81,9 +81,11 @@ class Checkpointer:
         return self._manager.restore(step, args=args)["state"]
 
     def close(self) -> None:
-        """Wait for pending writes."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Wait for pending writes, and end the threads that write even if one of them failed."""
+        try:
+            self._manager.wait_until_finished()
+        finally:
+            self._manager.close()
 
 
 def save_params(directory: epath.PathLike, params: Any) -> None:

@@ -65,7 +65,7 @@ def hold(workdir: epath.Path) -> Iterator[None]:
         if is_remote(workdir):
             yield
         else:
-            with standing(workdir):
+            with standing(workdir, LOCK):
                 yield
 
 
@@ -95,10 +95,14 @@ def _locked(workdir: epath.Path) -> Iterator[None]:
 
 
 @contextmanager
-def standing(folder: epath.Path) -> Iterator[Callable[[], None]]:
+def standing(folder: epath.Path, mark: str = "") -> Iterator[Callable[[], None]]:
     """Yield a check that a folder still stands where it was, which is made once more at the end of the block.
 
     Whatever fails after the folder was removed is said to have failed for that.
+
+    Args:
+      mark: a file in the folder that nobody but who removes the folder would remove; a library that writes at the same moment may
+        keep the folder itself alive.
 
     Raises:
       FileNotFoundError: the folder was removed, moved or replaced.
@@ -110,7 +114,7 @@ def standing(folder: epath.Path) -> Iterator[Callable[[], None]]:
 
     def check(cause: Exception | None = None) -> None:
         try:
-            stands = os.path.samestat(os.stat(folder), os.fstat(descriptor))
+            stands = os.path.samestat(os.stat(folder), os.fstat(descriptor)) and (folder / mark).exists()
         except OSError:
             stands = False
         if not stands:
