@@ -112,3 +112,28 @@ def test_params_with_one_flipped_bit_are_refused_by_the_name_of_the_file(saved, 
         (copy / file).unlink()
         with pytest.raises(ValueError, match=rf"^{copy / file} is missing"):
             load_params(copy, like)
+
+
+def test_a_checkpoint_with_one_flipped_bit_is_refused_by_the_name_of_the_file(saved, tmp_path):
+    """In every file, of arrays and of progress."""
+    directory, _ = saved
+    files = [path.relative_to(directory) for path in (directory / "checkpoints" / "7").rglob("*") if path.is_file()]
+    files = [file for file in files if file.name != MANIFEST]
+    assert len(files) > 5
+    for number, file in enumerate(files):
+        copy = tmp_path / str(number)
+        shutil.copytree(directory / "checkpoints", copy / "checkpoints")
+        content = bytearray((copy / file).read_bytes())
+        content[len(content) // 2] ^= 4
+        (copy / file).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"^{copy / file} is damaged: .*Delete {copy}/checkpoints/7 and run"):
+            Checkpointer(copy / "checkpoints")
+
+
+def test_a_checkpoint_that_a_kill_left_without_checksums_is_restored(saved, mesh_of, tmp_path):
+    directory, state = saved
+    shutil.copytree(directory / "checkpoints", tmp_path / "checkpoints")
+    (tmp_path / "checkpoints" / "7" / MANIFEST).unlink()
+    checkpoints = Checkpointer(tmp_path / "checkpoints")
+    _assert_equal(checkpoints.restore(7, _tree(mesh_of(1, 1, 1), seed=2))[0], state)
+    checkpoints.close()
