@@ -146,6 +146,8 @@ def base() -> ConfigDict:
         {
             "seed": 0,
             "phases": (),
+            # Workdirs of other runs, separated by commas: their finished phases that would come out the same here are taken over.
+            "reuse": "",
             "strategies": STRATEGIES,
             # Of strategies with adapters. The targets are weights of a layer; rank 8 is the paper's (second-hand).
             "lora": {"rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": r"attn/(q|k|v|o)|mlp/(gate_proj|up|down)"},
@@ -171,6 +173,9 @@ def base() -> ConfigDict:
                     "numbers": (),
                     "texts": (),
                 },
+                # Whether a run goes on though files of its data, LLM, tokenizer or general text are not what they were: what is finished
+                # stays as it is, what is not begins again.
+                "accept_changes": False,
                 "catalogue_items": 50_000,  # that --compile_only assumes where there is no data
                 "ties": "hashed",
                 "min_events": 5,

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -178,14 +179,61 @@ def test_a_nan_loss_stops_the_run_and_no_nan_is_kept(tmp_path, log_steps):
     assert not (tmp_path / "results.json").exists()
 
 
-def test_sigterm_saves_and_the_next_run_goes_on(tmp_path, uninterrupted):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_next_run_goes_on(tmp_path, uninterrupted, caplog, number, code):
     """At step 5, where nothing is due."""
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Preempted) as stopped:
-        tiny.run(tmp_path, tiny.make_task(count_events=tiny.signal_at(5, signal.SIGTERM)))
-    assert stopped.value.code == 0 and signal.getsignal(signal.SIGTERM) is before
+    before = signal.getsignal(number)
+    with caplog.at_level("INFO", logger="absl"), pytest.raises(Preempted) as stopped:
+        tiny.run(tmp_path, tiny.make_task(count_events=tiny.signal_at(5, number)))
+    assert stopped.value.code == code and signal.getsignal(number) is before
+    said = [record.getMessage() for record in caplog.records if number.name in record.getMessage()]
+    assert said == [f"tiny: {number.name}, saved at step 5; the same command goes on from there."]
     assert _checkpoints(tmp_path)[-1] == 5
     _assert_same(tmp_path, tiny.run(tmp_path), uninterrupted)
+
+
+def test_a_directory_that_is_removed_meanwhile_ends_the_run_and_is_not_made_again(tmp_path):
+    """During step 3, which is logged; step 4 would be saved."""
+    directory, steps = tmp_path / "run" / "tiny", []
+
+    def count_events(batch):
+        steps.append(1)
+        if len(steps) == 3:
+            shutil.rmtree(tmp_path / "run")
+        return 1
+
+    with pytest.raises(FileNotFoundError, match=rf"^{directory} was removed or moved while the run was writing to it"):
+        tiny.run(directory, tiny.make_task(count_events=count_events), save_steps=4)
+    assert len(steps) == 3 and not directory.exists()
+
+
+def test_a_directory_that_is_removed_while_results_are_measured_is_not_made_again(tmp_path):
+    directory = tmp_path / "run" / "tiny"
+    task = tiny.make_task(results=lambda params: shutil.rmtree(tmp_path / "run") or [])
+    with pytest.raises(FileNotFoundError, match="was removed or moved"):
+        tiny.run(directory, task, total_steps=4)
+    assert not directory.exists()
+
+
+@pytest.mark.parametrize("damage", ["deleted", "flipped", "results"])
+def test_what_a_finished_phase_left_is_refused_if_it_is_damaged_and_measured_again_from_its_checkpoint(
+    tmp_path, uninterrupted, damage
+):
+    directory = tmp_path / "tiny"
+    shutil.copytree(uninterrupted[0], directory)
+    if damage == "deleted":
+        shutil.rmtree(directory / "params")
+    elif damage == "flipped":
+        [path, *_] = [path for path in (directory / "params").rglob("*") if path.is_file() and path.stat().st_size > 500]
+        content = bytearray(path.read_bytes())
+        content[-100] ^= 1
+        path.write_bytes(content)
+    else:
+        (directory / "results.json").write_text("[{")
+    with pytest.raises((ValueError, FileNotFoundError), match=rf"{directory}/.*[Dd]elete"):
+        tiny.run(directory)
+    (directory / "results.json").unlink()
+    _assert_same(directory, tiny.run(directory), uninterrupted)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from user_llm.data.raw import Raw, clean, identifier, json_lines, pieces, whole
 
 REVIEWS = ("review-{}_10.json", "review-{}.json")
 PLACES = ("meta-{}.json",)
+STATES_IN_NAME = 8  # more are counted, for folders are named by them
 
 
 def find(directory: epath.PathLike, states: Sequence[str]) -> Raw:
@@ -33,8 +34,9 @@ def find(directory: epath.PathLike, states: Sequence[str]) -> Raw:
             if not files:
                 raise ValueError(f"{folder} has no {patterns[0].format(state)}.gz: download it, or leave {state} out.")
             found.append(files[0])
+    names = "-".join(states) if len(states) <= STATES_IN_NAME else f"{len(states)}-states"
     raw = Raw(
-        name=f"google-local-{'-'.join(states)}",
+        name=f"google-local-{names}",
         files=(*reviews, *places),
         events=lambda: pieces((row for path in reviews for row in json_lines(path, _review)), raw.event_schema),
         items=lambda: pieces((row for path in places for row in json_lines(path, _place)), raw.item_schema),

@@ -25,7 +25,8 @@ from absl import logging
 from etils import epath
 from jaxtyping import Int
 
-from user_llm.common.files import lock
+from user_llm.common.files import MANIFEST, check_manifest, lock, write_manifest
+from user_llm.common.hashes import content_hashes
 from user_llm.data.raw import ROWS, Raw
 from user_llm.data.schema import Feature, Schema
 from user_llm.data.timelines import GAP_BUCKETS, Catalogue, Timelines, order_events
@@ -224,15 +225,23 @@ def prepare(raw: Raw, prepared_dir: epath.PathLike) -> Events:
     Of several processes one prepares and the others wait.
 
     Raises:
-      ValueError: a bad row, named by file and line.
+      ValueError: a bad row, named by file and line; or a prepared file that is damaged or missing.
     """
     folder = Path(prepared_dir) / fingerprint(raw.files)
+    home = folder / "events" / raw.name / str(Events.VERSION)  # as tfds names it
     with lock(folder):
         for left in (*folder.glob(f"{SCRATCH}*"), *folder.rglob(f"{tfds.core.constants.INCOMPLETE_PREFIX}*_*")):
             logging.warning("Removing %s, left by a preparation that was killed.", left)
             shutil.rmtree(left)
+        if (home / MANIFEST).exists():
+            try:
+                check_manifest(home)
+            except ValueError as error:
+                raise ValueError(f"{error} Delete {folder} and run the same command: the dataset is prepared again.") from error
         builder = Events(config=EventsConfig(name=raw.name, raw=raw), data_dir=str(folder), file_format="array_record")
         builder.download_and_prepare()
+        if not (home / MANIFEST).exists():
+            write_manifest(home)
     return builder
 
 
@@ -305,11 +314,11 @@ def _number(key: str) -> int:
 
 
 def fingerprint(files: Iterable[epath.Path]) -> str:
-    """Identify files by name and content; sizes and times, in whole seconds here, miss a quick edit."""
+    """Identify files by name and content."""
+    paths = list(files)
     digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    for path, content in zip(paths, content_hashes(paths), strict=True):
+        digest.update(path.name.encode() + bytes.fromhex(content))
     return digest.hexdigest()[:12]
 
 

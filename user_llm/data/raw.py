@@ -17,6 +17,8 @@ from typing import Any
 import pyarrow as pa
 from etils import epath
 
+from user_llm.common.workdir import path_part
+
 ROWS = 50_000  # of one piece
 TAGS = re.compile(r"<(script|style)\b.*?</\1>|<[^<>]*>", re.DOTALL | re.IGNORECASE)
 
@@ -35,6 +37,9 @@ class Raw:
       texts: event-side columns of text.
       bags: item-side columns of names.
       timed: whether `time` is a time.
+
+    Raises:
+      ValueError: a name that is no part of a path, where prepared data and results are kept.
     """
 
     name: str
@@ -45,6 +50,9 @@ class Raw:
     texts: tuple[str, ...] = ()
     bags: tuple[str, ...] = ()
     timed: bool = True
+
+    def __post_init__(self) -> None:
+        path_part(self.name, "The dataset's name")
 
     @property
     def event_schema(self) -> pa.Schema:

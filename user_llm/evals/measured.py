@@ -9,6 +9,7 @@ from etils import epath
 from jaxtyping import Float, Int
 
 from user_llm.common.files import whole
+from user_llm.common.workdir import path_part
 
 NUMBER = "number/"  # in front of a number's name in a file
 
@@ -39,7 +40,8 @@ class Measured:
     def save(self, folder: epath.Path, task: str, method: str) -> None:
         """Write `<task>.<method>.npz`, with `_` for the slashes of the method."""
         folder.mkdir(parents=True, exist_ok=True)
-        with whole(folder / f"{task}.{method.replace('/', '_')}.npz") as path, path.open("wb") as file:
+        name = path_part(f"{task}.{method.replace('/', '_')}", "The method")
+        with whole(folder / f"{name}.npz") as path, path.open("wb") as file:
             facts: dict[str, Any] = {"task": task, "method": method, "users": self.users, "positions": self.positions}
             np.savez_compressed(file, **facts | self.values | {NUMBER + name: array for name, array in self.numbers.items()})
 

@@ -71,7 +71,8 @@ def _run_section(runs: list[Run], notes: list[str]) -> list[str]:
     sections = ["## Runs"]
     for run in runs:
         facts = {
-            "config": ", ".join(sorted({str(row["config_hash"]) for row in run.rows})),
+            # A row's own hash is that of its phase's identity.
+            "config": run.config.get("config_hash") or ", ".join(sorted({str(row["config_hash"]) for row in run.rows})),
             "seed": ", ".join(sorted({str(row["seed"]) for row in run.rows})),
         }
         config = {**run.config, **run.config.get("versions", {})}
@@ -83,7 +84,7 @@ def _run_section(runs: list[Run], notes: list[str]) -> list[str]:
         if "command" in run.config:
             command = shlex.join(["python", "-m", "user_llm.main", *run.config["command"][1:]])
             sections.append(f"```\n{command}\n```")
-    configs = [{**run.config["config"], "seed": None} for run in runs if "config" in run.config]
+    configs = [{**run.config["config"], "seed": None, "reuse": None} for run in runs if "config" in run.config]
     if any(config != configs[0] for config in configs):
         notes = [*notes, "The configs of these runs differ in more than the seed."]
     return sections + notes

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import hashlib
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import grain
@@ -19,6 +21,7 @@ from user_llm.common.checkpoint import load_params
 from user_llm.common.distributed import is_first
 from user_llm.common.files import local_folder, lock, make_once
 from user_llm.common.trees import Params, Rules
+from user_llm.common.workdir import path_part
 from user_llm.data import amazon, event_files, google_local, movielens, prepare, synthetic_files
 from user_llm.data.raw import Raw
 from user_llm.data.splits import Split, make_split
@@ -31,6 +34,7 @@ from user_llm.evals.ranking import result_rows, target_numbers
 from user_llm.models import pretrained
 from user_llm.models.decoder import DecoderConfig
 from user_llm.nn.transformer import BlockConfig
+from user_llm.tasks import inputs
 from user_llm.training.optimizer import OptimizerConfig
 
 CORPUS_TEXTS = 50_000
@@ -43,6 +47,7 @@ class Context:
     Attributes:
       workdir: holds one directory per phase.
       row_facts: columns that every result row of this run shares.
+      data_files: content hashes of the dataset's files, by name.
     """
 
     config: ConfigDict
@@ -51,6 +56,7 @@ class Context:
     mesh: Mesh
     workdir: epath.Path
     row_facts: dict
+    data_files: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def seed(self) -> int:
@@ -60,6 +66,10 @@ class Context:
     def local(self) -> Path:
         """Where this machine keeps what it makes of the data."""
         return local_folder(self.workdir)
+
+    def of(self, identity: str) -> "Context":
+        """Return the run as a phase of an identity sees it: its result rows say so."""
+        return dataclasses.replace(self, row_facts=self.row_facts | {"config_hash": identity})
 
     def streams(self, make: Callable[[tuple[int, int], int], grain.IterDataset], rows: int) -> Streams:
         """Return batches of `rows` rows, of which this process reads its share; `make((number, count), rows)` returns a stream.
@@ -115,6 +125,7 @@ class Context:
             # Often enough for byte-pair merges to make whole words of them: every prompt starts with one.
             asked = [line + "\n" for phase in phases if "prompts" in phase for line in templates(phase.prompts)]
             train_bpe(self.corpus() + 100 * asked, self.config.llm.vocab_size, path)
+            inputs.tokenizer_identity(self.config, self.data_files).write(epath.Path(path))
 
         return load_tokenizer(make_once(self.local / "tokenizer", train))
 
@@ -176,9 +187,11 @@ def open_context(config: ConfigDict, workdir: epath.Path, config_hash: str) -> C
     Raises:
       ValueError: no data given, bad data, or a mesh that does not fit the devices.
     """
-    timelines, split = load_data(config, workdir)
+    raw = open_raw(config, workdir)
+    hashes = inputs.data_files(raw.files, local_folder(workdir) / "data")
+    timelines, split = read_data(config, workdir, raw)
     facts = {"dataset": timelines.name, "seed": config.seed, "split": split.name, "config_hash": config_hash}
-    return Context(config, timelines, split, meshes.make_mesh(**config.mesh), workdir, facts)
+    return Context(config, timelines, split, meshes.make_mesh(**config.mesh), workdir, facts, hashes)
 
 
 def load_data(config: ConfigDict, workdir: epath.Path) -> tuple[Timelines, Split]:
@@ -187,12 +200,34 @@ def load_data(config: ConfigDict, workdir: epath.Path) -> tuple[Timelines, Split
     Raises:
       ValueError: no data given, bad data, or a leak between the parts of the split.
     """
-    data = config.data
+    return read_data(config, workdir, open_raw(config, workdir))
+
+
+def open_raw(config: ConfigDict, workdir: epath.Path) -> Raw:
+    """Return the dataset as published, downloaded or written if need be, by one of a machine's processes.
+
+    Raises:
+      ValueError: no data given, or none of its kind there.
+    """
     folder = local_folder(workdir)
-    with lock(folder / "data"):  # one of a machine's processes downloads
-        raw = find_data(config, folder)
-    timelines = prepare.load(raw, folder / "data", ties=data.ties, seed=config.seed, min_events=data.min_events)
+    with lock(folder / "data"):
+        return find_data(config, folder)
+
+
+def read_data(config: ConfigDict, workdir: epath.Path, raw: Raw) -> tuple[Timelines, Split]:
+    """Prepare a dataset if need be, read it, and split it.
+
+    Raises:
+      ValueError: bad data, or a leak between the parts of the split.
+    """
+    data = config.data
+    prepared = local_folder(workdir) / "data" / f"read-{_digest(inputs.reading_settings(config))}"
+    timelines = prepare.load(raw, prepared, ties=data.ties, seed=config.seed, min_events=data.min_events)
     return timelines, make_split(timelines, data.split, withhold=data.withhold)
+
+
+def _digest(settings: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def find_data(config: ConfigDict, keep: Path) -> Raw:
@@ -207,7 +242,12 @@ def find_data(config: ConfigDict, keep: Path) -> Raw:
         source, columns = data.synthetic.layout, synthetic_files.COLUMNS
         category, states = synthetic_files.NAME, (synthetic_files.NAME,)
         world = lambda path: synthetic_files.write(path, seed=config.seed, **data.synthetic)  # noqa: E731
-        folder = make_once(keep / "synthetic", world)
+        # Its name is the dataset's; worlds of other settings stand beside it.
+        folder = make_once(keep / "data" / f"world-{_digest(inputs.reading_settings(config))}" / "synthetic", world)
+    for key, values in (("category", (category,)), ("states", states), ("name", (data.name,))):
+        if inputs.OF_SOURCE[key] == source:
+            for value in values:
+                path_part(value, f"data.{key}")
     find = {
         "movielens": lambda: movielens.find(folder, keep / "data"),
         "amazon": lambda: amazon.find(folder, category),
