@@ -26,6 +26,7 @@ from user_llm.ahead import apart
 from user_llm.ahead.check import check, describe
 from user_llm.common.distributed import initialize, is_first
 from user_llm.common.files import write_json
+from user_llm.config.check import check as check_config
 from user_llm.data import audits
 from user_llm.report.build import write_report
 from user_llm.tasks import general_text
@@ -52,6 +53,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; runs/<con
 
 def run(config: ConfigDict, workdir: epath.Path) -> list[dict]:
     """Run all phases of `config` in `workdir` and return the result rows."""
+    check_config(config)
     config_hash = save_config(config, workdir)
     context = open_context(config, workdir, config_hash)
     audit = audits.audit(context.timelines, context.split)
@@ -109,6 +111,7 @@ def save_config(config: ConfigDict, workdir: epath.Path) -> str:
 
 def compile_only(config: ConfigDict, topology: str, kernels: bool) -> bool:
     """Print what each program of each phase takes of each chip of `topology`, and return whether all fit."""
+    check_config(config)
     with tempfile.TemporaryDirectory() as workdir:
         found = apart.run(check, config, topology, epath.Path(workdir), kernels=kernels)
     print(describe(found))
@@ -136,7 +139,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         return flags.FLAGS(argv)
     except flags.Error as error:  # of a config file that fails, the last line is what it says
         sys.exit(f"Error: {str(error).strip().splitlines()[-1].strip().removeprefix('ValueError: ')}")
-    except (KeyError, AttributeError) as error:
+    except (LookupError, AttributeError, TypeError) as error:
         cause: object = error
         while isinstance(cause, Exception) and cause.args:
             cause = cause.args[0]

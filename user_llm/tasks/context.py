@@ -95,15 +95,9 @@ class Context:
         return dataclasses.replace(found, block=dataclasses.replace(found.block, attention_kernel=llm.attention_kernel))
 
     def optimizer_config(self, name: str) -> OptimizerConfig:
-        """Return the optimizer of a phase, which trains what the phase's strategy says.
-
-        Raises:
-          ValueError: no such strategy.
-        """
-        phase, strategies = self.config[name], self.config.strategies
-        if phase.strategy not in strategies:
-            raise ValueError(f"Unknown strategy {phase.strategy!r} of {name}: choose one of {', '.join(strategies)}.")
-        return OptimizerConfig(**phase.optimizer, trainable=strategies[phase.strategy].trainable)
+        """Return the optimizer of a phase, which trains what the phase's strategy says."""
+        phase = self.config[name]
+        return OptimizerConfig(**phase.optimizer, trainable=self.config.strategies[phase.strategy].trainable)
 
     def tokenizer(self) -> Tokenizer:
         """Return the LLM's tokenizer: the checkpoint's own, or BPE trained once on this dataset's titles and genres."""

@@ -43,48 +43,15 @@ from user_llm.training.task import Batch, Program, Task
 
 
 def encoder_section(config: ConfigDict, phase: str) -> ConfigDict:
-    """Return the config's `encoder` section as the pretraining phase `phase` changes it.
-
-    Raises:
-      ValueError: no such phase, or changes of what the section does not have.
-    """
-    if phase not in config or getattr(config[phase], "task", "") != "pretrain_encoder":
-        raise ValueError(f"{phase!r} pretrains no encoder: name a phase whose task is pretrain_encoder.")
-    section = config.encoder.copy_and_resolve_references().lock()
-    try:
-        section.update(config[phase].encoder)
-    except (KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{phase}.encoder does not fit the section encoder: {error.args[0]}") from error
+    """Return the config's `encoder` section as the pretraining phase `phase` changes it."""
+    section = config.encoder.copy_and_resolve_references()
+    section.update(config[phase].encoder)
     return section
 
 
 def encoder_source(config: ConfigDict, name: str) -> str:
-    """Return where phase `name` has its encoder's weights from: the phase that pretrains it, or `fresh`.
-
-    Raises:
-      ValueError: a choice that cannot work.
-    """
-    phase = config[name]
-    source = encoder_section(config, phase.encoder)
-    if phase.encoder_init == "pretrained":
-        if phase.encoder not in config.phases[: config.phases.index(name)]:
-            raise ValueError(
-                f"{name} takes its encoder from {phase.encoder}, which does not run before it: add that to phases, or set "
-                f"{name}.encoder_init=scratch."
-            )
-        return phase.encoder
-    if phase.encoder_init != "scratch":
-        raise ValueError(f"Unknown {name}.encoder_init {phase.encoder_init!r}: choose pretrained or scratch.")
-    if phase.loss.align:
-        raise ValueError(f"An encoder from scratch teaches nothing: set {name}.loss.align=0.")
-    if source.objective == "dual":
-        raise ValueError(f"The item tower of a dual encoder comes pretrained: set {name}.encoder_init=pretrained.")
-    rules = config.strategies[phase.strategy].trainable
-    if not trees.flatten(trees.match(rules, {"encoder": {"project": None}}))["encoder/project"]:
-        raise ValueError(
-            f"Strategy {phase.strategy} would leave an encoder from scratch untrained: choose another {name}.strategy."
-        )
-    return "fresh"
+    """Return where phase `name` has its encoder's weights from: the phase that pretrains it, or `fresh`."""
+    return config[name].encoder if config[name].encoder_init == "pretrained" else "fresh"
 
 
 def encoder_config(config: ConfigDict, schema: Schema) -> UserEncoderConfig:
@@ -203,8 +170,6 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
     timelines = context.timelines.select(tuple(section.features))
     split = context.split
     model_config = encoder_config(section, timelines.schema)
-    if model_config.objective == "dual" and phase.loss.negatives:
-        raise ValueError(f"A dual encoder has the negatives of its batch and draws no others: set {name}.loss.negatives=0.")
     catalogue = item_catalogue(timelines, model_config)
     create = lambda: UserEncoder(model_config, catalogue=catalogue, rngs=nnx.Rngs(params=context.seed))  # noqa: E731
     graphdef, shapes = trees.abstract(create)
