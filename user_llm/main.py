@@ -31,8 +31,8 @@ from user_llm.data import audits
 from user_llm.report.build import write_report
 from user_llm.tasks import general_text
 from user_llm.tasks.asking import baseline_rows
-from user_llm.tasks.builders import BUILDERS
 from user_llm.tasks.context import open_context
+from user_llm.tasks.early import build_tasks
 from user_llm.training import loop
 from user_llm.training.loop import LoopConfig
 
@@ -59,18 +59,13 @@ def run(config: ConfigDict, workdir: epath.Path) -> list[dict]:
     audit = audits.audit(context.timelines, context.split)
     write_json(workdir / "audit.json", audit)
     with jax.set_mesh(context.mesh):
+        tasks = build_tasks(context)
         rows = baseline_rows(context)
         if config.llm.checkpoint:
             rows += general_text.untouched(context)
-        for name in config.phases:
-            phase = config[name]
-            if phase.task == "pretrain_lm" and config.llm.checkpoint:
-                logging.info("%s: left out, the LLM is %s", name, config.llm.checkpoint)
-                continue
-            optimizer = context.optimizer_config(name)
-            task = BUILDERS[phase.task](config, name, context)
-            _, found = loop.run(task, LoopConfig(**phase.loop), optimizer, context.mesh, workdir / name, config.seed)
-            rows += found
+        for name, task in tasks.items():
+            settings, optimizer = LoopConfig(**config[name].loop), context.optimizer_config(name)
+            rows += loop.run(task, settings, optimizer, context.mesh, workdir / name, config.seed)[1]
     write_json(workdir / "results.json", rows)
     if is_first():
         write_report(workdir)

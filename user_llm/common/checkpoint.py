@@ -89,6 +89,12 @@ def save_params(directory: epath.PathLike, params: Any) -> None:
         checkpointer.save(absolute(directory), params, force=True)
 
 
+def saved_shapes(directory: epath.PathLike) -> Any:
+    """Return the shapes and dtypes of a tree written by `save_params`; nothing of the arrays is read."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.metadata(absolute(directory)).item_metadata.tree
+
+
 def load_params(directory: epath.PathLike, like: Any) -> Any:
     """Read a tree written by `save_params` into the shapes, dtypes and shardings of `like`.
 

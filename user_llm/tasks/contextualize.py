@@ -29,6 +29,7 @@ from user_llm.nn.lora import LoRAConfig
 from user_llm.nn.losses import Whole, chunked_cross_entropy, whole_count
 from user_llm.nn.resampler import ResamplerConfig
 from user_llm.tasks import general_text
+from user_llm.tasks.answerable import METRICS, check_answers
 from user_llm.tasks.answering import MEASURES, Predictor
 from user_llm.tasks.asking import build_prompts
 from user_llm.tasks.context import Context
@@ -170,6 +171,7 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
     create = lambda: UserLLM(full, rngs=nnx.Rngs(params=context.seed))  # noqa: E731
     graphdef, shapes = trees.abstract(create)
     load = ((r"^encoder/", encoder_source(config, name)), *phase.load) if examples.max_events else phase.load
+    monitored = next(iter(prompts))
     leading = {task: asked.shared_tokens if phase.soft_prompt.after_instruction else 0 for task, asked in prompts.items()}
     resamples = full.resampler is not None
     rows = meshes.even_rows(phase.eval.batch_size, context.mesh)
@@ -177,8 +179,8 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
 
     def evaluate(params: Params) -> dict[str, float]:
         """Return the metrics of the first task, which the phase monitors."""
-        task = next(iter(prompts))
-        found = MEASURES[task](predictor, params, task, prompts[task], "validation", phase.eval.validation_users, phase.eval)
+        asked = prompts[monitored]
+        found = MEASURES[monitored](predictor, params, monitored, asked, "validation", phase.eval.validation_users, phase.eval)
         return found[0].measured.metrics
 
     def results(params: Params) -> list[dict]:
@@ -192,6 +194,10 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
             decoder = trees.split(trees.merge(graphdef, params).decoder)
             rows += general_text.tuned(context, phase.method, *decoder, lambda count: predictor.users(params, count))
         return rows
+
+    def check() -> None:
+        for task, asked in prompts.items():
+            check_answers(task, asked, phase.eval, monitored=task == monitored)
 
     def stream(number: tuple[int, int], rows: int) -> grain.IterDataset:
         of_tasks = [
@@ -208,6 +214,7 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
     return Task(
         name=name,
         shapes=shapes,
+        load=load,
         init=lambda place: context.init(create, load, place),
         loss=lambda params, batch, key, whole: contextual_loss(
             trees.merge(graphdef, params), batch, key, leading=leading, whole=whole, **phase.loss
@@ -216,6 +223,8 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
         train_data=context.streams(stream, phase.batch_size),
         steps_per_epoch=len(windows) / phase.batch_size,
         count_events=lambda batch: int((batch["answers"] > 0).sum()),
+        metrics=METRICS[monitored],
+        check=check,
         evaluate=evaluate,
         results=results,
         programs=lambda params: predictor.programs(params, prompts),

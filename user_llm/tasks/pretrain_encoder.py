@@ -23,6 +23,7 @@ from user_llm.common import trees
 from user_llm.common.trees import Params
 from user_llm.data.pipeline import HistoryBatch, packed_windows
 from user_llm.data.schema import Schema
+from user_llm.data.splits import Split
 from user_llm.data.timelines import Timelines
 from user_llm.evals.evaluator import rank_targets
 from user_llm.models.user_encoder import UserEncoder, UserEncoderConfig
@@ -38,6 +39,7 @@ from user_llm.nn.losses import (
 from user_llm.nn.masking import choose_masked
 from user_llm.nn.transformer import BlockConfig
 from user_llm.nn.visibility import segment_mask
+from user_llm.tasks.answerable import RANKING
 from user_llm.tasks.context import Context
 from user_llm.training.task import Batch, Program, Task
 
@@ -163,6 +165,17 @@ def score_next(graphdef: nnx.GraphDef, params: Params, events: Int[Array, "B E A
     return encoder.score(encoder.encode(events, lengths[:, None]).last()[:, 0])
 
 
+def check_targets(split: Split) -> None:
+    """See that both parts of a split have targets.
+
+    Raises:
+      ValueError: one that has none.
+    """
+    for part, (users, _) in split.targets.items():
+        if not len(users):
+            raise ValueError(f"no user of the {part} part has a next item: change data.split, or take more data.")
+
+
 def build(config: ConfigDict, name: str, context: Context) -> Task:
     """Build the task of phase `name`."""
     phase = config[name]
@@ -203,6 +216,7 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
     return Task(
         name=name,
         shapes=shapes,
+        load=((r".*", "fresh"),),
         init=lambda place: trees.init(create, place),
         loss=lambda params, batch, key, whole: loss(trees.merge(graphdef, params), batch, key, whole),
         # How many events a part of a batch hides is drawn there.
@@ -216,6 +230,8 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
         ),
         steps_per_epoch=np.maximum(split.train_stop - 1, 0).sum() / (data.rows * data.row_length),
         count_events=lambda batch: int((batch["segments"] > 0).sum()),
+        metrics=RANKING,
+        check=lambda: check_targets(split),
         evaluate=lambda params: rank(params, "validation", phase.eval.validation_users).metrics(),
         results=results,
         programs=programs,
