@@ -3,6 +3,7 @@
 import numpy as np
 from ml_collections import ConfigDict
 
+from user_llm.common.errors import naming
 from user_llm.data.prompts.base import Prompts
 from user_llm.data.prompts.favorite import Favorite
 from user_llm.data.prompts.next_item import NextItem
@@ -24,9 +25,9 @@ def check_answers(task: str, prompts: Prompts, settings: ConfigDict, *, monitore
       monitored: whether the task is measured on validation too.
 
     Raises:
-      ValueError: what is wrong, beginning with the task's name among the prompts.
+      ValueError: what is wrong, beginning with the key of the task.
     """
-    try:
+    with naming(f"prompts.{task}"):
         if isinstance(prompts, NextItem) and settings.generate_users:
             Trie.build(prompts.lines.titles_as_targets())
         if isinstance(prompts, Favorite):
@@ -34,10 +35,7 @@ def check_answers(task: str, prompts: Prompts, settings: ConfigDict, *, monitore
         if isinstance(prompts, Favorite | Review):
             prompts.check_room()
         if isinstance(prompts, Review) and not prompts.trains():
-            raise ValueError("nobody wrote anything in training.")
+            raise ValueError("nobody wrote anything in training: set its weight to 0 to leave the task out.")
         for part in ("validation", "test") if monitored else ("test",):
             if not len(prompts.targets(part)[0]):
-                raise ValueError(f"no user of the {part} part has what it asks for.")
-    except ValueError as error:
-        leave = f"; prompts.{task}.weight=0 leaves the task out"
-        raise ValueError(f"prompts.{task}: {str(error).removesuffix('.')}{leave}.") from error
+                raise ValueError(f"no user of the {part} part has what it asks for: set its weight to 0 to leave the task out.")

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
+from user_llm.common.errors import naming
 from user_llm.data.pipeline import ExampleConfig
 from user_llm.data.prompts.base import Lines, Prompts
 from user_llm.data.prompts.favorite import Favorite, Labels, OfFuture, OfHistory
@@ -66,4 +67,8 @@ def build_prompts(phase: ConfigDict, context: Context, examples: ExampleConfig) 
         history=examples.history, text_items=examples.text_items,
     )  # fmt: skip
     template = lambda task: {key: value for key, value in phase.prompts[task].items() if key not in ("weight", "text")}  # noqa: E731
-    return {task: TASKS[task](lines, context, template(task)) for task in asked_tasks(phase)}
+    prompts = {}
+    for task in asked_tasks(phase):
+        with naming(f"prompts.{task}"):
+            prompts[task] = TASKS[task](lines, context, template(task))
+    return prompts

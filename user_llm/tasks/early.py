@@ -4,8 +4,7 @@ A phase is built of shapes alone. Nothing is computed, and no parameters are rea
 before (`config/check.py`); here is what takes the data, the tokenizer, the devices, the checkpoint, or the other phases.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 from absl import logging
 from etils import epath
@@ -13,6 +12,7 @@ from etils import epath
 from user_llm.common import mesh as meshes
 from user_llm.common import trees
 from user_llm.common.checkpoint import saved_shapes
+from user_llm.common.errors import naming
 from user_llm.common.trees import Params
 from user_llm.models import pretrained
 from user_llm.tasks import general_text
@@ -30,7 +30,6 @@ def build_tasks(context: Context) -> dict[str, Task]:
 
     Raises:
       ValueError: the first phase that cannot, and why.
-      OSError: a file of general text that cannot be read.
     """
     config, tasks = context.config, dict[str, Task]()
     if config.llm.checkpoint:
@@ -40,21 +39,11 @@ def build_tasks(context: Context) -> dict[str, Task]:
         if config[name].task == "pretrain_lm" and config.llm.checkpoint:
             logging.info("%s: left out, the LLM is %s", name, config.llm.checkpoint)
             continue
-        with _naming(name):
+        with naming(name):
             task = BUILDERS[config[name].task](config, name, context)
             check_task(task, context, tasks)
         tasks[name] = task
     return tasks
-
-
-@contextmanager
-def _naming(phase: str) -> Iterator[None]:
-    """Put the phase in front of what is wrong with it."""
-    try:
-        yield
-    except ValueError as error:
-        message = str(error)
-        raise ValueError(message if message.startswith(phase) else f"{phase}: {message}") from error
 
 
 def check_task(task: Task, context: Context, earlier: Mapping[str, Task]) -> None:
@@ -71,12 +60,12 @@ def check_task(task: Task, context: Context, earlier: Mapping[str, Task]) -> Non
     if not task.steps_per_epoch:
         raise ValueError("no user has two events to train on: lower data.withhold, or take more data.")
     if loop.monitor not in task.metrics:
-        raise ValueError(f"{task.name}.loop.monitor={loop.monitor!r}: choose one of {', '.join(task.metrics)}.")
+        raise ValueError(f"loop.monitor={loop.monitor!r}: choose one of {', '.join(task.metrics)}.")
     key, rows = ("batch.rows", phase.batch.rows) if "batch" in phase else ("batch_size", phase.batch_size)
     shards = meshes.row_shards(context.mesh)
     if rows % (loop.accumulation_steps * shards):
         raise ValueError(
-            f"{task.name}.{key}={rows}: it must be a multiple of {loop.accumulation_steps * shards}, for {loop.accumulation_steps} "
+            f"{key}={rows}: it must be a multiple of {loop.accumulation_steps * shards}, for {loop.accumulation_steps} "
             f"parts (loop.accumulation_steps) on {shards} devices (mesh.data x mesh.fsdp)."
         )
     check_sources(task, context, earlier)

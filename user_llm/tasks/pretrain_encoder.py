@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from user_llm.common import mesh as meshes
 from user_llm.common import trees
+from user_llm.common.errors import naming
 from user_llm.common.trees import Params
 from user_llm.data.pipeline import HistoryBatch, packed_windows
 from user_llm.data.schema import Schema
@@ -180,9 +181,10 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
     """Build the task of phase `name`."""
     phase = config[name]
     section = encoder_section(config, name)
-    timelines = context.timelines.select(tuple(section.features))
+    with naming("encoder"):
+        timelines = context.timelines.select(tuple(section.features))
+        model_config = encoder_config(section, timelines.schema)
     split = context.split
-    model_config = encoder_config(section, timelines.schema)
     catalogue = item_catalogue(timelines, model_config)
     create = lambda: UserEncoder(model_config, catalogue=catalogue, rngs=nnx.Rngs(params=context.seed))  # noqa: E731
     graphdef, shapes = trees.abstract(create)
