@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging as standard_logging
+import re
 import subprocess
 import sys
 import tempfile
@@ -135,10 +136,16 @@ def parse_flags(argv: list[str]) -> list[str]:
     except flags.Error as error:  # of a config file that fails, the last line is what it says
         sys.exit(f"Error: {str(error).strip().splitlines()[-1].strip().removeprefix('ValueError: ')}")
     except (LookupError, AttributeError, TypeError) as error:
-        cause: object = error
-        while isinstance(cause, Exception) and cause.args:
-            cause = cause.args[0]
-        sys.exit(f"Error: the config has no key {'. '.join(str(cause).splitlines())}")
+        sys.exit(f"Error: the config has no key {missing_key(error)}")
+
+
+def missing_key(error: Exception) -> str:
+    """Return the key that ml_collections did not find, and its proposal of another if it has one."""
+    cause: object = error
+    while isinstance(cause, Exception) and cause.args:
+        cause = cause.args[0]
+    where = re.search(r"(?:Attempting to lookup: |\(in: )([\w.\[\]]+)", str(cause))
+    return f"{where[1]}." if where else ". ".join(str(cause).splitlines())
 
 
 def main(argv: list[str]) -> None:

@@ -196,6 +196,16 @@ def test_every_phase_follows_its_kind_even_where_it_does_not_run():
         check(changed({"phases": ("pretrain_encoder",), "text_summary.loop.mode": "banana"}))
 
 
+def test_what_is_wrong_with_a_phase_and_its_followers_is_said_of_the_phase():
+    config = changed({})
+    for name, section in config.items():
+        if name == "user_llm" or (isinstance(section, ConfigDict) and "like" in section and section.like.phase == "user_llm"):
+            section.loop.mode = "banana"
+    assert "hybrid_10" < "user_llm" and config.hybrid_10.loop.mode == "banana"
+    with pytest.raises(ValueError, match=r"^user_llm\.loop\.mode='banana'"):
+        check(config)
+
+
 def test_records_hold_what_the_config_says():
     run, phases = read_config(DEFAULT)
     assert run.encoder.block.width == 64 and run.data.source == "synthetic" and run.phases == DEFAULT.phases

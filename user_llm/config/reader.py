@@ -27,7 +27,8 @@ def read_config(config: Mapping[str, Any]) -> tuple[Run, dict[str, Phase]]:
     sections = {name: value for name, value in config.items() if isinstance(value, Mapping | ConfigDict) and "task" in value}
     run = _read(Run, {name: value for name, value in config.items() if name not in sections}, "")
     phases = {}
-    for name, section in sections.items():
+    # Phases that follow another come after it: what is wrong with both is wrong with that one.
+    for name, section in sorted(sections.items(), key=lambda pair: "like" in pair[1]):
         if section["task"] not in PHASES:
             raise fault(f"{name}.task", section["task"], f"choose {either(list(PHASES))}{near_miss(section['task'], PHASES)}")
         phases[name] = _read(PHASES[section["task"]], section, name)
