@@ -18,6 +18,7 @@ from user_llm.config.reader import read_config
 from user_llm.config.records import Encoder, Run
 from user_llm.data.pipeline import ExampleConfig
 from user_llm.data.synthetic_files import LAYOUTS
+from user_llm.data.tokenizer import MIN_BPE_VOCAB
 from user_llm.models.user_encoder import OBJECTIVES
 from user_llm.nn.kernels import KERNELS
 from user_llm.nn.mlp import ACTIVATIONS
@@ -95,6 +96,7 @@ WRONG = [
     ({"encoder.block.dropout": NAN}, "encoder.block.dropout=nan: it must be a finite number."),
     ({"llm.block.dropout": -0.1}, "llm.block.dropout=-0.1: it must be from 0 to below 1."),
     ({"llm.block.head_dim": 7}, "llm.block.head_dim=7: it must be even and 2 or more, for rotary positions."),
+    ({"llm.vocab_size": MIN_BPE_VOCAB - 1}, f"llm.vocab_size={MIN_BPE_VOCAB - 1}: it must be {MIN_BPE_VOCAB} or more"),
     ({"llm.vocab_size": 2**31}, "llm.vocab_size=2147483648: it must be a whole number of at most 2147483647."),
     ({"user_llm.eval.beams": 0}, "user_llm.eval.beams=0: it must be 1 or more."),
     ({"user_llm.batch_size": 0}, "user_llm.batch_size=0: it must be 1 or more."),
@@ -185,6 +187,7 @@ def test_a_wrong_setting_ends_in_a_sentence_before_the_run_begins(changes, sente
         {"user_llm.examples.max_events": 0, "user_llm.cross.every": 9},
         {"encoder.heads": ("rating",), "pretrain_encoder.loss.head_weights": {"rating": 0.5}},
         {"mesh.data": 1, "mesh.fsdp": -1},
+        {"llm.vocab_size": MIN_BPE_VOCAB},
     ],
 )
 def test_settings_that_mean_something_pass(changes):

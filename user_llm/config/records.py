@@ -146,7 +146,7 @@ class LLM:
 
     checkpoint: str
     published: dict[str, Any]
-    vocab_size: Count
+    vocab_size: Annotated[int, Must("259 or more, to hold every byte and the special tokens", lambda n: n >= 259)]
     num_layers: Count
     unroll: bool
     remat: Remat
