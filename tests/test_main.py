@@ -111,6 +111,25 @@ def test_which_phases_run_is_no_part_of_a_config_and_those_that_it_lacks_are_ref
         main.check_phases(config)
 
 
+@pytest.mark.parametrize(
+    ("error", "key"),
+    [
+        (
+            KeyError('\'widht\'\nDid you mean "width" instead of "widht"?'),
+            '\'widht\'. Did you mean "width" instead of "widht"?',
+        ),
+        (
+            KeyError("Attribute <class 'int'>.x does not exist. Attempting to lookup: encoder.block.width.x"),
+            "encoder.block.width.x.",
+        ),
+        (IndexError("0 is not a valid index for <class 'tuple'> (in: phases[0])"), "phases[0]."),
+        (AttributeError(KeyError("'objective'")), "'objective'"),
+    ],
+)
+def test_a_key_that_ml_collections_does_not_find_is_named(error, key):
+    assert main.missing_key(error) == key
+
+
 def test_no_data_says_how_to_get_some(tmp_path):
     config = tiny_config()
     config.data.source = "movielens"

@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging as standard_logging
+import re
 import signal
 import subprocess
 import sys
@@ -28,12 +29,13 @@ from user_llm.ahead.check import check, describe
 from user_llm.common.distributed import initialize, is_first
 from user_llm.common.files import write_json
 from user_llm.common.workdir import hold
+from user_llm.config.check import check as check_config
 from user_llm.data import audits
 from user_llm.report.build import write_report
 from user_llm.tasks import depends, general_text
 from user_llm.tasks.asking import baseline_rows
-from user_llm.tasks.builders import BUILDERS
 from user_llm.tasks.context import Context, open_context
+from user_llm.tasks.early import build_tasks
 from user_llm.training import loop
 from user_llm.training.loop import LoopConfig
 
@@ -54,7 +56,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; runs/<con
 
 def run(config: ConfigDict, workdir: epath.Path) -> list[dict]:
     """Run all phases of `config` in `workdir` and return the result rows."""
-    check_phases(config)
+    check_config(config)
     with hold(workdir):
         depends.check_settings(config, workdir)
         context = open_context(config, workdir, hash_config(config))
@@ -69,34 +71,18 @@ def run_phases(config: ConfigDict, context: Context, identities: Mapping[str, st
     audit = audits.audit(context.timelines, context.split)
     write_json(workdir / "audit.json", audit)
     with jax.set_mesh(context.mesh):
+        tasks = build_tasks(context, lambda name: context.of(identities[name]))
         rows = baseline_rows(context.of(identities["baselines"]))
         if config.llm.checkpoint:
             rows += general_text.untouched(context.of(identities["llm"]))
-        for name in config.phases:
-            phase = config[name]
-            if phase.task == "pretrain_lm" and config.llm.checkpoint:
-                logging.info("%s: left out, the LLM is %s", name, config.llm.checkpoint)
-                continue
-            optimizer = context.optimizer_config(name)
-            task = BUILDERS[phase.task](config, name, context.of(identities[name]))
-            _, found = loop.run(task, LoopConfig(**phase.loop), optimizer, context.mesh, workdir / name, config.seed)
-            rows += found
+        for name, task in tasks.items():
+            settings, optimizer = LoopConfig(**config[name].loop), context.optimizer_config(name)
+            rows += loop.run(task, settings, optimizer, context.mesh, workdir / name, config.seed)[1]
             write_json(workdir / "results.json", rows)  # so that what is finished can be reported whatever happens next
     if is_first():
         write_report(workdir)
         logging.info("Report: %s", workdir / "report.md")
     return rows
-
-
-def check_phases(config: ConfigDict) -> None:
-    """Refuse a run of phases that its config does not have.
-
-    Raises:
-      ValueError: the first of them.
-    """
-    phases = sorted(name for name, section in config.items() if isinstance(section, ConfigDict) and "task" in section)
-    if unknown := [name for name in config.phases if name not in phases]:
-        raise ValueError(f"Unknown phase {unknown[0]!r}: choose {', '.join(phases)}.")
 
 
 def hash_config(config: ConfigDict) -> str:
@@ -117,6 +103,7 @@ def save_config(config: ConfigDict, workdir: epath.Path) -> None:
 
 def compile_only(config: ConfigDict, topology: str, kernels: bool) -> bool:
     """Print what each program of each phase takes of each chip of `topology`, and return whether all fit."""
+    check_config(config)
     with tempfile.TemporaryDirectory() as workdir:
         found = apart.run(check, config, topology, epath.Path(workdir), kernels=kernels)
     print(describe(found))
@@ -148,11 +135,17 @@ def parse_flags(argv: list[str]) -> list[str]:
         return flags.FLAGS(argv)
     except flags.Error as error:  # of a config file that fails, the last line is what it says
         sys.exit(f"Error: {str(error).strip().splitlines()[-1].strip().removeprefix('ValueError: ')}")
-    except (KeyError, AttributeError) as error:
-        cause: object = error
-        while isinstance(cause, Exception) and cause.args:
-            cause = cause.args[0]
-        sys.exit(f"Error: the config has no key {'. '.join(str(cause).splitlines())}")
+    except (LookupError, AttributeError, TypeError) as error:
+        sys.exit(f"Error: the config has no key {missing_key(error)}")
+
+
+def missing_key(error: Exception) -> str:
+    """Return the key that ml_collections did not find, and its proposal of another if it has one."""
+    cause: object = error
+    while isinstance(cause, Exception) and cause.args:
+        cause = cause.args[0]
+    where = re.search(r"(?:Attempting to lookup: |\(in: )([\w.\[\]]+)", str(cause))
+    return f"{where[1]}." if where else ". ".join(str(cause).splitlines())
 
 
 def main(argv: list[str]) -> None:

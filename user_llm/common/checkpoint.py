@@ -126,6 +126,12 @@ def save_params(directory: epath.PathLike, params: Any) -> None:
         write_manifest(path)
 
 
+def saved_shapes(directory: epath.PathLike) -> Any:
+    """Return the shapes and dtypes of a tree written by `save_params`; nothing of the arrays is read."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.metadata(absolute(directory)).item_metadata.tree
+
+
 def load_params(directory: epath.PathLike, like: Any) -> Any:
     """Read a tree written by `save_params` into the shapes, dtypes and shardings of `like`.
 

@@ -252,8 +252,6 @@ def measure_favorite(
 ) -> list[Found]:
     """Say how often the likeliest class is the label."""
     users, ends = (array[:limit] for array in prompts.targets(part))
-    if not len(users):
-        raise ValueError(f"No user of the {part} part has a favourite: raise data.withhold, or ask no favourites.")
     best = predictor.favorites(params, task, prompts, users, ends, settings.beams)
     labels = [prompts.asked.label(int(user), int(end)) for user, end in zip(users, ends, strict=True)]
     correct = (best == labels).astype(np.float64)
@@ -265,8 +263,6 @@ def measure_review(
 ) -> list[Found]:
     """Compare what is written with what the user wrote, for the first `review_users`."""
     users, ends = (array[: min(limit or len(array), settings.review_users)] for array in prompts.targets(part))
-    if not len(users):
-        raise ValueError(f"No user of the {part} part wrote anything: leave the task review out.")
     targets = [prompts.answer(int(user), int(end)) for user, end in zip(users, ends, strict=True)]
     scores = rouge(targets, predictor.write(params, task, prompts, users, ends))
     return [Found(Measured(users, ends, scores))]

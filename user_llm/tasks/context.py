@@ -105,15 +105,9 @@ class Context:
         return dataclasses.replace(found, block=dataclasses.replace(found.block, attention_kernel=llm.attention_kernel))
 
     def optimizer_config(self, name: str) -> OptimizerConfig:
-        """Return the optimizer of a phase, which trains what the phase's strategy says.
-
-        Raises:
-          ValueError: no such strategy.
-        """
-        phase, strategies = self.config[name], self.config.strategies
-        if phase.strategy not in strategies:
-            raise ValueError(f"Unknown strategy {phase.strategy!r} of {name}: choose one of {', '.join(strategies)}.")
-        return OptimizerConfig(**phase.optimizer, trainable=strategies[phase.strategy].trainable)
+        """Return the optimizer of a phase, which trains what the phase's strategy says."""
+        phase = self.config[name]
+        return OptimizerConfig(**phase.optimizer, trainable=self.config.strategies[phase.strategy].trainable)
 
     def tokenizer(self) -> Tokenizer:
         """Return the LLM's tokenizer: the checkpoint's own, or BPE trained once on this dataset's titles and genres."""
@@ -155,17 +149,21 @@ class Context:
             measured.save(self.workdir / phase / "values", task, method)
         return result_rows(measured.metrics, len(measured), **self.row_facts, task=task, method=method)
 
+    def sources(self, rules: Rules, shapes: Params) -> Params:
+        """Return where each parameter starts from; where a checkpoint is configured it stands in for `pretrain_lm`."""
+        instead = {"pretrain_lm": "checkpoint"} if self.config.llm.checkpoint else {}
+        return jax.tree.map(lambda source: instead.get(source, source), trees.match(rules, shapes))
+
     def init(self, create: Callable[[], nnx.Module], rules: Rules, place: Callable[[Params], Params]) -> Params:
         """Return a model's parameters, those that start from elsewhere read straight into their shardings.
 
         Args:
           rules: to the name of a phase, whose own tree is that below the path's first part; to `checkpoint` for the weights
-            of the open LLM below `decoder`; or to `fresh`. Where a checkpoint is configured it stands in for `pretrain_lm`.
+            of the open LLM below `decoder`; or to `fresh`. See `sources`.
           place: maps a tree of shapes to one of shardings.
         """
         shapes = trees.abstract(create)[1]
-        instead = {"pretrain_lm": "checkpoint"} if self.config.llm.checkpoint else {}
-        sources = jax.tree.map(lambda source: instead.get(source, source), trees.match(rules, shapes))
+        sources = self.sources(rules, shapes)
         chosen = lambda name: jax.tree.map(lambda source: source == name, sources)  # noqa: E731
         params = trees.init(create, place, chosen("fresh"))
         where = place(shapes)
