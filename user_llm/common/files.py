@@ -28,6 +28,7 @@ def whole(path: epath.Path) -> Iterator[epath.Path]:
         yield path
         return
     temporary = path.parent / f"{path.name}.tmp"
+    temporary.unlink(missing_ok=True)  # a link that stands there would be written through
     yield temporary
     temporary.replace(path)
 
