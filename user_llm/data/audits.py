@@ -96,7 +96,9 @@ def _wrong_ids(timelines: Timelines, feature: Feature, chunk: Chunk) -> np.ndarr
     if feature.kind == "item":
         return _outside(timelines.item[chunk.events], 1, highest)
     if feature.kind == "multi":
-        return _outside(timelines.catalogue.multi[feature.name][timelines.item[chunk.events]], 0, highest).any(axis=1)
+        return np.asarray(
+            _outside(timelines.catalogue.multi[feature.name][timelines.item[chunk.events]], 0, highest).any(axis=1)
+        )
     if feature.kind in ("time", "text"):
         return np.zeros(len(chunk.users), bool)  # whatever they are, their ids are computed and within bounds
     return _outside(timelines.columns[feature.name][chunk.events], 1, highest)

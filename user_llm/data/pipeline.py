@@ -50,18 +50,18 @@ class Windows(grain.MapDataset):
         super().__init__()
         inputs = np.maximum(stops - 1, 0)
         slots = np.where(inputs <= length, np.minimum(inputs, 1), -(-inputs // length) + 1)
-        self._ends = np.cumsum(slots)  # user u has slots [ends[u - 1], ends[u])
+        self._starts = np.concatenate([[0], np.cumsum(slots)])  # user u has slots [starts[u], starts[u + 1])
         self._inputs, self._length, self._seed = inputs, length, seed
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return int(self._starts[-1])
 
     def __getitem__(self, index):
         if isinstance(index, slice):
             return self.slice(index)
         epoch, slot = divmod(int(index), len(self))
-        user = int(np.searchsorted(self._ends, slot, "right"))
-        cell = slot - (int(self._ends[user - 1]) if user else 0)
+        user = int(self._starts.searchsorted(slot, "right")) - 1
+        cell = slot - int(self._starts[user])
         inputs, length = int(self._inputs[user]), self._length
         if inputs <= length:
             return Window(user, 0, inputs, epoch, slot)
