@@ -18,6 +18,7 @@ A process that does not keep within --limit_gib of address space is reported as 
 """
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
@@ -59,16 +60,16 @@ def write(folder: pathlib.Path, events: int) -> None:
             lengths = rng.integers(5, 36, prepare.ROWS // 20)
             count = int(lengths.sum())
             number = np.repeat(np.arange(user, user + len(lengths)), lengths)
+            day = rng.integers(0, 120, count)
             columns = {
                 "user": pa.array([f"A{n:09d}" for n in range(user, user + len(lengths))]).take(pa.array(number - user)),
                 "number": number,
                 "item": (1 + items * rng.random(count) ** 3).astype(np.int32),
-                "time": 1_000_000_000 + rng.integers(0, 120, count) * 86_400,
+                "time": 1_000_000_000 + day * 86_400,
                 "rating": rng.integers(1, 6, count).astype(np.int32),
             }
-            table = pa.table(columns)
-            identity = np.stack([columns[name] for name in ("number", "time", "item")])
-            table = table.take(np.sort(np.unique(identity, axis=1, return_index=True)[1]))  # without duplicates
+            identity = (number * 120 + day) * (items + 1) + columns["item"]
+            table = pa.table(columns).take(np.sort(np.unique(identity, return_index=True)[1]))  # without duplicates
             yield user, builder._record(table)
             written, user = written + len(table), user + len(lengths)
 
@@ -84,7 +85,8 @@ def write(folder: pathlib.Path, events: int) -> None:
         config=prepare.EventsConfig(name=raw.name, raw=raw), data_dir=str(folder / prepare.fingerprint(raw.files)),
         file_format="array_record",
     )  # fmt: skip
-    builder.download_and_prepare()
+    with contextlib.redirect_stdout(sys.stderr):
+        builder.download_and_prepare()
 
 
 def memory() -> dict[str, float]:

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from absl import logging
 
-from user_llm.common.files import lock, make_once
+from user_llm.common.files import lock
 
 FACTS = "columns.json"
 BLOCK = 1 << 22  # bytes that are read at a time for a checksum
@@ -34,13 +34,19 @@ def stored(folder: Path, pieces: Callable[[], Iterable[Mapping[str, np.ndarray]]
       ValueError: the folder does not keep what is written to it.
     """
     for _ in range(2):
-        make_once(folder, lambda path: _write(path, pieces()))
         if not _altered(folder):
             return _mapped(folder)
-        with lock(folder.parent):  # another process may have mended it
-            if altered := _altered(folder):
-                logging.warning("%s is not as it was written: %s is made again.", folder / altered, folder)
-                shutil.rmtree(folder)
+        with lock(folder.parent):
+            if altered := _altered(folder):  # and no other process has written it since
+                if folder.exists():
+                    logging.warning("%s is not as it was written: %s is made again.", folder / altered, folder)
+                unfinished = folder.parent / f"{folder.name}.unfinished"
+                shutil.rmtree(unfinished, ignore_errors=True)
+                _write(unfinished, pieces())
+                shutil.rmtree(folder, ignore_errors=True)
+                unfinished.rename(folder)
+    if not _altered(folder):
+        return _mapped(folder)
     raise ValueError(f"{folder} does not keep what is written to it: check the disk, or prepare the data on another one.")
 
 
