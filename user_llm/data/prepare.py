@@ -23,17 +23,14 @@ import pyarrow as pa
 import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
-from jaxtyping import Int
 
 from user_llm.common.files import MANIFEST, check_manifest, lock, write_manifest
 from user_llm.common.hashes import content_hashes
+from user_llm.data.loading import SEPARATOR, open_timelines
 from user_llm.data.raw import ROWS, Raw
-from user_llm.data.schema import Feature, Schema
-from user_llm.data.timelines import GAP_BUCKETS, Catalogue, Timelines, order_events
+from user_llm.data.timelines import Timelines
 
-RECORDS = 16  # read at a time
 SHARD = 20  # pieces of a file; tfds holds one file's records in memory until it is written
-SEPARATOR = "\x1e"  # of the texts of a record
 SCRATCH = "scratch-"
 MEMORY = "1GB"  # of DuckDB, beyond which it sorts on disk
 # Ids that are numbers are ordered as numbers, before those that are not.
@@ -249,7 +246,7 @@ def load(
     raw: Raw, prepared_dir: epath.PathLike, *, ties: str = "hashed", seed: int = 0, min_events: int = 3, word_ids: int = 4096,
     words: int = 8,
 ) -> Timelines:  # fmt: skip
-    """Prepare a dataset once and load its timelines.
+    """Prepare a dataset once and open its timelines, which are mapped from files (`loading.py`).
 
     Args:
       prepared_dir: where the prepared dataset is kept, apart for each state of the raw files.
@@ -258,59 +255,10 @@ def load(
       word_ids, words: the size of a text feature's vocabulary, and how many of its words count.
 
     Raises:
-      ValueError: a bad row, named by file and line, or no user that is long enough.
+      ValueError: a bad row, named by file and line, an unknown order of ties, or no user that is long enough.
     """
     builder = prepare(raw, prepared_dir)
-    source = builder.as_data_source(split="train")
-    # Several at a time: one read for each costs more than all decoding.
-    chunks = (range(first, min(first + RECORDS, len(source))) for first in range(0, len(source), RECORDS))
-    records = [_long(record, raw, min_events) for chunk in chunks for record in source.__getitems__(chunk)]
-    columns = {name: np.concatenate([record[name] for record in records]) for name in records[0]}
-    keys, lengths = columns.pop("user").tolist(), columns.pop("events")
-    if not keys:
-        raise ValueError(f"No user in {raw.files[0].parent} has {min_events} events: lower min_events.")
-    user = np.repeat(np.array([_number(key) for key in keys], np.uint64), lengths)
-    # By number first, so that ids that hash alike stay apart.
-    order = order_events(np.repeat(np.arange(len(keys)), lengths), user, columns["item"], columns["time"], ties=ties, seed=seed)
-    columns = {name: column[order] for name, column in columns.items()}
-    catalogue = _catalogue(builder.info.metadata)
-    schema = Schema(
-        (
-            Feature("item", "item", len(catalogue.titles)),
-            *(Feature(name, "ordinal", highest + 1) for name, highest in raw.ordinals.items()),
-            *(Feature(name, "multi", max(len(catalogue.vocab[name]), 2), catalogue.multi[name].shape[1]) for name in raw.bags),
-            *(Feature(name, "text", word_ids, words) for name in raw.texts),
-            *((Feature("gap", "time", GAP_BUCKETS),) if raw.timed else ()),
-        )
-    )
-    item, time = columns.pop("item"), columns.pop("time")
-    return Timelines(
-        name=raw.name,
-        user_keys=keys,
-        offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        item=item,
-        columns=columns | ({"timestamp": time} if raw.timed else {}),
-        schema=schema,
-        catalogue=catalogue,
-        facts=dict(builder.info.metadata["audit"]),
-    )
-
-
-def _long(record: dict, raw: Raw, min_events: int) -> dict[str, np.ndarray]:
-    """Return what a record holds of users with at least `min_events` events."""
-    # No Python object for each string.
-    for name in ("user", *raw.texts):
-        record[name] = np.array(record[name].decode().split(SEPARATOR), np.dtypes.StringDType())
-    long = record["events"] >= min_events
-    events = np.repeat(long, record["events"])
-    return {name: column[long if name in ("user", "events") else events] for name, column in record.items()}
-
-
-def _number(key: str) -> int:
-    """Return a user's number for the hash that breaks ties: its own if it is one."""
-    if key.isdecimal() and len(key) < 19:
-        return int(key)
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
+    return open_timelines(builder, raw, ties=ties, seed=seed, min_events=min_events, word_count=word_ids, words=words)
 
 
 def fingerprint(files: Iterable[epath.Path]) -> str:
@@ -320,17 +268,3 @@ def fingerprint(files: Iterable[epath.Path]) -> str:
     for path, content in zip(paths, content_hashes(paths), strict=True):
         digest.update(path.name.encode() + bytes.fromhex(content))
     return digest.hexdigest()[:12]
-
-
-def _catalogue(metadata: dict) -> Catalogue:
-    multi: dict[str, Int[np.ndarray, "V W"]] = {}
-    for name, found in metadata["bags"].items():
-        multi[name] = np.zeros((len(found) + 1, max(max(map(len, found), default=1), 1)), np.int32)
-        for item, bag in enumerate(found, 1):
-            multi[name][item, : len(bag)] = bag
-    return Catalogue(
-        titles=["", *metadata["titles"]],
-        keys=["", *metadata["keys"]],
-        multi=multi,
-        vocab={name: ["", *values] for name, values in metadata["vocab"].items()},
-    )

@@ -8,17 +8,9 @@ from jaxtyping import Array, Float, Int
 
 from user_llm.common import mesh as meshes
 from user_llm.data.pipeline import BUCKET, HistoryBatch, history_batches
-from user_llm.data.splits import Split
+from user_llm.data.splits import Split, train_counts
 from user_llm.data.timelines import Timelines
 from user_llm.evals.ranking import Ranks, target_ranks
-
-
-def train_counts(timelines: Timelines, split: Split) -> Int[np.ndarray, "V"]:
-    """Count each item's events in training; index 0 is PAD."""
-    position = np.arange(len(timelines.item)) - np.repeat(timelines.offsets[:-1], timelines.lengths)
-    used = position < np.repeat(split.train_stop, timelines.lengths)
-    return np.bincount(timelines.item[used], minlength=timelines.schema.num_items + 1)
-
 
 _ranks = jax.jit(target_ranks)
 
@@ -73,7 +65,8 @@ def rank_listed(
     def rank(batch: HistoryBatch) -> tuple[np.ndarray, np.ndarray]:
         listed = proposer(batch)
         hit = (listed == batch.targets[:, None]) & (counts[batch.targets] > 0)[:, None]
-        fresh = (listed > 0) & ~(listed[:, :, None] == batch.seen[:, None, :]).any(-1)
+        listed_before = np.stack([np.isin(items, seen) for items, seen in zip(listed, batch.seen, strict=True)])
+        fresh = (listed > 0) & ~listed_before
         found, found_unseen = hit.any(1), (hit & fresh).any(1)
         place = hit.argmax(1)
         # Its rank among the listed items that are not in the history.

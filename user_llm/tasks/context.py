@@ -23,12 +23,12 @@ from user_llm.common.files import local_folder, lock, make_once
 from user_llm.common.trees import Params, Rules
 from user_llm.common.workdir import path_part
 from user_llm.data import amazon, event_files, google_local, movielens, prepare, synthetic_files
+from user_llm.data.mapped import Column, filled
 from user_llm.data.raw import Raw
-from user_llm.data.splits import Split, make_split
+from user_llm.data.splits import Split, make_split, train_counts
 from user_llm.data.streams import Streams
-from user_llm.data.timelines import Timelines
+from user_llm.data.timelines import Chunk, Timelines
 from user_llm.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
-from user_llm.evals.evaluator import train_counts
 from user_llm.evals.measured import Measured
 from user_llm.evals.ranking import result_rows, target_numbers
 from user_llm.models import pretrained
@@ -126,14 +126,29 @@ class Context:
     def corpus(self) -> list[str]:
         """Return what the small LLM learns from: a line per item, and of what users wrote in training, at most CORPUS_TEXTS lines."""
         timelines = self.timelines
-        trains = timelines.positions < np.repeat(self.split.train_stop, timelines.lengths)
         lines = catalogue_lines(timelines)
         for _, column in sorted(timelines.columns.items()):
             if column.dtype.kind == "T":
-                written = np.flatnonzero(trains & (column != ""))
-                chosen = np.random.default_rng(self.seed).permutation(written)[:CORPUS_TEXTS]
-                lines += [text + "\n" for text in column[chosen]]
+                lines += [text + "\n" for text in self._written(column)]
         return lines
+
+    def _written(self, column: np.ndarray | Column) -> list[str]:
+        """Return at most CORPUS_TEXTS texts of training events, drawn from all those that are not empty."""
+
+        def rows(chunk: Chunk) -> np.ndarray:
+            trains = chunk.positions < self.split.train_stop[chunk.users]
+            return chunk.events.start + np.flatnonzero(trains & filled(column, chunk.events))
+
+        total = sum(len(rows(chunk)) for chunk in self.timelines.chunks())
+        # Their numbers among these texts; where they are a small share, in memory for them alone.
+        drawn = np.random.default_rng(self.seed).choice(total, min(total, CORPUS_TEXTS), replace=False)
+        texts, first = np.empty(len(drawn), object), 0
+        for chunk in self.timelines.chunks():
+            written = rows(chunk)
+            here = np.flatnonzero((drawn >= first) & (drawn < first + len(written)))
+            texts[here] = column[written[drawn[here] - first]]
+            first += len(written)
+        return texts.tolist()
 
     @functools.cached_property
     def train_counts(self) -> np.ndarray:

@@ -5,6 +5,7 @@ import string
 import numpy as np
 from jaxtyping import Int
 
+from user_llm.data.mapped import filled
 from user_llm.data.prompts.base import Ids, Lines, Question
 from user_llm.data.splits import Split
 
@@ -62,5 +63,5 @@ class Review(Question):
     def targets(self, part: str) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
         """Return the (users, ends) of a part of the split where something was written."""
         users, ends = self.split.targets[part]
-        chosen = self.column[self.lines.timelines.offsets[users] + ends] != ""
+        chosen = filled(self.column, self.lines.timelines.offsets[users] + ends)
         return users[chosen], ends[chosen]
