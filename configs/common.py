@@ -31,6 +31,7 @@ ITS_HEADS = (r"^encoder/heads/", False)  # the encoder's heads are of use in pre
 USER_SIDE = (r"^decoder/stack/cross/", True)
 BARE_LLM = (r"^decoder/", False)
 STRATEGIES = {
+    "none": {"adapters": False, "trainable": ((r".*", False),)},
     "all": {"adapters": False, "trainable": ((r".*", True),)},
     "full": {"adapters": False, "trainable": (ITS_HEADS, (r".*", True))},
     "lora": {"adapters": True, "trainable": (ITS_HEADS, USER_SIDE, (r"/lora/", True), BARE_LLM, (r".*", True))},
@@ -40,6 +41,16 @@ STRATEGIES = {
 
 # The pretrained encoder moves slowly, the gates, which start shut, quickly.
 CONTEXTUAL_LEARNING_RATES = ((r"^encoder/", 0.1), (r"cross/gate$", 10.0), (r".*", 1.0))
+
+# The same where the LLM is an open one, which a rate made for weights from scratch would undo.
+PRETRAINED_LEARNING_RATES = (
+    (r"^encoder/", 0.1),
+    (r"cross/gate$", 10.0),
+    (r"^decoder/stack/cross/", 1.0),
+    (r"/lora/", 0.3),
+    (r"^decoder/", 0.03),
+    (r".*", 1.0),
+)
 
 # Where each part of a contextualized LLM starts from; `encoder` and `encoder_init` say it of the encoder.
 LOAD = (
@@ -135,6 +146,8 @@ def base() -> ConfigDict:
         {
             "seed": 0,
             "phases": (),
+            # Workdirs of other runs, separated by commas: their finished phases that would come out the same here are taken over.
+            "reuse": "",
             "strategies": STRATEGIES,
             # Of strategies with adapters. The targets are weights of a layer; rank 8 is the paper's (second-hand).
             "lora": {"rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": r"attn/(q|k|v|o)|mlp/(gate_proj|up|down)"},
@@ -164,6 +177,9 @@ def base() -> ConfigDict:
                 },
                 # Rows that cannot be read: refuse the first, by file and row, or skip (leave out and count) all.
                 "bad_rows": "refuse",
+                # Whether a run goes on though files of its data, LLM, tokenizer or general text are not what they were: what is finished
+                # stays as it is, what is not begins again.
+                "accept_changes": False,
                 "catalogue_items": 50_000,  # that --compile_only assumes where there is no data
                 "ties": "hashed",
                 "min_events": 5,
@@ -219,7 +235,7 @@ def pretrain_encoder(*, total_steps: int, eval_steps: int, **changes) -> ConfigD
         "batch": {"window": 200, "rows": 15, "row_length": 200},
         # Masked: a fifth of the events, and in a share of the histories the last alone, are BERT4Rec's own for MovieLens.
         "loss": {"head_weights": {}, "negatives": 0, "chunk": 512, "mask_probability": 0.2, "last_only": 0.1},
-        "eval": {"max_events": 200, "batch_size": 64, "validation_users": 2000},
+        "eval": {"max_events": 200, "batch_size": 64, "validation_users": 2000, "pad_whole": False},
         "optimizer": optimizer(1e-3),
         "loop": loop(total_steps, eval_steps, monitor="ndcg@10", patience_evals=15),
     } | changes)  # fmt: skip
@@ -288,7 +304,7 @@ def contextualize(method: str, *, total_steps: int, eval_steps: int, **changes) 
         "load": LOAD,
         "loss": {"catalogue": 1.0, "align": 1.0, "chunk": 512},
         "eval": {"batch_size": 64, "validation_users": 1000, "generate_users": 0, "beams": 10, "review_users": 500,
-                 "samples": 3},
+                 "samples": 3, "pad_whole": False},
         "optimizer": optimizer(1e-3, lr_multiplier=CONTEXTUAL_LEARNING_RATES),
         "loop": loop(total_steps, eval_steps, monitor="ndcg@10", patience_evals=8),
     } | changes)  # fmt: skip

@@ -4,6 +4,7 @@
 |---|---|
 | `full` | the paper's sets, one TPU host |
 | an open LLM by its name in `common.LLMS` | the same with that LLM in place of the small one that is trained from scratch |
+| `gpu` | the same sets and an open LLM of some 100 million parameters, by `--config.llm.checkpoint`, on one GPU: minutes |
 | `small` | 2 CPU cores and the small real sets, by `--config.data.dir` |
 | `synthetic` | minutes on 2 CPU cores, no data: a generated world in the dataset's layout |
 """
@@ -115,6 +116,8 @@ def experiment(dataset: str, method: str, variant: str) -> ConfigDict:
         synthetic(config, dataset, facts)
     elif variant == "small":
         small(config, facts)
+    elif variant == "gpu":
+        gpu(config, facts)
     elif variant == "full" or variant in common.LLMS:
         full(config, facts)
         if variant in common.LLMS:
@@ -122,9 +125,10 @@ def experiment(dataset: str, method: str, variant: str) -> ConfigDict:
             config.llm.published = ConfigDict(published)
             for name in ("user_llm", *TEXT_PROMPTS):
                 config[name].strategy = "lora"
+                config[name].optimizer.lr_multiplier = common.PRETRAINED_LEARNING_RATES
     else:
         raise ValueError(
-            f"Unknown variant {variant!r}: choose full, small, synthetic or an open LLM: {', '.join(common.LLMS)}."
+            f"Unknown variant {variant!r}: choose full, gpu, small, synthetic or an open LLM: {', '.join(common.LLMS)}."
         )
     more = 1 + sum(facts["tasks"].values())  # so that the next item keeps its steps
     for name in ("user_llm", *TEXT_PROMPTS):
@@ -139,6 +143,7 @@ def experiment(dataset: str, method: str, variant: str) -> ConfigDict:
     variants["user_llm_scratch"] = "user_llm", common.with_fresh_encoder(config.user_llm)
     asked = {f"prompts.next_item.{key}": config.text_prompt_10.prompts.next_item[key] for key in ("instruction", "max_tokens")}
     variants["hybrid_10"] = "user_llm", {"examples.text_items": 10} | asked
+    variants["llm_text_prompt_10"] = "text_prompt_10", {"strategy": "none", "loss.catalogue": 0.0}
     variants["text_summary"] = "text_prompt_10", {"examples.history": "summary"}
     for name, (like, changes) in variants.items():
         config[name] = common.varied(config, like, name, changes)
@@ -183,6 +188,28 @@ def small(config: ConfigDict, facts: dict) -> None:
         config[name].optimizer.schedule = "cosine"
         config[name].eval.validation_users = 2000
     config.update_from_flattened_dict(facts["small"])
+
+
+def gpu(config: ConfigDict, facts: dict) -> None:
+    """Fill in the sizes for one GPU, an open LLM, and two passes over the 290,000 training targets of ml-latest-union.
+
+    Training and evaluation compute in bfloat16, and evaluation pads to one shape, since compiling 30 layers takes longer than it.
+    """
+    small(config, facts)
+    config.llm.unroll = False
+    # Some 600,000 targets each: 32 x 16 ends of histories, 64 x 10 titles and 16 x (about) 40 titles a step.
+    steps = {"user_llm": (32, 1200), "text_prompt_10": (64, 1000), "text_prompt_50": (16, 1000)}
+    tokens = {"user_llm": 32, "text_prompt_10": 192, "text_prompt_50": 704}
+    for name, (batch_size, total_steps) in steps.items():
+        phase = config[name]
+        phase.batch_size, phase.loss.chunk = batch_size, 4096
+        phase.prompts.max_title_tokens, phase.prompts.next_item.max_tokens = 24, tokens[name]
+        phase.optimizer.lr_multiplier = common.PRETRAINED_LEARNING_RATES
+        phase.eval.update(pad_whole=True, batch_size=128, generate_users=500)
+        phase.loop.update(total_steps=total_steps, eval_steps=400, save_steps=400, dtype="bfloat16")
+    for name in TEXT_PROMPTS:
+        config[name].strategy = "lora"
+    config.pretrain_encoder.eval.update(pad_whole=True, batch_size=256)
 
 
 def synthetic(config: ConfigDict, dataset: str, facts: dict) -> None:

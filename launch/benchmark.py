@@ -63,7 +63,9 @@ PRESETS = {
         "encoder.block": common.block(512, 8, 1536, dropout=0.0), "pretrain_encoder.loop.dtype": "bfloat16",
         "pretrain_encoder.batch": ConfigDict({"window": 200, "rows": 8, "row_length": 2048}),
         "pretrain_encoder.loss.chunk": 2048, "user_llm.loss.chunk": 2048, "user_llm.loop.dtype": "bfloat16",
-        "user_llm.batch_size": 16,
+        # Rows of 512 tokens, most of which are the latest titles as text.
+        "user_llm.batch_size": 4, "user_llm.examples.targets_per_history": 4, "user_llm.examples.text_items": 80,
+        "user_llm.prompts.next_item.max_tokens": 512,
         "user_llm.cross.heads": 16, "user_llm.cross.head_dim": 64,
         "user_llm.resampler.heads": 8, "user_llm.resampler.head_dim": 64, "user_llm.resampler.mlp_width": 1536,
         "llm.published": ConfigDict(common.LLMS["qwen3_0_6b"][1]),

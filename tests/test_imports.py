@@ -7,7 +7,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FLOORS = {"common": 0, "data": 1, "nn": 1, "models": 2, "training": 3, "evals": 3, "tasks": 4, "report": 4, "ahead": 5}
+FLOORS = {
+    "common": 0,
+    "config": 0,
+    "data": 1,
+    "nn": 1,
+    "models": 2,
+    "training": 3,
+    "evals": 3,
+    "tasks": 4,
+    "report": 4,
+    "ahead": 5,
+}
 TOP = {"main": 6, "export": 6}  # single files, one room together
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.glob("user_llm/**/*.py"))
 CONFIGS = sorted(path.relative_to(ROOT) for path in ROOT.glob("configs/*.py"))

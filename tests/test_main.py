@@ -93,20 +93,41 @@ def test_another_config_in_the_same_workdir_is_refused(finished):
         main.run(config, epath.Path(finished))
 
 
-def test_phases_are_added_to_a_run_and_nothing_else_is_changed_in_it(tmp_path):
+def test_which_phases_run_is_no_part_of_a_config_and_those_that_it_lacks_are_refused(tmp_path):
     config = tiny_config()
-    config_hash = main.save_config(config, epath.Path(tmp_path))
-    config.phases = (*config.phases, "text_prompt_50")
-    assert main.save_config(config, epath.Path(tmp_path)) == config_hash
-    assert json.loads((tmp_path / "config.json").read_text())["config"]["phases"][-1] == "text_prompt_50"
+    config_hash = main.hash_config(config)
+    config.phases, config.reuse = (*config.phases, "text_prompt_50"), "runs/other"
+    main.check_phases(config)
+    main.save_config(config, epath.Path(tmp_path))
+    facts = json.loads((tmp_path / "config.json").read_text())
+    assert main.hash_config(config) == facts["config_hash"] == config_hash
+    assert facts["config"]["phases"][-1] == "text_prompt_50"
+    config.seed = 1
+    assert main.hash_config(config) != config_hash
     config.phases = (*config.phases, "pretrain_bert")
     with pytest.raises(
         ValueError, match=r"Unknown phase 'pretrain_bert': choose bert4rec, dual_encoder, .*user_llm_soft_prompt\."
     ):
-        main.save_config(config, epath.Path(tmp_path))
-    config.seed, config.phases = 1, ("user_llm",)
-    with pytest.raises(ValueError, match="another config"):
-        main.save_config(config, epath.Path(tmp_path))
+        main.check_phases(config)
+
+
+@pytest.mark.parametrize(
+    ("error", "key"),
+    [
+        (
+            KeyError('\'widht\'\nDid you mean "width" instead of "widht"?'),
+            '\'widht\'. Did you mean "width" instead of "widht"?',
+        ),
+        (
+            KeyError("Attribute <class 'int'>.x does not exist. Attempting to lookup: encoder.block.width.x"),
+            "encoder.block.width.x.",
+        ),
+        (IndexError("0 is not a valid index for <class 'tuple'> (in: phases[0])"), "phases[0]."),
+        (AttributeError(KeyError("'objective'")), "'objective'"),
+    ],
+)
+def test_a_key_that_ml_collections_does_not_find_is_named(error, key):
+    assert main.missing_key(error) == key
 
 
 def test_no_data_says_how_to_get_some(tmp_path):

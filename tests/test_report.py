@@ -224,7 +224,7 @@ def test_results_alone_are_enough(tmp_path):
         (run / name).unlink()
     report = write_report(run).read_text()
     assert "| user_llm | 0.5000" in report
-    assert "png" not in report and "## Data audit" not in report
+    assert set(re.findall(r"\w+\.png", report)) == {"answer.png"} and "## Data audit" not in report
 
 
 def test_a_run_without_gates_has_no_gate_plot(tmp_path):
@@ -301,12 +301,64 @@ def test_the_page_holds_all_that_it_shows(tmp_path):
     page = write_report(run).with_suffix(".html").read_text()
     assert "<td>user_llm</td>" in page and "<h2>toy: next_item (leave_last_out)</h2>" in page
     images = re.findall(r'src="([^"]*)"', page)
-    assert len(images) == 4 and all(image.startswith("data:image/png;base64,") for image in images)
-    shown = base64.b64decode(images[0].partition(",")[2])
-    assert shown == (run / "history_length.png").read_bytes()
+    assert len(images) == 5 and all(image.startswith("data:image/png;base64,") for image in images)
+    shown = [base64.b64decode(image.partition(",")[2]) for image in images[:2]]
+    assert shown == [(run / name).read_bytes() for name in ("answer.png", "history_length.png")]
     assert not re.search(r"(src|href)=\"(?!data:)", page)
 
 
 def test_what_a_run_is_called_is_text_and_not_html(tmp_path):
     page = write_report(make_run(tmp_path / "run", dataset="<script>x</script>")).with_suffix(".html").read_text()
     assert "<script>" not in page and "&lt;script&gt;" in page
+
+
+def test_the_report_opens_with_the_answer_and_ends_with_hashes(tmp_path):
+    """By hand: of two users the reference hits both, the encoder none; written answers are measured on one user alone."""
+    methods = {"encoder": ([1, 2], [0, 0]), "user_llm": ([1, 2], [1, 1]), "user_llm/generate": ([1], [1])}
+    run = with_values(make_run(tmp_path / "run", values={"popularity": 0.1}), 0, methods)
+    parts = write_report(run).read_text().split("\n\n")
+    assert parts[:3] == [
+        "# Report",
+        "On toy (next_item), user_llm has the highest recall@10 of 2 methods: 1.0000 (95% interval 1.0000 to 1.0000); the next, "
+        "encoder, has 0.0000. The difference is 1.0000 (1.0000 to 1.0000).",
+        "![methods by their first metric, with intervals](answer.png)",
+    ]
+    assert parts[3].startswith("† hollow: measured on other users")
+    assert [part for part in parts if part.startswith("## ")] == [
+        "## toy: next_item (leave_last_out)", "## toy: next_item, compared", "## Samples", "## Data audit", "## Training", "## Runs",
+    ]  # fmt: skip
+    table = next(part for part in parts if part.startswith("| method | recall@10 | mrr"))
+    assert "| user_llm/generate † | 1.0000" in table and "| user_llm | 1.0000" in table
+
+
+@pytest.mark.parametrize(
+    ("methods", "sentence"),
+    [
+        (
+            {"user_llm": ([1, 2], [1, 0]), "encoder": ([1, 2], [0, 1])},
+            "the next, encoder, has 0.5000. The difference is 0.0000 (-1.0000 to 1.0000), which chance may explain.",
+        ),
+        (
+            {"user_llm": ([1, 2], [0, 0]), "encoder": ([1, 2], [1, 1])},
+            "encoder has the highest recall@10 of 2 methods: 1.0000 (95% interval 1.0000 to 1.0000); user_llm has 0.0000. "
+            "The difference is 1.0000 (1.0000 to 1.0000).",
+        ),
+        ({"encoder": ([1, 2], [1, 0])}, "On toy (next_item), encoder has recall@10 0.5000 (95% interval 0.0000 to 1.0000)."),
+    ],
+)
+def test_the_answer_says_what_chance_may_explain_and_who_is_best(tmp_path, methods, sentence):
+    run = make_run(tmp_path / "run")
+    shutil.rmtree(run / "user_llm")
+    (run / "results.json").write_text("[]")
+    assert sentence in write_report(with_values(run, 0, methods)).read_text()
+
+
+def test_less_is_better_for_perplexity(tmp_path):
+    run = make_run(tmp_path / "run", values={"llm": 30.0, "user_llm": 20.0})
+    rows = [
+        row | {"metric": "perplexity", "task": "general_text"} for row in json.loads((run / "results.json").read_text())[1::3]
+    ]
+    (run / "results.json").write_text(json.dumps(rows))
+    assert (
+        "user_llm has the lowest perplexity of 2 methods: 20.0000; the next, llm, has 30.0000." in write_report(run).read_text()
+    )

@@ -11,6 +11,8 @@ import hashlib
 import importlib.metadata
 import json
 import logging as standard_logging
+import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,12 +28,14 @@ from user_llm.ahead import apart
 from user_llm.ahead.check import check, describe
 from user_llm.common.distributed import initialize, is_first
 from user_llm.common.files import write_json
+from user_llm.common.workdir import hold
+from user_llm.config.check import check as check_config
 from user_llm.data import audits
 from user_llm.report.build import write_report
-from user_llm.tasks import general_text
+from user_llm.tasks import depends, general_text
 from user_llm.tasks.asking import baseline_rows
-from user_llm.tasks.builders import BUILDERS
-from user_llm.tasks.context import open_context
+from user_llm.tasks.context import Context, open_context
+from user_llm.tasks.early import build_tasks
 from user_llm.training import loop
 from user_llm.training.loop import LoopConfig
 
@@ -52,63 +56,54 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; runs/<con
 
 def run(config: ConfigDict, workdir: epath.Path) -> list[dict]:
     """Run all phases of `config` in `workdir` and return the result rows."""
-    config_hash = save_config(config, workdir)
-    context = open_context(config, workdir, config_hash)
+    check_config(config)
+    with hold(workdir):
+        depends.check_settings(config, workdir)
+        context = open_context(config, workdir, hash_config(config))
+        identities = depends.settle_run(config, context)
+        save_config(config, workdir)
+        return run_phases(config, context, identities)
+
+
+def run_phases(config: ConfigDict, context: Context, identities: Mapping[str, str]) -> list[dict]:
+    """Run the phases; the rows of each say its identity as their `config_hash`."""
+    workdir = context.workdir
     audit = audits.audit(context.timelines, context.split)
     write_json(workdir / "audit.json", audit)
     with jax.set_mesh(context.mesh):
-        rows = baseline_rows(context)
+        tasks = build_tasks(context, lambda name: context.of(identities[name]))
+        rows = baseline_rows(context.of(identities["baselines"]))
         if config.llm.checkpoint:
-            rows += general_text.untouched(context)
-        for name in config.phases:
-            phase = config[name]
-            if phase.task == "pretrain_lm" and config.llm.checkpoint:
-                logging.info("%s: left out, the LLM is %s", name, config.llm.checkpoint)
-                continue
-            optimizer = context.optimizer_config(name)
-            task = BUILDERS[phase.task](config, name, context)
-            _, found = loop.run(task, LoopConfig(**phase.loop), optimizer, context.mesh, workdir / name, config.seed)
-            rows += found
-    write_json(workdir / "results.json", rows)
+            rows += general_text.untouched(context.of(identities["llm"]))
+        for name, task in tasks.items():
+            settings, optimizer = LoopConfig(**config[name].loop), context.optimizer_config(name)
+            rows += loop.run(task, settings, optimizer, context.mesh, workdir / name, config.seed)[1]
+            write_json(workdir / "results.json", rows)  # so that what is finished can be reported whatever happens next
     if is_first():
         write_report(workdir)
         logging.info("Report: %s", workdir / "report.md")
     return rows
 
 
-def save_config(config: ConfigDict, workdir: epath.Path) -> str:
-    """Create the run's directory and its config.json with versions and git hash; return the hash of the config.
-
-    Which of the phases run is not part of the hash: phases can be added to a run, which keeps those that it has.
-
-    Raises:
-      ValueError: the directory holds a run of another config, or cannot be written; or a phase that the config does not have.
-    """
+def hash_config(config: ConfigDict) -> str:
+    """Return the hash of a config; which of its phases run, and from where they are taken, is no part of it."""
     resolved = json.loads(config.to_json_best_effort())
-    phases = sorted(name for name, section in resolved.items() if isinstance(section, dict) and "task" in section)
-    if unknown := [name for name in config.phases if name not in phases]:
-        raise ValueError(f"Unknown phase {unknown[0]!r}: choose {', '.join(phases)}.")
-    said = {key: value for key, value in resolved.items() if key != "phases"}
-    config_hash = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
-    path = workdir / "config.json"
-    if path.exists():
-        earlier = json.loads(path.read_text())["config_hash"]
-        if earlier != config_hash:
-            raise ValueError(
-                f"{workdir} holds a run of another config ({earlier}, not {config_hash}): choose another --workdir."
-            )
+    kept = {key: value for key, value in resolved.items() if key not in ("phases", "reuse")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def save_config(config: ConfigDict, workdir: epath.Path) -> None:
+    """Write the run's config.json with versions and git hash."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    facts = {"config_hash": config_hash, "command": sys.argv, "git": git, "versions": versions, "config": resolved}
-    try:
-        write_json(path, facts)
-    except OSError as error:
-        raise ValueError(f"Cannot write the run to --workdir={workdir}: {error.strerror}.") from error
-    return config_hash
+    resolved = json.loads(config.to_json_best_effort())
+    facts = {"config_hash": hash_config(config), "command": sys.argv, "git": git, "versions": versions, "config": resolved}
+    write_json(workdir / "config.json", facts)
 
 
 def compile_only(config: ConfigDict, topology: str, kernels: bool) -> bool:
     """Print what each program of each phase takes of each chip of `topology`, and return whether all fit."""
+    check_config(config)
     with tempfile.TemporaryDirectory() as workdir:
         found = apart.run(check, config, topology, epath.Path(workdir), kernels=kernels)
     print(describe(found))
@@ -126,8 +121,12 @@ def follow(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
 
 
 def quiet_orbax(record) -> bool:
-    """Keep orbax's running commentary out of the log, but not its warnings."""
-    return "orbax" not in record.pathname or record.levelno >= standard_logging.WARNING
+    """Keep orbax's running commentary out of the log, but not its warnings; what fails there is raised here, and said once."""
+    if "orbax" not in record.pathname:
+        return True
+    if not logging.level_debug():
+        record.exc_info = record.exc_text = None
+    return record.levelno >= standard_logging.WARNING
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -136,11 +135,17 @@ def parse_flags(argv: list[str]) -> list[str]:
         return flags.FLAGS(argv)
     except flags.Error as error:  # of a config file that fails, the last line is what it says
         sys.exit(f"Error: {str(error).strip().splitlines()[-1].strip().removeprefix('ValueError: ')}")
-    except (KeyError, AttributeError) as error:
-        cause: object = error
-        while isinstance(cause, Exception) and cause.args:
-            cause = cause.args[0]
-        sys.exit(f"Error: the config has no key {'. '.join(str(cause).splitlines())}")
+    except (LookupError, AttributeError, TypeError) as error:
+        sys.exit(f"Error: the config has no key {missing_key(error)}")
+
+
+def missing_key(error: Exception) -> str:
+    """Return the key that ml_collections did not find, and its proposal of another if it has one."""
+    cause: object = error
+    while isinstance(cause, Exception) and cause.args:
+        cause = cause.args[0]
+    where = re.search(r"(?:Attempting to lookup: |\(in: )([\w.\[\]]+)", str(cause))
+    return f"{where[1]}." if where else ". ".join(str(cause).splitlines())
 
 
 def main(argv: list[str]) -> None:
@@ -158,6 +163,9 @@ def main(argv: list[str]) -> None:
             sys.exit(0 if compile_only(config, _TOPOLOGY.value, _KERNELS.value) else "Error: not every step fits its chip.")
         initialize()
         run(config, epath.Path(_WORKDIR.value or f"runs/{name}"))
+    except KeyboardInterrupt:  # outside of training, whose loop saves first
+        print("Interrupted: the same command goes on from what was saved.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except (ValueError, OSError, ArithmeticError) as error:
         # What the user can mend is said in one sentence; --verbosity=1 shows where it was raised.
         logging.debug("", exc_info=True)

@@ -1,3 +1,5 @@
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -5,6 +7,7 @@ from jax.experimental import multihost_utils
 
 from user_llm.common import mesh as meshes
 from user_llm.common.checkpoint import Checkpointer, abstract_like, load_params, save_params
+from user_llm.common.files import MANIFEST
 
 PROGRESS = {"best_value": float("-inf"), "best_step": 3, "data": {"0": {"parent": {"next_index": 2}, "next_row": 6}}}
 RULES = ((r"^w$", ("fsdp", "tensor")), (r".*", ()))
@@ -87,5 +90,50 @@ def test_save_params_replaces_and_load_params_names_what_is_missing(tmp_path, me
     for tree in (first, second):
         save_params(tmp_path / "params", tree)
     _assert_equal(load_params(tmp_path / "params", abstract_like(first)), second)
-    with pytest.raises(FileNotFoundError, match="No parameters at .*elsewhere: run the phase"):
+    with pytest.raises(FileNotFoundError, match="No parameters at .*elsewhere: they were deleted or never written"):
         load_params(tmp_path / "elsewhere", abstract_like(first))
+
+
+def test_params_with_one_flipped_bit_are_refused_by_the_name_of_the_file(saved, mesh_of, tmp_path):
+    """In every file that orbax wrote, whatever it is for."""
+    directory, state = saved
+    like = abstract_like(_tree(mesh_of(1, 1, 1), seed=2))
+    files = [path.relative_to(directory / "params") for path in (directory / "params").rglob("*") if path.is_file()]
+    assert len(files) > 3
+    for number, file in enumerate(path for path in files if path.name != MANIFEST):
+        copy = tmp_path / str(number) / "params"
+        shutil.copytree(directory / "params", copy)
+        _assert_equal(load_params(copy, like), state)
+        content = bytearray((copy / file).read_bytes())
+        content[len(content) // 2] ^= 4
+        (copy / file).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"^{copy / file} is damaged: .*Delete {copy.parent}/results.json and run"):
+            load_params(copy, like)
+        (copy / file).unlink()
+        with pytest.raises(ValueError, match=rf"^{copy / file} is missing"):
+            load_params(copy, like)
+
+
+def test_a_checkpoint_with_one_flipped_bit_is_refused_by_the_name_of_the_file(saved, tmp_path):
+    """In every file, of arrays and of progress."""
+    directory, _ = saved
+    files = [path.relative_to(directory) for path in (directory / "checkpoints" / "7").rglob("*") if path.is_file()]
+    files = [file for file in files if file.name != MANIFEST]
+    assert len(files) > 5
+    for number, file in enumerate(files):
+        copy = tmp_path / str(number)
+        shutil.copytree(directory / "checkpoints", copy / "checkpoints")
+        content = bytearray((copy / file).read_bytes())
+        content[len(content) // 2] ^= 4
+        (copy / file).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"^{copy / file} is damaged: .*Delete {copy}/checkpoints/7 and run"):
+            Checkpointer(copy / "checkpoints")
+
+
+def test_a_checkpoint_that_a_kill_left_without_checksums_is_restored(saved, mesh_of, tmp_path):
+    directory, state = saved
+    shutil.copytree(directory / "checkpoints", tmp_path / "checkpoints")
+    (tmp_path / "checkpoints" / "7" / MANIFEST).unlink()
+    checkpoints = Checkpointer(tmp_path / "checkpoints")
+    _assert_equal(checkpoints.restore(7, _tree(mesh_of(1, 1, 1), seed=2))[0], state)
+    checkpoints.close()

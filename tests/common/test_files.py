@@ -7,7 +7,7 @@ import jax
 import pytest
 from etils import epath
 
-from user_llm.common.files import absolute, local_folder, make_once, whole, write_json
+from user_llm.common.files import MANIFEST, absolute, check_manifest, local_folder, make_once, whole, write_json, write_manifest
 
 
 def test_json_is_written_whole_and_by_the_first_process_alone(tmp_path, monkeypatch):
@@ -67,3 +67,58 @@ def test_a_file_that_was_not_written_to_its_end_leaves_the_one_before(tmp_path):
         target.write_text("half")
         raise KeyboardInterrupt
     assert path.read_text() == "before"
+
+
+@pytest.fixture
+def listed(tmp_path) -> Path:
+    """A folder of three files with its manifest."""
+    folder = tmp_path / "params"
+    for name in ("a", "d/b", "d/empty"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"" if name.endswith("empty") else b"0123456789" * 100)
+    write_manifest(folder)
+    return folder
+
+
+def test_a_folder_as_it_was_written_is_accepted_wherever_it_stands(listed):
+    (listed / "later").write_text("not looked at")
+    moved = listed.rename(listed.parent / "moved")
+    check_manifest(moved)
+    assert set(json.loads((moved / MANIFEST).read_text())) == {"a", "d/b", "d/empty"}
+
+
+@pytest.mark.parametrize("byte", [0, 501, 999])
+@pytest.mark.parametrize("name", ["a", "d/b"])
+def test_one_flipped_bit_is_refused_with_the_name_of_its_file(listed, name, byte):
+    content = bytearray((listed / name).read_bytes())
+    content[byte] ^= 1
+    (listed / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^{listed}/{name} is damaged: its checksum is not that of what was written\.$"):
+        check_manifest(listed)
+
+
+def test_files_that_are_cut_off_or_missing_are_refused(listed):
+    (listed / "a").write_bytes(b"0123456789" * 99)
+    with pytest.raises(ValueError, match=rf"^{listed}/a is damaged: it has 990 bytes, and 1,000 were written\.$"):
+        check_manifest(listed)
+    (listed / "a").unlink()
+    with pytest.raises(ValueError, match=rf"^{listed}/a is missing"):
+        check_manifest(listed)
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", '{"a": 1}', '{"a": {"bytes": "x", "sha256": ""}}'])
+def test_no_manifest_and_a_damaged_one_are_refused(listed, content):
+    if content is None:
+        (listed / MANIFEST).unlink()
+    else:
+        (listed / MANIFEST).write_text(content)
+    with pytest.raises(ValueError, match=rf"has no {MANIFEST}|{MANIFEST} is damaged"):
+        check_manifest(listed)
+
+
+def test_several_callers_share_the_work(listed):
+    """Of three files, each of two callers looks at its own."""
+    (listed / "d/b").write_bytes(b"")
+    check_manifest(listed, part=0, parts=2)
+    with pytest.raises(ValueError, match="d/b"):
+        check_manifest(listed, part=1, parts=2)

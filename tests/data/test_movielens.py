@@ -278,7 +278,7 @@ def test_films_without_any_genre(write_release, tmp_path):
     movies = [(i, f"Film {i} (2000)", []) for i in (2, 3)]
     directory = write_release(tmp_path / "raw", "csv", [(1, 2, 3, 4), (1, 3, 3, 5), (2, 3, 1, 6)], movies)
     timelines = load(directory, tmp_path / "prepared", min_events=1)
-    np.testing.assert_array_equal(timelines.features[:, 2], 0)
+    np.testing.assert_array_equal(timelines.features(np.arange(len(timelines.item)))[:, 2], 0)
 
 
 @pytest.mark.parametrize("layout", RATING_FILES)

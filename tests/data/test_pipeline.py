@@ -68,6 +68,12 @@ def test_the_grid_moves_from_epoch_to_epoch_and_by_seed():
     assert min(context.values()) > 25
 
 
+def place(timelines, event):
+    """The user and position of an event."""
+    user = int(timelines.users_of(event))
+    return user, event - int(timelines.offsets[user])
+
+
 def segments(batch):
     """Yield the columns of each segment of a packed batch."""
     for row in range(len(batch["segments"])):
@@ -92,7 +98,7 @@ def test_packing_keeps_windows_whole_and_streams_share_them(unique, count):
             assert (np.diff(columns) == 1).all()
             np.testing.assert_array_equal(batch["positions"][row, columns], np.arange(len(columns)))
             first = int(batch["events"][row, columns[0], 0]) - 1  # row in the timelines' columns
-            user, start = int(unique.users[first]), int(unique.positions[first])
+            user, start = place(unique, first)
             stop = start + len(columns)
             np.testing.assert_array_equal(batch["events"][row, columns], unique.events(user, start, stop))
             np.testing.assert_array_equal(batch["next"][row, columns], unique.events(user, start + 1, stop + 1))
@@ -222,7 +228,7 @@ def test_examples_agree_with_their_timelines(unique, make_prompts, make_examples
         for row in range(4):
             length = int(batch["lengths"][row])
             first = int(batch["events"][row, 0, 0]) - 1
-            user, start = int(unique.users[first]), int(unique.positions[first])
+            user, start = place(unique, first)
             np.testing.assert_array_equal(batch["events"][row, :length], unique.events(user, start, start + length))
             assert not batch["events"][row, length:].any()
             assert start + length < LENGTHS[user]
@@ -257,7 +263,7 @@ def test_without_an_encoder_every_title_after_the_first_is_an_answer(unique, mak
         for text, length, answers, items in zip(*columns, strict=True):
             real = items[items > 0]
             assert 1 <= len(real) <= 4 and (items[: len(real)] > 0).all()
-            assert (np.diff(real) == 1).all() and len(set(unique.users[[real[0] - 2, *(real - 1)]])) == 1
+            assert (np.diff(real) == 1).all() and len(set(unique.users_of(np.array([real[0] - 2, *(real - 1)])))) == 1
             titles = [unique.catalogue.titles[i] for i in (real[0] - 1, *real)]
             assert titles_in(text, length, tokenizer) == ["Films:", *titles, ""]
             for (begin, end), title in zip(pairwise([*answers[: len(real)], length - 1]), titles[1:], strict=True):

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 CHILD = """
 import os, signal, sys, threading, time
 import tensorflow_datasets as tfds
-from user_llm.data import amazon, prepare, raw, synthetic_files
+from user_llm.data import amazon, numbering, prepare, raw, synthetic_files
 
 folder, prepared, moment = sys.argv[1:]
 prepare.ROWS, prepare.SHARD, raw.ROWS = 300, 3, 300
@@ -41,7 +41,7 @@ class Killed:
         return self.table.sql(query)
 
 if moment == "reading":
-    prepare._numbered = dying(prepare._numbered, 3)
+    numbering._numbered = dying(numbering._numbered, 3)
 elif moment == "numbering":
     prepare._facts = lambda *args: die()
 elif moment == "sorting":

@@ -212,6 +212,17 @@ def make_review(tokenizer, timelines, **changes):
     return Review(make_lines(tokenizer, timelines, 0), leave_last_out(timelines), **options)
 
 
+def test_review_knows_whether_its_longest_question_leaves_room_for_the_answer(tokenizer, timelines):
+    """The items of the longest titles decide: with a token less than theirs takes, a prompt about one of them would be refused."""
+    review = make_review(tokenizer, timelines)
+    questions = [len(review.lines.line(review.about(item, 10))) for item in range(1, len(timelines.catalogue.titles))]
+    assert len(review.longest()) == max(questions) > min(questions)
+    least = len(review.instruction) + max(questions) + review.max_target_tokens + 1
+    make_review(tokenizer, timelines, max_tokens=least).check_room()
+    with pytest.raises(ValueError, match="raise max_tokens"):
+        make_review(tokenizer, timelines, max_tokens=least - 1).check_room()
+
+
 def test_review_asks_about_the_event_at_the_end(tokenizer, timelines):
     review = make_review(tokenizer, timelines)
     assert read(tokenizer, review.row(0, 2)) == (["On Emma (1996), rated 5:", "dear Emma"], ["dear Emma"])
@@ -228,7 +239,7 @@ def test_what_a_dataset_does_not_have_is_refused(tokenizer, timelines):
         make_review(tokenizer, timelines, column="summary")
     with pytest.raises(ValueError, match=r"asks for \{price\}: it may name \{title\} and \{rating\}"):
         make_review(tokenizer, timelines, question="{price}?")
-    with pytest.raises(ValueError, match=r"no 'colors' to be a favourite: set feature to one of its own \(genres\)"):
+    with pytest.raises(ValueError, match=r"no 'colors' to be a favourite: set labels.feature to one of its own \(genres\)"):
         Labels(timelines, feature="colors", whole=False)
     with pytest.raises(ValueError, match="do not fit 10 tokens: raise max_tokens"):
         make_review(tokenizer, timelines, max_tokens=10).prompt(0, 2)

@@ -41,7 +41,8 @@ def test_global_time_by_hand(timed):
 def test_global_time_trains_on_nothing_after_the_first_cut(timed):
     split = global_time(timed, validation=0.5, test=0.75)
     time = timed.columns["timestamp"]
-    trained = timed.positions < split.train_stop[timed.users]
+    (chunk,) = timed.chunks()
+    trained = chunk.positions < split.train_stop[chunk.users]
     assert time[trained].max() < 10 <= time[~trained].min()
     for part, cut in (("validation", 10), ("test", 15)):
         users, positions = split.targets[part]

@@ -8,7 +8,7 @@ import pytest
 
 from user_llm.data import synthetic
 from user_llm.data.audits import audit
-from user_llm.data.splits import leave_last_out
+from user_llm.data.splits import leave_last_out, train_counts
 from user_llm.data.synthetic import World, optimal_ranks, sample_histories
 from user_llm.data.synthetic_words import FILMS, PLACES, PRODUCTS, Item
 
@@ -90,7 +90,7 @@ def test_history_beats_popularity_and_long_history_the_last_ten(small_world, tar
     split, users, positions = targets
     optimal = optimal_ranks(world, timelines, users, positions)
 
-    counts = np.bincount(timelines.item[timelines.positions < split.train_stop[timelines.users]], minlength=241)
+    counts = train_counts(timelines, split)
     film = np.array([0, *map(int, timelines.catalogue.keys[1:])]) - 1
     popular, recent = np.empty(len(users)), np.empty(len(users))
     for row, (user, position) in enumerate(zip(users, positions, strict=True)):

@@ -100,7 +100,7 @@ def test_counting_words_tells_the_rating(worlds, layout, column):
     timelines = worlds[layout][2]
     texts, stars = timelines.columns[column].tolist(), timelines.columns["rating"]
     kept = [row for row, text in enumerate(texts) if text]
-    train, test = ([row for row in kept if timelines.users[row] % 2 == part] for part in (1, 0))
+    train, test = ([row for row in kept if timelines.users_of(row) % 2 == part] for part in (1, 0))
     counts = collections.defaultdict(lambda: np.full(5, 0.1))
     for row in train:
         for word in words_of(texts[row]):

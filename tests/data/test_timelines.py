@@ -75,7 +75,9 @@ def test_events_hold_the_features_in_columns(make_timelines):
     np.testing.assert_array_equal(timelines.events(0, 0, 2), [[3, 1, 1, 0, 1], [1, 2, 2, 0, 4]])
     np.testing.assert_array_equal(timelines.events(2, 0, 3), [[2, 3, 3, 4, 1], [4, 4, 2, 4, 1], [1, 5, 2, 0, 27]])
     assert timelines.events(1, 0, 0).shape == (0, 5)
-    assert timelines.features.dtype == np.int32
+    everything = timelines.features(np.array([[4, -1], [1, 0]]))
+    assert everything.dtype == np.int32
+    np.testing.assert_array_equal(everything, [[[1, 5, 2, 0, 27], [0] * 5], [[1, 2, 2, 0, 4], [3, 1, 1, 0, 1]]])
     np.testing.assert_array_equal(timelines.items(2, 1, 3), [4, 1])
 
 
@@ -83,8 +85,10 @@ def test_users_and_positions_of_events(make_timelines):
     timelines = make_timelines([[3, 1], [], [2, 4, 1]])
     assert len(timelines) == 3
     np.testing.assert_array_equal(timelines.lengths, [2, 0, 3])
-    np.testing.assert_array_equal(timelines.users, [0, 0, 2, 2, 2])
-    np.testing.assert_array_equal(timelines.positions, [0, 1, 0, 1, 2])
+    (chunk,) = timelines.chunks()
+    np.testing.assert_array_equal(chunk.users, [0, 0, 2, 2, 2])
+    np.testing.assert_array_equal(chunk.positions, [0, 1, 0, 1, 2])
+    np.testing.assert_array_equal(timelines.users_of(np.arange(5)), chunk.users)
 
 
 def test_selected_features_keep_their_values_in_the_new_order(make_timelines):

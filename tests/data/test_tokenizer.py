@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 import tokenizers
 
@@ -22,6 +23,15 @@ def trained(tmp_path_factory):
 def test_any_text_survives_a_round_trip(trained, text):
     tokenizer, _ = trained
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_many_texts_are_encoded_as_one_by_one(trained, monkeypatch):
+    tokenizer, _ = trained
+    texts = ["The Silent Harbor (1987)", "", "完全 🎬", "an <eos> inside", "River\n"]
+    monkeypatch.setattr("user_llm.data.tokenizer.BATCH", 2)
+    ids = tokenizer.encode_all(texts)
+    assert [row.tolist() for row in ids] == [tokenizer.encode(text) for text in texts]
+    assert {row.dtype for row in ids} == {np.dtype(np.int32)}
 
 
 def test_special_tokens_come_first_and_are_not_added(trained):

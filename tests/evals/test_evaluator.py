@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from user_llm.data.splits import Split, leave_last_out
-from user_llm.evals.evaluator import rank_listed, rank_targets, train_counts
+from user_llm.data.splits import Split, leave_last_out, train_counts
+from user_llm.evals.evaluator import rank_listed, rank_targets
 from user_llm.evals.popularity import popularity_ranks, recent_popularity_ranks
 
 ITEMS = 30

@@ -16,7 +16,7 @@ from user_llm.data.tokenizer import load_tokenizer
 from user_llm.models.decoder import Decoder
 from user_llm.models.families import config_from_settings, settings_from_config, table
 from user_llm.models.generate import generate
-from user_llm.models.pretrained import decoder_config, find_checkpoint, load_decoder
+from user_llm.models.pretrained import check_weights, decoder_config, find_checkpoint, load_decoder
 from user_llm.nn.cross_attention import CrossAttentionConfig
 
 TINY = {
@@ -287,6 +287,19 @@ def test_missing_left_over_and_wrong_shaped_tensors_are_all_named(checkpoint):
         "model.norm.weight is [9] and not [8]",
     ):
         assert part in str(error.value)
+
+
+def test_weights_are_checked_without_reading_any(checkpoint, monkeypatch):
+    monkeypatch.setattr("user_llm.models.pretrained._read_tensor", lambda *_: pytest.fail("a tensor was read"))
+    path = checkpoint()
+    check_weights(path)
+    wrong = _tensors() | {"model.norm.weight": np.ones(9, np.float32)}
+    checkpoint(tensors=wrong)
+    with pytest.raises(ValueError, match=r"do not fit the config: model\.norm\.weight is \[9\] and not \[8\]"):
+        check_weights(path)
+    (path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="No weights at"):
+        check_weights(path)
 
 
 def test_an_output_table_in_a_tied_checkpoint_must_be_the_embeddings(checkpoint):

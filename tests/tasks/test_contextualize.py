@@ -165,37 +165,6 @@ def test_the_encoder_comes_from_the_phase_that_is_named_or_from_nowhere():
     assert section.objective == "masked" and section.num_layers == _encoders().encoder.num_layers
 
 
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"encoder": "dual_encoder"}, "takes its encoder from dual_encoder, which does not run before it: add that to phases"),
-        ({"encoder": "text_prompt_10"}, "'text_prompt_10' pretrains no encoder"),
-        ({"encoder": "data"}, "'data' pretrains no encoder"),
-        ({"encoder": "bert"}, "'bert' pretrains no encoder"),
-        ({"encoder_init": "random"}, "Unknown user_llm.encoder_init 'random': choose pretrained or scratch"),
-        ({"encoder_init": "scratch"}, "from scratch teaches nothing: set user_llm.loss.align=0"),
-        (
-            {"encoder_init": "scratch", "loss.align": 0.0, "encoder": "dual_encoder"},
-            "tower of a dual encoder comes pretrained: set user_llm.encoder_init=pretrained",
-        ),
-        (
-            {"encoder_init": "scratch", "loss.align": 0.0, "strategy": "proj"},
-            "proj would leave an encoder from scratch untrained: choose another user_llm.strategy",
-        ),
-    ],
-)
-def test_a_choice_of_encoder_that_cannot_work_is_refused(changes, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        encoder_source(_encoders(**changes), "user_llm")
-
-
-def test_changes_of_what_the_encoder_does_not_have_are_refused():
-    config = _encoders()
-    config.bert4rec.encoder = {"layers": 3}
-    with pytest.raises(ValueError, match=r"bert4rec\.encoder does not fit the section encoder: .*layers"):
-        encoder_section(config, "bert4rec")
-
-
 TRAINED = {  # the parts of the model, by how their paths start or what they hold
     "all": {"llm", "cross", "encoder", "encoder heads", "rest"},
     "full": {"llm", "cross", "encoder", "rest"},
@@ -232,7 +201,7 @@ def test_a_strategy_trains_its_parts_and_keeps_every_bit_of_the_others(drawn, me
     graphdef, params = drawn(lambda: UserLLM(config, rngs=nnx.Rngs(0)))
     task = Task(
         name="user_llm", shapes=params, train_data=None, steps_per_epoch=1.0, count_events=None, evaluate=None, results=None,
-        programs=None,
+        programs=None, load=None, metrics=(), check=None,
         init=lambda place: jax.device_put(params, place(params)),
         loss=lambda params, batch, key, whole: contextual_loss(trees.merge(graphdef, params), batch, key, whole=whole, **WEIGHTS),
         counts=contextual_counts,

@@ -1,6 +1,8 @@
+import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from user_llm.common import mesh as meshes
 from user_llm.common.checkpoint import Checkpointer
 from user_llm.common.metrics import read_metrics
 from user_llm.data.streams import Streams
+from user_llm.training import loop
 from user_llm.training.loop import Preempted
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -70,6 +73,42 @@ def test_it_learns_and_leaves_what_later_phases_need(uninterrupted):
     assert len(losses) == 12 and max(losses[-3:]) < 0.7 * losses[0]
     assert [row["step"] for row in _metrics(directory) if row["kind"] == "eval"] == [0, 4, 8, 12]
     np.testing.assert_array_equal(params["frozen"], tiny.make_task().init(lambda shapes: jax.devices()[0])["frozen"])
+
+
+def test_half_precision_keeps_frozen_parameters_in_it_and_trained_ones_in_float32(tmp_path):
+    """Whatever computes, evaluation included, reads halves; only what trains is kept whole, also where a finished run is read again."""
+    seen = []
+
+    def evaluate(params):
+        seen.append({name: str(leaf.dtype) for name, leaf in params.items()})
+        return {"accuracy": 0.0}
+
+    results = lambda params: [evaluate(params)]  # noqa: E731
+    task = tiny.make_task(evaluate=evaluate, results=results)
+    params, rows = tiny.run(tmp_path, task, total_steps=3, eval_steps=3, dtype="bfloat16")
+    assert len(seen) == 3 and all(set(dtypes.values()) == {"bfloat16"} for dtypes in seen)
+    assert rows == [{"accuracy": 0.0}]
+
+    config = dataclasses.replace(tiny.LOOP, dtype="bfloat16")
+    mesh = meshes.make_mesh(devices=jax.devices("cpu")[:1])
+    with jax.set_mesh(mesh):
+        state, _ = loop.initial_state(task, config, tiny.OPTIMIZER, mesh, 0)
+        abstract, _ = loop.abstract_state(task, config, tiny.OPTIMIZER, mesh, 0)
+    sizes = lambda tree: [(a.shape, a.dtype) for a in jax.tree.leaves(tree)]  # noqa: E731
+    assert sizes(state) == sizes(abstract)
+    assert state.frozen["frozen"].dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in state.trainable.values()} == {jnp.dtype("float32")}
+    again, _ = tiny.run(tmp_path, task, total_steps=3, eval_steps=3, dtype="bfloat16")
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+def test_a_phase_that_trains_nothing_takes_no_step_and_measures_what_it_started_from(tmp_path, monkeypatch):
+    log = []
+    monkeypatch.setattr(tiny, "OPTIMIZER", dataclasses.replace(tiny.OPTIMIZER, trainable=((r".*", False),)))
+    params, rows = tiny.run(tmp_path, _scripted([7], log))
+    start = tiny.make_task().init(lambda shapes: jax.devices()[0])
+    assert log == ["evaluate"] and rows == [{"head": float(start["head"][0, 0])}]
+    jax.tree.map(np.testing.assert_array_equal, params, start)
 
 
 def test_evaluations_come_before_saves_and_both_before_the_step(tmp_path, monkeypatch):
@@ -140,14 +179,61 @@ def test_a_nan_loss_stops_the_run_and_no_nan_is_kept(tmp_path, log_steps):
     assert not (tmp_path / "results.json").exists()
 
 
-def test_sigterm_saves_and_the_next_run_goes_on(tmp_path, uninterrupted):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_next_run_goes_on(tmp_path, uninterrupted, caplog, number, code):
     """At step 5, where nothing is due."""
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Preempted) as stopped:
-        tiny.run(tmp_path, tiny.make_task(count_events=tiny.signal_at(5, signal.SIGTERM)))
-    assert stopped.value.code == 0 and signal.getsignal(signal.SIGTERM) is before
+    before = signal.getsignal(number)
+    with caplog.at_level("INFO", logger="absl"), pytest.raises(Preempted) as stopped:
+        tiny.run(tmp_path, tiny.make_task(count_events=tiny.signal_at(5, number)))
+    assert stopped.value.code == code and signal.getsignal(number) is before
+    said = [record.getMessage() for record in caplog.records if number.name in record.getMessage()]
+    assert said == [f"tiny: {number.name}, saved at step 5; the same command goes on from there."]
     assert _checkpoints(tmp_path)[-1] == 5
     _assert_same(tmp_path, tiny.run(tmp_path), uninterrupted)
+
+
+def test_a_directory_that_is_removed_meanwhile_ends_the_run_and_is_not_made_again(tmp_path):
+    """During step 3, which is logged; step 4 would be saved."""
+    directory, steps = tmp_path / "run" / "tiny", []
+
+    def count_events(batch):
+        steps.append(1)
+        if len(steps) == 3:
+            shutil.rmtree(tmp_path / "run")
+        return 1
+
+    with pytest.raises(FileNotFoundError, match=rf"^{directory} was removed or moved while the run was writing to it"):
+        tiny.run(directory, tiny.make_task(count_events=count_events), save_steps=4)
+    assert len(steps) == 3 and not directory.exists()
+
+
+def test_a_directory_that_is_removed_while_results_are_measured_is_not_made_again(tmp_path):
+    directory = tmp_path / "run" / "tiny"
+    task = tiny.make_task(results=lambda params: shutil.rmtree(tmp_path / "run") or [])
+    with pytest.raises(FileNotFoundError, match="was removed or moved"):
+        tiny.run(directory, task, total_steps=4)
+    assert not directory.exists()
+
+
+@pytest.mark.parametrize("damage", ["deleted", "flipped", "results"])
+def test_what_a_finished_phase_left_is_refused_if_it_is_damaged_and_measured_again_from_its_checkpoint(
+    tmp_path, uninterrupted, damage
+):
+    directory = tmp_path / "tiny"
+    shutil.copytree(uninterrupted[0], directory)
+    if damage == "deleted":
+        shutil.rmtree(directory / "params")
+    elif damage == "flipped":
+        [path, *_] = [path for path in (directory / "params").rglob("*") if path.is_file() and path.stat().st_size > 500]
+        content = bytearray(path.read_bytes())
+        content[-100] ^= 1
+        path.write_bytes(content)
+    else:
+        (directory / "results.json").write_text("[{")
+    with pytest.raises((ValueError, FileNotFoundError), match=rf"{directory}/.*[Dd]elete"):
+        tiny.run(directory)
+    (directory / "results.json").unlink()
+    _assert_same(directory, tiny.run(directory), uninterrupted)
 
 
 @pytest.mark.slow

@@ -85,7 +85,7 @@ def test_schedules_by_hand():
     config = dataclasses.replace(CONFIG, warmup_steps=4, schedule="cosine")
     cosine = learning_rate_schedule(config, 104)
     np.testing.assert_allclose([cosine(step) for step in (0, 4, 54, 104)], [0, 0.1, 0.055, 0.01], rtol=1e-5)
-    with pytest.raises(ValueError, match="A cosine schedule of 4 steps has no room after 4 warmup steps"):
+    with pytest.raises(ValueError, match=r"^optimizer.warmup_steps=4: a cosine schedule of 4 steps has no room for them"):
         learning_rate_schedule(config, 4)
     with pytest.raises(ValueError, match="Unknown schedule 'linear': choose constant or cosine"):
         learning_rate_schedule(dataclasses.replace(CONFIG, schedule="linear"), 100)
@@ -133,5 +133,7 @@ def test_moments_that_there_are_not_or_cannot_follow_are_refused():
     trainable, _ = partition_trainable(CONFIG, PARAMS)
     with pytest.raises(ValueError, match="Unknown optimizer.first_moment 'float16'"):
         make_optimizer(dataclasses.replace(CONFIG, first_moment="float16"), trainable, 10)
-    with pytest.raises(ValueError, match=r"cannot follow b2=0.999: set optimizer.b2 to 0.99 or less"):
+    with pytest.raises(
+        ValueError, match=r"^optimizer.b2=0.999: a second moment in bfloat16 cannot follow it, set 0.99 or less"
+    ):
         make_optimizer(dataclasses.replace(CONFIG, second_moment="bfloat16", b2=0.999), trainable, 10)

@@ -82,6 +82,7 @@ def make_task(**changes) -> Task:
     task = Task(
         name="tiny",
         shapes=SHAPES,
+        load=((r".*", "fresh"),),
         init=_init,
         loss=_loss,
         counts=lambda batch: {},
@@ -89,6 +90,8 @@ def make_task(**changes) -> Task:
         train_data=Streams({0: packed_text(_lines(), rows=2, row_length=8, seed=SEED)}),
         steps_per_epoch=5.0,
         count_events=lambda batch: int((batch["segments"] > 0).sum()),
+        metrics=("accuracy",),
+        check=lambda: None,
         evaluate=lambda params: {"accuracy": float(_accuracy(params))},
         results=lambda params: [{"metric": "accuracy", "value": float(_accuracy(params))}],
     )

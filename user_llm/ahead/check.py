@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
@@ -27,7 +28,8 @@ from user_llm.common import mesh as meshes
 from user_llm.report import markdown
 from user_llm.tasks.builders import BUILDERS
 from user_llm.tasks.context import Context
-from user_llm.training.loop import LoopConfig, abstract_state, settle_steps
+from user_llm.training.loop import LoopConfig, abstract_params, abstract_state, settle_steps
+from user_llm.training.step import cast
 from user_llm.training.task import Task
 
 PARTS = ("train", "evaluation")
@@ -155,9 +157,9 @@ def check_train(task: Task, name: str, context: Context, chip: Chip, kernels: bo
 
 
 def check_programs(task: Task, name: str, context: Context, chip: Chip, kernels: bool) -> list[Checked]:
-    """Compile what evaluation of a phase computes."""
-    sharding = context.config[name].loop.sharding
-    params = meshes.placed(task.shapes, meshes.shardings(sharding, task.shapes, context.mesh))
+    """Compile what evaluation of a phase computes, of parameters in the phase's `loop.dtype`."""
+    loop = LoopConfig(**context.config[name].loop)
+    params = cast(abstract_params(task, loop, context.mesh), jnp.dtype(loop.dtype))
     return [
         dataclasses.replace(_compile(*program, f"{name}: {what}", context, chip, kernels, turns=1), updates=False)
         for what, program in task.programs(params).items()

@@ -11,7 +11,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from user_llm.common.files import absolute
+from user_llm.common.distributed import barrier, gather, is_first
+from user_llm.common.files import MANIFEST, absolute, check_manifest, is_remote, write_manifest
+
+REMEDY = "Delete {}/results.json and run the same command: the phase goes on from its last checkpoint."
 
 
 def abstract_like(tree: Any) -> Any:
@@ -32,10 +35,16 @@ class _Manager(ocp.CheckpointManager):
 class Checkpointer:
     """Keeps the latest checkpoint and the one with the best validation metric.
 
-    A checkpoint has two items: `state` (arrays) and `progress` (JSON: counters, best metric, where the data are).
+    A checkpoint has two items: `state` (arrays) and `progress` (JSON: counters, best metric, where the data are). On a local disk
+    those that stand when it is closed get checksums, which the next one compares; one that a kill left has none.
+
+    Raises:
+      ValueError: a file of a checkpoint is damaged or missing.
     """
 
     def __init__(self, directory: epath.PathLike):
+        self._directory = absolute(directory)
+        self._check()
         keep = policies.AnyPreservationPolicy(
             [
                 policies.LatestN(1),
@@ -43,7 +52,7 @@ class Checkpointer:
             ]
         )
         self._manager = _Manager(
-            absolute(directory),
+            self._directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=keep, cleanup_tmp_directories=True, best_fn=lambda metrics: metrics["value"]
             ),
@@ -78,15 +87,49 @@ class Checkpointer:
         return self._manager.restore(step, args=args)["state"]
 
     def close(self) -> None:
-        """Wait for pending writes."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Wait for pending writes, and end the threads that write even if one of them failed."""
+        try:
+            self._manager.wait_until_finished()
+        finally:
+            self._manager.close()
+        if is_first() and not is_remote(self._directory):
+            for path in self._directory.iterdir():
+                if path.name.isdigit() and not (path / MANIFEST).exists():
+                    write_manifest(path)
+
+    def _check(self) -> None:
+        """Compare all checkpoints that have checksums, before orbax reads any file of them."""
+        steps = (
+            sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdigit())
+            if self._directory.exists()
+            else []
+        )
+        for step in steps:
+            path = self._directory / str(step)
+            if (path / MANIFEST).exists():
+                # An earlier one is the best so far, which the latest refers to.
+                remove, then = (
+                    (path, "goes on from an earlier step, or begins again")
+                    if step == steps[-1]
+                    else (self._directory, "begins again")
+                )
+                _check_files(path, f"Delete {remove} and run the same command: the phase {then}.")
 
 
 def save_params(directory: epath.PathLike, params: Any) -> None:
-    """Write a tree of arrays for later phases and other programs; replaces what is there."""
+    """Write a tree of arrays with its checksums for later phases and other programs; replaces what is there."""
+    path = absolute(directory)
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(absolute(directory), params, force=True)
+        checkpointer.save(path, params, force=True)
+    barrier("params are written")
+    if is_first():
+        write_manifest(path)
+
+
+def saved_shapes(directory: epath.PathLike) -> Any:
+    """Return the shapes and dtypes of a tree written by `save_params`; nothing of the arrays is read."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.metadata(absolute(directory)).item_metadata.tree
 
 
 def load_params(directory: epath.PathLike, like: Any) -> Any:
@@ -94,9 +137,22 @@ def load_params(directory: epath.PathLike, like: Any) -> Any:
 
     Raises:
       FileNotFoundError: nothing was saved there.
+      ValueError: files that are damaged or missing, the first of them named.
     """
     path = absolute(directory)
     if not path.exists():
-        raise FileNotFoundError(f"No parameters at {path}: run the phase that writes them first.")
+        raise FileNotFoundError(f"No parameters at {path}: they were deleted or never written. {REMEDY.format(path.parent)}")
+    _check_files(path, REMEDY.format(path.parent))
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(path, like)
+
+
+def _check_files(path: epath.Path, remedy: str) -> None:
+    """Compare a folder with its checksums; processes share the work, and all refuse what one refuses."""
+    fault = None
+    try:
+        check_manifest(path, part=jax.process_index(), parts=jax.process_count())
+    except ValueError as error:
+        fault = f"{error} {remedy}"
+    if faults := [fault for fault in gather(fault) if fault]:
+        raise ValueError(faults[0])

@@ -7,9 +7,10 @@ by all of them alike, and does nothing special where there is but one.
 import json
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -64,22 +65,62 @@ def gather(value: Any) -> list[Any]:
     return [json.loads(row[:size].tobytes()) for row, size in zip(padded, sizes.tolist(), strict=True)]
 
 
-@contextmanager
-def preemption() -> Iterator[Callable[[int], bool]]:
-    """Turn SIGTERM into a question: the function says whether to stop at a step, and is asked once before each.
+def agreed(compute: Callable[[], Any]) -> Any:
+    """Return in all processes the JSON value that the first computes; what it refuses is refused in all.
 
-    One process says so at the next step. Several agree on a step that none has passed, whichever of them had the signal.
+    Raises:
+      ValueError: raised by `compute`, as is an OSError.
     """
-    if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    arrived = [False]
+    value, refusal = None, None
+    if is_first():
+        try:
+            value = compute()
+        except (ValueError, OSError) as error:
+            if jax.process_count() == 1:
+                raise
+            refusal = str(error)
+    value, refusal = gather([value, refusal])[0]
+    if refusal is not None:
+        raise ValueError(refusal)
+    return value
 
-    def handler(signum, frame):
-        arrived[0] = True
 
-    previous = signal.signal(signal.SIGTERM, handler)
+@contextmanager
+def preemption() -> Iterator[Callable[[int], signal.Signals | None]]:
+    """Turn SIGTERM and SIGINT into a question: the function says which one a step must stop for, and is asked once before each.
+
+    One process says so at the next step. Several agree on a step that none has passed, whichever of them had the signal. A second
+    SIGINT ends the process at once, as a kill would.
+    """
+    arrived: list[signal.Signals] = []
+    several = jax.process_count() > 1
+
+    def note(number: int, frame: object) -> None:
+        if number == signal.SIGINT and signal.SIGINT in arrived:
+            _end_at_once()
+        arrived.append(signal.Signals(number))
+        if several:
+            os.kill(os.getpid(), signal.SIGTERM)  # jax has a handler of its own for it, and tells the other processes
+
+    def ask(step: int) -> signal.Signals | None:
+        if not several:
+            return arrived[0] if arrived else None
+        if not multihost_utils.reached_preemption_sync_point(step):
+            return None
+        numbers = [number for numbers in gather(arrived) for number in numbers]
+        return signal.SIGINT if signal.SIGINT in numbers else signal.SIGTERM
+
+    heard: tuple[signal.Signals, ...] = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread():
+        heard = ()  # Python hands signals to the main thread alone
+    before = {number: signal.signal(number, note) for number in heard}
     try:
-        yield lambda step: arrived[0]
+        yield ask
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end_at_once() -> NoReturn:
+    os.write(2, b"Interrupted again: ended at once; the same command goes on from what was saved.\n")
+    os._exit(128 + signal.SIGINT)

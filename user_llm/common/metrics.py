@@ -19,7 +19,10 @@ from etils import epath
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from user_llm.common import records
 from user_llm.common.files import is_remote, local_folder
+
+LINE = {"step": records.whole_number, "kind": records.text}
 
 
 class MetricsLog:
@@ -147,16 +150,23 @@ def read_metrics(path: epath.PathLike) -> list[dict]:
     """Read a metrics.jsonl; a last line that a kill cut short is left out.
 
     Raises:
-      ValueError: another line is not JSON.
+      ValueError: another line is not a line of metrics.
     """
-    lines = epath.Path(path).read_text().splitlines()
+    path = epath.Path(path)
+    lines = records.read_file(path).splitlines()
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise ValueError(f"{path}, line {number}: not a line of metrics; delete it, or the file.") from error
+            row = records.parse(line)
+            wrong = records.misfit(row, LINE)
+            wrong = wrong or records.misfit(row, dict.fromkeys(row.keys() - LINE.keys(), records.number_or_null))
+        except ValueError:
+            if number == len(lines):
+                break
+            wrong = "not JSON"
+        if wrong:
+            raise ValueError(f"{path}, line {number}: not a line of metrics ({wrong}); delete it, or the file.")
+        rows.append(row)
     return rows
 
 

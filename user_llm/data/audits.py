@@ -1,9 +1,13 @@
 """What every run checks of its data before it trains (DESIGN section 4): the field's usual ways to fool itself, found early."""
 
+import functools
+from collections.abc import Callable
+
 import numpy as np
 
-from user_llm.data.splits import Split
-from user_llm.data.timelines import Timelines
+from user_llm.data.schema import Feature
+from user_llm.data.splits import Split, train_counts
+from user_llm.data.timelines import Chunk, Timelines, event_counts
 
 
 def audit(timelines: Timelines, split: Split) -> dict[str, float]:
@@ -12,7 +16,7 @@ def audit(timelines: Timelines, split: Split) -> dict[str, float]:
     Returns:
       `items`: of the catalogue, all of which are ranked; `items_of_dropped_users`: those of them without an event, as all of
       their users are shorter than `min_events`; `untitled_items`: items whose key stands for a missing title, as of products and
-      places without metadata; `tie_share`: neighbouring events of a user in the same second; `tied_at_test_share`: test targets
+      places without metadata; `tie_share`: neighbouring events of a user at the same time; `tied_at_test_share`: test targets
       that tie with the event before them; `cold_test_share`: test targets of items without a training event; `users_52`,
       `windows_52`: users with at least 52 events and their n - 52 windows, the threshold that fits the paper's MovieLens-20M
       counts best (82,977 users and 13,821,405 examples, PAPER.md).
@@ -26,10 +30,11 @@ def audit(timelines: Timelines, split: Split) -> dict[str, float]:
     _check_duplicates(timelines)
     _check_leaks(timelines, split)
     lengths = timelines.lengths
-    trained = np.zeros(timelines.schema.num_items + 1, bool)
-    trained[timelines.item[timelines.positions < split.train_stop[timelines.users]]] = True
+    trained = train_counts(timelines, split) > 0
+    events = event_counts(timelines)
     users, positions = split.targets["test"]
-    test_items = timelines.item[timelines.offsets[users] + positions]
+    targets = timelines.offsets[users] + positions
+    test_items = timelines.item[targets]
     long = lengths[lengths >= 52]
     catalogue = timelines.catalogue
     untitled = np.array([title == key for title, key in zip(catalogue.titles, catalogue.keys, strict=True)])
@@ -38,10 +43,10 @@ def audit(timelines: Timelines, split: Split) -> dict[str, float]:
         **timelines.facts,
         "users": len(timelines),
         "items": timelines.schema.num_items,
-        "items_of_dropped_users": timelines.schema.num_items - len(np.unique(timelines.item)),
+        "items_of_dropped_users": timelines.schema.num_items - int((events > 0).sum()),
         "events": len(timelines.item),
         "untitled_items": int(untitled.sum()),
-        "untitled_events": int(untitled[timelines.item].sum()),
+        "untitled_events": int(events[untitled].sum()),
         "train_events": int(split.train_stop.sum()),
         "validation_users": len(split.targets["validation"][0]),
         "test_users": len(users),
@@ -53,17 +58,21 @@ def audit(timelines: Timelines, split: Split) -> dict[str, float]:
         "windows_52": int((long - 52).sum()),
     }
     if "timestamp" in timelines.columns:
-        tied = _tied(timelines)
         pairs = max(len(timelines.item) - len(timelines), 1)
-        facts["tie_share"] = float(tied.sum() / pairs)
-        facts["tied_at_test_share"] = float(np.mean(tied[timelines.offsets[users] + positions])) if len(users) else 0.0
+        facts["tie_share"] = sum(int(_tied(timelines, chunk).sum()) for chunk in timelines.chunks()) / pairs
+        tied = (timelines.order[targets] == timelines.order[np.maximum(targets - 1, 0)]) & (positions > 0)
+        facts["tied_at_test_share"] = float(np.mean(tied)) if len(users) else 0.0
     return facts
 
 
-def _tied(timelines: Timelines) -> np.ndarray:
-    """Say of each event whether it shares its second with the one before it in its timeline."""
-    same = np.diff(timelines.columns["timestamp"], prepend=-1) == 0
-    return same & (timelines.positions > 0)
+def _tied(timelines: Timelines, chunk: Chunk) -> np.ndarray:
+    """Say of each event of a chunk whether it shares its time with the one before it in its timeline."""
+    return _after(timelines.order[chunk.events], chunk) == 0
+
+
+def _after(times: np.ndarray, chunk: Chunk) -> np.ndarray:
+    """Return the time from the event before it in its timeline to each event of a chunk; 1 for a first event."""
+    return np.where(chunk.positions == 0, 1, np.diff(times, prepend=0))
 
 
 def _check_ids(timelines: Timelines) -> None:
@@ -72,52 +81,84 @@ def _check_ids(timelines: Timelines) -> None:
     if len(empty) or not len(timelines):
         whose = f"user {timelines.user_keys[empty[0]]}" if len(empty) else "every user"
         raise ValueError(f"{timelines.name}: the timeline of {whose} is empty; leave users without events out.")
-    item, num_items = timelines.item, timelines.schema.num_items
-    _refuse_id(timelines, "item", np.logical_or(item < 1, item > num_items), num_items)  # first, as bags are looked up by item
-    for feature in timelines.schema:
-        ids = timelines.features[:, timelines.schema.columns(feature.name)]
-        lowest = 0 if feature.kind in ("multi", "text") else 1
-        wrong = np.any((ids < lowest) | (ids >= feature.size), axis=1)
-        _refuse_id(timelines, feature.name, np.asarray(wrong), feature.size - 1)
+    for feature in timelines.schema:  # the item first, as bags are looked up by it
+        first, count = _first(timelines, functools.partial(_wrong_ids, timelines, feature))
+        if first:
+            raise ValueError(
+                f"{timelines.name}: {_place(timelines, first)} has an id of {feature.name} outside 1..{feature.size - 1} ({count} such "
+                "events); number ids from 1."
+            )
 
 
-def _refuse_id(timelines: Timelines, name: str, wrong: np.ndarray, highest: int) -> None:
-    if wrong.any():
-        row = int(np.flatnonzero(wrong)[0])
-        raise ValueError(
-            f"{timelines.name}: event {timelines.positions[row]} of user {timelines.user_keys[timelines.users[row]]} has an id of "
-            f"{name} outside 1..{highest} ({int(wrong.sum())} such events); number ids from 1."
+def _wrong_ids(timelines: Timelines, feature: Feature, chunk: Chunk) -> np.ndarray:
+    """Say which events of a chunk have an id that the feature's vocabulary does not hold; only bags may hold PAD."""
+    highest = feature.size - 1
+    if feature.kind == "item":
+        return _outside(timelines.item[chunk.events], 1, highest)
+    if feature.kind == "multi":
+        return np.asarray(
+            _outside(timelines.catalogue.multi[feature.name][timelines.item[chunk.events]], 0, highest).any(axis=1)
         )
+    if feature.kind in ("time", "text"):
+        return np.zeros(len(chunk.users), bool)  # whatever they are, their ids are computed and within bounds
+    return _outside(timelines.columns[feature.name][chunk.events], 1, highest)
+
+
+def _outside(ids: np.ndarray, lowest: int, highest: int) -> np.ndarray:
+    return (ids < lowest) | (ids > highest)
+
+
+def _first(timelines: Timelines, wrong: Callable[[Chunk], np.ndarray]) -> tuple[tuple[int, int] | None, int]:
+    """Return the user and position of the first event that is wrong, and how many are."""
+    first, count = None, 0
+    for chunk in timelines.chunks():
+        rows = np.flatnonzero(wrong(chunk))
+        count += len(rows)
+        if first is None and len(rows):
+            first = int(chunk.users[rows[0]]), int(chunk.positions[rows[0]])
+    return first, count
+
+
+def _place(timelines: Timelines, event: tuple[int, int]) -> str:
+    user, position = event
+    return f"event {position} of user {timelines.user_keys[user]}"
 
 
 def _check_order(timelines: Timelines) -> None:
-    if "timestamp" not in timelines.columns:
+    if not timelines.ordered:
         return
-    late = (np.diff(timelines.columns["timestamp"], prepend=0) < 0) & (timelines.positions > 0)
-    if late.any():
-        row = int(np.flatnonzero(late)[0])
+    late, _ = _first(timelines, lambda chunk: _after(timelines.order[chunk.events], chunk) < 0)
+    if late:
         raise ValueError(
-            f"{timelines.name}: event {timelines.positions[row]} of user {timelines.user_keys[timelines.users[row]]} is older than "
-            "the event before it; sort timelines by time."
+            f"{timelines.name}: {_place(timelines, late)} is older than the event before it; sort timelines by time."
         )
 
 
 def _check_duplicates(timelines: Timelines) -> None:
-    """Refuse the same item twice in the same second (or, without times, twice in a row)."""
-    time = timelines.columns.get("timestamp", np.zeros(len(timelines.item), np.int64))
-    if "timestamp" not in timelines.columns:
-        again = (np.diff(timelines.item, prepend=0) == 0) & (timelines.positions > 0)
-        row = np.flatnonzero(again)
-    else:
-        order = np.lexsort((timelines.item, time, timelines.users))
-        keys = np.stack([timelines.users[order], time[order], timelines.item[order]])
-        row = order[1:][(np.diff(keys) == 0).all(axis=0)]
-    if len(row):
-        item = timelines.catalogue.titles[timelines.item[row[0]]]
-        user = timelines.user_keys[timelines.users[row[0]]]
+    """Refuse the same item twice at the same time or order (or, where there is neither, twice in a row)."""
+    again, count = _first(timelines, lambda chunk: _repeats(timelines, chunk))
+    if again:
+        user, position = again
+        item = timelines.catalogue.titles[int(timelines.items(user, position, position + 1)[0])]
         raise ValueError(
-            f"{timelines.name}: user {user} has the event {item!r} twice ({len(row)} such events); drop duplicates."
+            f"{timelines.name}: user {timelines.user_keys[user]} has the event {item!r} twice ({count} such events); drop duplicates."
         )
+
+
+def _repeats(timelines: Timelines, chunk: Chunk) -> np.ndarray:
+    """Say which events of a chunk are there once more, before."""
+    item = timelines.item[chunk.events]
+    if not timelines.ordered:
+        return (np.diff(item, prepend=0) == 0) & (chunk.positions > 0)
+    tied = _tied(timelines, chunk)
+    rows = np.flatnonzero(tied | np.append(tied[1:], False))  # what shares its time with no other is no duplicate
+    time, users = timelines.order[chunk.events][rows], chunk.users[rows]
+    order = np.lexsort((item[rows], time, users))
+    keys = [key[order] for key in (users, time, item[rows])]
+    same = np.logical_and.reduce([key[1:] == key[:-1] for key in keys])
+    repeats = np.zeros(len(item), bool)
+    repeats[rows[order[1:][same]]] = True
+    return repeats
 
 
 def _check_leaks(timelines: Timelines, split: Split) -> None:
@@ -133,23 +174,25 @@ def _check_leaks(timelines: Timelines, split: Split) -> None:
             raise ValueError(f"{timelines.name}: a {part} target lies outside its timeline.")
     both = np.intersect1d(*(timelines.offsets[users] + positions for users, positions in split.targets.values()))
     if len(both):
-        user = timelines.user_keys[timelines.users[both[0]]]
-        raise ValueError(f"{timelines.name}: a target of user {user} is in validation and test ({len(both)} such events).")
+        whose = timelines.user_keys[int(timelines.users_of(both[0]))]
+        raise ValueError(f"{timelines.name}: a target of user {whose} is in validation and test ({len(both)} such events).")
     if split.name == "global_time":
         _check_cut(timelines, split)
 
 
 def _check_cut(timelines: Timelines, split: Split) -> None:
     """Refuse training events of whatever user from the time of the targets."""
-    time = timelines.columns["timestamp"]
+    time = timelines.order
     first = min(
         (time[timelines.offsets[users] + positions].min() for users, positions in split.targets.values() if len(users)),
         default=None,
     )
-    late = (timelines.positions < split.train_stop[timelines.users]) & (first is not None and time >= first)
-    if late.any():
-        user = timelines.user_keys[timelines.users[np.flatnonzero(late)[0]]]
+    if first is None:
+        return
+    trains = lambda chunk: chunk.positions < split.train_stop[chunk.users]  # noqa: E731
+    late, count = _first(timelines, lambda chunk: trains(chunk) & (time[chunk.events] >= first))
+    if late:
         raise ValueError(
-            f"{timelines.name}: user {user} has training events that are not older than all targets ({int(late.sum())} such events); "
-            "cut all timelines at one time."
+            f"{timelines.name}: user {timelines.user_keys[late[0]]} has training events that are not older than all targets ({count} "
+            "such events); cut all timelines at one time."
         )

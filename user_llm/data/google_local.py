@@ -15,6 +15,7 @@ from user_llm.data.values import identifier, names_of, text_of, whole
 
 REVIEWS = ("review-{}_10.json", "review-{}.json")
 PLACES = ("meta-{}.json",)
+STATES_IN_NAME = 8  # more are counted, for folders are named by them
 
 
 def find(directory: epath.PathLike, states: Sequence[str], *, bad_rows: str = "refuse") -> Raw:
@@ -37,9 +38,8 @@ def find(directory: epath.PathLike, states: Sequence[str], *, bad_rows: str = "r
             if not files:
                 raise ValueError(f"{folder} has no {patterns[0].format(state)}.gz: download it, or leave {state} out.")
             found.append(files[0])
-    return of_lines(
-        f"google-local-{'-'.join(states)}", (reviews, _review), (places, _place), texts=("review",), bad_rows=bad_rows
-    )
+    names = "-".join(states) if len(states) <= STATES_IN_NAME else f"{len(states)}-states"
+    return of_lines(f"google-local-{names}", (reviews, _review), (places, _place), texts=("review",), bad_rows=bad_rows)
 
 
 def _review(line: dict[str, Any]) -> tuple:

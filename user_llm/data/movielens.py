@@ -1,5 +1,8 @@
 """MovieLens by directory, zip or name of a release to download (Harper and Konstan 2015)."""
 
+import os
+from pathlib import Path
+
 from etils import epath
 
 from user_llm.data import movielens_raw
@@ -38,5 +41,5 @@ def find(source: epath.PathLike, directory: epath.PathLike, *, base_url: str = B
     elif not path.is_dir() and not (path.suffix == ".zip" and path.exists()):
         raise ValueError(f"No MovieLens at {str(source)!r}: name a directory, a zip, or one of {', '.join(CHECKSUMS)}.")
     folder = path if path.is_dir() else unzip(path, directory / "unzipped", movielens_raw.ALL_FILES)
-    name = str(source) if str(source) in CHECKSUMS else path.absolute().stem
+    name = str(source) if str(source) in CHECKSUMS else Path(os.path.abspath(path)).stem
     return movielens_raw.open_release(folder, name=name, bad_rows=bad_rows)

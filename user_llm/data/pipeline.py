@@ -8,6 +8,7 @@ Each stream reads every n-th window; `data/streams.py` puts batches together fro
 
 import dataclasses
 import itertools
+import math
 import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -24,6 +25,7 @@ Batch = dict[str, Any]
 
 # Rows filled side by side, in batches: the more, the fuller each gets, and the later the first. Short windows need but one.
 MAX_PACKING_BATCHES = 8
+BUCKET = 50  # events; histories to evaluate are padded to a multiple of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,18 +51,18 @@ class Windows(grain.MapDataset):
         super().__init__()
         inputs = np.maximum(stops - 1, 0)
         slots = np.where(inputs <= length, np.minimum(inputs, 1), -(-inputs // length) + 1)
-        self._users = np.repeat(np.arange(len(stops)), slots)
-        self._cells = np.arange(len(self._users)) - np.repeat(np.cumsum(slots) - slots, slots)
+        self._starts = np.concatenate([[0], np.cumsum(slots)])  # user u has slots [starts[u], starts[u + 1])
         self._inputs, self._length, self._seed = inputs, length, seed
 
     def __len__(self) -> int:
-        return len(self._users)
+        return int(self._starts[-1])
 
     def __getitem__(self, index):
         if isinstance(index, slice):
             return self.slice(index)
         epoch, slot = divmod(int(index), len(self))
-        user, cell = int(self._users[slot]), int(self._cells[slot])
+        user = int(self._starts.searchsorted(slot, "right")) - 1
+        cell = slot - int(self._starts[user])
         inputs, length = int(self._inputs[user]), self._length
         if inputs <= length:
             return Window(user, 0, inputs, epoch, slot)
@@ -93,11 +95,17 @@ def packed_windows(
         raise ValueError(f"Rows of {row_length} events cannot hold windows of {window}: raise row_length to at least that.")
 
     def cut(w: Window) -> Batch:
-        events = timelines.events(w.user, w.start, w.stop + 1)
-        return {"events": events[:-1], "next": events[1:]}
+        first = int(timelines.offsets[w.user])
+        return {"events": np.arange(first + w.start, first + w.stop)}
+
+    def features(batch: Batch) -> Batch:  # of a whole batch at once, which costs less than of each window
+        real = batch["segments"] > 0
+        events = {"events": np.where(real, batch["events"], -1), "next": np.where(real, batch["events"] + 1, -1)}
+        return batch | {name: timelines.features(numbers) for name, numbers in events.items()}
 
     windows = _stream(Windows(stops, window, seed), seed, stream).map(cut)
-    return _pack(windows, "events", rows, row_length, float(np.minimum(stops - 1, window).mean()), seed)
+    typical = float(np.minimum(stops - 1, window).mean())
+    return _pack(windows, ("events",), rows, row_length, typical, seed).map(features)
 
 
 def packed_text(
@@ -118,27 +126,27 @@ def packed_text(
         return {"tokens": line[:-1], "next": line[1:]}
 
     typical = float(np.mean([len(line) for line in lines]))
-    return _pack(_stream(grain.MapDataset.source(lines), seed, stream).map(cut), "tokens", rows, row_length, typical, seed)
+    return _pack(
+        _stream(grain.MapDataset.source(lines), seed, stream).map(cut), ("tokens", "next"), rows, row_length, typical, seed
+    )
 
 
-def _pack(dataset: grain.IterDataset, name: str, rows: int, row_length: int, typical: float, seed: int) -> grain.IterDataset:
-    """Pack elements {name, next} of some `typical` length several to a row.
+def _pack(
+    dataset: grain.IterDataset, names: tuple[str, ...], rows: int, row_length: int, typical: float, seed: int
+) -> grain.IterDataset:
+    """Pack elements, arrays of these names of some `typical` length, several to a row.
 
-    Adds `segments` (0 = padding) and `positions` within the segment.
+    Adds int32 `segments` (0 = padding) and `positions` within the segment, of the first name.
     """
+    first = names[0]
 
     def tidy(batch: Batch) -> Batch:
-        renamed = {
-            name: batch[name],
-            "next": batch["next"],
-            "segments": batch[f"{name}_segment_ids"],
-            "positions": batch[f"{name}_positions"],
-        }
-        return {key: array.astype(np.int32) for key, array in renamed.items()}
+        added = {"segments": batch[f"{first}_segment_ids"], "positions": batch[f"{first}_positions"]}
+        return {name: batch[name] for name in names} | {name: array.astype(np.int32) for name, array in added.items()}
 
     batches = int(np.clip(np.ceil(16 * typical / row_length), 1, MAX_PACKING_BATCHES))
     packed = grain.experimental.FirstFitPackIterDataset(
-        dataset, length_struct={name: row_length, "next": row_length}, num_packing_bins=batches * rows, seed=seed
+        dataset, length_struct=dict.fromkeys(names, row_length), num_packing_bins=batches * rows, seed=seed
     )
     return packed.batch(rows, drop_remainder=True).map(tidy)
 
@@ -157,7 +165,7 @@ class HistoryBatch:
     Attributes:
       users, targets: the user and the target's item id of each row.
       events: [B, E, A] right-padded; lengths: number of real events in each row.
-      seen: item ids of the *whole* history, however much of it `events` holds, 0-padded.
+      seen: the different item ids of the *whole* history, however much of it `events` holds, 0-padded.
     """
 
     users: Int[np.ndarray, "B"]
@@ -176,7 +184,7 @@ def history_batches(
     *,
     max_events: int,
     batch_size: int,
-    bucket: int = 50,
+    bucket: int = BUCKET,
 ) -> Iterator[tuple[np.ndarray, HistoryBatch]]:
     """Yield (indices into `users`, batch) with users of like length together, padded to a multiple of `bucket` events.
 
@@ -188,18 +196,17 @@ def history_batches(
         indices = order[begin : begin + batch_size]
         rows = np.pad(indices, (0, batch_size - len(indices)), mode="edge")
         padded = int(-(-max(lengths[rows].max(), 1) // bucket) * bucket)
-        seen_width = int(2 ** np.ceil(np.log2(max(positions[rows].max(), 1))))
-        width = timelines.events(0, 0, 0).shape[1]
-        events = np.zeros((batch_size, padded, width), np.int32)
-        seen = np.zeros((batch_size, seen_width), np.int32)
-        targets = np.zeros(batch_size, np.int32)
-        for i, row in enumerate(rows):
-            user, position, length = int(users[row]), int(positions[row]), int(lengths[row])
-            events[i, :length] = timelines.events(user, position - length, position)
-            first = timelines.offsets[user]
-            seen[i, :position] = timelines.item[first : first + position]
-            targets[i] = timelines.item[first + position]
-        yield indices, HistoryBatch(users[rows], targets, events, lengths[rows], seen, positions[rows], len(indices))
+        goal = timelines.offsets[users[rows]] + positions[rows]
+        place = np.arange(padded)
+        history = np.where(place < lengths[rows, None], (goal - lengths[rows])[:, None] + place, -1)
+        pairs = zip(users[rows].tolist(), positions[rows].tolist(), strict=True)
+        items = [np.unique(timelines.items(user, 0, position)) for user, position in pairs]
+        seen = pad_rows(items, 2 ** math.ceil(math.log2(max(1, *(len(row) for row in items)))))
+        targets = timelines.item[goal].astype(np.int32)
+        yield (
+            indices,
+            HistoryBatch(users[rows], targets, timelines.features(history), lengths[rows], seen, positions[rows], len(indices)),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,27 +274,29 @@ def contextual_examples(
         found = sorted(itertools.islice((pair for pair in asked if pair[1] is not None), ends), key=operator.itemgetter(0))
         if not found:
             return None
-        events = timelines.events(w.user, w.start, w.stop)
-        padded = np.zeros((config.max_events, events.shape[1]), np.int32)
-        padded[:count] = events
-        text = _text_arrays([row for _, row in found if row is not None], prompts, config.answers)
-        short = ends - len(found)
-        return {
-            "events": padded,
-            "lengths": np.array(count, np.int32),
-            "text_weight": weight,
-            **{name: np.pad(a, [(0, short)] + [(0, 0)] * (a.ndim - 1)) for name, a in text.items()},
-            "prefix": np.pad(np.array([end for end, _ in found], np.int32), (0, short)),
-        }
+        first = int(timelines.offsets[w.user]) + w.start
+        events = np.full(config.max_events, -1)
+        events[:count] = np.arange(first, first + count)
+        prefix = np.zeros(ends, np.int32)
+        prefix[: len(found)] = [end for end, _ in found]
+        text = _text_arrays([row for _, row in found if row is not None], prompts, config.answers, ends)
+        return {"events": events, "lengths": np.array(count, np.int32), "prefix": prefix, "text_weight": weight, **text}
+
+    def features(batch: Batch) -> Batch:
+        return batch | ({"events": timelines.features(batch["events"])} if config.max_events else {})
 
     windows = _stream(Windows(stops, config.window, seed), seed, stream)
-    return windows.map(cut).filter(lambda example: example is not None).batch(batch_size, drop_remainder=True)
+    examples = windows.map(cut).filter(lambda example: example is not None)
+    return examples.batch(batch_size, drop_remainder=True).map(features)
 
 
-def _text_arrays(rows: list[TextRow], prompts: Prompts, answers: int) -> Batch:
-    found = {
-        "text": pad_rows([row.ids for row in rows], prompts.max_tokens),
-        "text_lengths": np.array([len(row.ids) for row in rows], np.int32),
-        "answers": pad_rows([row.answers for row in rows], answers),
+def _text_arrays(rows: list[TextRow], prompts: Prompts, answers: int, count: int = 1) -> Batch:
+    """Return the rows, at most `count`, as arrays of `count` rows."""
+    lengths = np.zeros(count, np.int32)
+    lengths[: len(rows)] = [len(row.ids) for row in rows]
+    arrays = {
+        "text": pad_rows([row.ids for row in rows], prompts.max_tokens, count),
+        "text_lengths": lengths,
+        "answers": pad_rows([row.answers for row in rows], answers, count),
     }
-    return found | ({"items": pad_rows([row.items for row in rows], answers)} if prompts.ranks else {})
+    return arrays | ({"items": pad_rows([row.items for row in rows], answers, count)} if prompts.ranks else {})

@@ -24,19 +24,17 @@ import pyarrow.compute as pc
 import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
-from jaxtyping import Int
 
-from user_llm.common.files import lock
+from user_llm.common.files import MANIFEST, check_manifest, lock, write_manifest
+from user_llm.common.hashes import content_hashes
 from user_llm.data import numbering
+from user_llm.data.loading import ESCAPE, SEPARATOR, open_timelines
 from user_llm.data.opening import check_regular
 from user_llm.data.raw import ROWS, Raw
-from user_llm.data.schema import Feature, Schema
-from user_llm.data.timelines import GAP_BUCKETS, Catalogue, Timelines, order_events
+from user_llm.data.timelines import Timelines
 from user_llm.data.titles import one_line, readable, unique_titles
 
-RECORDS = 16  # read at a time
 SHARD = 20  # pieces of a file; tfds holds one file's records in memory until it is written
-SEPARATOR, ESCAPE = "\x1e", "\x1d"  # of the texts of a record, and what stands before 0 and 1 where a text holds one of the two
 SCRATCH = "scratch-"
 
 
@@ -111,17 +109,10 @@ class Events(tfds.core.ShardBasedBuilder):
 
 
 def _joined(texts: pa.ChunkedArray) -> str:
-    """Return many texts as one, from which `_apart` has them again whatever they hold."""
+    """Return many texts as one, from which `loading.apart` has them again whatever they hold."""
     escaped = pc.replace_substring(pc.replace_substring(texts, ESCAPE, f"{ESCAPE}0"), SEPARATOR, f"{ESCAPE}1").combine_chunks()
     one = pa.ListArray.from_arrays(pa.array([0, len(escaped)], pa.int32()), escaped)
     return pc.binary_join(one, SEPARATOR)[0].as_py()
-
-
-def _apart(joined: str) -> list[str]:
-    texts = joined.split(SEPARATOR)
-    if ESCAPE not in joined:
-        return texts
-    return [text.replace(f"{ESCAPE}1", SEPARATOR).replace(f"{ESCAPE}0", ESCAPE) for text in texts]
 
 
 def _shards(records: Iterator[tuple[int, dict]], events: int) -> list[Callable[[], Iterator[tuple[int, dict]]]]:
@@ -174,15 +165,23 @@ def prepare(raw: Raw, prepared_dir: epath.PathLike) -> Events:
     Of several processes one prepares and the others wait.
 
     Raises:
-      ValueError: a bad row, named by file and line.
+      ValueError: a bad row, named by file and line; or a prepared file that is damaged or missing.
     """
     folder = Path(prepared_dir) / fingerprint(raw.files, raw.settings)
+    home = folder / "events" / raw.name / str(Events.VERSION)  # as tfds names it
     with lock(folder):
         for left in (*folder.glob(f"{SCRATCH}*"), *folder.rglob(f"{tfds.core.constants.INCOMPLETE_PREFIX}*_*")):
             logging.warning("Removing %s, left by a preparation that was killed.", left)
             shutil.rmtree(left)
+        if (home / MANIFEST).exists():
+            try:
+                check_manifest(home)
+            except ValueError as error:
+                raise ValueError(f"{error} Delete {folder} and run the same command: the dataset is prepared again.") from error
         builder = Events(config=EventsConfig(name=raw.name, raw=raw), data_dir=str(folder), file_format="array_record")
         builder.download_and_prepare()
+        if not (home / MANIFEST).exists():
+            write_manifest(home)
     return builder
 
 
@@ -190,7 +189,7 @@ def load(
     raw: Raw, prepared_dir: epath.PathLike, *, ties: str = "hashed", seed: int = 0, min_events: int = 3, word_ids: int = 4096,
     words: int = 8,
 ) -> Timelines:  # fmt: skip
-    """Prepare a dataset once and load its timelines.
+    """Prepare a dataset once and open its timelines, which are mapped from files (`loading.py`).
 
     Args:
       prepared_dir: where the prepared dataset is kept, apart for each state of the raw files.
@@ -199,90 +198,22 @@ def load(
       word_ids, words: the size of a text feature's vocabulary, and how many of its words count.
 
     Raises:
-      ValueError: a bad row, named by file and line, or no user that is long enough.
+      ValueError: a bad row, named by file and line, an unknown order of ties, or no user that is long enough.
     """
     builder = prepare(raw, prepared_dir)
-    source = builder.as_data_source(split="train")
-    # Several at a time: one read for each costs more than all decoding.
-    chunks = (range(first, min(first + RECORDS, len(source))) for first in range(0, len(source), RECORDS))
-    records = [_long(record, raw, min_events) for chunk in chunks for record in source.__getitems__(chunk)]
-    columns = {name: np.concatenate([record[name] for record in records]) for name in records[0]}
-    keys, lengths = columns.pop("user").tolist(), columns.pop("events")
-    if not keys:
-        raise ValueError(f"No user in {raw.files[0].parent} has {min_events} events: lower min_events.")
-    user = np.repeat(np.array([_number(key) for key in keys], np.uint64), lengths)
-    # By number first, so that ids that hash alike stay apart.
-    order = order_events(np.repeat(np.arange(len(keys)), lengths), user, columns["item"], columns["time"], ties=ties, seed=seed)
-    columns = {name: column[order] for name, column in columns.items()}
-    catalogue = _catalogue(builder.info.metadata)
-    called = raw.called
-    schema = Schema(
-        (
-            Feature("item", "item", len(catalogue.titles)),
-            *(
-                Feature(called[own], "ordinal", raw.ordinals[name] + 1)
-                for own, name in raw.stored.items()
-                if own.startswith("level")
-            ),
-            *(Feature(name, "multi", max(len(catalogue.vocab[name]), 2), catalogue.multi[name].shape[1]) for name in raw.bags),
-            *(Feature(called[own], "text", word_ids, words) for own in raw.stored if own.startswith("text")),
-            *((Feature("gap", "time", GAP_BUCKETS),) if raw.timed else ()),
-        )
-    )
-    item, seconds = columns.pop("item"), columns.pop("time") / builder.info.metadata["ticks_per_second"]
-    columns = {called[own]: column for own, column in columns.items()}
-    return Timelines(
-        name=raw.name,
-        user_keys=keys,
-        offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        item=item,
-        columns=columns | ({"timestamp": seconds} if raw.timed else {}),
-        schema=schema,
-        catalogue=catalogue,
-        facts=dict(builder.info.metadata["audit"]),
-    )
-
-
-def _long(record: dict, raw: Raw, min_events: int) -> dict[str, np.ndarray]:
-    """Return what a record holds of users with at least `min_events` events."""
-    # No Python object for each string.
-    for name in ("user", *(own for own in raw.stored if own.startswith("text"))):
-        record[name] = np.array(_apart(record[name].decode()), np.dtypes.StringDType())
-    long = record["events"] >= min_events
-    events = np.repeat(long, record["events"])
-    return {name: column[long if name in ("user", "events") else events] for name, column in record.items()}
-
-
-def _number(key: str) -> int:
-    """Return a user's number for the hash that breaks ties: its own if it is one."""
-    if key.isdecimal() and len(key) < 19:
-        return int(key)
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
+    return open_timelines(builder, raw, ties=ties, seed=seed, min_events=min_events, word_count=word_ids, words=words)
 
 
 def fingerprint(files: Iterable[epath.Path], settings: str = "") -> str:
-    """Identify files by name and content (sizes and times, in whole seconds here, miss a quick edit), and settings of their reader.
+    """Identify files by name and content, and settings of their reader.
 
     Raises:
       ValueError: what is no regular file.
     """
+    paths = list(files)
     digest = hashlib.sha256(settings.encode())
-    for path in files:
+    for path in paths:
         check_regular(path)
-        with path.open("rb") as file:
-            digest.update(path.name.encode(errors="surrogateescape") + hashlib.file_digest(file, "sha256").digest())
+    for path, content in zip(paths, content_hashes(paths), strict=True):
+        digest.update(path.name.encode(errors="surrogateescape") + bytes.fromhex(content))
     return digest.hexdigest()[:12]
-
-
-def _catalogue(metadata: dict) -> Catalogue:
-    multi: dict[str, Int[np.ndarray, "V W"]] = {}
-    for name, found in metadata["bags"].items():
-        multi[name] = np.zeros((len(found) + 1, max(max(map(len, found), default=1), 1)), np.int32)
-        for item, bag in enumerate(found, 1):
-            multi[name][item, : len(bag)] = bag
-    return Catalogue(
-        titles=["", *metadata["titles"]],
-        keys=["", *metadata["keys"]],
-        multi=multi,
-        vocab={name: ["", *values] for name, values in metadata["vocab"].items()},
-    )

@@ -14,6 +14,7 @@ import pyarrow as pa
 from absl import logging
 from etils import epath
 
+from user_llm.common.workdir import path_part
 from user_llm.data.opening import line_chunks
 from user_llm.data.values import json_object
 
@@ -82,6 +83,9 @@ class Raw:
       unit: what `time` counts, one of `times.UNITS` or `times.COMPACT`; empty for one that is decided from all times.
       bad_rows: what becomes of rows that cannot be read.
       settings: what else tells one prepared dataset from another.
+
+    Raises:
+      ValueError: a name that is no part of a path, where prepared data and results are kept.
     """
 
     name: str
@@ -103,11 +107,8 @@ class Raw:
         levels = {f"level_{n}": name for n, name in enumerate(self.ordinals)}
         return levels | {f"text_{n}": name for n, name in enumerate(self.texts)}
 
-    @property
-    def called(self) -> dict[str, str]:
-        """What the timelines call the columns of `stored`: as the publisher does, but `column gap` where the program has a `gap`."""
-        taken = {"item", "gap", "timestamp", *self.bags}
-        return {own: f"column {name}" if name in taken else name for own, name in self.stored.items()}
+    def __post_init__(self) -> None:
+        path_part(self.name, "The dataset's name")
 
     @property
     def event_schema(self) -> pa.Schema:

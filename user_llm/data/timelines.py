@@ -1,21 +1,25 @@
 """Timelines: every user's events in order, held as columns.
 
-All users' events lie one after another in flat arrays; `offsets` says where each user starts. Everything downstream (splits,
-audits, windows, baselines) is arithmetic on these arrays.
+All users' events lie one after another in flat columns, which may be files mapped into memory (`mapped.py`); `offsets` says where
+each user starts. Everything downstream (splits, audits, windows, baselines) is arithmetic on stretches of these columns, so that no
+process holds all events.
 """
 
 import dataclasses
 import functools
 import re
 import zlib
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Int, UInt64
 
+from user_llm.data.mapped import Column
 from user_llm.data.schema import Schema
 
 WORD = re.compile(r"\w+")
 GAP_BUCKETS = 28  # ids 1..27; the last holds gaps of 2^25 s (388 days) and more
+CHUNK = 1 << 18  # events that are worked on at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +40,45 @@ class Catalogue:
 
 
 @dataclasses.dataclass(frozen=True)
+class Chunk:
+    """The events of a few neighbouring users.
+
+    Attributes:
+      first, last: users [first, last).
+      offsets: of these users, and the end of the last one.
+    """
+
+    first: int
+    last: int
+    offsets: Int[np.ndarray, "u+1"]
+
+    @property
+    def events(self) -> slice:
+        """The numbers of the events among those of all users."""
+        return slice(int(self.offsets[0]), int(self.offsets[-1]))
+
+    @functools.cached_property
+    def users(self) -> Int[np.ndarray, "n"]:
+        """The user of each event."""
+        return np.repeat(np.arange(self.first, self.last), np.diff(self.offsets))
+
+    @functools.cached_property
+    def positions(self) -> Int[np.ndarray, "n"]:
+        """The place of each event in its timeline, from 0."""
+        return np.arange(self.offsets[0], self.offsets[-1]) - np.repeat(self.offsets[:-1], np.diff(self.offsets))
+
+
+def chunks(offsets: Int[np.ndarray, "U+1"], size: int | None = None) -> Iterator[Chunk]:
+    """Yield all users in order, as many at a time as have `size` events together (CHUNK if not given), but at least one."""
+    first, users = 0, len(offsets) - 1
+    while first < users:
+        fitting = int(np.searchsorted(offsets, offsets[first] + (size or CHUNK), "right")) - 1
+        last = max(fitting, first + 1)
+        yield Chunk(first, last, np.asarray(offsets[first : last + 1]))
+        first = last
+
+
+@dataclasses.dataclass(frozen=True)
 class Timelines:
     """All users' events in order.
 
@@ -45,62 +88,90 @@ class Timelines:
       item: item ids of all events.
       columns: further event-side columns, such as `rating` ids and `timestamp` in seconds.
       facts: counts of what reading found, for the audit.
+      ticks: what the events of a user are ordered by, exactly: times in ticks, or orders. If it is None, `timestamp` counts.
+      ticks_per_second: the resolution of `ticks` where they are times.
+      words: ids of the words of text columns, where they are stored; those of other columns are computed when asked for.
     """
 
     name: str
-    user_keys: list[str]
+    user_keys: Sequence[str]
     offsets: Int[np.ndarray, "U+1"]
-    item: Int[np.ndarray, "N"]
-    columns: dict[str, np.ndarray]
+    item: Int[np.ndarray, "N"] | Column
+    columns: dict[str, np.ndarray | Column]
     schema: Schema
     catalogue: Catalogue
     facts: dict[str, int] = dataclasses.field(default_factory=dict)
+    ticks: Int[np.ndarray, "N"] | Column | None = None
+    ticks_per_second: int = 1
+    words: dict[str, Column] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.user_keys)
 
-    @property
+    @functools.cached_property
     def lengths(self) -> Int[np.ndarray, "U"]:
         """Number of events of each user."""
         return np.diff(self.offsets)
 
-    @functools.cached_property
-    def users(self) -> Int[np.ndarray, "N"]:
-        """The user of each event."""
-        return np.repeat(np.arange(len(self)), self.lengths)
+    @property
+    def ordered(self) -> bool:
+        """Whether there is an `order`, and not the places of events alone."""
+        return self.ticks is not None or "timestamp" in self.columns
 
-    @functools.cached_property
-    def positions(self) -> Int[np.ndarray, "N"]:
-        """The place of each event in its timeline, from 0."""
-        return np.arange(len(self.item)) - np.repeat(self.offsets[:-1], self.lengths)
+    @property
+    def order(self) -> Int[np.ndarray, "N"] | Column:
+        """What the events of a user are ordered by, exactly."""
+        return self.columns["timestamp"] if self.ticks is None else self.ticks
 
-    @functools.cached_property
-    def features(self) -> Int[np.ndarray, "N A"]:
-        """The schema's features of all events, one after another in columns."""
-        parts = []
+    def chunks(self) -> Iterator[Chunk]:
+        """Yield the events of all users, a bounded number at a time."""
+        return chunks(self.offsets)
+
+    def users_of(self, events: Int[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
+        """Return the users of events, given by their numbers among those of all users."""
+        return np.searchsorted(self.offsets, events, "right") - 1
+
+    def features(self, events: Int[np.ndarray, "..."]) -> Int[np.ndarray, "... A"]:
+        """Return the schema's features of events, given by their numbers among those of all users; PAD where a number is negative."""
+        real = events >= 0
+        numbers = events[real]
+        item = self.item[numbers]
+        table = np.empty((len(numbers), self.schema.width), np.int32)
+        start = 0
         for feature in self.schema:
+            part = table[:, start : start + feature.width]
+            start += feature.width
             if feature.kind == "item":
-                part = self.item
+                part[:, 0] = item
             elif feature.kind == "multi":
-                part = self.catalogue.multi[feature.name][self.item]
+                part[:] = self.catalogue.multi[feature.name][item]
             elif feature.kind == "time":
-                gap = np.diff(self.columns["timestamp"], prepend=0)
-                part = time_gap_bucket(np.where(self.positions == 0, 0, gap))
+                part[:, 0] = time_gap_bucket(self._gaps(numbers))
             elif feature.kind == "text":
-                part = word_ids(self.columns[feature.name], feature.size, feature.width)
+                part[:] = self._words(feature.name, feature.size, feature.width, numbers)
             else:
-                part = self.columns[feature.name]
-            parts.append(part.reshape(len(self.item), feature.width))
-        return np.concatenate(parts, axis=1).astype(np.int32)
+                part[:, 0] = self.columns[feature.name][numbers]
+        features = np.zeros((*events.shape, self.schema.width), np.int32)
+        features[real] = table
+        return features
+
+    def _gaps(self, events: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
+        """Return the whole seconds since the user's event before; 0 for a user's first event."""
+        starts = self.offsets[self.users_of(events)]
+        time = self.order
+        return (time[events] - time[np.maximum(events - 1, starts)]) // self.ticks_per_second
+
+    def _words(self, name: str, size: int, width: int, events: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n W"]:
+        return self.words[name][events] if name in self.words else word_ids(self.columns[name][events], size, width)
 
     def events(self, user: int, start: int, stop: int) -> Int[np.ndarray, "n A"]:
         """Return the features of events [start, stop) of a user."""
-        first = self.offsets[user]
-        return self.features[first + start : first + stop]
+        first = int(self.offsets[user])
+        return self.features(np.arange(first + start, first + stop))
 
     def items(self, user: int, start: int, stop: int) -> Int[np.ndarray, "n"]:
         """Return the item ids of events [start, stop) of a user."""
-        first = self.offsets[user]
+        first = int(self.offsets[user])
         return self.item[first + start : first + stop]
 
     def select(self, names: tuple[str, ...]) -> "Timelines":
@@ -108,6 +179,15 @@ class Timelines:
         if not names:
             return self
         return dataclasses.replace(self, schema=Schema(tuple(self.schema[name] for name in names)))
+
+
+def event_counts(timelines: Timelines, chosen: Callable[[Chunk], np.ndarray] | None = None) -> Int[np.ndarray, "V"]:
+    """Count each item's events, those that `chosen` says yes to if it is given; index 0 is PAD."""
+    counts = np.zeros(timelines.schema.num_items + 1, np.int64)
+    for chunk in timelines.chunks():
+        item = timelines.item[chunk.events]
+        counts += np.bincount(item if chosen is None else item[chosen(chunk)], minlength=len(counts))
+    return counts
 
 
 def time_gap_bucket(seconds: Int[np.ndarray, "N"]) -> Int[np.ndarray, "N"]:
@@ -139,8 +219,12 @@ def order_events(
 ) -> Int[np.ndarray, "N"]:
     """Return the permutation that sorts by user, then time, then ties.
 
-    `hashed` breaks ties by a seeded hash of (key, item), where `key` stands for the user whatever else the dataset holds. `file` keeps the file's order, which in MovieLens lists tied films by
-    their id and so leaks the answer; it is there for comparison with published numbers alone.
+    `hashed` breaks ties by a seeded hash of (key, item), where `key` stands for the user whatever else the dataset holds. `file`
+    keeps the file's order, which in MovieLens lists tied films by their id and so leaks the answer; it is there for comparison with
+    published numbers alone.
+
+    Raises:
+      ValueError: another order of ties.
     """
     if ties == "file":
         return np.lexsort((timestamp, user))

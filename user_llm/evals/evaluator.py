@@ -7,18 +7,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from user_llm.common import mesh as meshes
-from user_llm.data.pipeline import HistoryBatch, history_batches
-from user_llm.data.splits import Split
+from user_llm.data.pipeline import BUCKET, HistoryBatch, history_batches
+from user_llm.data.splits import Split, train_counts
 from user_llm.data.timelines import Timelines
 from user_llm.evals.ranking import Ranks, target_ranks
-
-
-def train_counts(timelines: Timelines, split: Split) -> Int[np.ndarray, "V"]:
-    """Count each item's events in training; index 0 is PAD."""
-    position = np.arange(len(timelines.item)) - np.repeat(timelines.offsets[:-1], timelines.lengths)
-    used = position < np.repeat(split.train_stop, timelines.lengths)
-    return np.bincount(timelines.item[used], minlength=timelines.schema.num_items + 1)
-
 
 _ranks = jax.jit(target_ranks)
 
@@ -32,8 +24,11 @@ def rank_targets(
     max_events: int,
     batch_size: int,
     limit: int | None = None,
+    bucket: int = BUCKET,
 ) -> Ranks:
     """Rank the targets of `part` (`validation` or `test`) by a scorer of all items; the first `limit` users only, if given.
+
+    Histories are padded to a multiple of `bucket` events, and the scorer compiles once for each such length.
 
     A target without a single event in training is a miss: no trained scorer can know it, and its untrained score is noise.
     """
@@ -47,7 +42,7 @@ def rank_targets(
         known = counts[batch.targets] > 0
         return np.where(known, everything, np.inf), np.where(known, unseen, np.inf)
 
-    return _rank_all(rank, timelines, split, part, max_events, batch_size, limit)
+    return _rank_all(rank, timelines, split, part, max_events, batch_size, limit, bucket)
 
 
 def rank_listed(
@@ -59,8 +54,9 @@ def rank_listed(
     max_events: int,
     batch_size: int,
     limit: int | None = None,
+    bucket: int = BUCKET,
 ) -> Ranks:
-    """Rank the targets by their place in a list of item ids, best first, 0 = none.
+    """Rank the targets by their place in a list of item ids, best first, 0 = none; `bucket` as in `rank_targets`.
 
     What is not listed is a miss, and so is a target without a single event in training, as in `rank_targets`.
     """
@@ -69,21 +65,22 @@ def rank_listed(
     def rank(batch: HistoryBatch) -> tuple[np.ndarray, np.ndarray]:
         listed = proposer(batch)
         hit = (listed == batch.targets[:, None]) & (counts[batch.targets] > 0)[:, None]
-        fresh = (listed > 0) & ~(listed[:, :, None] == batch.seen[:, None, :]).any(-1)
+        listed_before = np.stack([np.isin(items, seen) for items, seen in zip(listed, batch.seen, strict=True)])
+        fresh = (listed > 0) & ~listed_before
         found, found_unseen = hit.any(1), (hit & fresh).any(1)
         place = hit.argmax(1)
         # Its rank among the listed items that are not in the history.
         place_unseen = np.cumsum(fresh, axis=1)[np.arange(len(listed)), place]
         return np.where(found, place + 1.0, np.inf), np.where(found_unseen, place_unseen, np.inf)
 
-    return _rank_all(rank, timelines, split, part, max_events, batch_size, limit)
+    return _rank_all(rank, timelines, split, part, max_events, batch_size, limit, bucket)
 
 
-def _rank_all(rank, timelines, split, part, max_events, batch_size, limit) -> Ranks:
+def _rank_all(rank, timelines, split, part, max_events, batch_size, limit, bucket) -> Ranks:
     """Collect (everything, unseen) ranks of all batches in the order of the targets."""
     users, positions = (array[:limit] for array in split.targets[part])
     everything, unseen = np.full(len(users), np.inf), np.full(len(users), np.inf)
-    batches = history_batches(timelines, users, positions, max_events=max_events, batch_size=batch_size)
+    batches = history_batches(timelines, users, positions, max_events=max_events, batch_size=batch_size, bucket=bucket)
     for indices, batch in batches:
         for ranks, found in zip((everything, unseen), rank(batch), strict=True):
             ranks[indices] = found[: batch.count]

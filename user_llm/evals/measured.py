@@ -1,6 +1,7 @@
 """What one way of answering a task was worth to each target; the rows of results.json are the means."""
 
 import dataclasses
+import io
 import zipfile
 from typing import Any
 
@@ -9,8 +10,11 @@ from etils import epath
 from jaxtyping import Float, Int
 
 from user_llm.common.files import whole
+from user_llm.common.records import read_file
+from user_llm.common.workdir import path_part
 
 NUMBER = "number/"  # in front of a number's name in a file
+MAX_BYTES = 2**30  # of all arrays of a file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +43,8 @@ class Measured:
     def save(self, folder: epath.Path, task: str, method: str) -> None:
         """Write `<task>.<method>.npz`, with `_` for the slashes of the method."""
         folder.mkdir(parents=True, exist_ok=True)
-        with whole(folder / f"{task}.{method.replace('/', '_')}.npz") as path, path.open("wb") as file:
+        name = path_part(f"{task}.{method.replace('/', '_')}", "The method")
+        with whole(folder / f"{name}.npz") as path, path.open("wb") as file:
             facts: dict[str, Any] = {"task": task, "method": method, "users": self.users, "positions": self.positions}
             np.savez_compressed(file, **facts | self.values | {NUMBER + name: array for name, array in self.numbers.items()})
 
@@ -51,11 +56,38 @@ def load_measured(path: epath.Path) -> tuple[str, str, Measured]:
       ValueError: a file that is cut off or holds something else.
     """
     try:
-        with path.open("rb") as whole, np.load(whole) as file:
-            found = dict(file)
-        task, method = (str(found.pop(name)) for name in ("task", "method"))
-        users, positions = found.pop("users"), found.pop("positions")
-        numbers = {name.removeprefix(NUMBER): found.pop(name) for name in list(found) if name.startswith(NUMBER)}
-        return task, method, Measured(users, positions, found, numbers)
-    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        opened = io.BytesIO(read_file(path))
+        with zipfile.ZipFile(opened) as archive:
+            if (size := sum(member.file_size for member in archive.infolist())) > MAX_BYTES:
+                raise ValueError(f"its arrays take {size:,} bytes, more than the {MAX_BYTES:,} that are read")
+        opened.seek(0)
+        with np.load(opened, allow_pickle=False) as file:
+            arrays = dict(file)
+        task, method = (_name(arrays.pop(name)) for name in ("task", "method"))
+        users, positions = (_column(name, arrays.pop(name), "iu", None) for name in ("users", "positions"))
+        columns = {
+            name: _column(name, array, "iu" if name.startswith(NUMBER) else "biuf", len(users))
+            for name, array in arrays.items()
+        }
+        numbers = {name.removeprefix(NUMBER): array for name, array in columns.items() if name.startswith(NUMBER)}
+        values = {name: array.astype(np.float64) for name, array in columns.items() if not name.startswith(NUMBER)}
+        if len(users) == 0 or len(positions) != len(users) or not values:
+            raise ValueError("no values, or not as many users as positions")
+        return task, method, Measured(users, positions, values, numbers)
+    except Exception as error:  # numpy and zipfile raise a dozen kinds on bytes that are not theirs
         raise ValueError(f"{path} holds no values of targets ({error}): delete it and run the evaluation again.") from error
+
+
+def _name(array: np.ndarray) -> str:
+    if array.ndim or array.dtype.kind != "U":
+        raise ValueError("a task or method that is no text")
+    return str(array)
+
+
+def _column(name: str, array: np.ndarray, kinds: str, length: int | None) -> np.ndarray:
+    """Return a column of numbers as it is, one for each target."""
+    if array.ndim != 1 or array.dtype.kind not in kinds or length not in (None, len(array)):
+        raise ValueError(f"{name!r} is no column of numbers, one for each target")
+    if not np.all(np.abs(array.astype(np.float64)) < 1e100):
+        raise ValueError(f"{name!r} has a value that is no finite number")
+    return array

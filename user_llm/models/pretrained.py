@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from user_llm.common import trees
 from user_llm.common.trees import Params
 from user_llm.models.decoder import DecoderConfig
-from user_llm.models.families import config_from_settings, table
+from user_llm.models.families import Tensor, config_from_settings, table
 
 # What a Gemma 3 checkpoint with images holds besides its language model.
 IMAGE_SIDE = ("vision_tower.", "multi_modal_projector.")
@@ -88,12 +88,7 @@ def load_decoder(
     Raises:
       ValueError: unreadable files, or tensors that are missing, left over or of another shape, all of them named.
     """
-    files = _tensor_files(Path(path))
-    prefix = next(
-        (name.removesuffix("embed_tokens.weight") for name in files if name.endswith("embed_tokens.weight")), "model."
-    )
-    tensors = {t.name if t.name == "lm_head.weight" else prefix + t.name: t for t in table(config)}
-    _check_tensors(Path(path), {name: t.theirs for name, t in tensors.items()}, files)
+    prefix, tensors, files = _find_tensors(Path(path), config)
     where = {} if shardings is None else trees.flatten(shardings)
     params: dict[str, jax.Array] = {}
     for name, t in tensors.items():
@@ -110,6 +105,26 @@ def load_decoder(
     if config.tie_embeddings and "lm_head.weight" in files:
         _check_tied(files, prefix + "embed_tokens.weight")
     return trees.unflatten(params)
+
+
+def check_weights(path: str | os.PathLike) -> None:
+    """See that the weights of a checkpoint fit its config.json; no tensor is read.
+
+    Raises:
+      ValueError: as `decoder_config` and `load_decoder`.
+    """
+    _find_tensors(Path(path), decoder_config(path))
+
+
+def _find_tensors(path: Path, config: DecoderConfig) -> tuple[str, dict[str, Tensor], dict[str, tuple[Path, tuple[int, ...]]]]:
+    """Return what a checkpoint's names begin with, the tensors that it must have by its names, and the file and shape of each."""
+    files = _tensor_files(path)
+    prefix = next(
+        (name.removesuffix("embed_tokens.weight") for name in files if name.endswith("embed_tokens.weight")), "model."
+    )
+    tensors = {t.name if t.name == "lm_head.weight" else prefix + t.name: t for t in table(config)}
+    _check_tensors(path, {name: t.theirs for name, t in tensors.items()}, files)
+    return prefix, tensors, files
 
 
 def _put(value: np.ndarray, sharding: Sharding, dtype: DTypeLike) -> jax.Array:

@@ -5,6 +5,7 @@ python -m user_llm.report RUN [RUN...] [--cost=cost.json] [--out=DIR]
 
 from absl import app, flags, logging
 
+from user_llm.common.printable import printable
 from user_llm.report.build import write_report
 
 
@@ -13,7 +14,7 @@ def main(argv: list[str]) -> None:
     try:
         path = write_report(*argv[1:], costs=flags.FLAGS.cost, out=flags.FLAGS.out)
     except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+        raise SystemExit(f"error: {printable(error)}") from None
     logging.info("wrote %s", path)
 
 

@@ -1,17 +1,42 @@
 """What runs left, as read from their folders, and their rows merged by everything but the seed."""
 
 import dataclasses
-import json
+import os
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from etils import epath
 
+from user_llm.common.files import is_remote
 from user_llm.common.metrics import read_metrics
+from user_llm.common.records import number, read_json, text, whole_number
 from user_llm.evals.measured import Measured, load_measured
+from user_llm.report.markdown import Markdown, code, say
 
-ROW_KEYS = ("dataset", "task", "method", "metric", "value", "n", "seed", "split", "config_hash")
+ROW = {
+    "dataset": text, "task": text, "method": text, "metric": text, "value": number, "n": whole_number, "seed": whole_number,
+    "split": text, "config_hash": text,
+}  # fmt: skip
+ROW_KEYS = tuple(ROW)
+ROWS = [ROW]
+CONFIG = {"command?": [text], "versions?": {}, "config?": {}}
+
+
+def attended_event(value: Any) -> bool:
+    """Return whether a value is [title, how many events ago, weight]."""
+    return (
+        isinstance(value, list)
+        and len(value) == 3
+        and all(fits(part) for fits, part in zip((text, whole_number, number), value, strict=True))
+    )
+
+
+SAMPLES = [{
+    "task": text, "method": text, "user": whole_number, "history": [text], "wanted": text, "answer": text, "attended": [attended_event],
+}]  # fmt: skip
+MAX_ROWS = 20_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,32 +56,39 @@ def read_run(workdir: epath.PathLike) -> Run:
     """Read what `main` left: results, config, audit, and each phase's metrics, samples and values of targets.
 
     Raises:
-      ValueError: results.json is missing, a file is cut short, or a row lacks a column.
+      ValueError: results.json is missing, or a file is cut short, holds what no run writes, or lies outside of the run.
     """
     directory = epath.Path(workdir)
     if not (directory / "results.json").exists():
         raise ValueError(f"{directory} holds no results.json: run its command again until it ends.")
-    rows = _read_json(directory / "results.json")
-    for number, row in enumerate(rows, 1):
-        if missing := [key for key in ROW_KEYS if key not in row]:
-            where = f"{directory / 'results.json'}, row {number}"
-            raise ValueError(f"{where}: no {missing[0]!r}; run the evaluation again.")
-    optional = {name: directory / f"{name}.json" for name in ("config", "audit")}
+    rows = read_json(_inside(directory, directory / "results.json"), ROWS, "run the evaluation again")
+    if len(rows) > MAX_ROWS:
+        raise ValueError(f"{directory / 'results.json'} holds {len(rows):,} rows, more than the {MAX_ROWS:,} that are shown.")
+    optional = {name: _inside(directory, directory / f"{name}.json") for name in ("config", "audit")}
+    forms = {"config": CONFIG, "audit": {}}
     return Run(
         directory=directory,
         rows=rows,
-        **{name: _read_json(path) if path.exists() else {} for name, path in optional.items()},
-        metrics={path.parent.name: read_metrics(path) for path in sorted(directory.glob("*/metrics.jsonl"))},
-        samples=[sample for path in sorted(directory.glob("*/samples.json")) for sample in _read_json(path)],
-        measured=[load_measured(path) for path in sorted(directory.glob("*/values/*.npz"))],
+        **{name: read_json(path, forms[name]) if path.exists() else {} for name, path in optional.items()},
+        metrics={path.parent.name: read_metrics(path) for path in _found(directory, "*/metrics.jsonl")},
+        samples=[sample for path in _found(directory, "*/samples.json") for sample in read_json(path, SAMPLES)],
+        measured=[load_measured(path) for path in _found(directory, "*/values/*.npz")],
     )
 
 
-def _read_json(path: epath.Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not JSON; delete the file and run the command again.") from error
+def _found(directory: epath.Path, pattern: str) -> list[epath.Path]:
+    return [_inside(directory, path) for path in sorted(directory.glob(pattern))]
+
+
+def _inside(directory: epath.Path, path: epath.Path) -> epath.Path:
+    """Return a path of a run, unless it is a link that leads out of its folder: that would show a file of somebody else.
+
+    Raises:
+      ValueError: it leads out.
+    """
+    if not is_remote(path) and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(directory)):
+        raise ValueError(f"{path} is a link to a file outside of the run: put a copy in its place, or delete it.")
+    return path
 
 
 class Seen(NamedTuple):
@@ -71,7 +103,7 @@ Group = tuple[str, str, str]  # Dataset, task, split.
 Cells = dict[Group, dict[tuple[str, str], dict[int, Seen]]]  # (method, metric) -> seed -> value.
 
 
-def merge_rows(runs: Sequence[Run]) -> tuple[Cells, list[Run], list[str]]:
+def merge_rows(runs: Sequence[Run]) -> tuple[Cells, list[Run], list[Markdown]]:
     """Gather rows by everything but the seed.
 
     Returns:
@@ -99,7 +131,7 @@ def merge_rows(runs: Sequence[Run]) -> tuple[Cells, list[Run], list[str]]:
             if old is not new:
                 repeated[old.run] += 1
         notes += [
-            f"`{run.directory}` repeats {count} rows of `{other}` (same seed): counted once."
+            say("{} repeats {} rows of {} (same seed): counted once.", code(run.directory), count, code(other))
             for other, count in repeated.items()
         ]
         if repeated.total() < len(run.rows) or not run.rows:
@@ -107,7 +139,7 @@ def merge_rows(runs: Sequence[Run]) -> tuple[Cells, list[Run], list[str]]:
     return cells, kept, notes
 
 
-Measurements = dict[tuple[str, str], dict[str, dict[int, Measured]]]  # (dataset, task) -> method -> seed -> values.
+Measurements = dict[Group, dict[str, dict[int, Measured]]]  # method -> seed -> values.
 
 
 def gather(runs: Sequence[Run]) -> Measurements:
@@ -117,5 +149,5 @@ def gather(runs: Sequence[Run]) -> Measurements:
         rows = {(row["task"], row["method"]): row for row in run.rows}
         for task, method, measured in run.measured:
             if row := rows.get((task, method)):
-                found.setdefault((row["dataset"], task), {}).setdefault(method, {})[row["seed"]] = measured
+                found.setdefault((row["dataset"], task, row["split"]), {}).setdefault(method, {})[row["seed"]] = measured
     return found

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from user_llm.common import mesh as meshes
 from user_llm.common import trees
 from user_llm.common.trees import Params
-from user_llm.data.pipeline import ExampleConfig, HistoryBatch, history_batches
+from user_llm.data.pipeline import BUCKET, ExampleConfig, HistoryBatch, history_batches
 from user_llm.data.prompts.base import Prompts, pad_rows
 from user_llm.data.prompts.favorite import Favorite
 from user_llm.data.prompts.next_item import NextItem
@@ -74,6 +74,9 @@ class Predictor:
     Attributes:
       leading: how many tokens of each task's prompts stand in front of a soft prompt.
       resamples: whether user tokens are a resampler's, which has looked at the events.
+      ranks: whether the item head has been trained to rank items; without it the next item is measured by writing titles alone.
+      pad_whole: whether all histories are padded to `max_events` and all prompts to their task's `max_tokens`, so that one program
+        serves every batch, and not to one of several lengths: for accelerators, where compiling takes longer than padding.
     """
 
     graphdef: nnx.GraphDef
@@ -82,18 +85,26 @@ class Predictor:
     batch_size: int
     leading: Mapping[str, int]
     resamples: bool = False
+    ranks: bool = True
+    pad_whole: bool = False
 
     @property
     def max_events(self) -> int:
         """Events of a history that are read."""
         return max(self.examples.max_events, 1)
 
+    @property
+    def bucket(self) -> int:
+        """Of how many events the padded length of a history is a multiple."""
+        return self.max_events if self.pad_whole else BUCKET
+
     def read(self, params: Params, prompts: Prompts, batch: HistoryBatch) -> tuple[Array, Array, User | None]:
         """Return a batch's right-padded prompts, their lengths, and its users; few different widths."""
         rows = [prompts.prompt(int(user), int(end)) for user, end in zip(batch.users, batch.positions, strict=True)]
         lengths = np.array([len(row) for row in rows], np.int32)
         longest, alike = int(lengths.max()), not self.examples.text_items and lengths.min() == lengths.max()
-        width = longest if alike else min(max(prompts.max_tokens, longest), bucket(longest))
+        most = max(prompts.max_tokens, longest)
+        width = longest if alike else most if self.pad_whole else min(most, bucket(longest))
         text, sizes = meshes.put_rows((pad_rows(rows, width), lengths), self.context.mesh)
         return text, sizes, self.user(params, batch)
 
@@ -146,7 +157,9 @@ class Predictor:
     def batches(self, users: np.ndarray, ends: np.ndarray, batch_size: int = 0) -> Iterator[tuple[np.ndarray, HistoryBatch]]:
         """Yield (indices into `users`, batch)."""
         size = batch_size or self.batch_size
-        return history_batches(self.context.timelines, users, ends, max_events=self.max_events, batch_size=size)
+        return history_batches(
+            self.context.timelines, users, ends, max_events=self.max_events, batch_size=size, bucket=self.bucket
+        )
 
     def score(self, params: Params, task: str, prompts: Prompts, batch: HistoryBatch) -> Float[Array, "B V"]:
         """Score all items by the item head."""
@@ -157,7 +170,7 @@ class Predictor:
         """Rank all items by the item head."""
         return rank_targets(
             lambda batch: self.score(params, task, prompts, batch), self.context.timelines, self.context.split, part,
-            max_events=self.max_events, batch_size=self.batch_size, limit=limit,
+            max_events=self.max_events, batch_size=self.batch_size, limit=limit, bucket=self.bucket,
         )  # fmt: skip
 
     def rank_written(self, params: Params, task: str, prompts: NextItem, part: str, limit: int | None, *, beams: int) -> Ranks:
@@ -169,7 +182,7 @@ class Predictor:
 
         return rank_listed(
             propose, self.context.timelines, self.context.split, part,
-            max_events=self.max_events, batch_size=self.batch_size, limit=limit,
+            max_events=self.max_events, batch_size=self.batch_size, limit=limit, bucket=self.bucket,
         )  # fmt: skip
 
     def choose(
@@ -217,12 +230,20 @@ class Found:
 def measure_next_item(
     predictor: Predictor, params: Params, task: str, prompts: NextItem, part: str, limit: int | None, settings: ConfigDict
 ) -> list[Found]:
-    """Rank the next item, in the test part also by writing titles."""
-    ranks = predictor.rank(params, task, prompts, part, limit)
-    found = [Found(ranks.measured())]
-    if part == "test" and settings.generate_users:
-        written = predictor.rank_written(params, task, prompts, part, settings.generate_users, beams=settings.beams)
-        found.append(Found(written.measured(), "/generate"))
+    """Rank the next item: by the item head, and in the test part also by writing titles; by writing alone without a trained head.
+
+    Raises:
+      ValueError: no way to rank is left.
+    """
+    written = settings.generate_users if part == "test" or not predictor.ranks else 0
+    if not (predictor.ranks or written):
+        raise ValueError("With loss.catalogue=0 no item head is trained, so titles must be written: set eval.generate_users.")
+    found = []
+    if predictor.ranks:
+        found.append(Found(predictor.rank(params, task, prompts, part, limit).measured()))
+    if written:
+        ranks = predictor.rank_written(params, task, prompts, part, written, beams=settings.beams)
+        found.append(Found(ranks.measured(), "/generate"))
     return found
 
 
@@ -231,8 +252,6 @@ def measure_favorite(
 ) -> list[Found]:
     """Say how often the likeliest class is the label."""
     users, ends = (array[:limit] for array in prompts.targets(part))
-    if not len(users):
-        raise ValueError(f"No user of the {part} part has a favourite: raise data.withhold, or ask no favourites.")
     best = predictor.favorites(params, task, prompts, users, ends, settings.beams)
     labels = [prompts.asked.label(int(user), int(end)) for user, end in zip(users, ends, strict=True)]
     correct = (best == labels).astype(np.float64)
@@ -244,8 +263,6 @@ def measure_review(
 ) -> list[Found]:
     """Compare what is written with what the user wrote, for the first `review_users`."""
     users, ends = (array[: min(limit or len(array), settings.review_users)] for array in prompts.targets(part))
-    if not len(users):
-        raise ValueError(f"No user of the {part} part wrote anything: leave the task review out.")
     targets = [prompts.answer(int(user), int(end)) for user, end in zip(users, ends, strict=True)]
     scores = rouge(targets, predictor.write(params, task, prompts, users, ends))
     return [Found(Measured(users, ends, scores))]

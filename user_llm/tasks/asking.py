@@ -1,9 +1,10 @@
 """From a phase's config to the prompts of its tasks."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
+from user_llm.common.errors import naming
 from user_llm.data.pipeline import ExampleConfig
 from user_llm.data.prompts.base import Lines, Prompts
 from user_llm.data.prompts.favorite import Favorite, Labels, OfFuture, OfHistory
@@ -51,15 +52,8 @@ def baseline_rows(context: Context) -> list[dict]:
 
 
 def asked_tasks(phase: ConfigDict) -> list[str]:
-    """Return the tasks of a phase, the one that it monitors first.
-
-    Raises:
-      ValueError: none, or a weight below 0.
-    """
-    weights: Mapping[str, float] = {task: phase.prompts[task].weight for task in TASKS}
-    if any(weight < 0 for weight in weights.values()) or not any(weights.values()):
-        raise ValueError(f"The weights of a phase's tasks must be 0 or more and not all 0, not {weights}.")
-    return [task for task, weight in weights.items() if weight]
+    """Return the tasks of a phase, the one that it monitors first."""
+    return [task for task in TASKS if phase.prompts[task].weight]
 
 
 def build_prompts(phase: ConfigDict, context: Context, examples: ExampleConfig) -> dict[str, Prompts]:
@@ -73,4 +67,8 @@ def build_prompts(phase: ConfigDict, context: Context, examples: ExampleConfig) 
         history=examples.history, text_items=examples.text_items,
     )  # fmt: skip
     template = lambda task: {key: value for key, value in phase.prompts[task].items() if key not in ("weight", "text")}  # noqa: E731
-    return {task: TASKS[task](lines, context, template(task)) for task in asked_tasks(phase)}
+    prompts = {}
+    for task in asked_tasks(phase):
+        with naming(f"prompts.{task}"):
+            prompts[task] = TASKS[task](lines, context, template(task))
+    return prompts

@@ -29,6 +29,7 @@ from user_llm.nn.lora import LoRAConfig
 from user_llm.nn.losses import Whole, chunked_cross_entropy, whole_count
 from user_llm.nn.resampler import ResamplerConfig
 from user_llm.tasks import general_text
+from user_llm.tasks.answerable import METRICS, check_answers
 from user_llm.tasks.answering import MEASURES, Predictor
 from user_llm.tasks.asking import build_prompts
 from user_llm.tasks.context import Context
@@ -36,9 +37,6 @@ from user_llm.tasks.pretrain_encoder import encoder_config, encoder_section, enc
 from user_llm.tasks.pretrain_lm import text_loss
 from user_llm.tasks.samples import draw_samples
 from user_llm.training.task import Batch, Task
-
-INJECTIONS = ("cross_attention", "soft_prompt", "both")
-RESAMPLERS = ("perceiver", "none")
 
 
 def model_config(config: ConfigDict, name: str, context: Context, base: DecoderConfig) -> UserLLMConfig:
@@ -67,13 +65,7 @@ def model_config(config: ConfigDict, name: str, context: Context, base: DecoderC
 
 
 def cross_config(phase: ConfigDict, user_width: int) -> CrossAttentionConfig | None:
-    """Return the cross-attention of a phase that has it.
-
-    Raises:
-      ValueError: no such injection or seat.
-    """
-    if phase.injection not in INJECTIONS:
-        raise ValueError(f"Unknown injection {phase.injection!r}: choose one of {', '.join(INJECTIONS)}.")
+    """Return the cross-attention of a phase that has it."""
     if phase.injection == "soft_prompt":
         return None
     buckets = phase.resampler.recency_buckets if phase.resampler.kind == "none" else 0
@@ -81,14 +73,8 @@ def cross_config(phase: ConfigDict, user_width: int) -> CrossAttentionConfig | N
 
 
 def resampler_config(phase: ConfigDict, input_width: int) -> ResamplerConfig | None:
-    """Return the resampler of a phase that has one.
-
-    Raises:
-      ValueError: no such kind.
-    """
+    """Return the resampler of a phase that has one."""
     kind, sizes = phase.resampler.kind, {name: size for name, size in phase.resampler.items() if name != "kind"}
-    if kind not in RESAMPLERS:
-        raise ValueError(f"Unknown resampler {kind!r}: choose one of {', '.join(RESAMPLERS)}.")
     return None if kind == "none" else ResamplerConfig(input_width=input_width, **sizes)
 
 
@@ -185,15 +171,18 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
     create = lambda: UserLLM(full, rngs=nnx.Rngs(params=context.seed))  # noqa: E731
     graphdef, shapes = trees.abstract(create)
     load = ((r"^encoder/", encoder_source(config, name)), *phase.load) if examples.max_events else phase.load
+    monitored = next(iter(prompts))
     leading = {task: asked.shared_tokens if phase.soft_prompt.after_instruction else 0 for task, asked in prompts.items()}
-    resamples = full.resampler is not None
     rows = meshes.even_rows(phase.eval.batch_size, context.mesh)
-    predictor = Predictor(graphdef, context, examples, rows, leading, resamples)
+    predictor = Predictor(
+        graphdef, context, examples, rows, leading, resamples=full.resampler is not None, ranks=phase.loss.catalogue > 0,
+        pad_whole=phase.eval.pad_whole,
+    )  # fmt: skip
 
     def evaluate(params: Params) -> dict[str, float]:
         """Return the metrics of the first task, which the phase monitors."""
-        task = next(iter(prompts))
-        found = MEASURES[task](predictor, params, task, prompts[task], "validation", phase.eval.validation_users, phase.eval)
+        asked = prompts[monitored]
+        found = MEASURES[monitored](predictor, params, monitored, asked, "validation", phase.eval.validation_users, phase.eval)
         return found[0].measured.metrics
 
     def results(params: Params) -> list[dict]:
@@ -207,6 +196,10 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
             decoder = trees.split(trees.merge(graphdef, params).decoder)
             rows += general_text.tuned(context, phase.method, *decoder, lambda count: predictor.users(params, count))
         return rows
+
+    def check() -> None:
+        for task, asked in prompts.items():
+            check_answers(task, asked, phase.eval, monitored=task == monitored)
 
     def stream(number: tuple[int, int], rows: int) -> grain.IterDataset:
         of_tasks = [
@@ -223,6 +216,7 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
     return Task(
         name=name,
         shapes=shapes,
+        load=load,
         init=lambda place: context.init(create, load, place),
         loss=lambda params, batch, key, whole: contextual_loss(
             trees.merge(graphdef, params), batch, key, leading=leading, whole=whole, **phase.loss
@@ -231,6 +225,8 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
         train_data=context.streams(stream, phase.batch_size),
         steps_per_epoch=len(windows) / phase.batch_size,
         count_events=lambda batch: int((batch["answers"] > 0).sum()),
+        metrics=METRICS[monitored],
+        check=check,
         evaluate=evaluate,
         results=results,
         programs=lambda params: predictor.programs(params, prompts),

@@ -41,11 +41,13 @@ def read_windows(tokenizer: Tokenizer, *, file: str, windows: int, window: int) 
       window: tokens in each, besides the start token.
 
     Raises:
-      ValueError: a text of less than one window.
-      OSError: a file that cannot be read.
+      ValueError: a file that cannot be read as UTF-8 text, or a text of less than one window.
     """
     source = epath.Path(file) if file else resources.files("user_llm.data") / "general.txt"
-    ids = tokenizer.encode(source.read_text(encoding="utf-8"))
+    try:
+        ids = tokenizer.encode(source.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"general_text.file={file!r}: it cannot be read as UTF-8 text ({error}).") from error
     count = min(len(ids) // window, windows)
     if not count:
         raise ValueError(f"{source} holds {len(ids)} tokens, less than one window: set general_text.window below {window}.")

@@ -20,9 +20,11 @@ from ml_collections import ConfigDict
 
 from user_llm.common import mesh as meshes
 from user_llm.common import trees
+from user_llm.common.errors import naming
 from user_llm.common.trees import Params
-from user_llm.data.pipeline import HistoryBatch, packed_windows
+from user_llm.data.pipeline import BUCKET, HistoryBatch, packed_windows
 from user_llm.data.schema import Schema
+from user_llm.data.splits import Split
 from user_llm.data.timelines import Timelines
 from user_llm.evals.evaluator import rank_targets
 from user_llm.models.user_encoder import UserEncoder, UserEncoderConfig
@@ -38,53 +40,21 @@ from user_llm.nn.losses import (
 from user_llm.nn.masking import choose_masked
 from user_llm.nn.transformer import BlockConfig
 from user_llm.nn.visibility import segment_mask
+from user_llm.tasks.answerable import RANKING
 from user_llm.tasks.context import Context
 from user_llm.training.task import Batch, Program, Task
 
 
 def encoder_section(config: ConfigDict, phase: str) -> ConfigDict:
-    """Return the config's `encoder` section as the pretraining phase `phase` changes it.
-
-    Raises:
-      ValueError: no such phase, or changes of what the section does not have.
-    """
-    if phase not in config or getattr(config[phase], "task", "") != "pretrain_encoder":
-        raise ValueError(f"{phase!r} pretrains no encoder: name a phase whose task is pretrain_encoder.")
-    section = config.encoder.copy_and_resolve_references().lock()
-    try:
-        section.update(config[phase].encoder)
-    except (KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{phase}.encoder does not fit the section encoder: {error.args[0]}") from error
+    """Return the config's `encoder` section as the pretraining phase `phase` changes it."""
+    section = config.encoder.copy_and_resolve_references()
+    section.update(config[phase].encoder)
     return section
 
 
 def encoder_source(config: ConfigDict, name: str) -> str:
-    """Return where phase `name` has its encoder's weights from: the phase that pretrains it, or `fresh`.
-
-    Raises:
-      ValueError: a choice that cannot work.
-    """
-    phase = config[name]
-    source = encoder_section(config, phase.encoder)
-    if phase.encoder_init == "pretrained":
-        if phase.encoder not in config.phases[: config.phases.index(name)]:
-            raise ValueError(
-                f"{name} takes its encoder from {phase.encoder}, which does not run before it: add that to phases, or set "
-                f"{name}.encoder_init=scratch."
-            )
-        return phase.encoder
-    if phase.encoder_init != "scratch":
-        raise ValueError(f"Unknown {name}.encoder_init {phase.encoder_init!r}: choose pretrained or scratch.")
-    if phase.loss.align:
-        raise ValueError(f"An encoder from scratch teaches nothing: set {name}.loss.align=0.")
-    if source.objective == "dual":
-        raise ValueError(f"The item tower of a dual encoder comes pretrained: set {name}.encoder_init=pretrained.")
-    rules = config.strategies[phase.strategy].trainable
-    if not trees.flatten(trees.match(rules, {"encoder": {"project": None}}))["encoder/project"]:
-        raise ValueError(
-            f"Strategy {phase.strategy} would leave an encoder from scratch untrained: choose another {name}.strategy."
-        )
-    return "fresh"
+    """Return where phase `name` has its encoder's weights from: the phase that pretrains it, or `fresh`."""
+    return config[name].encoder if config[name].encoder_init == "pretrained" else "fresh"
 
 
 def encoder_config(config: ConfigDict, schema: Schema) -> UserEncoderConfig:
@@ -196,15 +166,25 @@ def score_next(graphdef: nnx.GraphDef, params: Params, events: Int[Array, "B E A
     return encoder.score(encoder.encode(events, lengths[:, None]).last()[:, 0])
 
 
+def check_targets(split: Split) -> None:
+    """See that both parts of a split have targets.
+
+    Raises:
+      ValueError: one that has none.
+    """
+    for part, (users, _) in split.targets.items():
+        if not len(users):
+            raise ValueError(f"no user of the {part} part has a next item: change data.split, or take more data.")
+
+
 def build(config: ConfigDict, name: str, context: Context) -> Task:
     """Build the task of phase `name`."""
     phase = config[name]
     section = encoder_section(config, name)
-    timelines = context.timelines.select(tuple(section.features))
+    with naming("encoder"):
+        timelines = context.timelines.select(tuple(section.features))
+        model_config = encoder_config(section, timelines.schema)
     split = context.split
-    model_config = encoder_config(section, timelines.schema)
-    if model_config.objective == "dual" and phase.loss.negatives:
-        raise ValueError(f"A dual encoder has the negatives of its batch and draws no others: set {name}.loss.negatives=0.")
     catalogue = item_catalogue(timelines, model_config)
     create = lambda: UserEncoder(model_config, catalogue=catalogue, rngs=nnx.Rngs(params=context.seed))  # noqa: E731
     graphdef, shapes = trees.abstract(create)
@@ -222,6 +202,7 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
 
         return rank_targets(
             score, timelines, split, part, max_events=phase.eval.max_events, limit=limit,
+            bucket=phase.eval.max_events if phase.eval.pad_whole else BUCKET,
             batch_size=meshes.even_rows(phase.eval.batch_size, context.mesh),
         )  # fmt: skip
 
@@ -238,6 +219,7 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
     return Task(
         name=name,
         shapes=shapes,
+        load=((r".*", "fresh"),),
         init=lambda place: trees.init(create, place),
         loss=lambda params, batch, key, whole: loss(trees.merge(graphdef, params), batch, key, whole),
         # How many events a part of a batch hides is drawn there.
@@ -251,6 +233,8 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
         ),
         steps_per_epoch=np.maximum(split.train_stop - 1, 0).sum() / (data.rows * data.row_length),
         count_events=lambda batch: int((batch["segments"] > 0).sum()),
+        metrics=RANKING,
+        check=lambda: check_targets(split),
         evaluate=lambda params: rank(params, "validation", phase.eval.validation_users).metrics(),
         results=results,
         programs=programs,

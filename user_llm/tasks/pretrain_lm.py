@@ -46,8 +46,12 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
     """Build the task; a twentieth of the lines, chosen by seed, is held out for validation."""
     phase = config[name]
     tokenizer = context.tokenizer()
-    lines = [np.array(tokenizer.encode(line), np.int32) for line in context.corpus()]
-    held_out = np.random.default_rng(context.seed).random(len(lines)) < 0.05
+    lines = tokenizer.encode_all(context.corpus())
+    if len(lines) < 2:
+        raise ValueError(f"a catalogue of {len(lines)} titles is too small: one line trains and another validates.")
+    rng = np.random.default_rng(context.seed)
+    held_out = rng.random(len(lines)) < 0.05
+    held_out[int(rng.integers(len(lines)))] |= not held_out.any()
     start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     lines = [np.array([*start, *line], np.int32) for line in lines]
     train_lines, held_lines = (
@@ -74,12 +78,15 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
     return Task(
         name=name,
         shapes=shapes,
+        load=((r".*", "fresh"),),
         init=lambda place: trees.init(create, place),
         loss=loss,
         counts=lambda batch: {"tokens": (batch["segments"] > 0).sum()},
         train_data=context.streams(lambda number, rows: stream(train_lines, number, rows), phase.batch.rows),
         steps_per_epoch=sum(map(len, train_lines)) / (phase.batch.rows * phase.batch.row_length),
         count_events=lambda batch: int((batch["segments"] > 0).sum()),
+        metrics=("loss", "perplexity"),
+        check=lambda: None,  # `build` has looked at all that evaluation needs
         evaluate=evaluate,
         results=lambda params: [],
         programs=lambda params: {},

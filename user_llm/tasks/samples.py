@@ -11,17 +11,23 @@ from user_llm.data.prompts.base import Prompts
 from user_llm.data.prompts.favorite import Favorite
 from user_llm.data.prompts.next_item import NextItem
 from user_llm.data.prompts.review import Review
+from user_llm.models.trie import Trie
 from user_llm.tasks.answering import Predictor
 
 SHOWN = 5  # items of a ranking, attended events, latest events
 
 
 def best_titles(predictor: Predictor, params: Params, task: str, prompts: NextItem, users, ends, settings) -> list[str]:
-    """Return the titles of the items that rank highest."""
+    """Return the titles of the items that rank highest, by the item head or, where none is trained, by writing."""
     titles, out = predictor.context.timelines.catalogue.titles, [""] * len(users)
+    trie = None if predictor.ranks else Trie.build(prompts.lines.titles_as_targets())
     for indices, batch in predictor.batches(users, ends):
-        scores = meshes.fetch(predictor.score(params, task, prompts, batch))
-        for index, row in zip(indices, np.argsort(-scores, axis=1, kind="stable")[:, :SHOWN], strict=False):
+        if trie is None:
+            scores = meshes.fetch(predictor.score(params, task, prompts, batch))
+            best = np.argsort(-scores, axis=1, kind="stable")
+        else:
+            best = predictor.choose(params, task, prompts, batch, trie, settings.beams)
+        for index, row in zip(indices, best[:, :SHOWN], strict=False):
             out[index] = "; ".join(titles[item] for item in row)
     return out
 

@@ -7,6 +7,7 @@ gives the same numbers, bit for bit, as one that was left alone. Several process
 
 import dataclasses
 import json
+import signal
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -21,11 +22,12 @@ from jax.sharding import Mesh
 
 from user_llm.common import mesh as meshes
 from user_llm.common import trees
-from user_llm.common.checkpoint import Checkpointer, abstract_like, load_params, save_params
-from user_llm.common.distributed import gather, preemption
+from user_llm.common.checkpoint import Checkpointer, load_params, save_params
+from user_llm.common.distributed import barrier, gather, is_first, preemption
 from user_llm.common.files import write_json
 from user_llm.common.metrics import MetricsLog
 from user_llm.common.trees import Params, Rules
+from user_llm.common.workdir import standing
 from user_llm.training.optimizer import (
     OptimizerConfig,
     abstract_optimizer,
@@ -33,8 +35,10 @@ from user_llm.training.optimizer import (
     make_optimizer,
     partition_trainable,
 )
-from user_llm.training.step import TrainState, check_memory, make_train_step
+from user_llm.training.step import TrainState, cast, check_memory, make_train_step
 from user_llm.training.task import Task
+
+RESULTS = "results.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +50,8 @@ class LoopConfig:
       total_epochs: how long in passes over the training data instead, with `total_steps` 0.
       monitor, mode: the validation metric that chooses the best parameters, and whether `max` or `min` is best.
       patience_evals: stop after this many evaluations without a new best; 0 never stops early.
-      dtype: of the computation; parameters are float32.
+      dtype: in which training and evaluation compute. Trained parameters are kept in float32 and cast at every step; frozen ones are
+        kept in `dtype`, so that they take no more memory than that and are never cast again.
       accumulation_steps: into how many parts, computed one after the other, each batch is split. The gradient is the whole batch's,
         but for dropout, masked events and negatives within the batch, which each part has of its own.
       sharding: rules to tuples of mesh axes.
@@ -78,7 +83,7 @@ class Progress:
 
 
 class Preempted(SystemExit):
-    """SIGTERM arrived; everything is saved and the same command goes on from here."""
+    """SIGTERM (exit code 0) or SIGINT (130) arrived; everything is saved and the same command goes on from here."""
 
 
 def run(
@@ -91,17 +96,57 @@ def run(
 
     Raises:
       FloatingPointError: the loss became NaN or infinite.
-      Preempted: after SIGTERM, once everything is saved; exits with code 0.
+      FileNotFoundError: the directory was removed meanwhile, or the parameters of a finished run were.
+      ValueError: what a finished run left is damaged.
+      Preempted: after SIGTERM or SIGINT, once everything is saved.
     """
     config = settle_steps(config, task)
     directory = epath.Path(directory)
-    finished = directory / "results.json"
-    params = initial_params(task, config, mesh)
-    if finished.exists():
+    if is_finished(directory):
         logging.info("%s: finished earlier, reusing %s", task.name, directory)
-        return load_params(directory / "params", abstract_like(params)), json.loads(finished.read_text())
+        return load_params(directory / "params", abstract_params(task, config, mesh)), read_rows(directory)
+    if is_first():
+        directory.mkdir(parents=True, exist_ok=True)
+    barrier(f"{task.name} begins")
+    with standing(directory) as check:
+        params = _train(task, config, optimizer_config, mesh, directory, seed, check)
+        rows = task.results(cast(params, jnp.dtype(config.dtype)))
+        check()
+        save_params(directory / "params", params)
+        write_json(directory / RESULTS, rows)  # last: its presence says that the phase is complete
+    return params, rows
 
-    state, step_fn = initial_state(task, config, optimizer_config, mesh, seed, params)
+
+def is_finished(directory: epath.Path) -> bool:
+    """Return whether a phase has trained and measured all that it was to."""
+    return (directory / RESULTS).exists()
+
+
+def read_rows(directory: epath.Path) -> list[dict]:
+    """Return the result rows of a finished phase.
+
+    Raises:
+      ValueError: a damaged file.
+    """
+    try:
+        return json.loads((directory / RESULTS).read_text())
+    except ValueError as error:
+        raise ValueError(f"{directory / RESULTS} is damaged ({error}): delete it, and its phase is measured again.") from error
+
+
+def _train(
+    task: Task,
+    config: LoopConfig,
+    optimizer_config: OptimizerConfig,
+    mesh: Mesh,
+    directory: epath.Path,
+    seed: int,
+    check: Callable[[], None],
+) -> Params:
+    """Train from the last checkpoint on, and return the best parameters; `check` refuses a directory that was removed."""
+    state, step_fn = initial_state(task, config, optimizer_config, mesh, seed)
+    if not jax.tree.leaves(state.trainable):  # a phase that measures and trains nothing
+        config = dataclasses.replace(config, total_steps=0)
     data = iter(task.train_data)
     progress = Progress()
     checkpoints = Checkpointer(directory / "checkpoints")
@@ -121,24 +166,26 @@ def run(
         events, since = 0, time.monotonic()
         checked: set[tuple] = set()  # shapes of batches: several tasks may take turns
         while True:
-            stopping = preempted(step)
+            signalled = preempted(step)
             last = step >= config.total_steps
             if (step % config.eval_steps == 0 or last) and progress.evaluated_step != step:
                 _evaluate(task, config, state, step, progress, log)
             stalled = 0 < config.patience_evals <= progress.stale_evals
-            due = step % config.save_steps == 0 or progress.evaluated_step == step or stopping
+            due = step % config.save_steps == 0 or progress.evaluated_step == step or signalled is not None
             if due and saved_step != step:
                 progress.unlogged = [{k: float(v) for k, v in scalars.items()} for scalars in pending]
                 if pending:
                     log.check_finite(step, {k: progress.unlogged[-1][k] for k in ("loss", "grad_norm")})
+                check()
                 metric = progress.best_value if progress.best_step == step else None
                 # Streams that processes share are the same in each.
                 progress.data = {number: place for found in gather(data.get_state()) for number, place in found.items()}
                 checkpoints.save(step, state, dataclasses.asdict(progress), metric)
                 log.publish()
                 saved_step = step
-            if stopping:
-                raise Preempted(0)
+            if signalled is not None:
+                logging.info("%s: %s, saved at step %d; the same command goes on from there.", task.name, signalled.name, step)
+                raise Preempted(130 if signalled == signal.SIGINT else 0)
             if last or stalled:
                 break
             batch = next(data)
@@ -157,6 +204,7 @@ def run(
                 names = dict.fromkeys(name for scalars in pending for name in scalars)
                 means = {k: float(jnp.mean(jnp.array([s[k] for s in pending if k in s]))) for k in names}
                 now = time.monotonic()
+                check()
                 log.train(step, means, events_per_s=events / (now - since))
                 pending, events, since = [], 0, now
         params = state.params
@@ -164,11 +212,7 @@ def run(
             params = initial_params(task, config, mesh)
         elif progress.best_step not in (-1, step):
             params = checkpoints.restore_state(progress.best_step, state).params
-
-    rows = task.results(params)
-    save_params(directory / "params", params)
-    write_json(finished, rows)  # last: its presence says that the phase is complete
-    return params, rows
+    return params
 
 
 def settle_steps(config: LoopConfig, task: Task) -> LoopConfig:
@@ -191,21 +235,25 @@ def initial_params(task: Task, config: LoopConfig, mesh: Mesh) -> Params:
     return task.init(lambda shapes: meshes.shardings(config.sharding, shapes, mesh))
 
 
+def abstract_params(task: Task, config: LoopConfig, mesh: Mesh) -> Params:
+    """Return the shapes and shardings of what `initial_params` returns."""
+    return meshes.placed(task.shapes, meshes.shardings(config.sharding, task.shapes, mesh))
+
+
 def abstract_state(
     task: Task, config: LoopConfig, optimizer_config: OptimizerConfig, mesh: Mesh, seed: int
 ) -> tuple[TrainState, jax.stages.Wrapped]:
     """Return what `initial_state` does, but of the state its shapes and shardings alone."""
-    params = meshes.placed(task.shapes, meshes.shardings(config.sharding, task.shapes, mesh))
+    params = abstract_params(task, config, mesh)
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=meshes.replicated(mesh))
     return _state_and_step(task, config, optimizer_config, mesh, seed, params, step, abstract_optimizer)
 
 
 def initial_state(
-    task: Task, config: LoopConfig, optimizer_config: OptimizerConfig, mesh: Mesh, seed: int, params: Params | None = None
+    task: Task, config: LoopConfig, optimizer_config: OptimizerConfig, mesh: Mesh, seed: int
 ) -> tuple[TrainState, jax.stages.Wrapped]:
     """Return the state at step 0, sharded over the mesh, and the jitted train step."""
-    if params is None:
-        params = initial_params(task, config, mesh)
+    params = initial_params(task, config, mesh)
     step = jax.device_put(jnp.zeros((), jnp.int32), meshes.replicated(mesh))
     state, step_fn = _state_and_step(task, config, optimizer_config, mesh, seed, params, step, init_optimizer)
     logging.info("%s: %s", task.name, train_summary(state))
@@ -224,6 +272,7 @@ def _state_and_step(
 ) -> tuple[TrainState, jax.stages.Wrapped]:
     """Put a state together of arrays, or of shapes alone; `moments` returns the optimizer's part."""
     trainable, frozen = partition_trainable(optimizer_config, params)
+    frozen = cast(frozen, jnp.dtype(config.dtype))
     optimizer = make_optimizer(optimizer_config, trainable, config.total_steps)
     state = TrainState(step, trainable, frozen, moments(optimizer, trainable, mesh))
     step_fn = make_train_step(task, optimizer, state, seed=seed, dtype=jnp.dtype(config.dtype), parts=config.accumulation_steps)
@@ -232,7 +281,7 @@ def _state_and_step(
 
 def _evaluate(task: Task, config: LoopConfig, state: TrainState, step: int, progress: Progress, log: MetricsLog) -> None:
     """Measure on validation and update `progress`, in which larger is always better."""
-    metrics = task.evaluate(state.params)
+    metrics = task.evaluate(cast(state.params, jnp.dtype(config.dtype)))
     log.eval(step, metrics)
     if config.monitor not in metrics:
         raise ValueError(f"{task.name} cannot monitor {config.monitor!r}: it reports {', '.join(metrics)}.")

@@ -52,7 +52,7 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
         return optax.schedules.warmup_constant_schedule(0.0, peak, warmup) if warmup else optax.constant_schedule(peak)
     if config.schedule == "cosine":
         if total_steps <= warmup:
-            raise ValueError(f"A cosine schedule of {total_steps} steps has no room after {warmup} warmup steps.")
+            raise ValueError(f"optimizer.warmup_steps={warmup}: a cosine schedule of {total_steps} steps has no room for them.")
         return optax.schedules.warmup_cosine_decay_schedule(0.0, peak, warmup, total_steps, peak / 10)
     raise ValueError(f"Unknown schedule {config.schedule!r}: choose constant or cosine.")
 
@@ -76,7 +76,7 @@ def scale_by_moments(config: OptimizerConfig) -> optax.GradientTransformation:
     if second == "float32":
         return adam
     if config.b2 > 0.99:
-        raise ValueError(f"A second moment in bfloat16 cannot follow b2={config.b2}: set optimizer.b2 to 0.99 or less.")
+        raise ValueError(f"optimizer.b2={config.b2}: a second moment in bfloat16 cannot follow it, set 0.99 or less.")
 
     def kept(state: optax.ScaleByAdamState, dtype: jnp.dtype) -> optax.ScaleByAdamState:
         return state._replace(nu=optax.tree.cast(state.nu, dtype))

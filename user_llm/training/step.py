@@ -32,8 +32,16 @@ class TrainState:
 
 
 def cast(tree: Params, dtype: jnp.dtype) -> Params:
-    """Cast floating-point leaves for computation; the float32 originals stay with the optimizer."""
-    return jax.tree.map(lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree)
+    """Return arrays, or the shapes of arrays, with floating-point leaves in `dtype`; leaves in `dtype` already are not copied."""
+
+    def to_dtype(a: jax.Array | jax.ShapeDtypeStruct) -> jax.Array | jax.ShapeDtypeStruct:
+        if a.dtype == dtype or not jnp.issubdtype(a.dtype, jnp.floating):
+            return a
+        if isinstance(a, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(a.shape, dtype, sharding=a.sharding)
+        return a.astype(dtype)
+
+    return jax.tree.map(to_dtype, tree)
 
 
 def split_batch(batch: Batch, parts: int, shards: int) -> Batch:

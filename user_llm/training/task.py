@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from user_llm.common.trees import Params
+from user_llm.common.trees import Params, Rules
 from user_llm.data.streams import Streams
 from user_llm.nn.losses import Whole
 
@@ -23,6 +23,8 @@ class Task:
     Attributes:
       name: names the phase's directory and log lines.
       shapes: of the parameters.
+      load: rules to where each parameter starts from: `fresh`, `checkpoint`, or the name of a phase, whose tree is that below the
+        path's first part.
       init: place -> parameters, fresh or loaded, where `place` maps a tree of their shapes to one of their shardings.
       loss: (params, batch, dropout key, whole) -> (mean loss, scalars to log). Traced; must not depend on anything mutable. The
         batch may be a part of one whose `counts` are `whole`, with `parts`, how many there are: losses of parts add up. None for
@@ -31,6 +33,8 @@ class Task:
       train_data: endless batches, of which this process has its share of the rows.
       steps_per_epoch: batches in one pass over the training data, on average.
       count_events: batch -> number of real training targets in it, for events/s.
+      metrics: the names of what `evaluate` returns.
+      check: raises ValueError for what would end an evaluation; needs no parameters.
       evaluate: params -> validation metrics; of several processes all call it, and all have the same.
       programs: shapes of the parameters -> what evaluation compiles besides, by name, for a look ahead (`user_llm/ahead`).
       results: params -> rows for results.json, measured on the test split; likewise.
@@ -38,12 +42,15 @@ class Task:
 
     name: str
     shapes: Params
+    load: Rules
     init: Callable[[Callable[[Params], Params]], Params]
     loss: Callable[[Params, Batch, jax.Array, Whole | None], tuple[jax.Array, dict[str, jax.Array]]]
     counts: Callable[[Batch], dict[str, jax.Array]]
     train_data: Streams
     steps_per_epoch: float
     count_events: Callable[[dict[str, np.ndarray]], int]
+    metrics: tuple[str, ...]
+    check: Callable[[], None]
     evaluate: Callable[[Params], dict[str, float]]
     results: Callable[[Params], list[dict]]
     programs: Callable[[Params], dict[str, Program]]

@@ -82,7 +82,8 @@ class Lines:
         # Encoded apart and joined, so that a title has the same tokens wherever it stands.
         self.end_id = tokenizer.encode("\n")[-1]
         self.start = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], np.int32)
-        self.titles = [np.array(tokenizer.encode(title), np.int32) for title in timelines.catalogue.titles]
+        self.titles = tokenizer.encode_all(timelines.catalogue.titles)
+        self.title_lines = [np.array([*title[:max_title_tokens], self.end_id], np.int32) for title in self.titles]
 
     def line(self, text: str, most: int | None = None) -> Ids:
         """Return a text's first `most` tokens and the end token; nothing for no text."""
@@ -91,7 +92,7 @@ class Lines:
 
     def title(self, item: int) -> Ids:
         """Return an item's title as a line."""
-        return np.append(self.titles[item][: self.max_title_tokens], self.end_id).astype(np.int32)
+        return self.title_lines[item]
 
     def titles_as_targets(self) -> dict[int, list[int]]:
         """Return the whole title of every item id, with its end token."""
@@ -155,17 +156,37 @@ class Question:
         """Return the target, empty for none."""
         raise NotImplementedError
 
-    def prompt(self, user: int, end: int) -> Ids:
-        """Return the prompt, without the oldest lines of history where it would leave no room for the target."""
-        question = self.lines.line(self.ask(user, end))
+    def longest(self) -> Ids:
+        """Return the question, of all that are asked one of the most tokens."""
+        return self.lines.line(self.question)
+
+    def check_room(self) -> None:
+        """See that every prompt has room for its question and target.
+
+        Raises:
+          ValueError: one that has not.
+        """
+        self.room(self.longest())
+
+    def room(self, question: Ids) -> int:
+        """Return how many tokens of history fit beside a question and its target.
+
+        Raises:
+          ValueError: not even these two fit.
+        """
         budget = self.max_tokens - len(self.instruction) - len(question) - self.max_target_tokens - 1
         if budget < 0:
             raise ValueError(
                 f"The question {self.lines.tokenizer.decode(question)!r} and {self.max_target_tokens} tokens of target do not fit "
                 f"{self.max_tokens} tokens: raise max_tokens."
             )
-        history = self.lines.history(user, end)
-        return np.concatenate([self.instruction, *history[fitting(history, budget) :], question]).astype(np.int32)
+        return budget
+
+    def prompt(self, user: int, end: int) -> Ids:
+        """Return the prompt, without the oldest lines of history where it would leave no room for the target."""
+        question, history = self.lines.line(self.ask(user, end)), self.lines.history(user, end)
+        kept = history[fitting(history, self.room(question)) :]
+        return np.concatenate([self.instruction, *kept, question]).astype(np.int32)
 
     def row(self, user: int, end: int) -> TextRow | None:
         """Return the prompt with its target, cut to `max_target_tokens`."""
@@ -180,9 +201,9 @@ class Question:
         return self.row(user, int(rng.integers(start + 1, end + 1)))
 
 
-def pad_rows(rows: Sequence[Ids], length: int) -> Int[np.ndarray, "B T"]:
-    """Right-pad rows with 0 to `length`."""
-    out = np.zeros((len(rows), length), np.int32)
+def pad_rows(rows: Sequence[Ids], length: int, count: int | None = None) -> Int[np.ndarray, "B T"]:
+    """Right-pad rows with 0 to `length`, and with rows of 0 to `count` rows."""
+    out = np.zeros((len(rows) if count is None else count, length), np.int32)
     for i, row in enumerate(rows):
         out[i, : len(row)] = row
     return out

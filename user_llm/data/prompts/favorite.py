@@ -30,7 +30,9 @@ class Labels:
         catalogue = timelines.catalogue
         if feature not in catalogue.multi:
             known = ", ".join(catalogue.multi) or "none"
-            raise ValueError(f"{timelines.name} has no {feature!r} to be a favourite: set feature to one of its own ({known}).")
+            raise ValueError(
+                f"{timelines.name} has no {feature!r} to be a favourite: set labels.feature to one of its own ({known})."
+            )
         self.timelines = timelines
         bags, vocab = catalogue.multi[feature], catalogue.vocab[feature]
         if whole:

@@ -4,6 +4,7 @@ As text, titles are history and targets at once: a row without an encoder predic
 decoder learns from all of them at the cost of one.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -55,8 +56,9 @@ class NextItem:
         pieces = [*history, *(self.lines.title(item) for item in targets)]
         drop = fitting(pieces, self.max_tokens - len(self.instruction))
         pieces = pieces[drop:]
-        starts = len(self.instruction) + np.cumsum([0, *map(len, pieces)])[:-1]
         first = max(len(history) - drop, 0)
-        ids = np.concatenate([self.instruction, *pieces]).astype(np.int32)
+        # The answer position of a piece is the last token before it.
+        before = list(itertools.accumulate(map(len, pieces), initial=len(self.instruction) - 1))[:-1]
+        ids = np.concatenate([self.instruction, *pieces], dtype=np.int32)
         items = np.asarray(targets, np.int32)[len(targets) - (len(pieces) - first) :]
-        return TextRow(ids, (starts[first:] - 1).astype(np.int32), items)
+        return TextRow(ids, np.array(before[first:], np.int32), items)

@@ -5,8 +5,12 @@ import string
 import numpy as np
 from jaxtyping import Int
 
-from user_llm.data.prompts.base import Lines, Question
+from user_llm.data.mapped import filled
+from user_llm.data.prompts.base import Ids, Lines, Question
 from user_llm.data.splits import Split
+
+# Titles cut to the same number of tokens differ in how they join the question: of so many the longest question is taken.
+LONG_TITLES = 100
 
 
 class Review(Question):
@@ -30,10 +34,27 @@ class Review(Question):
 
     def ask(self, user: int, end: int) -> str:
         """Return the question about the event at `end`; a long title is cut."""
-        lines, timelines = self.lines, self.lines.timelines
+        timelines = self.lines.timelines
         event = timelines.offsets[user] + end
-        title = lines.tokenizer.decode(lines.titles[timelines.item[event]][: lines.max_title_tokens])
-        return self.question.format(title=title, rating=timelines.columns["rating"][event])
+        return self.about(timelines.item[event], timelines.columns["rating"][event])
+
+    def about(self, item: int, rating: int) -> str:
+        """Return the question about an item and what it was rated."""
+        title = self.lines.tokenizer.decode(self.lines.titles[item][: self.lines.max_title_tokens])
+        return self.question.format(title=title, rating=rating)
+
+    def longest(self) -> Ids:
+        """Return the longest question about the items of the longest titles, rated with two digits."""
+        titles = self.lines.titles
+        items = sorted(range(1, len(titles)), key=lambda item: len(titles[item]), reverse=True)[:LONG_TITLES]
+        return max((self.lines.line(self.about(item, 10)) for item in items), key=len)
+
+    def trains(self) -> bool:
+        """Return whether anybody wrote anything in training."""
+        starts = self.lines.timelines.offsets
+        return any(
+            (self.column[start : start + stop] != "").any() for start, stop in zip(starts, self.split.train_stop, strict=False)
+        )
 
     def answer(self, user: int, end: int) -> str:
         """Return what the user wrote."""
@@ -42,5 +63,5 @@ class Review(Question):
     def targets(self, part: str) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
         """Return the (users, ends) of a part of the split where something was written."""
         users, ends = self.split.targets[part]
-        chosen = self.column[self.lines.timelines.offsets[users] + ends] != ""
+        chosen = filled(self.column, self.lines.timelines.offsets[users] + ends)
         return users[chosen], ends[chosen]

@@ -1,0 +1,130 @@
+"""What becomes of phases, on folders written by hand."""
+
+import json
+import re
+
+import pytest
+from etils import epath
+
+from user_llm.common.files import write_manifest
+from user_llm.training.identity import FILE, Identity, read_identity
+from user_llm.training.phases import decide, settle
+
+A = Identity({"data/a.csv": "1"}, {"p.steps": 4})
+OTHER_SETTINGS = Identity(A.inputs, {"p.steps": 5})
+OTHER_FILES = Identity({"data/a.csv": "2"}, A.settings)
+BUILT = Identity(A.inputs, A.settings, {"q": "abc"})
+REMEDY = r"choose another --workdir, or keep what is finished by --config\.data\.accept_changes=True\.$"
+
+
+def _make(folder, identity, *, finished=True, content="params"):
+    """A phase, finished or with one saved step."""
+    (folder / "checkpoints" / "2").mkdir(parents=True)
+    (folder / "checkpoints" / "2" / "state").write_text(content)
+    (folder / "params").mkdir()
+    (folder / "params" / "w").write_text(content)
+    (folder / "values").mkdir()
+    (folder / "values" / "t.m.npz").write_text(content)
+    write_manifest(folder / "params")
+    if identity is not None:
+        identity.write(epath.Path(folder))
+    if finished:
+        (folder / "results.json").write_text(json.dumps([content]))
+    return folder
+
+
+def _settled(workdir, wanted, *, runs=(), accept=False):
+    """Return (what stands in the phase's folder: its content or None, what is set aside, the identity that later phases see)."""
+    part = decide(epath.Path(workdir), "p", wanted, runs=[epath.Path(run) for run in runs], accept=accept)
+    settle(epath.Path(workdir), part)
+    assert read_identity(epath.Path(workdir / "p")) == part.identity
+    params = workdir / "p" / "params" / "w"
+    return (
+        params.read_text() if params.exists() else None,
+        sorted(path.name for path in workdir.glob("earlier/*")),
+        part.identity,
+    )
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_phase_of_the_same_identity_stays(tmp_path, finished):
+    _make(tmp_path / "p", A, finished=finished)
+    assert _settled(tmp_path, A) == ("params", [], A)
+
+
+def test_nothing_there_begins(tmp_path):
+    assert _settled(tmp_path, A) == (None, [], A)
+    assert _settled(tmp_path, OTHER_FILES) == (None, [], OTHER_FILES)  # it had not begun
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("wanted", [OTHER_SETTINGS, BUILT])
+def test_other_settings_set_a_phase_aside_and_the_old_ones_take_it_back(tmp_path, finished, wanted):
+    _make(tmp_path / "p", A, finished=finished)
+    assert _settled(tmp_path, wanted) == (None, [f"p-{A.hash}"], wanted)
+    _make_begun(tmp_path / "p")
+    stands, aside, identity = _settled(tmp_path, A)
+    assert (stands, aside, identity) == ("params", [f"p-{wanted.hash}"], A)
+    assert (tmp_path / "p" / "checkpoints" / "2").exists() and (tmp_path / "p" / "results.json").exists() == finished
+
+
+def _make_begun(folder):
+    (folder / "checkpoints" / "1").mkdir(parents=True)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_files_are_refused_and_nothing_is_changed(tmp_path, finished):
+    _make(tmp_path / "p", A, finished=finished)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=rf"^p in {tmp_path} was trained on other files \(data/a\.csv changed\): {REMEDY}"):
+        decide(epath.Path(tmp_path), "p", OTHER_FILES, runs=[], accept=False)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_accepted_changes_keep_what_is_finished_under_its_own_identity(tmp_path):
+    _make(tmp_path / "p", A)
+    assert _settled(tmp_path, OTHER_FILES, accept=True) == ("params", [], A)
+    assert json.loads((tmp_path / "p" / FILE).read_text())["accepted"] == ["data/a.csv changed"]
+    with pytest.raises(ValueError, match="was trained on other files"):
+        _settled(tmp_path, OTHER_FILES)
+
+
+def test_accepted_changes_begin_again_what_is_not_finished(tmp_path):
+    _make(tmp_path / "p", A, finished=False)
+    assert _settled(tmp_path, OTHER_FILES, accept=True) == (None, [f"p-{A.hash}"], OTHER_FILES)
+
+
+def test_a_phase_that_does_not_say_what_it_was_trained_on_is_refused_or_accepted(tmp_path):
+    _make(tmp_path / "p", None)
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/p does not say what it was trained on, for want of {FILE}: {REMEDY}"):
+        _settled(tmp_path, A)
+    assert _settled(tmp_path, A, accept=True) == ("params", [], A)
+
+
+def test_a_finished_phase_of_another_run_is_copied_by_its_identity(tmp_path):
+    _make(tmp_path / "one" / "p", OTHER_FILES, content="other")
+    source = _make(tmp_path / "two" / "p", A, content="mine")
+    runs = [tmp_path / "one", tmp_path / "two"]
+    workdir = tmp_path / "run"
+    assert _settled(workdir, A, runs=runs) == ("mine", [], A)
+    assert json.loads((workdir / "p" / FILE).read_text())["reused_from"] == str(source)
+    copied = {str(path.relative_to(workdir / "p")) for path in (workdir / "p").rglob("*") if path.is_file()}
+    assert copied == {"identity.json", "params/w", "params/checksums.json", "results.json", "values/t.m.npz"}
+    assert (source / "checkpoints" / "2" / "state").exists()  # it is a copy
+    assert _settled(workdir, A, runs=runs) == ("mine", [], A)
+
+
+def test_what_another_run_has_not_finished_or_set_aside_is_told_apart(tmp_path):
+    other = tmp_path / "other"
+    _make(other / "p", A, finished=False)
+    assert _settled(tmp_path / "run", A, runs=[other]) == (None, [], A)
+    _make(other / "earlier" / f"p-{A.hash}", A, content="earlier")
+    assert _settled(tmp_path / "run", A, runs=[other]) == ("earlier", [], A)
+
+
+def test_damaged_parameters_of_another_run_are_not_taken(tmp_path):
+    source = _make(tmp_path / "other" / "p", A)
+    (source / "params" / "w").write_text("paramt")
+    with pytest.raises(ValueError, match=re.escape(f"{source}/params/w is damaged")):
+        _settled(tmp_path / "run", A, runs=[tmp_path / "other"])
+    assert not (tmp_path / "run" / "p" / "results.json").exists()

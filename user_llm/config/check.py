@@ -1,0 +1,152 @@
+"""Is a config one that can run? All that can be told from the config alone: each value by itself, then those that depend on others.
+
+What takes data, a tokenizer or devices to tell is checked where the phases are built (`tasks/early.py`).
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from user_llm.config.phases import Contextualize, Phase, PretrainEncoder
+from user_llm.config.reader import either, fault, near_miss, read_config
+from user_llm.config.records import Block, Encoder, Run
+
+
+def check(config: ConfigDict) -> None:
+    """Read a config, of all its phases, and see that the settings of those that run fit each other.
+
+    Raises:
+      ValueError: the first key that is unknown or missing, or whose value is not of its type, in its range or among its choices.
+    """
+    run, phases = read_config(config)
+    for key, value, why in conflicts(run, phases):
+        raise fault(key, value, why)
+
+
+def conflicts(run: Run, phases: Mapping[str, Phase]) -> Iterator[tuple[str, Any, str]]:
+    """Yield key, value and reason of the settings that do not fit others, of the run and of the phases that run."""
+    if not run.phases:
+        yield "phases", run.phases, f"name one or more of {', '.join(sorted(phases))}"
+    for place, name in enumerate(run.phases):
+        if name not in phases:
+            yield (
+                "phases",
+                run.phases,
+                f"there is no phase {name}; choose from {', '.join(sorted(phases))}{near_miss(name, phases)}",
+            )
+        if name in run.phases[:place]:
+            yield "phases", run.phases, f"{name} stands there twice"
+    yield from _blocks("encoder", run.encoder.block)
+    if not run.llm.checkpoint:
+        yield from _blocks("llm", run.llm.block)
+    axes = {f"mesh.{axis}": size for axis, size in vars(run.mesh).items() if size == -1}
+    if len(axes) > 1:
+        yield list(axes)[1], -1, f"only one axis can take what the others leave, and {list(axes)[0]} does"
+    for name in run.phases:
+        phase = phases[name]
+        for key, value, why in _phase_conflicts(run, phases, phase):
+            yield f"{name}.{key}", value, why
+
+
+def _blocks(section: str, block: Block) -> Iterator[tuple[str, Any, str]]:
+    if block.heads % block.kv_heads:
+        yield f"{section}.block.kv_heads", block.kv_heads, f"it must divide the {block.heads} heads"
+
+
+def _phase_conflicts(run: Run, phases: Mapping[str, Phase], phase: Phase) -> Iterator[tuple[str, Any, str]]:
+    """Yield the same of a phase, keys without its name."""
+    loop, optimizer, (key, rows) = phase.loop, phase.optimizer, phase.rows
+    if phase.strategy not in run.strategies:
+        yield "strategy", phase.strategy, f"choose {either(sorted(run.strategies))}{near_miss(phase.strategy, run.strategies)}"
+    if (loop.total_steps > 0) == (loop.total_epochs > 0):
+        yield "loop.total_steps", loop.total_steps, f"set it or loop.total_epochs ({loop.total_epochs}), and the other to 0"
+    if optimizer.schedule == "cosine" and 0 < loop.total_steps <= optimizer.warmup_steps:
+        yield (
+            "optimizer.warmup_steps",
+            optimizer.warmup_steps,
+            (f"it must be below the {loop.total_steps} steps of loop.total_steps, for the schedule is cosine"),
+        )
+    if rows % loop.accumulation_steps:
+        yield "loop.accumulation_steps", loop.accumulation_steps, f"it must divide the {rows} rows of {key}"
+    if run.data.streams and rows % run.data.streams:
+        yield key, rows, f"it must be a multiple of data.streams, {run.data.streams}"
+    if isinstance(phase, PretrainEncoder):
+        yield from _encoder_conflicts(run, phase)
+    if isinstance(phase, Contextualize):
+        yield from _contextual_conflicts(run, phases, phase)
+
+
+def changed(record: Any, changes: Mapping[str, Any]) -> Any:
+    """Return a record with some fields, or fields of its records, changed."""
+    parts = {name: changed(getattr(record, name), new) if isinstance(new, dict) else new for name, new in changes.items()}
+    return dataclasses.replace(record, **parts)
+
+
+def _encoder_conflicts(run: Run, phase: PretrainEncoder) -> Iterator[tuple[str, Any, str]]:
+    encoder, batch, weights = changed(run.encoder, phase.encoder), phase.batch, phase.loss.head_weights
+    yield from _blocks("encoder", encoder.block)
+    if batch.row_length < batch.window:
+        yield "batch.row_length", batch.row_length, f"it must be {batch.window} or more, to hold a window of batch.window"
+    if missing := [head for head in encoder.heads if head not in weights]:
+        yield "loss.head_weights", weights, f"it lacks the weight of {missing[0]}, which encoder.heads names"
+    if unused := [head for head in weights if head not in encoder.heads]:
+        yield "loss.head_weights", weights, f"encoder.heads names no {unused[0]}"
+    if encoder.objective == "dual" and phase.loss.negatives:
+        yield (
+            "loss.negatives",
+            phase.loss.negatives,
+            "a dual encoder has the negatives of its batch and draws no others: set it to 0",
+        )
+    for key, events in (("batch.window", batch.window), ("eval.max_events", phase.eval.max_events)):
+        if encoder.positions == "learned" and events > encoder.max_events:
+            yield key, events, f"an encoder of learned positions reads at most encoder.max_events, {encoder.max_events}"
+
+
+def _contextual_conflicts(run: Run, phases: Mapping[str, Phase], phase: Contextualize) -> Iterator[tuple[str, Any, str]]:
+    encoders = {name: other for name, other in phases.items() if isinstance(other, PretrainEncoder)}
+    if phase.encoder not in encoders:
+        yield (
+            "encoder",
+            phase.encoder,
+            (f"choose a phase that pretrains an encoder: {either(sorted(encoders))}{near_miss(phase.encoder, encoders)}"),
+        )
+        return
+    encoder = changed(run.encoder, encoders[phase.encoder].encoder)
+    tasks = {name: task for name, task in vars(phase.prompts).items() if name != "max_title_tokens"}
+    if not any(task.weight for task in tasks.values()):
+        yield "prompts.next_item.weight", 0.0, f"one of {', '.join(tasks)} needs a weight above 0"
+    if encoder.positions == "learned" and phase.examples.max_events > encoder.max_events:
+        yield (
+            "examples.max_events",
+            phase.examples.max_events,
+            (f"an encoder of learned positions reads at most encoder.max_events, {encoder.max_events}"),
+        )
+    if phase.examples.max_events and phase.encoder_init == "scratch":
+        yield from _scratch_conflicts(run, phase, encoder)
+    crosses = phase.examples.max_events and phase.injection != "soft_prompt"
+    if crosses and not run.llm.checkpoint and phase.cross.every > run.llm.num_layers:
+        yield "cross.every", phase.cross.every, f"the LLM has llm.num_layers={run.llm.num_layers} layers"
+    if not phase.loss.catalogue and not phase.eval.generate_users and phase.prompts.next_item.weight:
+        why = "with loss.catalogue=0 no item head is trained, and titles must be written: set it to 1 or more"
+        yield "eval.generate_users", phase.eval.generate_users, why
+    for number, (_, source) in enumerate(phase.load):
+        if source != "fresh" and source not in phases and not (source == "checkpoint" and run.llm.checkpoint):
+            yield (
+                f"load[{number}][1]",
+                source,
+                f"choose fresh, the name of a phase{', or checkpoint' if run.llm.checkpoint else ''}",
+            )
+
+
+def _scratch_conflicts(run: Run, phase: Contextualize, encoder: Encoder) -> Iterator[tuple[str, Any, str]]:
+    """Yield what an encoder that starts from scratch rules out."""
+    if phase.loss.align:
+        yield "loss.align", phase.loss.align, "an encoder from scratch teaches nothing: set it to 0"
+    if encoder.objective == "dual":
+        yield "encoder_init", phase.encoder_init, "the item tower of a dual encoder comes pretrained: set it to pretrained"
+    rules = run.strategies[phase.strategy].trainable
+    if not next((trains for pattern, trains in rules if re.search(pattern, "encoder/project")), True):
+        yield "strategy", phase.strategy, "it would leave an encoder from scratch untrained: choose another"

@@ -1,0 +1,296 @@
+"""What the section of a phase says, by its task: each key with its type and its range or choices.
+
+Every record has the form of what the function of its name in `configs/common.py` returns.
+"""
+
+import dataclasses
+from typing import Annotated, Any, Literal
+
+from user_llm.config.records import Encoder
+from user_llm.config.values import (
+    CHANGES,
+    Count,
+    CountOrZero,
+    Injection,
+    Moment,
+    Names,
+    Positive,
+    Probability,
+    Regex,
+    Seat,
+    Share,
+    Text,
+    Weight,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """AdamW and its schedule."""
+
+    learning_rate: Positive
+    warmup_steps: CountOrZero
+    schedule: Literal["constant", "cosine"]
+    weight_decay: Weight
+    clip_norm: Positive
+    b1: Share
+    b2: Share
+    first_moment: Moment
+    second_moment: Moment | Literal["factored"]
+    lr_multiplier: tuple[tuple[Regex, Weight], ...]
+    decay: tuple[tuple[Regex, bool], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """How long a phase trains and how often it looks."""
+
+    total_steps: CountOrZero
+    total_epochs: Weight
+    eval_steps: Count
+    save_steps: Count
+    log_steps: Count
+    monitor: Text
+    mode: Literal["min", "max"]
+    patience_evals: CountOrZero
+    dtype: Literal["float32", "bfloat16"]
+    accumulation_steps: Count
+    sharding: tuple[tuple[Regex, tuple[Literal["data", "fsdp", "tensor"] | None, ...]], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Like:
+    """The phase that this one follows, and the keys that are its own."""
+
+    phase: Text
+    changed: Names
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Phase:
+    """What all phases have."""
+
+    strategy: Text
+    optimizer: Optimizer
+    loop: Loop
+    like: Like | None = None
+
+    @property
+    def rows(self) -> tuple[str, int]:
+        """The key that says how many rows a batch has, and its value."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class TextBatch:
+    """Rows of packed lines."""
+
+    rows: Count
+    row_length: Count
+
+
+@dataclasses.dataclass(frozen=True)
+class TextLoss:
+    """The loss of a language model."""
+
+    chunk: Count
+
+
+@dataclasses.dataclass(frozen=True)
+class TextEval:
+    """Validation of a language model."""
+
+    batches: Count
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainLM(Phase):
+    """Phase 0."""
+
+    task: Literal["pretrain_lm"]
+    batch: TextBatch
+    loss: TextLoss
+    eval: TextEval
+
+    @property
+    def rows(self) -> tuple[str, int]:
+        return "batch.rows", self.batch.rows
+
+
+@dataclasses.dataclass(frozen=True)
+class EventBatch:
+    """Rows of packed histories."""
+
+    window: Count
+    rows: Count
+    row_length: Count
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderLoss:
+    """The loss of the encoder."""
+
+    head_weights: dict[str, Weight]
+    negatives: CountOrZero
+    chunk: Count
+    mask_probability: Probability
+    last_only: Probability
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderEval:
+    """Validation and test of the encoder."""
+
+    max_events: Count
+    batch_size: Count
+    validation_users: Count
+    pad_whole: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainEncoder(Phase):
+    """Phase 1."""
+
+    task: Literal["pretrain_encoder"]
+    method: Text
+    encoder: Annotated[dict[str, Any], CHANGES, Encoder]
+    batch: EventBatch
+    loss: EncoderLoss
+    eval: EncoderEval
+
+    @property
+    def rows(self) -> tuple[str, int]:
+        return "batch.rows", self.batch.rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """How histories become examples."""
+
+    max_events: CountOrZero
+    targets_per_history: Count
+    text_items: CountOrZero
+    history: Literal["titles", "summary"]
+
+
+@dataclasses.dataclass(frozen=True)
+class NextItem:
+    """The prompt of the next item."""
+
+    instruction: str
+    max_tokens: Count
+    weight: Weight
+    text: Weight
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A prompt that is answered by a text."""
+
+    instruction: str
+    weight: Weight
+    text: Weight
+    question: str
+    max_tokens: Count
+    max_target_tokens: Count
+
+
+@dataclasses.dataclass(frozen=True)
+class Review(Question):
+    """The prompt of a review."""
+
+    column: Text
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """The tasks of a phase."""
+
+    max_title_tokens: Count
+    next_item: NextItem
+    favorite: Question
+    favorite_future: Question
+    review: Review
+
+
+@dataclasses.dataclass(frozen=True)
+class Cross:
+    """Gated cross-attention."""
+
+    every: Count
+    heads: Count
+    head_dim: Count
+    seat: Seat
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftPrompt:
+    """Where user tokens stand in a prompt."""
+
+    after_instruction: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Resampler:
+    """From events to user tokens."""
+
+    kind: Literal["perceiver", "none"]
+    num_latents: Count
+    heads: Count
+    head_dim: Count
+    mlp_width: Count
+    num_layers: Count
+    recency_buckets: CountOrZero
+
+
+@dataclasses.dataclass(frozen=True)
+class ContextualLoss:
+    """Weights of the losses of contextualization."""
+
+    catalogue: Weight
+    align: Weight
+    chunk: Count
+
+
+@dataclasses.dataclass(frozen=True)
+class ContextualEval:
+    """Validation and test of a contextualized LLM."""
+
+    batch_size: Count
+    validation_users: Count
+    generate_users: CountOrZero
+    beams: Count
+    review_users: Count
+    samples: CountOrZero
+    pad_whole: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Contextualize(Phase):
+    """Phase 2, and the text-prompt baselines."""
+
+    task: Literal["contextualize"]
+    method: Text
+    encoder: Text
+    encoder_init: Literal["pretrained", "scratch"]
+    batch_size: Count
+    examples: Examples
+    prompts: Prompts
+    injection: Injection
+    cross: Cross
+    soft_prompt: SoftPrompt
+    resampler: Resampler
+    load: tuple[tuple[Regex, Text], ...]
+    loss: ContextualLoss
+    eval: ContextualEval
+
+    @property
+    def rows(self) -> tuple[str, int]:
+        return "batch_size", self.batch_size
+
+
+PHASES: dict[str, type[Phase]] = {
+    "pretrain_lm": PretrainLM,
+    "pretrain_encoder": PretrainEncoder,
+    "contextualize": Contextualize,
+}

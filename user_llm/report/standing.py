@@ -1,0 +1,141 @@
+"""How methods stand by one metric, with 95% intervals, and what that comes to in one sentence."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from user_llm.evals.bootstrap import DRAWS, compare, intervals, resampled_means
+from user_llm.evals.measured import Measured
+from user_llm.report.markdown import Markdown, listed, say, table
+from user_llm.report.runs import Seen
+
+REFERENCE = "user_llm"  # what the other methods are compared with
+COMPARED = ("recall@10", "accuracy", "rouge1")  # by the first of these that a task has
+LOWER_IS_BETTER = ("loss", "perplexity")
+MARK = "†"  # beside a method that was measured on other users than the reference
+
+Interval = tuple[float, float]
+
+
+class Standing(NamedTuple):
+    """How one method stands.
+
+    Attributes:
+      interval: the 95% interval of `value`; None where a run left no values of single targets.
+      difference: to the reference on the same targets, and its 95% interval; None for the reference and without such targets.
+      n: the number of targets, of all `seeds` together.
+      other_users: whether it was measured on other users than the reference.
+    """
+
+    method: str
+    value: float
+    interval: Interval | None
+    difference: tuple[float, Interval] | None
+    n: int
+    seeds: Sequence[int]
+    other_users: bool
+    is_reference: bool
+
+    @property
+    def marked(self) -> str:
+        """Return the method's name, marked if it was measured on other users."""
+        return mark(self.method, self.other_users)
+
+
+def mark(method: str, other_users: bool) -> str:
+    """Return a method's name, marked if it was measured on other users."""
+    return f"{method} {MARK}" if other_users else method
+
+
+def first_metric(metrics: Sequence[str]) -> str:
+    """Return the metric by which methods are compared."""
+    return next(name for name in (*COMPARED, *metrics) if name in metrics)
+
+
+def standings(
+    metric: str, rows: Mapping[str, Mapping[int, Seen]], measured: Mapping[str, Mapping[int, Measured]]
+) -> list[Standing]:
+    """Return how each method stands, the best first.
+
+    Args:
+      rows: method -> seed -> the metric's value in results.json.
+      measured: method -> seed -> the values of single targets, of methods that have them.
+    """
+    known = {
+        method: {seed: one for seed, one in sorted(measured.get(method, {}).items()) if metric in one.values} for method in rows
+    }
+    full = [method for method, seeds in known.items() if seeds]
+    reference = next((method for method in (REFERENCE, *full, *rows) if method in (full or rows)), REFERENCE)
+    out = [_standing(metric, method, reference, rows, known) for method in rows]
+    return sorted(out, key=lambda one: one.value if metric in LOWER_IS_BETTER else -one.value)
+
+
+def _standing(metric: str, method: str, reference: str, rows, known: dict[str, dict[int, Measured]]) -> Standing:
+    seeds, base = known[method], known[reference]
+    is_reference = method == reference
+    if shared := [seed for seed, one in seeds.items() if seed in base and _same_targets(one, base[seed])]:
+        values = {name: np.concatenate([known[name][seed].values[metric] for seed in shared]) for name in (reference, method)}
+        users = np.concatenate([base[seed].users for seed in shared])
+        mean, own, difference, apart = compare(values, reference, users)[method]
+        return Standing(
+            method, mean, own, None if is_reference else (difference, apart), len(users), shared, False, is_reference
+        )
+    if seeds:
+        values_of_all = np.concatenate([one.values[metric] for one in seeds.values()])
+        users = np.concatenate([one.users for one in seeds.values()])
+        own = tuple(intervals(resampled_means(values_of_all[:, None], users))[0].tolist())
+        return Standing(method, float(values_of_all.mean()), own, None, len(users), list(seeds), True, is_reference)
+    cells = rows[method]
+    n = sum(cell.n for cell in cells.values())
+    others = {cell.n for cell in cells.values()} != {cell.n for cell in rows[reference].values()}
+    return Standing(
+        method, statistics.fmean(cell.value for cell in cells.values()), None, None, n, sorted(cells), others, is_reference
+    )
+
+
+def _same_targets(one: Measured, other: Measured) -> bool:
+    return np.array_equal(one.users, other.users) and np.array_equal(one.positions, other.positions)
+
+
+def answer(dataset: str, task: str, metric: str, methods: list[Standing]) -> Markdown:
+    """Return in a sentence or two which method is best of those measured on the same users, and by how much."""
+    lasting = [one for one in methods if not one.other_users]
+    best, *rest = lasting
+    goal = "lowest" if metric in LOWER_IS_BETTER else "highest"
+    value = say("{} (95% interval {})", best.value, _interval(best.interval)) if best.interval else say("{}", best.value)
+    if not rest:
+        return say("On {} ({}), {} has {} {}.", dataset, task, best.method, metric, value)
+    head = say("On {} ({}), {} has the {} {} of {} methods: {}", dataset, task, best.method, goal, metric, len(lasting), value)
+    other = rest[0] if best.is_reference else next(one for one in lasting if one.is_reference)
+    tail = say("; the next, {}, has {}" if best.is_reference else "; {} has {}", other.method, other.value)
+    against = other.difference if best.is_reference else best.difference  # to the reference, which is one of the two
+    if against is None:
+        return say("{}{}.", head, tail)
+    sign = -1 if best.is_reference else 1
+    low, high = sorted(sign * bound + 0.0 for bound in against[1])  # no -0
+    chance = Markdown(", which chance may explain" if low <= 0 <= high else "")
+    return say("{}{}. The difference is {} ({}){}.", head, tail, sign * against[0] + 0.0, _interval((low, high)), chance)
+
+
+def comparison(metric: str, methods: list[Standing]) -> list[Markdown]:
+    """Return the table of each method's interval and of its difference to the reference; nothing for one method alone."""
+    lasting = [one for one in methods if one.interval and not one.other_users]
+    if len(lasting) < 2:
+        return []
+    others = [one.method for one in methods if one.interval and one.other_users]
+    reference = next(one.method for one in lasting if one.is_reference)
+    rows = []
+    for one in lasting:
+        against = ["", ""] if one.difference is None else [Markdown(f"{one.difference[0]:+.4f}"), _interval(one.difference[1])]
+        rows.append([one.method, one.value, _interval(one.interval), *against, one.n, listed(one.seeds)])
+    left_out = say(" Measured on other users and left out: {}.", listed(others)) if others else Markdown("")
+    return [
+        say("With 95% intervals by paired bootstrap over users ({} draws).{}", f"{DRAWS:,}", left_out),
+        table(["method", metric, "95%", say("against {}", reference), "95%", "n", "seeds"], rows),
+    ]
+
+
+def _interval(bounds: Interval | None) -> Markdown:
+    return Markdown(f"{bounds[0]:.4f} to {bounds[1]:.4f}" if bounds else "")

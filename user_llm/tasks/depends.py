@@ -1,0 +1,278 @@
+"""What each phase of a run depends on, and what of it the run's directory already holds."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from user_llm.common.distributed import agreed, barrier, gather
+from user_llm.common.hashes import content_hashes
+from user_llm.common.workdir import path_part
+from user_llm.tasks import inputs
+from user_llm.tasks.context import Context
+from user_llm.tasks.pretrain_encoder import encoder_section
+from user_llm.training import phases
+from user_llm.training.identity import Identity, changed_inputs, changed_settings, listed, read_identity
+
+BASELINES, LLM, TOKENIZER = "baselines", "llm", "tokenizer"  # folders of a run beside those of its phases
+SMALL_LLM = ("llm.vocab_size", "llm.num_layers", "llm.block")
+ITEM_TABLE = ("encoder.features", "encoder.block.width")
+ANOTHER = "{} holds a run of another config ({}): choose another --workdir."
+
+
+def check_settings(config: ConfigDict, workdir: epath.Path) -> None:
+    """Refuse a directory of a run with another dataset, protocol or seed, before any data are read.
+
+    Raises:
+      ValueError: what differs, and the remedy.
+    """
+
+    def check() -> None:
+        stored = read_identity(workdir / BASELINES)
+        if stored is not None and _begun(workdir):
+            now = inputs.run_identity(config, {})
+            if differences := changed_settings(stored.settings, now.settings):
+                raise ValueError(ANOTHER.format(workdir, listed(differences)))
+
+    agreed(check)
+
+
+def settle_run(config: ConfigDict, context: Context) -> dict[str, str]:
+    """Decide what becomes of everything that the run's directory holds, carry it out, and return each phase's identity.
+
+    Finished phases stay or are taken from the runs of `config.reuse`; phases whose settings changed are set aside.
+
+    Raises:
+      ValueError: files that changed under what was trained on them, processes that read different files, a run to reuse that
+        is not there, or a name that is no part of a path.
+    """
+    data, workdir, accept = context.data_files, context.workdir, config.data.accept_changes
+    _same_everywhere(data)
+    runs = other_runs(config.reuse)
+
+    def settle_data() -> None:
+        _settle_run(workdir, inputs.run_identity(config, data), accept)
+        if needs_tokenizer(config):
+            _settle_tokenizer(context, runs)
+
+    agreed(settle_data)
+    barrier("the tokenizer is settled")
+    files = llm_files(config, context)
+    _same_everywhere(files)
+
+    def settle_phases() -> dict[str, str]:
+        parts: dict[str, phases.Part] = {}
+        if config.llm.checkpoint:
+            wanted = Identity({**files, **text_files(config)}, text_settings(config))
+            parts[LLM] = phases.decide(workdir, LLM, wanted, runs=runs, accept=accept)
+        for name in with_sources(config):
+            built_on = {source: parts[source].identity.hash for source in sources(config, name)}
+            wanted = phase_identity(config, name, data, files, built_on)
+            parts[name] = phases.decide(workdir, name, wanted, runs=runs, accept=accept)
+            if name not in config.phases and not (parts[name].stands or parts[name].source):
+                raise ValueError(
+                    f"Parameters of {name} are needed, and it is not finished here: add {name} to --config.phases."
+                )
+        for part in parts.values():
+            phases.settle(workdir, part)
+        return {name: part.identity.hash for name, part in parts.items()}
+
+    return {BASELINES: inputs.run_identity(config, data).hash, **agreed(settle_phases)}
+
+
+def other_runs(reuse: str) -> list[epath.Path]:
+    """Return the workdirs that `--config.reuse=RUN1,RUN2` names.
+
+    Raises:
+      ValueError: one that is not there.
+    """
+    runs = [epath.Path(name.strip()) for name in reuse.split(",") if name.strip()]
+    for run in runs:
+        if not run.is_dir():
+            raise ValueError(f"--config.reuse names {run}, and there is no such run: name workdirs, separated by commas.")
+    return runs
+
+
+def with_sources(config: ConfigDict) -> list[str]:
+    """Return the phases of a run and those whose parameters they start from, in an order in which each can be built.
+
+    Raises:
+      ValueError: a phase that starts from itself, or from what is no phase.
+    """
+    order: list[str] = []
+
+    def add(name: str, above: tuple[str, ...] = ()) -> None:
+        if name in above:
+            raise ValueError(f"Phase {name} starts from parameters of its own: {' <- '.join([*above, name])}.")
+        if name not in order:
+            for source in sources(config, name):
+                add(source, (*above, name))
+            order.append(name)
+
+    for name in config.phases:
+        if not (config[name].task == "pretrain_lm" and config.llm.checkpoint):
+            add(name)
+    return order
+
+
+def sources(config: ConfigDict, name: str) -> list[str]:
+    """Return the phases whose parameters a phase starts from.
+
+    Raises:
+      ValueError: one that is no phase, or an encoder that no phase pretrains.
+    """
+    phase = config[name]
+    if phase.task != "contextualize":
+        return []
+    encoder_section(config, phase.encoder)  # refuses what is no encoder
+    encoder = [phase.encoder] if phase.examples.max_events and phase.encoder_init == "pretrained" else []
+    kinds = ("fresh", "checkpoint", *(("pretrain_lm",) if config.llm.checkpoint else ()))
+    loaded = [source for _, source in phase.load if source not in kinds]
+    if unknown := [source for source in loaded if "task" not in config.get(source, {})]:
+        raise ValueError(f"{name}.load names {unknown[0]!r}, which is no phase.")
+    return list(dict.fromkeys([*encoder, *loaded]))
+
+
+def needs_tokenizer(config: ConfigDict) -> bool:
+    """Return whether a phase of a run reads text by a tokenizer that the run makes itself."""
+    return not config.llm.checkpoint and any(config[name].task != "pretrain_encoder" for name in config.phases)
+
+
+def phase_identity(
+    config: ConfigDict, name: str, data: Mapping[str, str], llm: Mapping[str, str], built_on: Mapping[str, str]
+) -> Identity:
+    """Return the identity of a phase.
+
+    Args:
+      data, llm: content hashes of the dataset's files, and of the LLM's: checkpoint and tokenizer.
+      built_on: identities of the phases that `sources` returns.
+
+    Raises:
+      ValueError: the phase's name or its method's is no part of a path, or a strategy or an encoder that does not exist.
+    """
+    phase = config[path_part(name, "The phase")]
+    settings = {**inputs.run_identity(config, data).settings, **own_settings(config, name)}
+    if phase.task == "pretrain_encoder":
+        return Identity(data, settings | inputs.flat(encoder_section(config, name), "encoder"))
+    files = {**data, **llm}
+    if not config.llm.checkpoint:
+        small = inputs.flat(config.llm, "llm")
+        settings |= {key: value for key, value in small.items() if key.startswith(SMALL_LLM)}
+    if phase.task == "contextualize":
+        settings |= encoder_settings(config, name)
+        if config.llm.checkpoint:
+            files |= text_files(config)
+            settings |= text_settings(config)
+        if any(key.startswith(f"{name}.prompts.favorite") for key in settings):
+            settings |= inputs.flat(config.labels, "labels")
+    return Identity(files, settings, built_on)
+
+
+def own_settings(config: ConfigDict, name: str) -> dict[str, Any]:
+    """Return the settings of a phase's section and of its strategy.
+
+    The strategy counts by what it trains, and the section's `encoder` by the settings of that encoder, not by their names; tasks of
+    weight 0 count for nothing.
+
+    Raises:
+      ValueError: a strategy that does not exist, or a method whose name is no part of a path.
+    """
+    phase = config[name]
+    if phase.strategy not in config.strategies:
+        raise ValueError(f"Unknown strategy {phase.strategy!r} of {name}: choose one of {', '.join(config.strategies)}.")
+    strategy = config.strategies[phase.strategy]
+    section = json.loads(phase.to_json_best_effort())
+    for key in ("strategy", "encoder", "like"):
+        section.pop(key, None)
+    if "method" in section:
+        path_part(section["method"].replace("/", "_"), f"{name}.method")
+    if "prompts" in section:
+        asked = section["prompts"].items()
+        section["prompts"] = {task: of for task, of in asked if not isinstance(of, dict) or of.get("weight")}
+    settings = inputs.flat(section, name) | inputs.flat(strategy, f"{name}.strategy")
+    return settings | (inputs.flat(config.lora, "lora") if strategy.adapters else {})
+
+
+def encoder_settings(config: ConfigDict, name: str) -> dict[str, Any]:
+    """Return the encoder's settings that a contextualization depends on; a text prompt has the item table's alone."""
+    phase = config[name]
+    settings = inputs.flat(encoder_section(config, phase.encoder), "encoder")
+    if phase.examples.max_events:
+        return settings
+    return {key: settings[key] for key in ITEM_TABLE if key in settings}
+
+
+def text_settings(config: ConfigDict) -> dict[str, Any]:
+    """Return how much of the general text is read."""
+    settings = inputs.flat(config.general_text, "general_text")
+    settings.pop("general_text.file", None)
+    return settings
+
+
+def text_files(config: ConfigDict) -> dict[str, str]:
+    """Return the content hash of the general text.
+
+    Raises:
+      ValueError: no such file.
+    """
+    if not config.general_text.file:
+        text = resources.files("user_llm.data") / "general.txt"
+        return {"general_text": hashlib.sha256(text.read_bytes()).hexdigest()}
+    if not epath.Path(config.general_text.file).is_file():
+        raise ValueError(f"general_text.file={config.general_text.file} is no file: name one of UTF-8 text.")
+    return {"general_text": content_hashes([config.general_text.file])[0]}
+
+
+def llm_files(config: ConfigDict, context: Context) -> dict[str, str]:
+    """Return the content hashes of the LLM and its tokenizer; none for a run whose phases read no text."""
+    if config.llm.checkpoint:
+        return inputs.checkpoint_files(context.checkpoint, context.local)
+    if not needs_tokenizer(config):
+        return {}
+    context.tokenizer()  # made if it is missing
+    return inputs.tokenizer_files(context.local / TOKENIZER)
+
+
+def _settle_run(workdir: epath.Path, wanted: Identity, accept: bool) -> None:
+    """Refuse a run of another dataset, protocol or seed; note which this one is of."""
+    stored, begun = read_identity(workdir / BASELINES), _begun(workdir)
+    if stored is not None and begun:
+        if differences := changed_settings(stored.settings, wanted.settings):
+            raise ValueError(ANOTHER.format(workdir, listed(differences)))
+        if (differences := changed_inputs(stored.inputs, wanted.inputs)) and not accept:
+            raise ValueError(f"{', '.join(begun)} in {workdir} saw other data ({listed(differences)}): {phases.REMEDY}")
+    wanted.write(workdir / BASELINES)
+
+
+def _settle_tokenizer(context: Context, runs: Sequence[epath.Path]) -> None:
+    """Keep the tokenizer that the run made, take that of another run, or let it be made again where its settings changed."""
+    wanted = inputs.tokenizer_identity(context.config, context.data_files)
+    home = epath.Path(context.local)
+    made = lambda folder: (folder / "tokenizer.json").exists()  # noqa: E731
+    part = phases.decide(home, TOKENIZER, wanted, runs=runs, accept=True, finished=made)
+    if part.stands and not _begun(context.workdir):  # nothing was trained with it
+        source = phases.find_phase(home, TOKENIZER, wanted, runs, made)
+        if part.accepted or source is not None:
+            (home / TOKENIZER).rmtree()
+            part = phases.Part(TOKENIZER, wanted, source=source)
+    if part.source is not None or part.accepted:
+        phases.settle(home, part)
+    else:  # the folder appears once it is made
+        phases.set_aside(home, part)
+
+
+def _same_everywhere(files: Mapping[str, str]) -> None:
+    """Refuse processes of one run that read different files."""
+    for number, others in enumerate(gather(dict(files))):
+        if differences := changed_inputs(files, others):
+            raise ValueError(f"Process {number} reads other files than this one ({listed(differences)}): give all the same.")
+
+
+def _begun(workdir: epath.Path) -> list[str]:
+    """Return the phases that a directory holds steps or results of."""
+    folders = [path for path in workdir.iterdir() if path.is_dir()] if workdir.exists() else []
+    return sorted(path.name for path in folders if path.name != LLM and phases.has_begun(path))

@@ -1,0 +1,106 @@
+"""All phases of a run, built and checked before the first of them trains: what would fail after hours fails in seconds.
+
+A phase is built of shapes alone. Nothing is computed, and no parameters are read. What the config tells by itself has been checked
+before (`config/check.py`); here is what takes the data, the tokenizer, the devices, the checkpoint, or the other phases.
+"""
+
+from collections.abc import Callable, Mapping
+
+from absl import logging
+from etils import epath
+
+from user_llm.common import mesh as meshes
+from user_llm.common import trees
+from user_llm.common.checkpoint import saved_shapes
+from user_llm.common.errors import naming
+from user_llm.common.trees import Params
+from user_llm.models import pretrained
+from user_llm.tasks import general_text
+from user_llm.tasks.builders import BUILDERS
+from user_llm.tasks.context import Context
+from user_llm.training.loop import LoopConfig, abstract_state, settle_steps
+from user_llm.training.task import Task
+
+
+def build_tasks(context: Context, of: Callable[[str], Context] | None = None) -> dict[str, Task]:
+    """Build the tasks of all phases of a run, and see that each can run to its end.
+
+    Args:
+      of: returns the run as the phase of a name sees it; None for all alike.
+
+    Returns:
+      By phase, in the order in which they run; without `pretrain_lm` where an open LLM stands in for it.
+
+    Raises:
+      ValueError: the first phase that cannot, and why.
+    """
+    config, tasks = context.config, dict[str, Task]()
+    if config.llm.checkpoint:
+        pretrained.check_weights(context.checkpoint)
+        general_text.read_windows(context.tokenizer(), **config.general_text)
+    for name in config.phases:
+        if config[name].task == "pretrain_lm" and config.llm.checkpoint:
+            logging.info("%s: left out, the LLM is %s", name, config.llm.checkpoint)
+            continue
+        with naming(name):
+            task = BUILDERS[config[name].task](config, name, of(name) if of else context)
+            check_task(task, context, tasks)
+        tasks[name] = task
+    return tasks
+
+
+def check_task(task: Task, context: Context, earlier: Mapping[str, Task]) -> None:
+    """See that a phase can start, step, be monitored and be measured.
+
+    Args:
+      earlier: the phases that run before it.
+
+    Raises:
+      ValueError: what it cannot do.
+    """
+    phase = context.config[task.name]
+    loop = settle_steps(LoopConfig(**phase.loop), task)
+    if not task.steps_per_epoch:
+        raise ValueError("no user has two events to train on: lower data.withhold, or take more data.")
+    if loop.monitor not in task.metrics:
+        raise ValueError(f"loop.monitor={loop.monitor!r}: choose one of {', '.join(task.metrics)}.")
+    key, rows = ("batch.rows", phase.batch.rows) if "batch" in phase else ("batch_size", phase.batch_size)
+    shards = meshes.row_shards(context.mesh)
+    if rows % (loop.accumulation_steps * shards):
+        raise ValueError(
+            f"{key}={rows}: it must be a multiple of {loop.accumulation_steps * shards}, for {loop.accumulation_steps} "
+            f"parts (loop.accumulation_steps) on {shards} devices (mesh.data x mesh.fsdp)."
+        )
+    check_sources(task, context, earlier)
+    abstract_state(task, loop, context.optimizer_config(task.name), context.mesh, context.seed)
+    task.check()
+
+
+def check_sources(task: Task, context: Context, earlier: Mapping[str, Task]) -> None:
+    """See that every parameter that starts from another phase has its like there.
+
+    Raises:
+      ValueError: a phase that neither runs before nor is finished, or whose parameters are others.
+    """
+    shapes = trees.flatten(task.shapes)
+    sources = trees.flatten(context.sources(task.load, task.shapes))
+    for source in sorted(set(sources.values()) - {"fresh", "checkpoint"}):
+        there = earlier[source].shapes if source in earlier else _finished_shapes(context.workdir / source)
+        if there is None:
+            instead = f", or set {task.name}.encoder_init=scratch" if source == context.config[task.name].get("encoder") else ""
+            raise ValueError(
+                f"it starts from {source}, which does not run before it: put {source} before {task.name} in phases{instead}."
+            )
+        wanted = {path.partition("/")[2]: shapes[path].shape for path, name in sources.items() if name == source}
+        given = {path: leaf.shape for path, leaf in trees.flatten(there).items()}
+        if differing := sorted(path for path in wanted.keys() | given.keys() if wanted.get(path) != given.get(path)):
+            path = differing[0]
+            raise ValueError(
+                f"it cannot start from {source}: {path} is {given.get(path, 'missing')} there and {wanted.get(path, 'missing')} here; "
+                f"change {task.name}.load or the sizes, or run {source} anew."
+            )
+
+
+def _finished_shapes(directory: epath.Path) -> Params | None:
+    """Return the shapes of the parameters that a finished phase left, or None."""
+    return saved_shapes(directory / "params") if (directory / "results.json").exists() else None
