@@ -10,7 +10,6 @@ machine.
 import hashlib
 import importlib.metadata
 import json
-import logging as standard_logging
 import re
 import signal
 import subprocess
@@ -28,6 +27,8 @@ from user_llm.ahead import apart
 from user_llm.ahead.check import check, describe
 from user_llm.common.distributed import initialize, is_first
 from user_llm.common.files import write_json
+from user_llm.common.printable import printable
+from user_llm.common.terminal import set_up_log, show_results
 from user_llm.common.workdir import hold
 from user_llm.config.check import check as check_config
 from user_llm.data import audits
@@ -75,13 +76,14 @@ def run_phases(config: ConfigDict, context: Context, identities: Mapping[str, st
         rows = baseline_rows(context.of(identities["baselines"]))
         if config.llm.checkpoint:
             rows += general_text.untouched(context.of(identities["llm"]))
-        for name, task in tasks.items():
+        for number, (name, task) in enumerate(tasks.items(), 1):
+            logging.info("Phase %d of %d: %s", number, len(tasks), name)
             settings, optimizer = LoopConfig(**config[name].loop), context.optimizer_config(name)
             rows += loop.run(task, settings, optimizer, context.mesh, workdir / name, config.seed)[1]
             write_json(workdir / "results.json", rows)  # so that what is finished can be reported whatever happens next
     if is_first():
         write_report(workdir)
-        logging.info("Report: %s", workdir / "report.md")
+        show_results(rows, workdir / "report.html")
     return rows
 
 
@@ -120,15 +122,6 @@ def follow(config: ConfigDict, overrides: Mapping[str, Any]) -> None:
                     section.update_from_flattened_dict({key: value})
 
 
-def quiet_orbax(record) -> bool:
-    """Keep orbax's running commentary out of the log, but not its warnings; what fails there is raised here, and said once."""
-    if "orbax" not in record.pathname:
-        return True
-    if not logging.level_debug():
-        record.exc_info = record.exc_text = None
-    return record.levelno >= standard_logging.WARNING
-
-
 def parse_flags(argv: list[str]) -> list[str]:
     """Parse the command line; a typo in it ends in one sentence, where ml_collections would end in a traceback."""
     try:
@@ -150,8 +143,7 @@ def missing_key(error: Exception) -> str:
 
 def main(argv: list[str]) -> None:
     """Run the config, and end a user's mistake in one sentence."""
-    logging.set_verbosity(logging.INFO)
-    logging.get_absl_handler().addFilter(quiet_orbax)
+    set_up_log()
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}")
     flag = flags.FLAGS["config"]
@@ -169,7 +161,7 @@ def main(argv: list[str]) -> None:
     except (ValueError, OSError, ArithmeticError) as error:
         # What the user can mend is said in one sentence; --verbosity=1 shows where it was raised.
         logging.debug("", exc_info=True)
-        sys.exit(f"Error: {' '.join(str(error).split())}")
+        sys.exit(f"Error: {printable(error)}")
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -145,6 +145,16 @@ def test_progress_is_a_bar_on_a_terminal_and_a_line_elsewhere(tmp_path, monkeypa
             assert lines[0].startswith("phase: step 20/40, loss 0.05, 1,000 events/s, ETA 00:")
 
 
+def test_a_line_shows_one_metric_of_the_last_evaluation(tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr(logging, "info", lambda message, *args: lines.append(message % args))
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with MetricsLog(tmp_path, "phase", total_steps=40) as log:
+        log.eval(0, {"mrr": 0.5, "recall@10": 0.25})
+        train(log, [20])
+    assert lines[-1].startswith("phase: step 20/40, loss 0.05, validation recall@10 0.25, 1,000 events/s, ETA ")
+
+
 def test_close_may_be_repeated(tmp_path):
     log = MetricsLog(tmp_path, "phase", total_steps=0)
     log.close()

@@ -44,6 +44,7 @@ class MetricsLog:
         self._name, self._total = name, total_steps
         self._checked = self._first_step = step
         self._since = time.monotonic()
+        self._watched = ""  # one metric of the last evaluation, for the lines that follow
         self._file: Any = None
         self._board: Any = None
         self._bar: Any = None
@@ -77,7 +78,7 @@ class MetricsLog:
         self._write("train", step, {**scalars, "events_per_s": events_per_s})
         if self._bar is None:
             return
-        facts = f"loss {scalars['loss']:.4g}, {events_per_s:,.0f} events/s"
+        facts = f"loss {scalars['loss']:.4g}, {self._watched}{events_per_s:,.0f} events/s"
         if self._bar.disable:
             remaining = (self._total - step) * (time.monotonic() - self._since) / max(step - self._first_step, 1)
             eta = tqdm.format_interval(remaining)
@@ -90,6 +91,8 @@ class MetricsLog:
         """Log validation metrics."""
         scalars = {name: float(value) for name, value in scalars.items()}
         self._write("eval", step, scalars)
+        if watched := next((name for name in ("recall@10", *scalars) if name in scalars), ""):
+            self._watched = f"validation {watched} {scalars[watched]:.4g}, "
         if self._bar is not None:
             shown = ", ".join(f"{name} {value:.4g}" for name, value in scalars.items())
             with tqdm.external_write_mode(file=sys.stderr):  # Clears the bar, if any, and draws it again below the line.

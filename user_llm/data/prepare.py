@@ -179,7 +179,8 @@ def prepare(raw: Raw, prepared_dir: epath.PathLike) -> Events:
             except ValueError as error:
                 raise ValueError(f"{error} Delete {folder} and run the same command: the dataset is prepared again.") from error
         builder = Events(config=EventsConfig(name=raw.name, raw=raw), data_dir=str(folder), file_format="array_record")
-        builder.download_and_prepare()
+        with contextlib.redirect_stdout(None):  # where this library says "Downloading ... Unknown size" of what is here
+            builder.download_and_prepare()
         if not (home / MANIFEST).exists():
             write_manifest(home)
     return builder
