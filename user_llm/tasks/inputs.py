@@ -25,7 +25,7 @@ NO_INPUT = (
         "where parameters lie; a run goes on with more or fewer devices, as it does with another section `mesh`",
     ),
     (r"\.loop\.(save_steps|log_steps)$", "a run that is stopped and resumed anywhere equals one that is not"),
-    (r"(^|\.)(unroll|remat|attention_kernel)$", "other ways to compute the same numbers"),
+    (r"(^|\.)(unroll|remat|attention_kernel|pad_whole)$", "other ways to compute the same numbers"),
     (r"\.(eval\.batch_size|loss\.chunk)$", "how many rows are computed at a time"),
     (r"\.like\.", "which flags of the command line hold for several phases; their values are in the section"),
     (
