@@ -20,7 +20,7 @@ import re
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -70,7 +70,7 @@ def rows() -> list[Row]:
             Row(f"{dataset}_textprompt", "text_prompt_50", "full", "batch_size", 16),
         ]
     llms = [f"movielens_xattn:{llm}" for llm in LLMS]
-    strategies = [name for name in STRATEGIES if name != "all"]
+    strategies = [name for name in STRATEGIES if name not in ("all", "none")]
     return found + [Row(llm, "user_llm", strategy, "batch_size", 8) for llm in llms for strategy in strategies]
 
 
@@ -216,7 +216,12 @@ def topology_table(found: Found, only: str = "", jobs: int = 1) -> str:
         tried = [(name, recommend(found, row, name)) for name in names]
         return [topology_line(row, name, *best) for name, best in tried if best is not None]
 
-    return markdown.table(HEADER, side_by_side(lines, rows(), jobs))
+    return own_table(HEADER, side_by_side(lines, rows(), jobs))
+
+
+def own_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Return a table of cells that are Markdown of our own."""
+    return markdown.table(header, [[markdown.Markdown(cell) for cell in line] for line in lines])
 
 
 def side_by_side(lines: Callable[[Any], list[tuple]], items: Sequence, jobs: int) -> list[tuple]:
@@ -285,7 +290,7 @@ def scaling_table(found: Found, only: str = "", jobs: int = 1) -> str:
         return out
 
     header = ("config", "topology", "data x fsdp", "batch a chip", "GB a chip", "to 8 chips", "GB sent by a chip", "to 8 chips")
-    return markdown.table(header, side_by_side(lines, SCALED, jobs))
+    return own_table(header, side_by_side(lines, SCALED, jobs))
 
 
 def write_section(path: pathlib.Path, name: str, text: str) -> None:

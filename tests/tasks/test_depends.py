@@ -120,7 +120,6 @@ def test_adapters_and_favourites_count_where_they_are_used():
         ({"user_llm.method": "../../x\0"}, r"^user_llm\.method '.*' has a character that cannot be printed"),
         ({"user_llm.method": ""}, r"^user_llm\.method '' is empty"),
         ({"user_llm.strategy": "some"}, "^Unknown strategy 'some' of user_llm: choose one of all, "),
-        ({"user_llm.encoder": "user_llm"}, "^'user_llm' pretrains no encoder"),
     ],
 )
 def test_what_has_no_identity_is_refused(changes, message):

@@ -109,7 +109,7 @@ def describe(found: list[Checked]) -> str:
             f"{step.arguments / 1e9:.2f}", f"{step.temporaries / 1e9:.2f}", f"{step.flops / 1e12:.3f}", f"{step.intensity:.0f}",
             sent or "none", f"{least * 1e3:.1f}", limit,
         ))  # fmt: skip
-    return markdown.table(HEADER, rows)
+    return markdown.table(HEADER, [[markdown.Markdown(cell) for cell in row] for row in rows])
 
 
 def check(

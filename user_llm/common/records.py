@@ -89,7 +89,7 @@ def read_file(path: epath.Path) -> bytes:
     try:
         if not is_remote(path) and not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError(f"{path} is no plain file: delete it.")
-        if (size := path.stat().length) > MAX_BYTES:
+        if (size := epath.Path(path).stat().length) > MAX_BYTES:
             raise ValueError(f"{path} has {size:,} bytes, more than the {MAX_BYTES:,} that are read.")
         return path.read_bytes()
     except OSError as error:
