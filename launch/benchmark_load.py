@@ -66,7 +66,7 @@ def write(folder: pathlib.Path, events: int) -> None:
                 "number": number,
                 "item": (1 + items * rng.random(count) ** 3).astype(np.int32),
                 "time": 1_000_000_000 + day * 86_400,
-                "rating": rng.integers(1, 6, count).astype(np.int32),
+                "level_0": rng.integers(1, 6, count).astype(np.int32),
             }
             identity = (number * 120 + day) * (items + 1) + columns["item"]
             table = pa.table(columns).take(np.sort(np.unique(identity, return_index=True)[1]))  # without duplicates
@@ -76,7 +76,9 @@ def write(folder: pathlib.Path, events: int) -> None:
     def shards(self, dl_manager):
         keys = [f"B{n:08d}" for n in range(items)]
         audit = {"rows": events, "duplicates_dropped": 0, "users_before_min_events": events // 20}
-        self.info.metadata.update({"keys": keys, "titles": keys, "bags": {}, "vocab": {}, "audit": audit})
+        self.info.metadata.update(
+            {"keys": keys, "titles": keys, "bags": {}, "vocab": {}, "ticks_per_second": 1, "edges": {}, "audit": audit}
+        )
         return {"train": prepare._shards(records(), events)}
 
     prepare.Events._shard_iterators_per_split = shards  # the rest of the writing is the project's own
