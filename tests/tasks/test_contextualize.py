@@ -166,6 +166,7 @@ def test_the_encoder_comes_from_the_phase_that_is_named_or_from_nowhere():
 
 
 TRAINED = {  # the parts of the model, by how their paths start or what they hold
+    "none": set(),
     "all": {"llm", "cross", "encoder", "encoder heads", "rest"},
     "full": {"llm", "cross", "encoder", "rest"},
     "lora": {"adapters", "cross", "encoder", "rest"},
