@@ -45,6 +45,8 @@ TINY_LLM = {
     "num_attention_heads": 2, "num_key_value_heads": 1, "rope_theta": 1e4, "rms_norm_eps": 1e-5, "hidden_act": "silu",
     "max_position_embeddings": 512, "tie_word_embeddings": True,
 }  # fmt: skip
+# One CPU, whatever the caller's flags make of it, and code that compiles fast rather than runs fast.
+QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 TINY_RUN = {
     "data.source": "synthetic", "data.synthetic.num_users": 60, "data.synthetic.num_items": 48, "data.synthetic.events_per_user": 14,
     "pretrain_encoder.loop.total_steps": 2, "pretrain_encoder.optimizer.warmup_steps": 1, "pretrain_encoder.batch.rows": 2,
@@ -74,19 +76,13 @@ def flags(changes: Mapping[str, object]) -> list[str]:
 class Runner:
     """Runs commands with a limit of time; their output goes to a file in `out`."""
 
-    def __init__(self, out: pathlib.Path, site: pathlib.Path | None):
+    def __init__(self, out: pathlib.Path, site: pathlib.Path | None, *, rehearse: bool = False):
         self.out, self.grace_s = out, 15.0
         paths = [str(path) for path in (site, ROOT) if path]
         # Methods share what their evaluation computes, which is compiled once.
         cache = {"JAX_COMPILATION_CACHE_DIR": str(out / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
-        self.env = (
-            os.environ
-            | cache
-            | {
-                "PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")]),
-                "PYTHONUNBUFFERED": "1",
-            }
-        )
+        python = {"PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")]), "PYTHONUNBUFFERED": "1"}
+        self.env = os.environ | cache | python | ({"XLA_FLAGS": QUICK_TO_COMPILE} if rehearse else {})
 
     def __call__(self, name: str, command: Sequence[str], until: float) -> bool:
         """Run a program of this python and say whether it ended well; at the time `until` it is asked to stop, and soon after made to."""
@@ -312,7 +308,7 @@ def main() -> None:
     unknown = [part for part in args.parts.split(",") if part not in PARTS]
     if unknown:
         parser.error(f"unknown part {unknown[0]!r}: choose of {', '.join(PARTS)}")
-    run = Runner(args.out, args.brought / "site" if args.brought else None)
+    run = Runner(args.out, args.brought / "site" if args.brought else None, rehearse=args.rehearse)
     begun, results = time.monotonic(), {}
     for part in args.parts.split(","):
         limit, work = PARTS[part]

@@ -38,7 +38,8 @@ from user_llm.tasks.asking import baseline_rows
 from user_llm.tasks.context import Context, open_context
 from user_llm.tasks.early import build_tasks
 from user_llm.training import loop
-from user_llm.training.loop import LoopConfig
+from user_llm.training.loop import LoopConfig, settle_steps
+from user_llm.training.pace import Pace
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
 
@@ -76,10 +77,12 @@ def run_phases(config: ConfigDict, context: Context, identities: Mapping[str, st
         rows = baseline_rows(context.of(identities["baselines"]))
         if config.llm.checkpoint:
             rows += general_text.untouched(context.of(identities["llm"]))
+        settings = {name: settle_steps(LoopConfig(**config[name].loop), task) for name, task in tasks.items()}
+        pace = Pace({name: task.work * settings[name].total_steps for name, task in tasks.items()})
         for number, (name, task) in enumerate(tasks.items(), 1):
             logging.info("Phase %d of %d: %s", number, len(tasks), name)
-            settings, optimizer = LoopConfig(**config[name].loop), context.optimizer_config(name)
-            rows += loop.run(task, settings, optimizer, context.mesh, workdir / name, config.seed)[1]
+            optimizer = context.optimizer_config(name)
+            rows += loop.run(task, settings[name], optimizer, context.mesh, workdir / name, config.seed, pace)[1]
             write_json(workdir / "results.json", rows)  # so that what is finished can be reported whatever happens next
     if is_first():
         write_report(workdir)

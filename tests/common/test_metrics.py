@@ -134,15 +134,27 @@ def test_progress_is_a_bar_on_a_terminal_and_a_line_elsewhere(tmp_path, monkeypa
     for kind, stream in (("bar", Terminal()), ("lines", io.StringIO())):
         monkeypatch.setattr(sys, "stderr", stream)
         with MetricsLog(tmp_path / kind, "phase", step=10, total_steps=40) as log:
-            train(log, [20])
+            train(log, [20] if kind == "bar" else [20, 30])
         bar = stream.getvalue()
         if kind == "bar":
             assert not lines
-            assert "20/40" in bar and "1,000 events/s" in bar and "loss 0.05" in bar
+            assert "20/40" in bar and "1,000 events/s" in bar and "run ETA" not in bar
         else:
             assert not bar
-            assert len(lines) == 1
-            assert lines[0].startswith("phase: step 20/40, loss 0.05, 1,000 events/s, ETA 00:")
+            assert lines[0] == "phase: step 20/40, loss 0.05, 1,000 events/s"
+            assert lines[1].startswith("phase: step 30/40, loss 0.03333, 1,000 events/s, phase ETA 00:") and len(lines) == 2
+
+
+def test_the_time_left_is_that_of_steps_without_what_came_before_the_first_line(tmp_path, monkeypatch):
+    """An hour of compiling before step 10, then 2 s a step: at step 15 of 40 the phase has 50 s to go."""
+    lines = []
+    monkeypatch.setattr(logging, "info", lambda message, *args: lines.append(message % args))
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with MetricsLog(tmp_path, "phase", total_steps=40) as log:
+        for step, second in ((10, 3600.0), (15, 3610.0)):
+            monkeypatch.setattr(metrics.time, "monotonic", lambda second=second: second)
+            log.train(step, {"loss": 1.0}, events_per_s=1.0, run_left=3725.0)
+    assert [line.partition("events/s, ")[2] for line in lines] == ["run ETA 1:02:05", "run ETA 1:02:05, phase ETA 00:50"]
 
 
 def test_a_line_shows_one_metric_of_the_last_evaluation(tmp_path, monkeypatch):
@@ -152,7 +164,7 @@ def test_a_line_shows_one_metric_of_the_last_evaluation(tmp_path, monkeypatch):
     with MetricsLog(tmp_path, "phase", total_steps=40) as log:
         log.eval(0, {"mrr": 0.5, "recall@10": 0.25})
         train(log, [20])
-    assert lines[-1].startswith("phase: step 20/40, loss 0.05, validation recall@10 0.25, 1,000 events/s, ETA ")
+    assert lines[-1] == "phase: step 20/40, loss 0.05, validation recall@10 0.25, 1,000 events/s"
 
 
 def test_close_may_be_repeated(tmp_path):

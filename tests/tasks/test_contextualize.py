@@ -201,7 +201,7 @@ def test_a_strategy_trains_its_parts_and_keeps_every_bit_of_the_others(drawn, me
     )
     graphdef, params = drawn(lambda: UserLLM(config, rngs=nnx.Rngs(0)))
     task = Task(
-        name="user_llm", shapes=params, train_data=None, steps_per_epoch=1.0, count_events=None, evaluate=None, results=None,
+        name="user_llm", shapes=params, train_data=None, steps_per_epoch=1.0, work=1.0, count_events=None, evaluate=None, results=None,
         programs=None, load=None, metrics=(), check=None,
         init=lambda place: jax.device_put(params, place(params)),
         loss=lambda params, batch, key, whole: contextual_loss(trees.merge(graphdef, params), batch, key, whole=whole, **WEIGHTS),

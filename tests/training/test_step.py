@@ -54,7 +54,7 @@ def _prepare(encoder, mesh, dtype="float32", parts=1):
     """The state at step 0 and the jitted step."""
     graphdef, params = encoder
     task = Task(
-        name="encoder", shapes=params, init=None, train_data=None, steps_per_epoch=1.0, count_events=None, evaluate=None, results=None,
+        name="encoder", shapes=params, init=None, train_data=None, steps_per_epoch=1.0, work=1.0, count_events=None, evaluate=None, results=None,
         programs=None, load=None, metrics=(), check=None,
         loss=lambda params, batch, key, whole: LOSS(trees.merge(graphdef, params), batch, key, whole),
         counts=lambda batch: {"events": (batch["segments"] > 0).sum()},

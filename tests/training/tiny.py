@@ -89,6 +89,7 @@ def make_task(**changes) -> Task:
         programs=lambda params: {},
         train_data=Streams({0: packed_text(_lines(), rows=2, row_length=8, seed=SEED)}),
         steps_per_epoch=5.0,
+        work=1.0,
         count_events=lambda batch: int((batch["segments"] > 0).sum()),
         metrics=("accuracy",),
         check=lambda: None,

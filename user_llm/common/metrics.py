@@ -42,8 +42,8 @@ class MetricsLog:
 
     def __init__(self, workdir: epath.PathLike, name: str, *, step: int = 0, total_steps: int):
         self._name, self._total = name, total_steps
-        self._checked = self._first_step = step
-        self._since = time.monotonic()
+        self._checked = step
+        self._paced: tuple[float, int] | None = None  # when the first line came, and at which step: what came before has compiled
         self._watched = ""  # one metric of the last evaluation, for the lines that follow
         self._file: Any = None
         self._board: Any = None
@@ -67,8 +67,13 @@ class MetricsLog:
         # disable=None: no bar where stderr is no terminal.
         self._bar = tqdm(total=total_steps, initial=step, desc=name, unit=" steps", disable=None, file=sys.stderr)
 
-    def train(self, step: int, scalars: Mapping[str, Any], *, events_per_s: float) -> None:
+    def train(
+        self, step: int, scalars: Mapping[str, Any], *, events_per_s: float, run_left: float | None = None
+    ) -> None:
         """Log training scalars, means over the steps since the last call.
+
+        Args:
+          run_left: the seconds that are left of the whole run, if anyone knows.
 
         Raises:
           FloatingPointError: a loss or the gradient norm is NaN or infinite.
@@ -79,13 +84,20 @@ class MetricsLog:
         if self._bar is None:
             return
         facts = f"loss {scalars['loss']:.4g}, {self._watched}{events_per_s:,.0f} events/s"
+        facts += "" if run_left is None else f", run ETA {tqdm.format_interval(run_left)}"
         if self._bar.disable:
-            remaining = (self._total - step) * (time.monotonic() - self._since) / max(step - self._first_step, 1)
-            eta = tqdm.format_interval(remaining)
-            logging.info("%s: step %d/%d, %s, ETA %s", self._name, step, self._total, facts, eta)
+            logging.info("%s: step %d/%d, %s%s", self._name, step, self._total, facts, self._eta(step))
         else:
             self._bar.set_postfix_str(facts, refresh=False)
             self._bar.update(step - self._bar.n)
+
+    def _eta(self, step: int) -> str:
+        """Return what a line says of the time left of the phase: nothing before two lines tell how fast it goes."""
+        now = time.monotonic()
+        since, first = self._paced = self._paced or (now, step)
+        if step == first:
+            return ""
+        return f", phase ETA {tqdm.format_interval((self._total - step) * (now - since) / (step - first))}"
 
     def eval(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Log validation metrics."""

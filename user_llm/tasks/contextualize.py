@@ -156,6 +156,13 @@ def _ranking_losses(
     return item_loss, scalars
 
 
+def _work(shapes: Params, examples: ExampleConfig, max_tokens: int) -> float:
+    """Return about how much one example computes (see `Task.work`): the LLM for each end of a history, the user's side once."""
+    llm = trees.count(shapes["decoder"])
+    ends = examples.targets_per_history if examples.max_events else 1
+    return llm * ends * max_tokens + (trees.count(shapes) - llm) * examples.max_events
+
+
 def build(config: ConfigDict, name: str, context: Context) -> Task:
     """Build the task of phase `name`.
 
@@ -224,6 +231,7 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
         counts=contextual_counts,
         train_data=context.streams(stream, phase.batch_size),
         steps_per_epoch=len(windows) / phase.batch_size,
+        work=phase.batch_size * _work(shapes, examples, max(asked.max_tokens for asked in prompts.values())),
         count_events=lambda batch: int((batch["answers"] > 0).sum()),
         metrics=METRICS[monitored],
         check=check,

@@ -232,6 +232,7 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
             data.rows,
         ),
         steps_per_epoch=np.maximum(split.train_stop - 1, 0).sum() / (data.rows * data.row_length),
+        work=trees.count(shapes) * data.rows * data.row_length,
         count_events=lambda batch: int((batch["segments"] > 0).sum()),
         metrics=RANKING,
         check=lambda: check_targets(split),

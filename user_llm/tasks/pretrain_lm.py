@@ -84,6 +84,7 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
         counts=lambda batch: {"tokens": (batch["segments"] > 0).sum()},
         train_data=context.streams(lambda number, rows: stream(train_lines, number, rows), phase.batch.rows),
         steps_per_epoch=sum(map(len, train_lines)) / (phase.batch.rows * phase.batch.row_length),
+        work=trees.count(shapes) * phase.batch.rows * phase.batch.row_length,
         count_events=lambda batch: int((batch["segments"] > 0).sum()),
         metrics=("loss", "perplexity"),
         check=lambda: None,  # `build` has looked at all that evaluation needs

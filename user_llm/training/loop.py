@@ -35,6 +35,7 @@ from user_llm.training.optimizer import (
     make_optimizer,
     partition_trainable,
 )
+from user_llm.training.pace import Pace
 from user_llm.training.step import TrainState, cast, check_memory, make_train_step
 from user_llm.training.task import Task
 
@@ -87,9 +88,18 @@ class Preempted(SystemExit):
 
 
 def run(
-    task: Task, config: LoopConfig, optimizer_config: OptimizerConfig, mesh: Mesh, directory: epath.Path, seed: int
+    task: Task,
+    config: LoopConfig,
+    optimizer_config: OptimizerConfig,
+    mesh: Mesh,
+    directory: epath.Path,
+    seed: int,
+    pace: Pace | None = None,
 ) -> tuple[Params, list[dict]]:
     """Train `task` in `directory`, or return at once what a finished run left there.
+
+    Args:
+      pace: of the run that this phase is a part of; the phase's own alone if it is None.
 
     Returns:
       The best parameters by the monitored metric, and the result rows measured with them.
@@ -102,14 +112,17 @@ def run(
     """
     config = settle_steps(config, task)
     directory = epath.Path(directory)
+    pace = pace or Pace({task.name: 1.0})
     if is_finished(directory):
+        pace.resume(task.name, 1.0)
         logging.info("%s: finished earlier, reusing %s", task.name, directory)
         return load_params(directory / "params", abstract_params(task, config, mesh)), read_rows(directory)
     if is_first():
         directory.mkdir(parents=True, exist_ok=True)
     barrier(f"{task.name} begins")
     with standing(directory) as check:
-        params = _train(task, config, optimizer_config, mesh, directory, seed, check)
+        params = _train(task, config, optimizer_config, mesh, directory, seed, check, pace)
+        pace.reach(task.name, 1.0)
         rows = task.results(cast(params, jnp.dtype(config.dtype)))
         check()
         save_params(directory / "params", params)
@@ -142,6 +155,7 @@ def _train(
     directory: epath.Path,
     seed: int,
     check: Callable[[], None],
+    pace: Pace,
 ) -> Params:
     """Train from the last checkpoint on, and return the best parameters; `check` refuses a directory that was removed."""
     state, step_fn = initial_state(task, config, optimizer_config, mesh, seed)
@@ -156,6 +170,7 @@ def _train(
         progress = Progress(**record)
         data.set_state(progress.data)
         logging.info("%s: resuming at step %d", task.name, step)
+        pace.resume(task.name, step / config.total_steps)
 
     log = MetricsLog(directory, task.name, step=step, total_steps=config.total_steps)
     with closing(checkpoints), log, preemption() as preempted:  # Whatever ends the loop, pending saves are finished.
@@ -205,7 +220,8 @@ def _train(
                 means = {k: float(jnp.mean(jnp.array([s[k] for s in pending if k in s]))) for k in names}
                 now = time.monotonic()
                 check()
-                log.train(step, means, events_per_s=events / (now - since))
+                pace.reach(task.name, step / config.total_steps)
+                log.train(step, means, events_per_s=events / (now - since), run_left=pace.seconds_left())
                 pending, events, since = [], 0, now
         params = state.params
         if progress.best_step == 0:  # which is never saved

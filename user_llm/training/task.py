@@ -32,6 +32,7 @@ class Task:
       counts: batch -> by what the means of its loss divide, as far as the batch alone tells. Traced.
       train_data: endless batches, of which this process has its share of the rows.
       steps_per_epoch: batches in one pass over the training data, on average.
+      work: about how much one step computes: the parameters, times the events or tokens that each of them is multiplied with.
       count_events: batch -> number of real training targets in it, for events/s.
       metrics: the names of what `evaluate` returns.
       check: raises ValueError for what would end an evaluation; needs no parameters.
@@ -48,6 +49,7 @@ class Task:
     counts: Callable[[Batch], dict[str, jax.Array]]
     train_data: Streams
     steps_per_epoch: float
+    work: float
     count_events: Callable[[dict[str, np.ndarray]], int]
     metrics: tuple[str, ...]
     check: Callable[[], None]
