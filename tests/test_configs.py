@@ -200,6 +200,7 @@ PUBLISHED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 @pytest.mark.parametrize("strategy", ["full", "lora", "enc", "proj"])
 def test_open_llms_have_their_published_sizes_and_rules_for_every_parameter(name, strategy, make_timelines, mesh_of, tmp_path):

@@ -14,8 +14,16 @@ from etils import epath
 
 from user_llm.evals.measured import Measured
 from user_llm.report import __main__ as command_line
+from user_llm.report import plots
 from user_llm.report.build import write_report
 from user_llm.report.published import PUBLISHED
+
+
+@pytest.fixture(autouse=True)
+def unpainted(request, monkeypatch):
+    """Plots are put together but not painted, which takes most of a report's time; one test looks at real ones."""
+    if request.function is not test_one_run:
+        monkeypatch.setattr(plots, "_png", lambda figure: b"\x89PNG")
 
 
 def values_of_targets():

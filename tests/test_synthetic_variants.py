@@ -22,6 +22,8 @@ from tiny_quickstart import tiny_config
 def test_synthetic_variants_run_and_measure_every_task(tmp_path, name):
     dataset, kind = name.rsplit("_", 1)
     config = tiny_config(datasets.experiment(dataset, kind, "synthetic"))
+    config.phases = ("pretrain_encoder", "user_llm")  # the other phases are the quick start's (`test_main.py`)
+    config.user_llm.load = ((r".*", "fresh"),)
     asked = {task for task in MEASURES if config.user_llm.prompts[task].weight}
     assert ("review" in asked) == (dataset != "events")
     config.user_llm.eval.review_users = 8

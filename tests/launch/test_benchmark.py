@@ -144,7 +144,8 @@ def _llm_weights(params, config, sizes, directory):
     return found
 
 
-@pytest.mark.parametrize("part", [pytest.param("full", marks=pytest.mark.slow), "lora"])
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["full", "lora"])
 def test_both_contextualized_llms_have_the_same_loss(reference, tiny, drawn, tmp_path, part):
     """With open gates, a user without events, and rows without an answer."""
     config, timelines, sizes = tiny(part)

@@ -121,6 +121,7 @@ def test_a_config_said_in_a_familys_settings_reads_back_the_same(reference):
     assert config_from_settings(settings_from_config(config), "what was said") == config
 
 
+@pytest.mark.slow
 def test_greedy_continuations_are_torchs_token_for_token(reference):
     """64 tokens from prompts of two lengths, so that caches, windows and left-over padding all matter."""
     torch, model, path = reference

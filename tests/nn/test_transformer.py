@@ -228,6 +228,7 @@ def test_windows_that_do_not_fit_the_stack_are_refused(windowed):
         Stack(block, DEPTH, windowed=windowed, rngs=nnx.Rngs(params=0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"cross": CROSS}, {"unroll": True}], ids=["scanned", "cross", "unrolled"])
 def test_computing_again_changes_no_gradient_and_costs_flops(drawn, options):
     """`full` computes every group's forward pass twice: four products where there were three."""

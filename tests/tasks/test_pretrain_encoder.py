@@ -26,14 +26,14 @@ from user_llm.tasks.pretrain_encoder import EncoderLoss, encoder_config, item_ca
 
 ROOT = Path(__file__).parents[2]
 # Of the optimal predictor's recall@10 with the history removed, on the quick start's world, after the quick start's 400 steps.
-SHARE = {"encoder": 0.8, "bert4rec": 0.7, "dual_encoder": 0.8}
+SHARE = {"bert4rec": 0.7, "dual_encoder": 0.8}
 
 
 @pytest.mark.slow
 def test_encoders_reach_their_share_of_the_optimal_recall(tmp_path):
-    """By the command, in a process of its own: there XLA optimises what it compiles."""
+    """By the command, in a process of its own: there XLA optimises what it compiles. The autoregressive one is the quick start's."""
     command = [sys.executable, "-m", "user_llm.main", "--config=configs/movielens_xattn.py:synthetic", f"--workdir={tmp_path}"]
-    phases = "--config.phases=('pretrain_encoder','bert4rec','dual_encoder')"
+    phases = "--config.phases=('bert4rec','dual_encoder')"
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     subprocess.run([*command, phases], cwd=ROOT, env=environment, check=True, capture_output=True)
     rows = json.loads((tmp_path / "results.json").read_text())

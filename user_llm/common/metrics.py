@@ -43,7 +43,8 @@ class MetricsLog:
     def __init__(self, workdir: epath.PathLike, name: str, *, step: int = 0, total_steps: int):
         self._name, self._total = name, total_steps
         self._checked = step
-        self._paced: tuple[float, int] | None = None  # when the first line came, and at which step: what came before has compiled
+        # When the first line came, and at which step: what came before has compiled.
+        self._paced: tuple[float, int] | None = None
         self._watched = ""  # one metric of the last evaluation, for the lines that follow
         self._file: Any = None
         self._board: Any = None
@@ -67,9 +68,7 @@ class MetricsLog:
         # disable=None: no bar where stderr is no terminal.
         self._bar = tqdm(total=total_steps, initial=step, desc=name, unit=" steps", disable=None, file=sys.stderr)
 
-    def train(
-        self, step: int, scalars: Mapping[str, Any], *, events_per_s: float, run_left: float | None = None
-    ) -> None:
+    def train(self, step: int, scalars: Mapping[str, Any], *, events_per_s: float, run_left: float | None = None) -> None:
         """Log training scalars, means over the steps since the last call.
 
         Args:
