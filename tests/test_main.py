@@ -10,11 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+from absl.testing import flagsaver
 from etils import epath
 
 from configs import datasets
 from configs.common import LLMS
 from user_llm import main
+from user_llm.config.check import check as check_config
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -101,6 +103,7 @@ def test_which_phases_run_is_no_part_of_a_config_and_those_that_it_lacks_are_ref
     facts = json.loads((tmp_path / "config.json").read_text())
     assert main.hash_config(config) == facts["config_hash"] == config_hash
     assert facts["config"]["phases"][-1] == "text_prompt_50"
+    check_config(config)
     config.seed = 1
     assert main.hash_config(config) != config_hash
     config.phases = (*config.phases, "pretrain_bert")
@@ -135,40 +138,37 @@ def test_no_data_says_how_to_get_some(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "sentence"),
+    ("mistake", "sentence"),
     [
-        pytest.param(
-            ["--config.datax.dir=1"],
-            'the config has no key \'datax\'. Did you mean "data" instead of "datax"?',
-            marks=pytest.mark.slow,
-        ),
+        ("--config.datax.dir=1", 'the config has no key \'datax\'. Did you mean "data" instead of "datax"?'),
         (
-            ["--config=configs/movielens_xattn.py:huge"],
+            "--config=configs/movielens_xattn.py:huge",
             f"Unknown variant 'huge': choose full, gpu, small, synthetic or an open LLM: {', '.join(LLMS)}.",
         ),
-        pytest.param(
-            ["--config.llm.block.widht=8"],
-            'the config has no key \'widht\'. Did you mean "width" instead of "widht"?',
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            ["--config.seed=abc"],
-            "flag --config.seed=abc: invalid literal for int() with base 10: 'abc'",
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(["--nonsense=1"], "Unknown command line flag 'nonsense'", marks=pytest.mark.slow),
-        pytest.param(
-            ["--workdir=/proc/run"],
-            "Cannot write the run to --workdir=/proc/run: No such file or directory.",
-            marks=pytest.mark.slow,
-        ),
+        ("--config.llm.block.widht=8", 'the config has no key \'widht\'. Did you mean "width" instead of "widht"?'),
+        ("--config.seed=abc", "flag --config.seed=abc: invalid literal for int() with base 10: 'abc'"),
+        ("--nonsense=1", "Unknown command line flag 'nonsense'"),
     ],
 )
-def test_a_mistake_on_the_command_line_ends_in_one_sentence(flags, sentence):
-    if not flags[0].startswith("--config=configs"):
-        flags = ["--config=configs/quickstart.py", *flags]
+def test_a_mistake_on_the_command_line_ends_in_one_sentence(mistake, sentence, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["main.py", "--config=configs/quickstart.py", mistake])  # ml_collections looks there, too
+    with flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
+        main.parse_flags(sys.argv)
+    assert ended.value.code == f"Error: {sentence}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flag", "sentence"),
+    [
+        ("--config.seed=abc", "flag --config.seed=abc: invalid literal for int() with base 10: 'abc'"),
+        ("--workdir=/proc/run", "Cannot write the run to --workdir=/proc/run: No such file or directory."),
+    ],
+)
+def test_a_command_that_fails_prints_its_sentence_alone(flag, sentence):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}  # jax itself speaks where libtpu is installed and a TPU is not
-    command = [sys.executable, "-m", "user_llm.main", *flags]
+    command = [sys.executable, "-m", "user_llm.main", "--config=configs/quickstart.py", flag]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and done.stderr.strip() == f"Error: {sentence}"
 
