@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from user_llm.common.printable import printable
+from user_llm.report.markdown import text
 from user_llm.report.standing import Standing
 
 Curves = Sequence[tuple[str, dict[str, list[dict]]]]  # For each run its label and, by phase, its metrics.jsonl.
@@ -34,7 +35,7 @@ def plot_standings(groups: dict[str, list[Standing]]) -> bytes:
                 axes.plot(one.interval, (place, place), color=color, linewidth=2)
             axes.plot(one.value, place, "o", color=color, markerfacecolor="white" if one.other_users else color)
             axes.annotate(
-                f"{one.value:.4g}", (1.01, place), xycoords=("axes fraction", "data"), va="center", color=color, fontsize=9
+                text(one.value), (1.01, place), xycoords=("axes fraction", "data"), va="center", color=color, fontsize=9
             )
         axes.set_yticks(range(len(shown)), [_label(one.marked) for one in reversed(shown)])
         axes.set_ylim(-0.6, len(shown) - 0.4)
