@@ -38,21 +38,28 @@ FAMILIES = {
     "qwen3": {},
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6, "query_pre_attn_scalar": 12},
 }
-STRATEGIES = ("full", "lora", "enc", "proj")
+# Every family, trained whole and by adapters, and every strategy: what a strategy freezes does not depend on the family.
+RUNS = [(family, strategy) for strategy in ("full", "lora") for family in FAMILIES] + [
+    ("qwen3", "enc"),
+    ("gemma3_text", "proj"),
+]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def checkpoint(request, tmp_path_factory):
-    """A tiny random checkpoint of each family, made by transformers, with a tokenizer."""
+@pytest.fixture(scope="module")
+def write_checkpoint(tmp_path_factory):
+    """Return `write(family)`: writes a tiny random checkpoint, made by transformers, with a tokenizer, and returns its folder."""
     torch = pytest.importorskip("torch", reason="torch is the reference here")
     transformers = pytest.importorskip("transformers")
-    path = tmp_path_factory.mktemp("checkpoints") / request.param
-    vocab = train_bpe(["The next film this user watches:\n"] * 9, 300, path).vocab_size
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(request.param, vocab_size=vocab, **SIZES | FAMILIES[request.param])
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    model.save_pretrained(path)
-    return path
+
+    def write(family):
+        path = tmp_path_factory.mktemp("checkpoints") / family
+        vocab = train_bpe(["The next film this user watches:\n"] * 9, 300, path).vocab_size
+        torch.manual_seed(0)
+        config = transformers.AutoConfig.for_model(family, vocab_size=vocab, **SIZES | FAMILIES[family])
+        transformers.AutoModelForCausalLM.from_config(config).eval().save_pretrained(path)
+        return path
+
+    return write
 
 
 def _config():
@@ -73,12 +80,13 @@ def pretrained(tmp_path_factory):
     return workdir
 
 
-@pytest.fixture(scope="module", params=STRATEGIES)
-def run(request, checkpoint, pretrained, tmp_path_factory):
+@pytest.fixture(scope="module", params=RUNS, ids="-".join)
+def run(request, write_checkpoint, pretrained, tmp_path_factory):
     """A finished run of a few steps: (checkpoint, strategy, workdir)."""
-    config = _config()
+    family, strategy = request.param
+    checkpoint, config = write_checkpoint(family), _config()
     config.llm.checkpoint = str(checkpoint)
-    config.user_llm.strategy = request.param
+    config.user_llm.strategy = strategy
     workdir = tmp_path_factory.mktemp("run")
     shutil.copytree(pretrained, workdir, dirs_exist_ok=True)
 
@@ -89,7 +97,7 @@ def run(request, checkpoint, pretrained, tmp_path_factory):
         patch.setattr(loop, "_evaluate", newest_is_best)
         main.run(config, epath.Path(workdir))
     assert not (workdir / "pretrain_lm").exists()
-    return checkpoint, request.param, workdir
+    return checkpoint, strategy, workdir
 
 
 @pytest.mark.slow

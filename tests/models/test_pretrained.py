@@ -224,16 +224,16 @@ print(before, peak(), sum(leaf.nbytes for leaf in jax.tree.leaves(params)), para
 
 
 @pytest.mark.slow
-def test_loading_a_gigabyte_holds_two_tensors_besides_the_parameters(tmp_path):
-    """A random bfloat16 checkpoint of 1 GB whose largest tensor is 131 MB."""
-    settings = TINY | {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 25, "vocab_size": 64_000,
+def test_loading_holds_two_tensors_besides_the_parameters(tmp_path):
+    """A random bfloat16 checkpoint of 0.4 GB whose largest tensor is 131 MB."""
+    settings = TINY | {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "vocab_size": 64_000,
                        "num_attention_heads": 16, "num_key_value_heads": 16, "tie_word_embeddings": True}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(settings))
     config = decoder_config(tmp_path)
     one = np.random.default_rng(0).normal(size=64_000 * 1024).astype(ml_dtypes.bfloat16)
     tensors = {f"model.{t.name}": one[: math.prod(t.theirs)].reshape(t.theirs) for t in table(config)}
     save_file(tensors, tmp_path / "model.safetensors")
-    assert (tmp_path / "model.safetensors").stat().st_size > 0.97e9
+    assert (tmp_path / "model.safetensors").stat().st_size > 0.39e9
     run = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=True)
     before, peak, held, largest = map(int, run.stdout.split())
     compiler = 60e6  # what compiling and the file's pages of the moment take
