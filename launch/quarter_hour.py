@@ -21,6 +21,7 @@ ends, OUT/movielens/ the report of the run, OUT/*.log what the parts printed. `-
 import argparse
 import collections
 import gzip
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -47,6 +48,8 @@ TINY_LLM = {
 }  # fmt: skip
 # One CPU, whatever the caller's flags make of it, and code that compiles fast rather than runs fast.
 QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones stop at flags that they do not know
+    QUICK_TO_COMPILE += " --xla_cpu_use_fusion_emitters=false"
 TINY_RUN = {
     "data.source": "synthetic", "data.synthetic.num_users": 60, "data.synthetic.num_items": 48, "data.synthetic.events_per_user": 14,
     "pretrain_encoder.loop.total_steps": 2, "pretrain_encoder.optimizer.warmup_steps": 1, "pretrain_encoder.batch.rows": 2,
