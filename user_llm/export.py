@@ -4,7 +4,6 @@ DIR then holds the LLM as a checkpoint that `transformers` loads (or with --adap
 tokenizer, and the user's side, which `load` puts back beside the LLM.
 """
 
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -17,7 +16,11 @@ from ml_collections import ConfigDict
 
 from user_llm.common import trees
 from user_llm.common.checkpoint import load_params
+from user_llm.common.printable import printable
+from user_llm.common.records import read_json, text
 from user_llm.common.trees import Params
+from user_llm.common.workdir import check_tree, path_part
+from user_llm.config.check import check as check_config
 from user_llm.models import export as formats
 from user_llm.models.pretrained import decoder_config, load_decoder
 from user_llm.models.user_llm import UserLLM, UserLLMConfig
@@ -36,10 +39,13 @@ def open_run(run: Path, phase: str) -> tuple[Context, UserLLMConfig]:
     Raises:
       ValueError: no finished phase of that name.
     """
+    path_part(phase, "The phase")
+    check_tree(epath.Path(run))
     if not (run / phase / "results.json").exists():
         raise ValueError(f"{run} holds no finished phase {phase}: run it to its end first.")
-    facts = json.loads((run / "config.json").read_text())
+    facts = read_json(run / "config.json", {"config_hash": text, "config": {}}, "run its command again")
     config = ConfigDict(facts["config"])
+    check_config(config)
     if config[phase].task != "contextualize":
         raise ValueError(f"Phase {phase} is {config[phase].task}: only contextualized LLMs are exported.")
     context = open_context(config, epath.Path(run), facts["config_hash"])
@@ -93,7 +99,7 @@ def main(argv: list[str]) -> None:
     try:
         export(Path(str(_RUN.value)), _PHASE.value, Path(str(_OUT.value)), adapter=_ADAPTER.value)
     except (ValueError, OSError) as error:
-        sys.exit(f"Error: {' '.join(str(error).split())}")
+        sys.exit(f"Error: {printable(error)}")
     logging.info("Written to %s", _OUT.value)
 
 

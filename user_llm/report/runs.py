@@ -10,17 +10,12 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from user_llm.common.files import is_remote
-from user_llm.common.metrics import read_metrics
+from user_llm.common.metrics import ROW, ROWS, read_metrics
 from user_llm.common.records import number, read_json, text, whole_number
 from user_llm.evals.measured import Measured, load_measured
 from user_llm.report.markdown import Markdown, code, say
 
-ROW = {
-    "dataset": text, "task": text, "method": text, "metric": text, "value": number, "n": whole_number, "seed": whole_number,
-    "split": text, "config_hash": text,
-}  # fmt: skip
 ROW_KEYS = tuple(ROW)
-ROWS = [ROW]
 CONFIG = {"command?": [text], "versions?": {}, "config?": {}}
 
 
