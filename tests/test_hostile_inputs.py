@@ -408,6 +408,7 @@ ROWS = [
     *((f"run: {name}", "finished", make, go_on, expected) for name, (make, expected) in RUNS.items()),
     *((f"reuse: {name}", "finished", make, reuse, expected) for name, (make, expected) in REUSED.items()),
     *((f"export: {name}", "report", make, open_phase, expected) for name, (make, expected) in EXPORTED.items()),
+    ("export: secret beside the tokenizer", "checkpoint", link_out("tokens.txt"), export.tokenizer_files, r"tokens\.txt is a link that leads out of"),
     *((f"report: {name}", "report", make, do, expected) for name, (make, do, expected) in REPORTS.items()),
     *((f"config: {name}", "world", lambda folder: None, do, expected) for name, (do, expected) in CONFIGS.items()),
 ]  # fmt: skip

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from user_llm.common import trees
 from user_llm.common.checkpoint import load_params
+from user_llm.common.files import check_regular, leads_out
 from user_llm.common.printable import printable
 from user_llm.common.records import read_json, text
 from user_llm.common.trees import Params
@@ -70,10 +71,27 @@ def export(run: Path, phase: str, out: Path, *, adapter: bool) -> None:
     else:
         formats.save_decoder(unfinished, params["decoder"], config.decoder)
     formats.save_user_side(unfinished, params)
-    source = context.checkpoint if context.config.llm.checkpoint else Path(run) / "tokenizer"
-    for file in (*source.glob("*token*"), *source.glob("*.jinja"), *source.glob("vocab*"), *source.glob("merges.txt")):
+    for file in tokenizer_files(context.checkpoint if context.config.llm.checkpoint else Path(run) / "tokenizer"):
         shutil.copy(file, unfinished / file.name)
     unfinished.rename(out)
+
+
+def tokenizer_files(source: Path) -> list[Path]:
+    """Return the files of a tokenizer beside a checkpoint.
+
+    Raises:
+      ValueError: a link that leads out of the checkpoint: the export would hold a file of somebody else.
+    """
+    files = [
+        file for pattern in ("*token*", "*.jinja", "vocab*", "merges.txt") for file in source.glob(pattern) if not file.is_dir()
+    ]
+    # The hub's cache keeps the content of all snapshots of a model beside them.
+    home = source.parent.parent if source.parent.name == "snapshots" else source
+    for file in files:
+        check_regular(file)
+        if leads_out(file, home):
+            raise ValueError(f"{file} is a link that leads out of {home}: put a copy in its place.")
+    return files
 
 
 def load(directory: Path, run: Path, phase: str) -> tuple[nnx.GraphDef, Params]:

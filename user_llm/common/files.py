@@ -89,6 +89,11 @@ def check_regular(path: epath.PathLike) -> None:
         raise ValueError(f"{path} is no regular file that can be read: name a file.")
 
 
+def leads_out(path: epath.PathLike, folder: epath.PathLike) -> bool:
+    """Return whether a path in a folder is a link, or lies behind one, to what is not in that folder."""
+    return not is_remote(path) and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
 def sha256(path: epath.PathLike) -> str:
     """Return the SHA-256 of a regular file's content, in hex."""
     check_regular(path)

@@ -12,7 +12,7 @@ from absl import logging
 from etils import epath
 
 from user_llm.common.distributed import agreed
-from user_llm.common.files import is_remote, open_own
+from user_llm.common.files import is_remote, leads_out, open_own
 
 LOCK = "run.lock"
 LONGEST_NAME = 200  # bytes; file systems take 255, of which suffixes need some
@@ -51,13 +51,11 @@ def check_tree(folder: epath.Path) -> None:
     Raises:
       ValueError: the first such path.
     """
-    root = os.path.realpath(folder)
-    for parent, folders, names in [] if is_remote(folder) else os.walk(root):
+    for parent, folders, names in [] if is_remote(folder) else os.walk(folder):
         for path in (Path(parent, name) for name in (*folders, *names)):
-            target = os.path.realpath(path) if path.is_symlink() else path
-            if not Path(target).is_relative_to(root):
+            if path.is_symlink() and leads_out(path, folder):
                 raise ValueError(f"{path} is a link that leads out of {folder}: put a copy in its place, or delete it.")
-            if os.path.lexists(path) and not (os.path.isdir(target) or os.path.isfile(target)):
+            if os.path.lexists(path) and not (path.is_dir() or path.is_file()):
                 raise ValueError(f"{path} is neither a file nor a folder: delete it.")
 
 
