@@ -14,43 +14,20 @@ from etils import epath
 
 from user_llm import main
 from user_llm.common.workdir import hold
-from user_llm.data import synthetic_files
-from user_llm.evals.popularity import popularity_ranks
 from user_llm.report.build import write_report
-from user_llm.tasks import pretrain_encoder
-from user_llm.training import loop
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from tiny_quickstart import TINY, tiny_config
+from tiny_quickstart import TINY
+from untrained import untrained, untrained_config, write_world
 
 ROOT = Path(__file__).parent.parent
 
 
-def _config(data, **changes):
-    config = tiny_config()
-    config.data.source, config.data.dir = "movielens", str(data)
-    config.phases = ("pretrain_encoder",)
-    config.update_from_flattened_dict({"pretrain_encoder.loop.total_steps": 2, "pretrain_encoder.loop.eval_steps": 2} | changes)
-    return config
-
-
 @pytest.fixture(scope="module")
 def trained():
-    """The names of the phases that were trained since it was cleared; they are left untrained in fact, and measured as popularity.
-
-    Neither is what these tests are about, and both take long to compile.
-    """
-    names = []
-
-    def train(task, config, optimizer, mesh, *rest):
-        names.append(task.name)
-        return loop.initial_params(task, config, mesh)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_train", train)
-        patch.setattr(pretrain_encoder, "rank_targets", lambda score, *where, **sizes: popularity_ranks(*where))
-        patch.setattr(main, "write_report", lambda workdir: None)
+    """The names of the phases that were trained since it was cleared."""
+    with untrained() as names:
         yield names
 
 
@@ -58,8 +35,8 @@ def trained():
 def original(tmp_path_factory, trained):
     """Return the folder of the data and the workdir of a finished run."""
     folder = tmp_path_factory.mktemp("original")
-    synthetic_files.write(folder / "data", layout="movielens", num_users=60, num_items=48, events_per_user=14, seed=0)
-    main.run(_config(folder / "data"), epath.Path(folder / "run"))
+    write_world(folder / "data")
+    main.run(untrained_config(folder / "data"), epath.Path(folder / "run"))
     assert trained == ["pretrain_encoder"]
     return folder
 
@@ -92,14 +69,14 @@ def test_results_of_old_data_do_not_stand_beside_baselines_of_new(finished, trai
     with pytest.raises(
         ValueError, match=r"^pretrain_encoder in .*/run saw other data \(data/ratings\.csv changed\): choose another "
     ):
-        main.run(_config(data), epath.Path(workdir))
+        main.run(untrained_config(data), epath.Path(workdir))
     assert (workdir / "results.json").read_text() == before and not trained
-    rows = main.run(_config(data, **{"data.accept_changes": True}), epath.Path(workdir))
+    rows = main.run(untrained_config(data, **{"data.accept_changes": True}), epath.Path(workdir))
     assert not trained and {row["method"] for row in rows} == {"popularity", "popularity_7d", "encoder"}
     hashes = {row["method"]: row["config_hash"] for row in rows}
     assert hashes["encoder"] in before and hashes["popularity"] not in before
     (tmp := workdir.parent / "other").mkdir()
-    main.run(_config(data), epath.Path(tmp))
+    main.run(untrained_config(data), epath.Path(tmp))
     assert trained == ["pretrain_encoder"]
 
 
@@ -107,13 +84,13 @@ def test_data_that_moved_are_the_same_data(finished, trained):
     data, workdir = finished
     shutil.copytree(data, data.parent / "elsewhere" / "data")
     shutil.rmtree(data)
-    rows = main.run(_config(data.parent / "elsewhere" / "data"), epath.Path(workdir))
+    rows = main.run(untrained_config(data.parent / "elsewhere" / "data"), epath.Path(workdir))
     assert not trained and rows == json.loads((workdir / "results.json").read_text())
 
 
 def test_a_phase_is_reused_where_another_ones_settings_changed(finished, trained):
     data, workdir = finished
-    config = _config(
+    config = untrained_config(
         data, **{"bert4rec.loop.total_steps": 2, "bert4rec.loop.eval_steps": 2, "bert4rec.optimizer.warmup_steps": 1}
     )
     config.phases = ("pretrain_encoder", "bert4rec")
@@ -132,12 +109,12 @@ def test_finished_phases_of_another_run_are_found_and_recorded(finished, trained
     data, workdir = finished
     new = workdir.parent / "new"
     with caplog.at_level("INFO", logger="absl"):
-        rows = main.run(_config(data, reuse=f"{workdir}"), epath.Path(new))
+        rows = main.run(untrained_config(data, reuse=f"{workdir}"), epath.Path(new))
     assert not trained and f"pretrain_encoder: reused from {workdir}/pretrain_encoder" in caplog.text
     assert rows == json.loads((workdir / "results.json").read_text())
     assert json.loads((new / "pretrain_encoder" / "identity.json").read_text())["reused_from"] == f"{workdir}/pretrain_encoder"
     shutil.rmtree(workdir)
-    main.run(_config(data), epath.Path(new))  # it stands by itself
+    main.run(untrained_config(data), epath.Path(new))  # it stands by itself
     assert not trained
     report = write_report(new).read_text()
     assert "encoder" in report and "popularity" in report
@@ -154,7 +131,7 @@ def test_one_flipped_bit_of_parameters_or_prepared_records_is_refused_by_the_nam
         whole = path.read_bytes()
         _flip(path)
         with pytest.raises(ValueError, match=rf"^{path} is damaged: its checksum is not that of what was written\. Delete "):
-            main.run(_config(data), epath.Path(workdir))
+            main.run(untrained_config(data), epath.Path(workdir))
         path.write_bytes(whole)
     assert not trained
 
@@ -163,7 +140,7 @@ def test_deleted_parameters_are_named(finished, trained):
     data, workdir = finished
     shutil.rmtree(workdir / "pretrain_encoder" / "params")
     with pytest.raises(FileNotFoundError, match=rf"^No parameters at {workdir}/pretrain_encoder/params: they were deleted"):
-        main.run(_config(data), epath.Path(workdir))
+        main.run(untrained_config(data), epath.Path(workdir))
 
 
 def test_a_second_run_in_a_workdir_is_refused(finished, trained):
@@ -172,13 +149,13 @@ def test_a_second_run_in_a_workdir_is_refused(finished, trained):
         hold(epath.Path(workdir)),
         pytest.raises(ValueError, match=rf"^{workdir} is in use by another run \(process {os.getpid()} on"),
     ):
-        main.run(_config(data), epath.Path(workdir))
+        main.run(untrained_config(data), epath.Path(workdir))
 
 
 @pytest.mark.parametrize(("source", "key"), [("amazon", "category"), ("google_local", "states"), ("events", "name")])
 @pytest.mark.parametrize("name", ["../../x", "/tmp/x", "a\0b", "", "x" * 300, "a\x1bb"])
 def test_names_from_configs_cannot_leave_the_workdir(tmp_path, source, key, name):
-    config = _config(tmp_path)
+    config = untrained_config(tmp_path)
     config.data.source = source
     config.data[key] = (name,) if key == "states" else name
     with pytest.raises(ValueError, match=rf"^data\.{key}(\[0\])?[ =]") as refused:

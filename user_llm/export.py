@@ -4,7 +4,6 @@ DIR then holds the LLM as a checkpoint that `transformers` loads (or with --adap
 tokenizer, and the user's side, which `load` puts back beside the LLM.
 """
 
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -17,7 +16,12 @@ from ml_collections import ConfigDict
 
 from user_llm.common import trees
 from user_llm.common.checkpoint import load_params
+from user_llm.common.files import check_regular, leads_out
+from user_llm.common.printable import printable
+from user_llm.common.records import read_json, text
 from user_llm.common.trees import Params
+from user_llm.common.workdir import check_tree, path_part
+from user_llm.config.check import check as check_config
 from user_llm.models import export as formats
 from user_llm.models.pretrained import decoder_config, load_decoder
 from user_llm.models.user_llm import UserLLM, UserLLMConfig
@@ -36,10 +40,13 @@ def open_run(run: Path, phase: str) -> tuple[Context, UserLLMConfig]:
     Raises:
       ValueError: no finished phase of that name.
     """
+    path_part(phase, "The phase")
+    check_tree(epath.Path(run))
     if not (run / phase / "results.json").exists():
         raise ValueError(f"{run} holds no finished phase {phase}: run it to its end first.")
-    facts = json.loads((run / "config.json").read_text())
+    facts = read_json(run / "config.json", {"config_hash": text, "config": {}}, "run its command again")
     config = ConfigDict(facts["config"])
+    check_config(config)
     if config[phase].task != "contextualize":
         raise ValueError(f"Phase {phase} is {config[phase].task}: only contextualized LLMs are exported.")
     context = open_context(config, epath.Path(run), facts["config_hash"])
@@ -64,10 +71,27 @@ def export(run: Path, phase: str, out: Path, *, adapter: bool) -> None:
     else:
         formats.save_decoder(unfinished, params["decoder"], config.decoder)
     formats.save_user_side(unfinished, params)
-    source = context.checkpoint if context.config.llm.checkpoint else Path(run) / "tokenizer"
-    for file in (*source.glob("*token*"), *source.glob("*.jinja"), *source.glob("vocab*"), *source.glob("merges.txt")):
+    for file in tokenizer_files(context.checkpoint if context.config.llm.checkpoint else Path(run) / "tokenizer"):
         shutil.copy(file, unfinished / file.name)
     unfinished.rename(out)
+
+
+def tokenizer_files(source: Path) -> list[Path]:
+    """Return the files of a tokenizer beside a checkpoint.
+
+    Raises:
+      ValueError: a link that leads out of the checkpoint: the export would hold a file of somebody else.
+    """
+    files = [
+        file for pattern in ("*token*", "*.jinja", "vocab*", "merges.txt") for file in source.glob(pattern) if not file.is_dir()
+    ]
+    # The hub's cache keeps the content of all snapshots of a model beside them.
+    home = source.parent.parent if source.parent.name == "snapshots" else source
+    for file in files:
+        check_regular(file)
+        if leads_out(file, home):
+            raise ValueError(f"{file} is a link that leads out of {home}: put a copy in its place.")
+    return files
 
 
 def load(directory: Path, run: Path, phase: str) -> tuple[nnx.GraphDef, Params]:
@@ -93,7 +117,7 @@ def main(argv: list[str]) -> None:
     try:
         export(Path(str(_RUN.value)), _PHASE.value, Path(str(_OUT.value)), adapter=_ADAPTER.value)
     except (ValueError, OSError) as error:
-        sys.exit(f"Error: {' '.join(str(error).split())}")
+        sys.exit(f"Error: {printable(error)}")
     logging.info("Written to %s", _OUT.value)
 
 

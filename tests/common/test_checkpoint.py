@@ -7,7 +7,7 @@ from jax.experimental import multihost_utils
 
 from user_llm.common import mesh as meshes
 from user_llm.common.checkpoint import Checkpointer, abstract_like, load_params, save_params
-from user_llm.common.files import MANIFEST
+from user_llm.common.checksums import MANIFEST
 
 PROGRESS = {"best_value": float("-inf"), "best_step": 3, "data": {"0": {"parent": {"next_index": 2}, "next_row": 6}}}
 RULES = ((r"^w$", ("fsdp", "tensor")), (r".*", ()))

@@ -86,3 +86,12 @@ def test_what_the_first_process_computes_is_agreed_or_refused(monkeypatch):
         else:
             with pytest.raises(ValueError, match="^no$"):
                 distributed.agreed(lambda: pytest.fail("computed again"))
+
+
+def test_a_signal_after_the_last_question_is_not_lost():
+    with pytest.raises(KeyboardInterrupt), distributed.preemption() as ask:
+        assert ask(1) is None
+        signal.raise_signal(signal.SIGINT)
+    with distributed.preemption() as ask:
+        signal.raise_signal(signal.SIGINT)
+        assert ask(1) == signal.SIGINT

@@ -7,7 +7,8 @@ import jax
 import pytest
 from etils import epath
 
-from user_llm.common.files import MANIFEST, absolute, check_manifest, local_folder, make_once, whole, write_json, write_manifest
+from user_llm.common.checksums import MANIFEST, check_manifest, write_manifest
+from user_llm.common.files import absolute, local_folder, make_once, whole, write_json
 
 
 def test_json_is_written_whole_and_by_the_first_process_alone(tmp_path, monkeypatch):

@@ -224,5 +224,5 @@ def test_stop_ids_of_a_tokenizer_that_transformers_reads(models_dir, tmp_path):
 
 
 def test_broken_settings_are_refused_by_name(with_files):
-    with pytest.raises(ValueError, match=r"generation_config\.json, line 2: not valid JSON"):
+    with pytest.raises(ValueError, match=r"generation_config\.json, line 2: not JSON"):
         with_files({"generation_config.json": '{"eos_token_id":\n'})

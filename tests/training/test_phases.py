@@ -6,7 +6,7 @@ import re
 import pytest
 from etils import epath
 
-from user_llm.common.files import write_manifest
+from user_llm.common.checksums import write_manifest
 from user_llm.training.identity import FILE, Identity, read_identity
 from user_llm.training.phases import decide, settle
 

@@ -11,8 +11,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
+from user_llm.common.checksums import MANIFEST, check_manifest, write_manifest
 from user_llm.common.distributed import barrier, gather, is_first
-from user_llm.common.files import MANIFEST, absolute, check_manifest, is_remote, write_manifest
+from user_llm.common.files import absolute, is_remote
 
 REMEDY = "Delete {}/results.json and run the same command: the phase goes on from its last checkpoint."
 

@@ -93,7 +93,7 @@ def preemption() -> Iterator[Callable[[int], signal.Signals | None]]:
     SIGINT ends the process at once, as a kill would.
     """
     arrived: list[signal.Signals] = []
-    several = jax.process_count() > 1
+    several, told = jax.process_count() > 1, False
 
     def note(number: int, frame: object) -> None:
         if number == signal.SIGINT and signal.SIGINT in arrived:
@@ -103,7 +103,9 @@ def preemption() -> Iterator[Callable[[int], signal.Signals | None]]:
             os.kill(os.getpid(), signal.SIGTERM)  # jax has a handler of its own for it, and tells the other processes
 
     def ask(step: int) -> signal.Signals | None:
+        nonlocal told
         if not several:
+            told = bool(arrived)
             return arrived[0] if arrived else None
         if not multihost_utils.reached_preemption_sync_point(step):
             return None
@@ -119,6 +121,8 @@ def preemption() -> Iterator[Callable[[int], signal.Signals | None]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if arrived and not several and not told:  # it came after the loop asked for the last time
+        signal.raise_signal(arrived[0])
 
 
 def _end_at_once() -> NoReturn:

@@ -3,19 +3,17 @@
 import fcntl
 import hashlib
 import json
+import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from etils import epath
 
 from user_llm.common.distributed import is_first
-
-MANIFEST = "checksums.json"
-READERS = 8  # files that are hashed at a time
 
 
 @contextmanager
@@ -45,9 +43,23 @@ def write_json(path: epath.Path, value: Any) -> None:
 def lock(folder: Path) -> Iterator[None]:
     """Hold a local folder, made if missing, against other processes; the lock ends with its process, however that ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
+    with open_own(folder / ".lock") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def open_own(path: Path) -> TextIO:
+    """Open a file of our own for reading and writing, made if missing and not emptied.
+
+    Raises:
+      OSError: a link, which would be written through.
+      ValueError: what is no regular file.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError(f"{path} is no regular file: delete it.")
+    return os.fdopen(descriptor, "r+")
 
 
 def make_once(path: Path, make: Callable[[Path], Any]) -> Path:
@@ -61,63 +73,32 @@ def make_once(path: Path, make: Callable[[Path], Any]) -> Path:
     return path
 
 
-def sha256(path: epath.PathLike) -> str:
-    """Return the SHA-256 of a file's content, in hex."""
-    with epath.Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_manifest(folder: epath.PathLike) -> None:
-    """Write the size and SHA-256 of every file below a folder, hidden ones left out, to its `checksums.json`.
-
-    Call it in one process, once the folder is complete.
-    """
-    folder = epath.Path(folder)
-    paths = {path.relative_to(folder).as_posix(): path for path in files_below(folder)}
-    paths.pop(MANIFEST, None)
-    with ThreadPoolExecutor(READERS) as pool:
-        hashes = pool.map(sha256, paths.values())
-        entries = {
-            name: {"bytes": path.stat().length, "sha256": digest}
-            for (name, path), digest in zip(paths.items(), hashes, strict=True)
-        }
-    with whole(folder / MANIFEST) as target:
-        target.write_text(json.dumps(entries, indent=1))
-
-
-def check_manifest(folder: epath.PathLike, *, part: int = 0, parts: int = 1) -> None:
-    """Compare every file that `write_manifest` listed with what it was then; files that came later are not looked at.
-
-    Args:
-      part, parts: of `parts` callers that share the work, each checks its own part of the files.
+def check_regular(path: epath.PathLike) -> None:
+    """Refuse what is no regular file: reading a pipe or a device may never end.
 
     Raises:
-      ValueError: no manifest, or a file that is missing, cut off or changed, in one sentence that names it.
+      ValueError: there is no such file, it cannot be read, or it is of another kind.
     """
-    folder = epath.Path(folder)
-    manifest = folder / MANIFEST
+    if is_remote(path):
+        return
     try:
-        entries = json.loads(manifest.read_text())
-        expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()}
-    except FileNotFoundError as error:
-        raise ValueError(f"{folder} has no {MANIFEST}: it was not written to its end, or files were deleted.") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{manifest} is damaged: it lists no checksums.") from error
-    mine = sorted(expected)[part::parts]
-    with ThreadPoolExecutor(READERS) as pool:
-        for fault in pool.map(lambda name: _fault(folder / name, *expected[name]), mine):
-            if fault:
-                raise ValueError(fault)
+        regular = stat.S_ISREG(os.stat(path).st_mode) and os.access(path, os.R_OK)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from None
+    if not regular:
+        raise ValueError(f"{path} is no regular file that can be read: name a file.")
 
 
-def _fault(path: epath.Path, size: int, digest: str) -> str:
-    """Return what is wrong with a file in one sentence, or nothing."""
-    try:
-        if (found := path.stat().length) != size:
-            return f"{path} is damaged: it has {found:,} bytes, and {size:,} were written."
-        return "" if sha256(path) == digest else f"{path} is damaged: its checksum is not that of what was written."
-    except FileNotFoundError:
-        return f"{path} is missing: it was deleted since it was written."
+def leads_out(path: epath.PathLike, folder: epath.PathLike) -> bool:
+    """Return whether a path in a folder is a link, or lies behind one, to what is not in that folder."""
+    return not is_remote(path) and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
+def sha256(path: epath.PathLike) -> str:
+    """Return the SHA-256 of a regular file's content, in hex."""
+    check_regular(path)
+    with epath.Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def files_below(folder: epath.Path) -> Iterator[epath.Path]:

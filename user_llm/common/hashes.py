@@ -14,8 +14,10 @@ from pathlib import Path
 
 from etils import epath
 
+from user_llm.common.checksums import READERS
 from user_llm.common.distributed import is_first
-from user_llm.common.files import READERS, is_remote, lock, sha256, whole
+from user_llm.common.files import is_remote, lock, sha256, whole
+from user_llm.common.records import parse, read_file
 
 SETTLED_S = 2.0  # the coarsest tick of a file system in use, that of FAT
 REMEMBERED = "hashes.json"
@@ -62,8 +64,8 @@ def _touched(name: str) -> Touched:
 def _read(path: Path) -> Mapping[str, tuple[Touched, str]]:
     """Return what earlier processes remembered; nothing from a file that is missing or damaged."""
     try:
-        return {name: (tuple(touched), digest) for name, (touched, digest) in json.loads(path.read_text()).items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+        return {name: (tuple(touched), digest) for name, (touched, digest) in parse(read_file(path)).items()}
+    except (ValueError, TypeError, AttributeError):
         return {}
 
 

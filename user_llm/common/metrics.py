@@ -20,9 +20,15 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from user_llm.common import records
-from user_llm.common.files import is_remote, local_folder
+from user_llm.common.files import is_remote, local_folder, whole
 
 LINE = {"step": records.whole_number, "kind": records.text}
+# Of results.json: what `evals/ranking.py: result_rows` returns.
+ROW = {
+    "dataset": records.text, "task": records.text, "method": records.text, "metric": records.text, "value": records.number,
+    "n": records.whole_number, "seed": records.whole_number, "split": records.text, "config_hash": records.text,
+}  # fmt: skip
+ROWS = [ROW]
 
 
 class MetricsLog:
@@ -186,9 +192,6 @@ def read_metrics(path: epath.PathLike) -> list[dict]:
 
 def _truncate(path: epath.Path, step: int) -> None:
     """Drop the rows beyond `step`, at step 0 all; replaces the file whole, so no kill harms it."""
-    if not path.exists():
-        return
-    rows = [row for row in read_metrics(path) if row["step"] <= step] if step else []
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    temporary.replace(path)
+    rows = [row for row in read_metrics(path) if row["step"] <= step] if step and path.exists() else []
+    with whole(path) as target:
+        target.write_text("".join(json.dumps(row) + "\n" for row in rows))

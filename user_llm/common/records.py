@@ -6,13 +6,11 @@ element has. Keys that a form does not name are allowed.
 """
 
 import json
-import os
-import stat
 from typing import Any
 
 from etils import epath
 
-from user_llm.common.files import is_remote
+from user_llm.common.files import check_regular
 
 MAX_BYTES = 256 * 2**20  # of a file
 
@@ -35,6 +33,21 @@ def number_or_null(value: Any) -> bool:
 def whole_number(value: Any) -> bool:
     """Return whether a value is a whole number of 64 bits."""
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+
+
+def positive_whole_number(value: Any) -> bool:
+    """Return whether a value is a whole number above 0 that fits 31 bits, as the size of an array does."""
+    return whole_number(value) and 0 < value < 2**31
+
+
+def positive_number(value: Any) -> bool:
+    """Return whether a value is a number above 0, which has a logarithm."""
+    return number(value) and value > 0
+
+
+def true_or_false(value: Any) -> bool:
+    """Return whether a value is a truth value."""
+    return isinstance(value, bool)
 
 
 def anything(value: Any) -> bool:
@@ -80,36 +93,45 @@ def parse(line: str | bytes) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def read_file(path: epath.Path) -> bytes:
+def read_file(path: epath.PathLike) -> bytes:
     """Return the bytes of a file.
 
     Raises:
-      ValueError: no plain file (a pipe would be waited for without end), or larger than `MAX_BYTES`.
+      ValueError: no regular file (a pipe would be waited for without end), or larger than `MAX_BYTES`.
     """
     try:
-        if not is_remote(path) and not stat.S_ISREG(os.stat(path).st_mode):
-            raise ValueError(f"{path} is no plain file: delete it.")
+        check_regular(path)
         if (size := epath.Path(path).stat().length) > MAX_BYTES:
             raise ValueError(f"{path} has {size:,} bytes, more than the {MAX_BYTES:,} that are read.")
-        return path.read_bytes()
+        return epath.Path(path).read_bytes()
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
-def read_json(path: epath.Path, form: Any, remedy: str = "delete the file and run the command again") -> Any:
+def read_text(path: epath.PathLike, remedy: str = "save it as UTF-8") -> str:
+    """Return the text of a file.
+
+    Raises:
+      ValueError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return read_file(path).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}, byte {error.start}: not UTF-8; {remedy}.") from error
+
+
+def read_json(path: epath.PathLike, form: Any, remedy: str = "delete the file and run the command again") -> Any:
     """Return what a JSON file holds.
 
     Raises:
       ValueError: it cannot be read, is not JSON, or does not fit the form.
     """
     try:
-        value = parse(read_file(path).decode())
+        value = parse(read_text(path, remedy))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: not JSON; {remedy}.") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}, byte {error.start}: not UTF-8; {remedy}.") from error
     except ValueError as error:
-        if str(path) in str(error):
+        if str(error).startswith(str(path)):
             raise
         raise ValueError(f"{path}: {error}; {remedy}.") from error
     if wrong := misfit(value, form):

@@ -12,7 +12,7 @@ from absl import logging
 from etils import epath
 
 from user_llm.common.distributed import agreed
-from user_llm.common.files import is_remote
+from user_llm.common.files import is_remote, leads_out, open_own
 
 LOCK = "run.lock"
 LONGEST_NAME = 200  # bytes; file systems take 255, of which suffixes need some
@@ -41,6 +41,22 @@ def path_part(name: str, what: str) -> str:
             shown = name if len(name) <= 60 else f"{name[:60]}..."
             raise ValueError(f"{what} {shown!r} {fault}, and folders are named by it: choose another.")
     return name
+
+
+def check_tree(folder: epath.Path) -> None:
+    """Refuse a folder of a run that holds anything but folders and regular files of its own.
+
+    A link that leads out of it would show, or overwrite, what belongs to somebody else; a pipe is waited for without end.
+
+    Raises:
+      ValueError: the first such path.
+    """
+    for parent, folders, names in [] if is_remote(folder) else os.walk(folder):
+        for path in (Path(parent, name) for name in (*folders, *names)):
+            if path.is_symlink() and leads_out(path, folder):
+                raise ValueError(f"{path} is a link that leads out of {folder}: put a copy in its place, or delete it.")
+            if os.path.lexists(path) and not (path.is_dir() or path.is_file()):
+                raise ValueError(f"{path} is neither a file nor a folder: delete it.")
 
 
 @contextmanager
@@ -73,7 +89,7 @@ def hold(workdir: epath.Path) -> Iterator[None]:
 def _locked(workdir: epath.Path) -> Iterator[None]:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        file = (Path(workdir) / LOCK).open("a+")
+        file = open_own(Path(workdir) / LOCK)
     except OSError as error:
         raise ValueError(f"Cannot write the run to --workdir={workdir}: {error.strerror}.") from error
     with file:
@@ -88,9 +104,11 @@ def _locked(workdir: epath.Path) -> Iterator[None]:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                 raise
             logging.warning("%s is on a file system without locks: nothing keeps a second run out.", workdir)
-        file.truncate(0)
+        file.seek(0)
+        file.truncate()
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
+        check_tree(workdir)
         yield
 
 

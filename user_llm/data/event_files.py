@@ -7,6 +7,7 @@ values are taken as they are, others by their share of all values (`prepare.py`)
 import contextlib
 import dataclasses
 import glob
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,11 +16,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from etils import epath
 
+from user_llm.common.files import check_regular
 from user_llm.data import columns as reading
 from user_llm.data import times
 from user_llm.data.columns import Column, WrongType
 from user_llm.data.event_tables import FORMATS, Format, Piece, format_of
-from user_llm.data.opening import check_regular
 from user_llm.data.raw import BadRows, Raw, pieces
 from user_llm.data.values import shown
 
@@ -124,15 +125,18 @@ def find_files(source: str) -> tuple[tuple[epath.Path, ...], Format]:
     return files, next(iter(forms.values()))
 
 
-def _in_folder(folder: epath.Path) -> list[epath.Path]:
+def _in_folder(folder: epath.Path, above: tuple[str, ...] = ()) -> list[epath.Path]:
     found: list[epath.Path] = []
+    place = os.path.realpath(folder)
+    if place in above:
+        raise ValueError(f"{folder} is a link to a folder that it lies in: delete it.")
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue
         if not path.is_dir():
             found.append(path)
         elif "=" in path.name:
-            found += _in_folder(path)
+            found += _in_folder(path, (*above, place))
     return found
 
 

@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import io
 from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -14,12 +15,14 @@ import pyarrow.parquet
 from etils import epath
 from jaxtyping import Int
 
+from user_llm.common.files import check_regular
 from user_llm.data.columns import Column
-from user_llm.data.opening import CHUNK_BYTES, LONGEST_LINE, Damaged, check_regular, line_chunks, opened
+from user_llm.data.opening import CHUNK_BYTES, LONGEST_LINE, Damaged, line_chunks, opened
 from user_llm.data.raw import ROWS, BadRows
 from user_llm.data.values import json_object
 
 SEPARATORS = ",;\t|"
+END = b"\0"  # each value of the row that is put after the last
 LONGEST_HEADER = 1 << 20  # bytes
 ALIKE = {
     str: pa.string(),
@@ -83,6 +86,19 @@ def _csv_header(file: epath.Path, needed: Sequence[str]) -> tuple[str, list[str]
     return separator, headers[separator]
 
 
+class _Ended(io.RawIOBase):
+    """A file's bytes and after them a row of our own, which a quotation mark that is never closed swallows."""
+
+    def __init__(self, stream: BinaryIO, end: bytes):
+        self._parts = stream, io.BytesIO(end)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        return next((size for part in self._parts if (size := part.readinto(buffer))), 0)  # type: ignore[attr-defined]
+
+
 def _csv_pieces(file: epath.Path, wanted: Sequence[str], numbers: Collection[str], bad_rows: BadRows) -> Iterator[Piece]:
     separator, header = _csv_header(file, wanted)
     places = {name: f"c{header.index(name)}" for name in wanted if name in header}
@@ -93,11 +109,11 @@ def _csv_pieces(file: epath.Path, wanted: Sequence[str], numbers: Collection[str
         ragged.append((row.number - 1, row.actual_columns))
         return "skip"
 
-    number = 1
+    number, ended = 1, False
     with opened(file) as stream:
         try:
             reader = pyarrow.csv.open_csv(
-                stream,
+                io.BufferedReader(_Ended(stream, b"\n" + separator.encode().join([END] * len(header)) + b"\n"), 1 << 20),
                 pyarrow.csv.ReadOptions(
                     use_threads=False, block_size=LONGEST_LINE // 2, column_names=names, skip_rows_after_names=1
                 ),
@@ -109,6 +125,8 @@ def _csv_pieces(file: epath.Path, wanted: Sequence[str], numbers: Collection[str
             )  # fmt: skip
             for batch in reader:
                 rows, number = _numbers(number, len(batch), [row for row, _ in ragged])
+                if ended := len(batch) > 0 and batch[0][-1].as_py() == END:
+                    batch = batch.slice(0, len(batch) - 1)
                 _refuse_ragged(file, ragged, number, len(header), bad_rows)
                 for first in range(0, len(batch), ROWS):
                     part = batch.slice(first, ROWS)
@@ -118,12 +136,12 @@ def _csv_pieces(file: epath.Path, wanted: Sequence[str], numbers: Collection[str
         except pa.ArrowInvalid as error:
             if ragged:
                 _refuse_ragged(file, ragged, ragged[-1][0] + 1, len(header), bad_rows)
-            if "Empty CSV" in str(error):  # a header alone
-                return
             what = f"a row longer than {LONGEST_LINE >> 21} MiB, or a quotation mark that is never closed"
             what = what if "straddling" in str(error) else " ".join(str(error).split())
             raise ValueError(f"{file}, after row {number - 1}: {what}; mend or delete the row.") from None
     _refuse_ragged(file, ragged, number + len(ragged), len(header), bad_rows)
+    if not ended:
+        raise ValueError(f"{file}, at its end: a quotation mark is never closed; mend the row where it stands.")
 
 
 def _numbers(first: int, count: int, left_out: list[int]) -> tuple[Int[np.ndarray, "n"], int]:

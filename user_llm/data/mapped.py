@@ -19,6 +19,7 @@ import pyarrow as pa
 from absl import logging
 
 from user_llm.common.files import lock
+from user_llm.common.records import parse, read_file
 
 FACTS = "columns.json"
 BLOCK = 1 << 22  # bytes that are read at a time for a checksum
@@ -76,11 +77,11 @@ def _of_facts(arrays: Mapping[str, Any]) -> int:
 def _altered(folder: Path) -> str | None:
     """Return the name of a file of the folder that is not as it was written."""
     try:
-        facts = json.loads((folder / FACTS).read_text())
+        facts = parse(read_file(folder / FACTS))
         arrays = facts["arrays"]
         if facts["crc32"] != _of_facts(arrays):
             return FACTS
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return FACTS
     with concurrent.futures.ThreadPoolExecutor() as pool:
         sound = pool.map(lambda name: _checksum(folder / name) == arrays[name]["crc32"], arrays)
@@ -99,7 +100,7 @@ def _checksum(path: Path) -> int | None:
 
 
 def _mapped(folder: Path) -> dict[str, np.ndarray]:
-    arrays = json.loads((folder / FACTS).read_text())["arrays"]
+    arrays = parse(read_file(folder / FACTS))["arrays"]
     return {name: _map(folder / name, np.dtype(facts["dtype"]), tuple(facts["shape"])) for name, facts in arrays.items()}
 
 

@@ -3,16 +3,14 @@
 import contextlib
 import gzip
 import io
-import os
 import re
-import stat
 import zlib
 from collections.abc import Iterator
 from typing import BinaryIO
 
 from etils import epath
 
-from user_llm.common.files import is_remote
+from user_llm.common.files import check_regular
 
 LONGEST_LINE = 1 << 24  # bytes; a longer one is no row of data
 MOST_BLANK = 10_000  # lines in a row
@@ -54,22 +52,6 @@ class _Unpacked(io.RawIOBase):
         if self.size > max(ALWAYS_ALLOWED, MOST_GROWTH * self.packed.tell()):
             raise Damaged(f"unpacked it is more than {MOST_GROWTH} times as large, which no data is: unpack it by hand")
         return len(data)
-
-
-def check_regular(path: epath.PathLike) -> None:
-    """Refuse what is no regular file: reading a pipe or a device may never end.
-
-    Raises:
-      ValueError: there is no such file, it cannot be read, or it is of another kind.
-    """
-    if is_remote(path):
-        return
-    try:
-        regular = stat.S_ISREG(os.stat(path).st_mode) and os.access(path, os.R_OK)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}.") from None
-    if not regular:
-        raise ValueError(f"{path} is no regular file that can be read: name a file.")
 
 
 @contextlib.contextmanager

@@ -25,11 +25,11 @@ import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
 
-from user_llm.common.files import MANIFEST, check_manifest, lock, write_manifest
+from user_llm.common.checksums import MANIFEST, check_manifest, write_manifest
+from user_llm.common.files import check_regular, lock
 from user_llm.common.hashes import content_hashes
 from user_llm.data import numbering
 from user_llm.data.loading import ESCAPE, SEPARATOR, open_timelines
-from user_llm.data.opening import check_regular
 from user_llm.data.raw import ROWS, Raw
 from user_llm.data.timelines import Timelines
 from user_llm.data.titles import one_line, readable, unique_titles

@@ -20,6 +20,8 @@ from etils import epath
 from jaxtyping import Int
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from user_llm.common.records import misfit, read_file, read_json, read_text, text, whole_number
+
 SPECIALS = ("<pad>", "<bos>", "<eos>")
 GUARD = 0xF0000  # first of 65,534 private-use characters, which stand for what only looks like special tokens
 BATCH = 10_000  # texts that are encoded at once
@@ -171,23 +173,34 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
     if not file.exists():
         return _load_with_transformers(path)
     try:
-        backend = tokenizers.Tokenizer.from_str(file.read_text())
+        backend = tokenizers.Tokenizer.from_buffer(read_file(file))
     except Exception as error:  # the library raises nothing more precise
         raise ValueError(f"{file} is no tokenizer: {error}.") from error
-    settings = _settings(path / "special_tokens_map.json") | _settings(path / "tokenizer_config.json")
+    settings = _settings(path / "special_tokens_map.json") | _settings(
+        path / "tokenizer_config.json", {"chat_template?": template}
+    )
     if (path / "chat_template.jinja").exists():
-        settings["chat_template"] = (path / "chat_template.jinja").read_text()
-    return _wrap(backend, settings, _settings(path / "generation_config.json").get("eos_token_id"))
+        settings["chat_template"] = read_text(path / "chat_template.jinja")
+    return _wrap(
+        backend, settings, _settings(path / "generation_config.json", {"eos_token_id?": token_ids}).get("eos_token_id")
+    )
 
 
-def _settings(file: epath.Path) -> dict:
+def template(value: Any) -> bool:
+    """Return whether a value is a chat template, a list of several with their names, or null."""
+    return value is None or isinstance(value, str) or not misfit(value, [{"name": text, "template": text}])
+
+
+def token_ids(value: Any) -> bool:
+    """Return whether a value is the id of a token, a list of ids, or null."""
+    return value is None or all(
+        whole_number(token) and 0 <= token < 2**31 for token in (value if isinstance(value, list) else [value])
+    )
+
+
+def _settings(file: epath.Path, form: Mapping[str, Any] | None = None) -> dict:
     """Return what a JSON file holds; nothing if there is none."""
-    if not file.exists():
-        return {}
-    try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}, line {error.lineno}: not valid JSON: {error.msg}.") from error
+    return read_json(file, dict(form or {}), "get the tokenizer again") if file.exists() else {}
 
 
 def _wrap(backend: tokenizers.Tokenizer, settings: dict, stop_ids: int | list[int] | None = None) -> Tokenizer:
@@ -202,17 +215,17 @@ def _wrap(backend: tokenizers.Tokenizer, settings: dict, stop_ids: int | list[in
     )
     if stop_ids is None:
         stop_ids = [] if eos_id is None else [eos_id]
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = {named["name"]: named["template"] for named in template}
-    if isinstance(template, dict):
-        template = template.get("default")
+    chat_template = settings.get("chat_template")
+    if isinstance(chat_template, list):  # several, by name
+        chat_template = {named["name"]: named["template"] for named in chat_template}
+    if isinstance(chat_template, dict):
+        chat_template = chat_template.get("default")
     backend.encode_special_tokens = True  # means: as ordinary text
     return Tokenizer(
         backend, bos_id, eos_id, 0 if pad_id is None else pad_id,
         stop_ids=(stop_ids,) if isinstance(stop_ids, int) else tuple(stop_ids),
         special_tokens=special,
-        chat_template=template,
+        chat_template=chat_template,
     )  # fmt: skip
 
 

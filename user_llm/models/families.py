@@ -11,19 +11,36 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from user_llm.common.records import misfit, positive_number, positive_whole_number, text, true_or_false
 from user_llm.models.decoder import DecoderConfig
 from user_llm.nn.attention import RopeScaling
 from user_llm.nn.transformer import BlockConfig
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text")
+MOST_LAYERS = 1000  # the deepest open models have some 130
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
+
+# What settings must be if they are there; these have a say in how much memory is taken.
+SETTINGS = {
+    "hidden_size": positive_whole_number, "intermediate_size": positive_whole_number, "num_hidden_layers": positive_whole_number,
+    "vocab_size?": positive_whole_number, "num_attention_heads?": positive_whole_number,
+    "num_key_value_heads?": positive_whole_number, "head_dim?": positive_whole_number, "sliding_window?": positive_whole_number,
+    "rms_norm_eps?": positive_number, "query_pre_attn_scalar?": positive_number, "tie_word_embeddings?": true_or_false,
+    "layer_types?": [text],
+}  # fmt: skip
+ROPE = {
+    "rope_theta": positive_number, "rope_type?": text, "factor?": positive_number, "low_freq_factor?": positive_number,
+    "high_freq_factor?": positive_number, "original_max_position_embeddings?": positive_whole_number,
+}  # fmt: skip
+# Of classifiers; transformers would make as many labels as a config asks for.
+LABELS = frozenset({"id2label", "label2id", "num_labels", "problem_type"})
 
 # Settings that change nothing about the function a checkpoint computes, or that transformers has turned into others here.
 NEUTRAL = frozenset({
     "_name_or_path", "architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "use_cache",
     "initializer_range", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "pretraining_tp",
-    "is_llama_config", "output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward", "id2label",
-    "label2id", "problem_type", "cache_implementation", "transformers.js_config",
+    "is_llama_config", "output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward",
+    "id2label", "label2id", "problem_type", "cache_implementation", "transformers.js_config",
     "use_sliding_window", "max_window_layers", "sliding_window_pattern", "_sliding_window_pattern", "rope_local_base_freq",
 })  # fmt: skip
 
@@ -39,22 +56,31 @@ def config_from_settings(settings: dict[str, Any], source: str, **overrides: Any
     family = settings.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"{source}: model_type {family!r} is not supported, only {', '.join(FAMILIES)}.")
-    for name in ("hidden_size", "intermediate_size", "num_hidden_layers"):
-        if name not in settings:
-            raise ValueError(f"{source}: the setting {name!r} is missing.")
-    raw = _with_defaults(settings, source)
+    present = {name: value for name, value in settings.items() if value is not None and name not in LABELS}
+    if wrong := misfit(present, SETTINGS):
+        raise ValueError(f"{source}: {wrong}; get the checkpoint again.")
+    if present["num_hidden_layers"] > MOST_LAYERS:
+        raise ValueError(f"{source}: the setting 'num_hidden_layers' = {present['num_hidden_layers']} is above {MOST_LAYERS}.")
+    raw = _with_defaults(present, source)
     gemma = family == "gemma3_text"
     activation = raw.pop("hidden_activation" if gemma else "hidden_act")
     if activation not in ACTIVATIONS:
         raise ValueError(f"{source}: the activation {activation!r} is not supported, only {', '.join(ACTIVATIONS)}.")
     width, heads, depth = raw.pop("hidden_size"), raw.pop("num_attention_heads"), raw.pop("num_hidden_layers")
+    kv_heads = raw.pop("num_key_value_heads", None) or heads
+    head_dim = raw.pop("head_dim", None) or width // heads
+    if heads % kv_heads or head_dim % 2 or not head_dim:
+        raise ValueError(
+            f"{source}: {heads} heads of {head_dim} numbers and {kv_heads} key-value heads do not make an attention: the second "
+            "must be even, and the third divide the first."
+        )
     windowed, window = _windows(raw, depth, source)
     ropes = _ropes(raw, source)
     block = BlockConfig(
         width=width,
         heads=heads,
-        kv_heads=raw.pop("num_key_value_heads", None) or heads,
-        head_dim=raw.pop("head_dim", None) or width // heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
         mlp_width=raw.pop("intermediate_size"),
         window=window,
         activation=ACTIVATIONS[activation],
@@ -107,17 +133,19 @@ def _windows(raw: dict[str, Any], depth: int, source: str) -> tuple[tuple[bool, 
 def _ropes(raw: dict[str, Any], source: str) -> dict[str, Any]:
     """Take the rotary settings: one for all layers, or one for each kind of layer."""
     rope = raw.pop("rope_parameters")
-    if "full_attention" not in rope:
+    if not isinstance(rope, dict) or "full_attention" not in rope:
         theta, scaling = _rope(rope, source)
         return {"rope_theta": theta, "rope_scaling": scaling}
     theta, scaling = _rope(rope["full_attention"], source)
-    window_theta, window_scaling = _rope(rope["sliding_attention"], source)
+    window_theta, window_scaling = _rope(rope.get("sliding_attention"), source)
     if window_scaling is not None:
         raise ValueError(f"{source}: scaled rotary positions in layers with a window are not supported.")
     return {"rope_theta": theta, "rope_scaling": scaling, "window_rope_theta": window_theta}
 
 
-def _rope(settings: dict[str, Any], source: str) -> tuple[float, RopeScaling | None]:
+def _rope(settings: Any, source: str) -> tuple[float, RopeScaling | None]:
+    if wrong := misfit(settings, ROPE):
+        raise ValueError(f"{source}: the rotary positions: {wrong}.")
     settings = dict(settings)
     theta, kind = float(settings.pop("rope_theta")), settings.pop("rope_type", "default")
     names = {"factor": "factor", "low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor",

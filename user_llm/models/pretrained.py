@@ -5,7 +5,6 @@ excepted. Which setting and tensor means what is in `models/families.py`.
 """
 
 import functools
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,18 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from user_llm.common import trees
+from user_llm.common.files import check_regular
+from user_llm.common.records import misfit, read_json, text
 from user_llm.common.trees import Params
+from user_llm.common.workdir import path_part
 from user_llm.models.decoder import DecoderConfig
 from user_llm.models.families import Tensor, config_from_settings, table
 
 # What a Gemma 3 checkpoint with images holds besides its language model.
 IMAGE_SIDE = ("vision_tower.", "multi_modal_projector.")
+FLOATS = ("F64", "F32", "F16", "BF16")
+SHOWN = 6  # faults that a sentence names; more are counted
+AGAIN = "get the checkpoint again"
 
 
 def find_checkpoint(name: str | os.PathLike) -> Path:
@@ -63,16 +68,7 @@ def decoder_config(path: str | os.PathLike, **overrides: Any) -> DecoderConfig:
       ValueError: no such file, another family, or a setting that the decoder does not implement.
     """
     file = Path(path) / "config.json"
-    return config_from_settings(_read_json(file), str(file), **overrides)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text())
-    except OSError as error:
-        raise ValueError(f"No checkpoint at {file.parent}: {file.name} cannot be read ({error.strerror}).") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}, line {error.lineno}: not valid JSON ({error.msg}).") from error
+    return config_from_settings(read_json(file, {}, AGAIN), str(file), **overrides)
 
 
 def load_decoder(
@@ -154,14 +150,26 @@ def _read_tensor(file: Path, name: str) -> np.ndarray:
 def _tensor_files(path: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
     """Return the file and shape of every tensor; several files must be those that the index names."""
     index = path / "model.safetensors.index.json"
-    names = set(_read_json(index)["weight_map"].values()) if index.exists() else ["model.safetensors"]
+    names = ["model.safetensors"]
+    if index.exists():
+        weight_map = read_json(index, {"weight_map": {}}, AGAIN)["weight_map"]
+        if wrong := misfit(weight_map, dict.fromkeys(weight_map, text)):
+            raise ValueError(f"{index}: weight_map {wrong}; {AGAIN}.")
+        names = [path_part(name, f"{index}: the file") for name in sorted(set(weight_map.values()))]
     found: dict[str, tuple[Path, tuple[int, ...]]] = {}
-    for file in (path / name for name in sorted(names)):
+    for file in (path / name for name in names):
         if not file.exists():
             raise ValueError(f"No weights at {file}: a checkpoint in safetensors format is needed.")
+        check_regular(file)
         try:
             with safe_open(file, "np") as tensors:
-                found |= {name: (file, tuple(tensors.get_slice(name).get_shape())) for name in tensors.keys()}  # noqa: SIM118
+                for name in tensors.keys():  # noqa: SIM118
+                    tensor = tensors.get_slice(name)
+                    if tensor.get_dtype() not in FLOATS:
+                        raise ValueError(
+                            f"{file}: {name} is of type {tensor.get_dtype()}, and only {', '.join(FLOATS)} are read."
+                        )
+                    found[name] = file, tuple(tensor.get_shape())
         except SafetensorError as error:
             raise ValueError(f"{file} is truncated or no safetensors file ({error}): download it again.") from error
     # Older checkpoints store the rotary frequencies, which follow from rope_theta.
@@ -181,7 +189,8 @@ def _check_tensors(path: Path, wanted: dict[str, tuple[int, ...]], files: dict[s
         if name in files and files[name][1] != shape
     ]
     if problems:
-        raise ValueError(f"The weights at {path} do not fit the config: {'; '.join(problems)}.")
+        more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        raise ValueError(f"The weights at {path} do not fit the config: {'; '.join(problems[:SHOWN] + more)}.")
 
 
 def _check_tied(files: dict[str, tuple[Path, tuple[int, ...]]], embed: str) -> None:

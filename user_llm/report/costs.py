@@ -4,17 +4,12 @@ from typing import Any
 
 from etils import epath
 
-from user_llm.common.records import number, number_or_null, read_json, text, whole_number
+from user_llm.common.records import number_or_null, positive_number, read_json, text, whole_number
 from user_llm.report import plots
 from user_llm.report.markdown import Markdown, code, command, listed, picture, say, table
 
 HEADER = ("events", "method", "serving", "prompt tokens", "MFLOPs", "XLA/formula", "FLOPs ratio", "prefill ratio", "decode ratio",
           "state bytes")  # fmt: skip
-
-
-def positive_number(value: Any) -> bool:
-    """Return whether a value is a number above 0, which has a logarithm."""
-    return number(value) and value > 0
 
 
 COST_ROW = {

@@ -1,26 +1,19 @@
 """What runs left, as read from their folders, and their rows merged by everything but the seed."""
 
 import dataclasses
-import os
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from etils import epath
 
-from user_llm.common.files import is_remote
-from user_llm.common.metrics import read_metrics
+from user_llm.common.files import leads_out
+from user_llm.common.metrics import ROW, ROWS, read_metrics
 from user_llm.common.records import number, read_json, text, whole_number
 from user_llm.evals.measured import Measured, load_measured
 from user_llm.report.markdown import Markdown, code, say
 
-ROW = {
-    "dataset": text, "task": text, "method": text, "metric": text, "value": number, "n": whole_number, "seed": whole_number,
-    "split": text, "config_hash": text,
-}  # fmt: skip
 ROW_KEYS = tuple(ROW)
-ROWS = [ROW]
 CONFIG = {"command?": [text], "versions?": {}, "config?": {}}
 
 
@@ -86,7 +79,7 @@ def _inside(directory: epath.Path, path: epath.Path) -> epath.Path:
     Raises:
       ValueError: it leads out.
     """
-    if not is_remote(path) and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(directory)):
+    if leads_out(path, directory):
         raise ValueError(f"{path} is a link to a file outside of the run: put a copy in its place, or delete it.")
     return path
 

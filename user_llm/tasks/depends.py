@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from user_llm.common.distributed import agreed, barrier, gather
 from user_llm.common.hashes import content_hashes
-from user_llm.common.workdir import path_part
+from user_llm.common.workdir import check_tree, path_part
 from user_llm.tasks import inputs
 from user_llm.tasks.context import Context
 from user_llm.tasks.pretrain_encoder import encoder_section
@@ -88,12 +88,13 @@ def other_runs(reuse: str) -> list[epath.Path]:
     """Return the workdirs that `--config.reuse=RUN1,RUN2` names.
 
     Raises:
-      ValueError: one that is not there.
+      ValueError: one that is not there, or that holds links out of it.
     """
     runs = [epath.Path(name.strip()) for name in reuse.split(",") if name.strip()]
     for run in runs:
         if not run.is_dir():
             raise ValueError(f"--config.reuse names {run}, and there is no such run: name workdirs, separated by commas.")
+        check_tree(run)
     return runs
 
 

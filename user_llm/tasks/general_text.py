@@ -5,7 +5,6 @@ that freeze the LLM leave the first as it was; only the second can tell what the
 """
 
 import functools
-import json
 from collections.abc import Callable
 from importlib import resources
 
@@ -27,6 +26,7 @@ from user_llm.models.decoder import Decoder
 from user_llm.models.user import User, hidden_states
 from user_llm.tasks.context import Context
 from user_llm.tasks.pretrain_lm import text_loss
+from user_llm.training import loop
 from user_llm.training.task import Batch
 
 CHUNK = 512  # rows of logits at a time
@@ -68,8 +68,8 @@ def perplexity(graphdef: nnx.GraphDef, params: Params, batch: Batch, user: User 
 
 def untouched(context: Context) -> list[dict]:
     """Return the result row of the LLM as it came, measured once per run."""
-    path = context.workdir / "llm" / "results.json"
-    if not path.exists():
+    directory = context.workdir / "llm"
+    if not loop.is_finished(directory):
         batch = read_windows(context.tokenizer(), **context.config.general_text)
         model = context.decoder_config(context.tokenizer().vocab_size)
         graphdef, shapes = trees.abstract(lambda: Decoder(model, rngs=nnx.Rngs(params=0)))
@@ -77,9 +77,9 @@ def untouched(context: Context) -> list[dict]:
         params = pretrained.load_decoder(context.checkpoint, model, shardings=meshes.shardings(rules, shapes, context.mesh))
         found = {"perplexity": float(perplexity(graphdef, params, batch))}
         rows = result_rows(found, batch["next"].size, **context.row_facts, task="general_text", method="llm")
-        write_json(path, rows)
+        write_json(directory / loop.RESULTS, rows)
         return rows
-    return json.loads(path.read_text())
+    return loop.read_rows(directory)
 
 
 def tuned(

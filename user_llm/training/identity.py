@@ -14,8 +14,10 @@ from typing import Any
 from etils import epath
 
 from user_llm.common.files import write_json
+from user_llm.common.records import read_json, text
 
 FILE = "identity.json"
+FORM = {"identity": text, "inputs": {}, "settings": {}, "built_on": {}}
 SHOWN = 3  # differences that a sentence names; more are counted
 
 
@@ -59,13 +61,9 @@ def read_identity(directory: epath.Path) -> Identity | None:
     path = directory / FILE
     if not path.exists():
         return None
-    try:
-        facts = json.loads(path.read_text())
-        identity = Identity(dict(facts["inputs"]), dict(facts["settings"]), dict(facts["built_on"]))
-        whole = identity.hash == facts["identity"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: delete {directory} and run the same command.") from error
-    if not whole:
+    facts = read_json(path, FORM, f"delete {directory} and run the same command")
+    identity = Identity(facts["inputs"], facts["settings"], facts["built_on"])
+    if identity.hash != facts["identity"]:
         raise ValueError(f"{path} was changed by hand: its parts are not those of identity {facts['identity']}.")
     return identity
 

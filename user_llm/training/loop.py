@@ -6,7 +6,6 @@ gives the same numbers, bit for bit, as one that was left alone. Several process
 """
 
 import dataclasses
-import json
 import signal
 import time
 from collections.abc import Callable
@@ -25,7 +24,8 @@ from user_llm.common import trees
 from user_llm.common.checkpoint import Checkpointer, load_params, save_params
 from user_llm.common.distributed import barrier, gather, is_first, preemption
 from user_llm.common.files import write_json
-from user_llm.common.metrics import MetricsLog
+from user_llm.common.metrics import ROWS, MetricsLog
+from user_llm.common.records import read_json
 from user_llm.common.trees import Params, Rules
 from user_llm.common.workdir import standing
 from user_llm.training.optimizer import (
@@ -141,10 +141,7 @@ def read_rows(directory: epath.Path) -> list[dict]:
     Raises:
       ValueError: a damaged file.
     """
-    try:
-        return json.loads((directory / RESULTS).read_text())
-    except ValueError as error:
-        raise ValueError(f"{directory / RESULTS} is damaged ({error}): delete it, and its phase is measured again.") from error
+    return read_json(directory / RESULTS, ROWS, "delete it and run the same command: its phase is measured again")
 
 
 def _train(

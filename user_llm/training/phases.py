@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 from absl import logging
 from etils import epath
 
-from user_llm.common.files import check_manifest, files_below
+from user_llm.common.checksums import check_manifest
+from user_llm.common.files import files_below
 from user_llm.training.identity import (
     FILE,
     Identity,
