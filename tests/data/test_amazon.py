@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from user_llm.data import amazon, google_local, prepare
+from user_llm.data import amazon, google_local, prepare, reviews
 from user_llm.data.audits import audit
 from user_llm.data.raw import clean
 from user_llm.data.splits import leave_last_out
@@ -114,6 +114,44 @@ def test_html_is_cleaned():
     text = "A &lt;b&gt;bold&lt;/b&gt; <script>var x = '<p>';</script>  5 &gt; 3 &amp; 1 < 2<br/>end"
     assert clean(text) == "A bold 5 > 3 & 1 < 2 end"
     assert clean(None) == ""
+
+
+LINES = {  # of reviews of 2018, and whether they can be read at once
+    "plain": ([{}, {"summary": None, "overall": 5}, {"reviewText": "ünïcode", "other": [{"a": None}]}], True),
+    "white space": ([{"summary": f"a{space}b{space}"} for space in filter(str.isspace, map(chr, range(0x3001)))], True),
+    "html": ([{"summary": "<b>a</b> &amp; b", "reviewText": "<script>x</script> y"}, {"summary": ""}], True),
+    "times": ([{"unixReviewTime": time} for time in (-1, 0, 10**11, -(10**11))], True),
+    "numbers as text": ([{"overall": "5"}], False),
+    "text first": ([{"summary": 1.50}, {"summary": "1.50"}], False),
+    "ids as numbers": ([{"reviewerID": "7"}, {"reviewerID": 7}, {"asin": 7.10}], False),
+    "times with decimals": ([{"unixReviewTime": 5.0}, {"unixReviewTime": "6"}], False),
+}
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+@pytest.mark.parametrize("kind", LINES)
+def test_many_lines_at_once_mean_what_each_means(tmp_path, monkeypatch, kind, ending):
+    names, (changes, at_once) = LAYOUTS["2018"][2], LINES[kind]
+    rows = [dict(zip(names, ("A", "B", 5.0, 1, "s", "t"), strict=True)) | change for change in changes]
+    (tmp_path / "Home_5.json").write_bytes("".join(json.dumps(row) + ending for row in rows).encode())
+    raw = amazon.find(tmp_path, "Home")
+    found = [batch.to_pylist() for batch in raw.events()]
+    lines = (tmp_path / "Home_5.json").read_bytes().splitlines(keepends=True)
+    assert (reviews._columns(lines, amazon.LAYOUTS, raw.event_schema) is not None) == at_once
+    monkeypatch.setattr(reviews, "_columns", lambda *args: None)
+    assert found == [batch.to_pylist() for batch in raw.events()]
+
+
+BAD = ['{"a": 1}', '{"reviewerID": "A"', "[]", "", '{"reviewerID": "A"}{"reviewerID": "B"}']
+
+
+@pytest.mark.parametrize("change", [{"overall": 4.5}, {"overall": 0}, {"asin": " "}, {"asin": None}, {"unixReviewTime": None},
+                                    {"unixReviewTime": 10**11 + 1}, {"overall": None}, *BAD])  # fmt: skip
+def test_what_may_be_bad_is_read_line_by_line(tmp_path, change):
+    raw = amazon.of_lines("a", ([], amazon.LAYOUTS), ([], amazon._product), texts=("summary", "review"), bad_rows="refuse")
+    good = dict(zip(LAYOUTS["2018"][2], ("A", "B", 5.0, 1, "s", "t"), strict=True))
+    lines = [json.dumps(good), change if isinstance(change, str) else json.dumps(good | change), json.dumps(good)]
+    assert reviews._columns([f"{line}\n".encode() for line in lines], amazon.LAYOUTS, raw.event_schema) is None
 
 
 def test_the_real_samples_are_read_whole(data_dir, tmp_path):

@@ -10,15 +10,13 @@ Lines are JSON, or in 2014 Python literals. Files need not be gzipped, nor be 5-
 title, and the audit counts it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import pyarrow as pa
 from etils import epath
 
-from user_llm.data.raw import BadRows, Raw, clean, json_pieces
-from user_llm.data.times import FRACTION
-from user_llm.data.values import identifier, names_of, text_of, whole
+from user_llm.data.raw import Raw, clean
+from user_llm.data.reviews import Layout, existing, of_lines
+from user_llm.data.values import identifier, names_of, text_of
 
 REVIEWS = ("reviews_{}_5.json", "reviews_{}.json", "{}_5.json", "{}.json", "{}.jsonl")
 PRODUCTS = ("meta_{}.json", "meta_{}.jsonl")
@@ -26,7 +24,10 @@ LEVELS = 6  # of a category path; the files of 2018 have lists of features where
 LONGEST = 60  # characters of a category's name; longer ones are pieces of descriptions
 # Some products of 2018 have a piece of their page's script for a title.
 SCRIPT = "var aPageStart"
-FURTHEST = 10**11  # seconds from 1970 (the year 5138)
+LAYOUTS = (  # of 2023, and before
+    Layout("user_id", "parent_asin", "rating", "timestamp", ("title", "text"), per_second=1000),
+    Layout("reviewerID", "asin", "overall", "unixReviewTime", ("summary", "reviewText"), per_second=1),
+)
 
 
 def find(directory: epath.PathLike, category: str, *, bad_rows: str = "refuse") -> Raw:
@@ -47,60 +48,8 @@ def find(directory: epath.PathLike, category: str, *, bad_rows: str = "refuse") 
             f"{folder} {found}: name the folder and the category of one set of reviews (--config.data.category=...)."
         )
     products = existing(folder, PRODUCTS, category)[:1]
-    return of_lines(
-        f"amazon-{category}", (reviews, _review), (products, _product), texts=("summary", "review"), bad_rows=bad_rows
-    )
-
-
-Lines = tuple[Sequence[epath.Path], Callable[[dict[str, Any]], tuple]]
-
-
-def of_lines(name: str, events: Lines, items: Lines, *, texts: tuple[str, ...], bad_rows: str) -> Raw:
-    """Return a dataset of reviews out of files of JSON lines.
-
-    Args:
-      events, items: files, and what makes a row of the events or items of `Raw` out of a line's object.
-    """
-    raw = Raw(
-        name=name, files=(*events[0], *items[0]), events=lambda: read(events, raw.event_schema),
-        items=lambda: read(items, raw.item_schema), ordinals={"rating": 5}, texts=texts, bags=("categories",),
-        bad_rows=BadRows.of(bad_rows), settings=bad_rows,
-    )  # fmt: skip
-
-    def read(lines: Lines, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-        for path in lines[0]:
-            yield from json_pieces(path, lines[1], schema, raw.bad_rows)
-
-    return raw
-
-
-def existing(folder: epath.Path, patterns: tuple[str, ...], name: str) -> list[epath.Path]:
-    """Return the files that there are of `patterns`, gzipped or not."""
-    files = [folder / (pattern.format(name) + end) for pattern in patterns for end in (".gz", "")]
-    return [file for file in files if file.exists()]
-
-
-def _review(line: dict[str, Any]) -> tuple:
-    if "user_id" in line:  # 2023
-        time = milliseconds(line["timestamp"], "timestamp")
-        names = ("user_id", "parent_asin", "rating", "title", "text")
-    else:
-        time = whole(line["unixReviewTime"], "unixReviewTime", -FURTHEST, FURTHEST), 0
-        names = ("reviewerID", "asin", "overall", "summary", "reviewText")
-    user, item, rating, summary, text = names
-    ids = (identifier(line[name], name) for name in (user, item))
-    words = (clean(text_of(line.get(name))) for name in (summary, text))
-    return *ids, *time, whole(line[rating], rating, 1, 5), *words
-
-
-def milliseconds(value: Any, name: str) -> tuple[int, int]:
-    """Return milliseconds since 1970 as whole seconds and a fraction in 10^-18.
-
-    Raises:
-      ValueError: no whole number, or one beyond FURTHEST seconds.
-    """
-    seconds, rest = divmod(whole(value, name, -1000 * FURTHEST, 1000 * FURTHEST), 1000)
-    return seconds, rest * (FRACTION // 1000)
+    texts = ("summary", "review")
+    return of_lines(f"amazon-{category}", (reviews, LAYOUTS), (products, _product), texts=texts, bad_rows=bad_rows)
 
 
 def _product(line: dict[str, Any]) -> tuple[str, str, list[str]]:

@@ -9,12 +9,13 @@ from typing import Any
 
 from etils import epath
 
-from user_llm.data.amazon import existing, milliseconds, of_lines
 from user_llm.data.raw import Raw, clean
-from user_llm.data.values import identifier, names_of, text_of, whole
+from user_llm.data.reviews import Layout, existing, of_lines
+from user_llm.data.values import identifier, names_of, text_of
 
 REVIEWS = ("review-{}_10.json", "review-{}.json")
 PLACES = ("meta-{}.json",)
+LAYOUTS = (Layout("user_id", "gmap_id", "rating", "time", ("text",), per_second=1000),)
 STATES_IN_NAME = 8  # more are counted, for folders are named by them
 
 
@@ -39,13 +40,7 @@ def find(directory: epath.PathLike, states: Sequence[str], *, bad_rows: str = "r
                 raise ValueError(f"{folder} has no {patterns[0].format(state)}.gz: download it, or leave {state} out.")
             found.append(files[0])
     names = "-".join(states) if len(states) <= STATES_IN_NAME else f"{len(states)}-states"
-    return of_lines(f"google-local-{names}", (reviews, _review), (places, _place), texts=("review",), bad_rows=bad_rows)
-
-
-def _review(line: dict[str, Any]) -> tuple:
-    user, place = (identifier(line[name], name) for name in ("user_id", "gmap_id"))
-    stars = whole(line["rating"], "rating", 1, 5)
-    return user, place, *milliseconds(line["time"], "time"), stars, clean(text_of(line.get("text")))
+    return of_lines(f"google-local-{names}", (reviews, LAYOUTS), (places, _place), texts=("review",), bad_rows=bad_rows)
 
 
 def _place(line: dict[str, Any]) -> tuple[str, str, list[str]]:

@@ -10,18 +10,20 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from absl import logging
 from etils import epath
 
 from user_llm.common.workdir import path_part
-from user_llm.data.opening import line_chunks
-from user_llm.data.values import json_object
 
 ROWS = 50_000  # of one piece
 WARNINGS = 5  # of bad rows that are left out; the others are counted only
 TAG = re.compile(r"<[^<>]*>")
 UNSHOWN = re.compile(r"<(script|style)\b", re.IGNORECASE | re.ASCII)  # parts of a page that no reader sees
+# What `clean` may change: parts of HTML, all white space but single spaces between words.
+UNCLEAN = r"[&<\t-\r\x{1c}-\x{1f}\x{85}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}]|^ | $|  "
 ENDS = {name: re.compile(f"</{name}>", re.IGNORECASE | re.ASCII) for name in ("script", "style")}
 
 
@@ -137,43 +139,6 @@ def pieces(rows: Iterable[Sequence[Any]], schema: pa.Schema) -> Iterator[pa.Reco
         yield pa.record_batch(list(zip(*held, strict=True)), schema=schema)
 
 
-def json_pieces(
-    path: epath.Path, parse: Callable[[dict[str, Any]], Sequence[Any]], schema: pa.Schema, bad_rows: BadRows
-) -> Iterator[pa.RecordBatch]:
-    """Yield what `parse` makes of each line of a file, packed or not, that holds one JSON object (or Python literal) each.
-
-    Blank lines are left out. A line is bad that holds no object, or that `parse` refuses (KeyError, TypeError, ValueError).
-
-    Raises:
-      ValueError: a bad line that is not left out, named by file and line, or a file that is cut off.
-    """
-    for first, lines in line_chunks(path, ROWS):
-        rows = []
-        for number, line in enumerate(lines, first):
-            if len(line) < 3 and not line.strip():
-                continue
-            try:
-                row = parse(json_object(line))
-                if not line.isascii() or b"\\u" in line:
-                    _check_text(row)
-                rows.append(row)
-            except (KeyError, TypeError, ValueError) as error:
-                what = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-                bad_rows(f"{path}, line {number}: {what}")
-        yield from pieces(rows, schema)
-
-
-def _check_text(row: Sequence[Any]) -> None:
-    """Refuse half of a surrogate pair, which is no character."""
-    for value in row:
-        for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and not text.isascii():
-                try:
-                    text.encode()
-                except UnicodeEncodeError as error:
-                    raise ValueError(f"half a surrogate pair, \\u{ord(text[error.start]):x}, which is no character") from None
-
-
 def clean(text: str | None) -> str:
     """Return text without HTML: entities turned into what they stand for, tags and scripts dropped, spaces single."""
     if not text:
@@ -183,6 +148,17 @@ def clean(text: str | None) -> str:
     if "<" in text:
         text = TAG.sub(" ", _without_scripts(text))
     return " ".join(text.split())
+
+
+def cleaned(texts: pa.Array) -> pa.Array:
+    """Return texts as `clean` returns each of them; only those that it may change take its time."""
+    texts = texts.fill_null("")
+    rows = np.flatnonzero(pc.match_substring_regex(texts, UNCLEAN).to_numpy(zero_copy_only=False))
+    changed = np.zeros(len(texts), bool)
+    changed[rows] = True
+    return pc.replace_with_mask(
+        texts, pa.array(changed), pa.array(map(clean, texts.take(pa.array(rows)).to_pylist()), pa.string())
+    )
 
 
 def _without_scripts(text: str) -> str:

@@ -1,0 +1,114 @@
+"""Reviews in JSON lines, as Amazon's and Google's files hold them: a user, an item, one to five stars, a time, and texts."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from etils import epath
+
+from user_llm.data import columns
+from user_llm.data.json_lines import alike, json_pieces
+from user_llm.data.raw import BadRows, Raw, clean, cleaned
+from user_llm.data.times import FRACTION
+from user_llm.data.values import identifier, json_object, text_of, whole
+
+STARS = 5
+FURTHEST = 10**11  # seconds from 1970 (the year 5138)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The keys of a review's object.
+
+    Attributes:
+      per_second: the units of `time` in a second.
+    """
+
+    user: str
+    item: str
+    rating: str
+    time: str
+    texts: tuple[str, ...]
+    per_second: int
+
+
+def of_lines(
+    name: str,
+    events: tuple[Sequence[epath.Path], Sequence[Layout]],
+    items: tuple[Sequence[epath.Path], Callable[[dict[str, Any]], tuple]],
+    *,
+    texts: tuple[str, ...],
+    bad_rows: str,
+) -> Raw:
+    """Return a dataset of reviews out of files of JSON lines.
+
+    Args:
+      events: files, and the layouts that a line may have; a line is of the first whose user it names, and else of the last.
+      items: files, and what makes a row of the items of `Raw` out of a line's object.
+      texts: what `Raw` calls the texts of a layout.
+    """
+    raw = Raw(
+        name=name, files=(*events[0], *items[0]), events=lambda: reviews(), items=lambda: products(), ordinals={"rating": STARS},
+        texts=texts, bags=("categories",), bad_rows=BadRows.of(bad_rows), settings=bad_rows,
+    )  # fmt: skip
+    layouts = events[1]
+
+    def reviews() -> Iterator[pa.RecordBatch]:
+        at_once = lambda lines: _columns(lines, layouts, raw.event_schema)  # noqa: E731
+        for path in events[0]:
+            yield from json_pieces(path, lambda line: _row(line, layouts), raw.event_schema, raw.bad_rows, at_once)
+
+    def products() -> Iterator[pa.RecordBatch]:
+        for path in items[0]:
+            yield from json_pieces(path, items[1], raw.item_schema, raw.bad_rows)
+
+    return raw
+
+
+def existing(folder: epath.Path, patterns: tuple[str, ...], name: str) -> list[epath.Path]:
+    """Return the files that there are of `patterns`, gzipped or not."""
+    files = [folder / (pattern.format(name) + end) for pattern in patterns for end in (".gz", "")]
+    return [file for file in files if file.exists()]
+
+
+def _layout(line: dict[str, Any], layouts: Sequence[Layout]) -> Layout:
+    return next((layout for layout in layouts if layout.user in line), layouts[-1])
+
+
+def _row(line: dict[str, Any], layouts: Sequence[Layout]) -> tuple:
+    """Return a line's row of the events of `Raw`.
+
+    Raises:
+      KeyError, ValueError: no value, or one that is not what it must be.
+    """
+    layout = _layout(line, layouts)
+    furthest = layout.per_second * FURTHEST
+    seconds, rest = divmod(whole(line[layout.time], layout.time, -furthest, furthest), layout.per_second)
+    ids = (identifier(line[name], name) for name in (layout.user, layout.item))
+    stars = whole(line[layout.rating], layout.rating, 1, STARS)
+    texts = (clean(text_of(line.get(name))) for name in layout.texts)
+    return *ids, seconds, rest * (FRACTION // layout.per_second), stars, *texts
+
+
+def _columns(lines: list[bytes], layouts: Sequence[Layout], schema: pa.Schema) -> pa.RecordBatch | None:
+    """Return what `_row` makes of lines, or None unless all of them are of the first one's layout and spell their values alike."""
+    try:
+        layout = _layout(json_object(lines[0]), layouts)
+    except ValueError:
+        return None
+    kinds = dict.fromkeys((layout.user, layout.item, *layout.texts), pa.string())
+    found = alike(lines, kinds | {layout.rating: pa.float64(), layout.time: pa.int64()})
+    if found is None or any(columns.missing(found[name]).any() for name in (layout.user, layout.item)):
+        return None
+    if found[layout.rating].null_count or found[layout.time].null_count:
+        return None
+    stars, time = found[layout.rating].to_numpy(), found[layout.time].to_numpy()
+    furthest = layout.per_second * FURTHEST
+    if not np.isin(stars, np.arange(1, STARS + 1)).all() or time.min() < -furthest or time.max() > furthest:
+        return None
+    seconds, rest = np.divmod(time, layout.per_second)
+    numbers = (seconds, rest * (FRACTION // layout.per_second), stars.astype(np.int32))
+    texts = (cleaned(found[name]) for name in layout.texts)
+    return pa.RecordBatch.from_arrays([found[layout.user], found[layout.item], *map(pa.array, numbers), *texts], schema=schema)
