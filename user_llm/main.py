@@ -71,9 +71,9 @@ def run_phases(config: ConfigDict, context: Context, identities: Mapping[str, st
     """Run the phases; the rows of each say its identity as their `config_hash`."""
     workdir = context.workdir
     audit = audits.audit(context.timelines, context.split)
-    write_json(workdir / "audit.json", audit)
     with jax.set_mesh(context.mesh):
         tasks = build_tasks(context, lambda name: context.of(identities[name]))
+        write_json(workdir / "audit.json", audit)
         rows = baseline_rows(context.of(identities["baselines"]))
         if config.llm.checkpoint:
             rows += general_text.untouched(context.of(identities["llm"]))

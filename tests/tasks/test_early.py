@@ -113,8 +113,8 @@ def test_the_last_of_many_phases_is_refused_before_the_first_trains(world, tmp_p
     )
     with pytest.raises(ValueError, match=r"^text_prompt_10\.loop\.monitor='nothing'"):
         main.run(config, epath.Path(tmp_path))
-    begun = {path.name for path in tmp_path.rglob("*")} & {"values", "metrics.jsonl", "checkpoints", "params", "results.json"}
-    assert not begun
+    left = {"audit.json", "values", "metrics.jsonl", "checkpoints", "params", "results.json"}
+    assert not {path.name for path in tmp_path.rglob("*")} & left
 
 
 def _texts(timelines, text, titles=None):
