@@ -1,14 +1,15 @@
 """What an audit counts, and that every planted defect stops it."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 
-from user_llm.data import movielens
+from user_llm.data import audits, movielens
 from user_llm.data.audits import audit
 from user_llm.data.prepare import load
-from user_llm.data.splits import Split, global_time, leave_last_out
+from user_llm.data.splits import Split, global_time, leave_last_out, make_split
 
 
 def test_facts_by_hand(make_timelines):
@@ -144,6 +145,87 @@ def test_without_times_a_repeat_in_a_row_is_a_duplicate(make_timelines):
     bad = timeless([[1, 2, 3], [5, 5, 6]])
     with pytest.raises(ValueError, match="user u1 has the event"):
         audit(bad, leave_last_out(bad))
+
+
+@pytest.fixture
+def stored(write_release, tmp_path):
+    """Return `open(**protocol)`: the timelines of a tiny release, which are stored once."""
+    raw = movielens.find(write_release(tmp_path / "release"), tmp_path)
+    return lambda **protocol: load(raw, tmp_path / "prepared", **{"min_events": 1, **protocol})
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """Return a list that grows with each audit that reads events."""
+    calls, compute = [], audits._audit
+    monkeypatch.setattr(audits, "_audit", lambda *args: calls.append(args) or compute(*args))
+    return calls
+
+
+def test_a_second_start_takes_the_audit_of_the_same_data_and_split(stored, computed, monkeypatch):
+    first = audit(stored(), leave_last_out(stored()))
+    assert audit(stored(), leave_last_out(stored())) == first and len(computed) == 1
+    monkeypatch.setattr(audits, "VERSION", audits.VERSION + 1)
+    assert audit(stored(), leave_last_out(stored())) == first and len(computed) == 2
+
+
+@pytest.mark.parametrize("change", ["split", "withhold", "target", "seed", "min_events", "data", "copy"])
+def test_no_audit_of_anything_else_is_taken(stored, computed, write_release, tmp_path, change):
+    timelines = stored()
+    split = leave_last_out(timelines)
+    audit(timelines, split)
+    if change == "split":
+        split = global_time(timelines, validation=0.3, test=0.6)
+    elif change == "withhold":
+        split = make_split(timelines, "leave_last_out", withhold=0.9)
+    elif change == "target":
+        split = dataclasses.replace(split, targets={**split.targets, "test": (np.array([0]), np.array([2]))})
+    elif change in ("seed", "min_events"):
+        timelines = stored(**{change: 4})
+        split = leave_last_out(timelines)
+    elif change == "data":
+        ratings = [(4, movie, 3, time) for time, movie in enumerate((2, 3, 7, 40))]
+        timelines = load(movielens.find(write_release(tmp_path / "release", ratings=ratings), tmp_path), tmp_path / "prepared")
+        split = leave_last_out(timelines)
+    else:
+        timelines = dataclasses.replace(timelines, item=np.asarray(timelines.item) + 90)
+        with pytest.raises(ValueError, match="outside"):
+            audit(timelines, split)
+        return
+    assert audit(timelines, split) == audits._audit(timelines, split)
+    assert len(computed) == 3  # two of them here
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"[]", b"\xff", b"[" * 100_000, "changed", "cut", "foreign"], ids=lambda c: str(c)[:9]
+)
+def test_a_kept_audit_that_is_damaged_or_of_other_data_is_computed_again(stored, computed, content):
+    timelines = stored()
+    facts = audit(timelines, leave_last_out(timelines))
+    (path,) = timelines.origin.folder.glob("audit-*.json")
+    sound = path.read_bytes()
+    if content == "foreign":
+        audit(timelines, make_split(timelines, "leave_last_out", withhold=0.9))
+        (other,) = set(timelines.origin.folder.glob("audit-*.json")) - {path}
+        content = other.read_bytes()
+    elif content == "changed":
+        content = json.dumps(json.loads(sound) | {"facts": facts | {"users": 3}}).encode()
+    elif content == "cut":
+        content = sound[:-5]
+    path.write_bytes(content)
+    before = len(computed)
+    assert audit(timelines, leave_last_out(timelines)) == facts and len(computed) == before + 1
+    assert path.read_bytes() == sound
+
+
+def test_a_folder_that_keeps_nothing_is_no_error(stored, computed, monkeypatch):
+    def refuse(path):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(audits, "whole", refuse)
+    timelines = stored()
+    assert audit(timelines, leave_last_out(timelines)) == audit(timelines, leave_last_out(timelines))
+    assert len(computed) == 2 and not [*timelines.origin.folder.glob("audit-*")]
 
 
 def test_facts_of_the_real_union_set(data_dir, tmp_path):

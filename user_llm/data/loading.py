@@ -18,10 +18,11 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Int
 
-from user_llm.data.mapped import Column, Keys, Seconds, Texts, stored
+from user_llm.common.files import MANIFEST
+from user_llm.data.mapped import FACTS, Column, Keys, Seconds, Texts, stored
 from user_llm.data.raw import Raw
 from user_llm.data.schema import Feature, Schema
-from user_llm.data.timelines import GAP_BUCKETS, Catalogue, Chunk, Timelines, chunks, order_events, word_ids
+from user_llm.data.timelines import GAP_BUCKETS, Catalogue, Chunk, Origin, Timelines, chunks, order_events, word_ids
 
 SEPARATOR, ESCAPE = "\x1e", "\x1d"  # of the texts of a record, and what stands before 0 and 1 where a text holds one of the two
 RECORDS = 16  # read at a time
@@ -59,7 +60,7 @@ def open_timelines(
         word_columns = {name: Column(ids[file], rows) for name, file in texts.items()}
     ticks_per_second = metadata.get("ticks_per_second", 1)
     catalogue = _catalogue(metadata)
-    return Timelines(
+    timelines = Timelines(
         name=raw.name,
         user_keys=Keys(_texts(columns, "user", order["users"])),
         offsets=order["offsets"],
@@ -76,6 +77,10 @@ def open_timelines(
         ticks_per_second=ticks_per_second,
         words=word_columns,
     )
+    stored_as = (folder / MANIFEST, folder / "columns" / FACTS, folder / protocol / FACTS)
+    identity = hashlib.sha256(b"".join(path.read_bytes() for path in stored_as)).hexdigest()
+    object.__setattr__(timelines, "origin", Origin(folder, identity))
+    return timelines
 
 
 def _names(raw: Raw) -> tuple[dict[str, str], dict[str, str]]:

@@ -10,6 +10,8 @@ import functools
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int, UInt64
@@ -78,6 +80,17 @@ def chunks(offsets: Int[np.ndarray, "U+1"], size: int | None = None) -> Iterator
         first = last
 
 
+class Origin(NamedTuple):
+    """Where timelines are stored.
+
+    Attributes:
+      identity: a hash of all that is stored of them.
+    """
+
+    folder: Path
+    identity: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Timelines:
     """All users' events in order.
@@ -91,6 +104,7 @@ class Timelines:
       ticks: what the events of a user are ordered by, exactly: times in ticks, or orders. If it is None, `timestamp` counts.
       ticks_per_second: the resolution of `ticks` where they are times.
       words: ids of the words of text columns, where they are stored; those of other columns are computed when asked for.
+      origin: where the timelines are stored, None if they are not. A copy in which anything was replaced has none.
     """
 
     name: str
@@ -104,6 +118,7 @@ class Timelines:
     ticks: Int[np.ndarray, "N"] | Column | None = None
     ticks_per_second: int = 1
     words: dict[str, Column] = dataclasses.field(default_factory=dict)
+    origin: Origin | None = dataclasses.field(default=None, init=False)
 
     def __len__(self) -> int:
         return len(self.user_keys)
