@@ -1,3 +1,5 @@
+"""What every run checks of its data before it trains (DESIGN section 4): the field's usual ways to fool itself, found early."""
+
 import contextlib
 import dataclasses
 import functools

@@ -6,7 +6,8 @@ Three folders lie beside the records, each made by the first process that needs 
     words-SIZE-WIDTH/    the ids of the words of texts
     order-TIES-SEED-MIN/ the users of a protocol, and for each of their events its row in `columns`: 4 bytes an event
 
-Only the order differs from seed to seed, so that a further seed costs 4 bytes an event and not another copy of the texts.
+The results of `audits.py` are kept beside them. Only the order differs from seed to seed, so that a further seed costs 4 bytes an
+event and not another copy of the texts.
 """
 
 import hashlib

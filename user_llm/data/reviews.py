@@ -74,7 +74,10 @@ def existing(folder: epath.Path, patterns: tuple[str, ...], name: str) -> list[e
 
 
 def _layout(line: dict[str, Any], layouts: Sequence[Layout]) -> Layout:
-    return next((layout for layout in layouts if layout.user in line), layouts[-1])
+    for layout in layouts:
+        if layout.user in line:
+            return layout
+    return layouts[-1]
 
 
 def _row(line: dict[str, Any], layouts: Sequence[Layout]) -> tuple:
@@ -86,10 +89,10 @@ def _row(line: dict[str, Any], layouts: Sequence[Layout]) -> tuple:
     layout = _layout(line, layouts)
     furthest = layout.per_second * FURTHEST
     seconds, rest = divmod(whole(line[layout.time], layout.time, -furthest, furthest), layout.per_second)
-    ids = (identifier(line[name], name) for name in (layout.user, layout.item))
+    user, item = identifier(line[layout.user], layout.user), identifier(line[layout.item], layout.item)
     stars = whole(line[layout.rating], layout.rating, 1, STARS)
-    texts = (clean(text_of(line.get(name))) for name in layout.texts)
-    return *ids, seconds, rest * (FRACTION // layout.per_second), stars, *texts
+    texts = [clean(text_of(line.get(name))) for name in layout.texts]
+    return user, item, seconds, rest * (FRACTION // layout.per_second), stars, *texts
 
 
 def _columns(lines: list[bytes], layouts: Sequence[Layout], schema: pa.Schema) -> pa.RecordBatch | None:

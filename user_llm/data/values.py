@@ -115,8 +115,10 @@ def whole(value: Any, name: str, lowest: int, highest: int) -> int:
       ValueError: it is not.
     """
     number: int | float = math.nan
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if type(value) in (int, float):  # and not bool
         number = value
+    elif type(value) is Spelled:
+        number = float(value)
     elif isinstance(value, str) and NUMBER.fullmatch(value.strip()):
         number = int(value) if value.strip().lstrip("+-").isdecimal() else float(value)
     if not (lowest <= number <= highest and number == int(number)):
