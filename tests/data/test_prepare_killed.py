@@ -14,10 +14,10 @@ ROOT = Path(__file__).parents[2]
 CHILD = """
 import os, signal, sys, threading, time
 import tensorflow_datasets as tfds
-from user_llm.data import amazon, numbering, prepare, raw, synthetic_files
+from user_llm.data import amazon, json_lines, numbering, prepare, raw, synthetic_files
 
 folder, prepared, moment = sys.argv[1:]
-prepare.ROWS, prepare.SHARD, raw.ROWS = 300, 3, 300
+prepare.ROWS, prepare.SHARD, raw.ROWS, json_lines.ROWS = 300, 3, 300, 300
 die = lambda: os.kill(os.getpid(), signal.SIGKILL)
 
 def after(count, batches):
