@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from absl import logging
@@ -153,12 +152,8 @@ def clean(text: str | None) -> str:
 def cleaned(texts: pa.Array) -> pa.Array:
     """Return texts as `clean` returns each of them; only those that it may change take its time."""
     texts = texts.fill_null("")
-    rows = np.flatnonzero(pc.match_substring_regex(texts, UNCLEAN).to_numpy(zero_copy_only=False))
-    changed = np.zeros(len(texts), bool)
-    changed[rows] = True
-    return pc.replace_with_mask(
-        texts, pa.array(changed), pa.array(map(clean, texts.take(pa.array(rows)).to_pylist()), pa.string())
-    )
+    unclean = pc.match_substring_regex(texts, UNCLEAN)
+    return pc.replace_with_mask(texts, unclean, pa.array(map(clean, texts.filter(unclean).to_pylist()), pa.string()))
 
 
 def _without_scripts(text: str) -> str:
