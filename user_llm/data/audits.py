@@ -258,7 +258,8 @@ def _check_leaks(timelines: Timelines, split: Split) -> None:
             )
         if (positions < 0).any() or (positions >= timelines.lengths[users]).any():
             raise ValueError(f"{timelines.name}: a {part} target lies outside its timeline.")
-    both = np.intersect1d(*(timelines.offsets[users] + positions for users, positions in split.targets.values()))
+    validation, test = (np.sort(timelines.offsets[users] + positions) for users, positions in split.targets.values())
+    both = test[np.searchsorted(validation, test, "right") > np.searchsorted(validation, test)]  # quicker than np.intersect1d
     if len(both):
         whose = timelines.user_keys[int(timelines.users_of(both[0]))]
         raise ValueError(f"{timelines.name}: a target of user {whose} is in validation and test ({len(both)} such events).")
