@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 
 from user_llm.common.files import whole
+from user_llm.common.records import parse, read_file
 from user_llm.data.schema import Feature
 from user_llm.data.splits import Split
 from user_llm.data.timelines import Chunk, Timelines
@@ -66,9 +67,9 @@ def _digest(key: str, facts: Facts) -> str:
 def _kept(path: Path, key: str) -> Facts | None:
     """Return the result that a file keeps, or None if there is none, or it is damaged or of something else."""
     try:
-        kept = json.loads(path.read_text())
+        kept = parse(read_file(path))
         return kept["facts"] if kept["sha256"] == _digest(key, kept["facts"]) else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         return None
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Int
 
-from user_llm.common.files import MANIFEST
+from user_llm.common.checksums import MANIFEST
 from user_llm.data.mapped import FACTS, Column, Keys, Seconds, Texts, stored
 from user_llm.data.raw import Raw
 from user_llm.data.schema import Feature, Schema
