@@ -124,9 +124,9 @@ def _csv_pieces(file: epath.Path, wanted: Sequence[str], numbers: Collection[str
                 ),
             )  # fmt: skip
             for batch in reader:
-                rows, number = _numbers(number, len(batch), [row for row, _ in ragged])
                 if ended := len(batch) > 0 and batch[0][-1].as_py() == END:
                     batch = batch.slice(0, len(batch) - 1)
+                rows, number = _numbers(number, len(batch), [row for row, _ in ragged])
                 _refuse_ragged(file, ragged, number, len(header), bad_rows)
                 for first in range(0, len(batch), ROWS):
                     part = batch.slice(first, ROWS)
