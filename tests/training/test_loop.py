@@ -63,7 +63,7 @@ def _scripted(values, log=None):
         log.append("step")
         return 1
 
-    results = lambda params: [{"head": float(params["head"][0, 0])}]  # noqa: E731
+    results = lambda params: [tiny.row("head", float(params["head"][0, 0]))]  # noqa: E731
     return tiny.make_task(evaluate=evaluate, count_events=count_events, results=results)
 
 
@@ -83,11 +83,11 @@ def test_half_precision_keeps_frozen_parameters_in_it_and_trained_ones_in_float3
         seen.append({name: str(leaf.dtype) for name, leaf in params.items()})
         return {"accuracy": 0.0}
 
-    results = lambda params: [evaluate(params)]  # noqa: E731
+    results = lambda params: [tiny.row("accuracy", evaluate(params)["accuracy"])]  # noqa: E731
     task = tiny.make_task(evaluate=evaluate, results=results)
     params, rows = tiny.run(tmp_path, task, total_steps=3, eval_steps=3, dtype="bfloat16")
     assert len(seen) == 3 and all(set(dtypes.values()) == {"bfloat16"} for dtypes in seen)
-    assert rows == [{"accuracy": 0.0}]
+    assert rows == [tiny.row("accuracy", 0.0)]
 
     config = dataclasses.replace(tiny.LOOP, dtype="bfloat16")
     mesh = meshes.make_mesh(devices=jax.devices("cpu")[:1])
@@ -107,7 +107,7 @@ def test_a_phase_that_trains_nothing_takes_no_step_and_measures_what_it_started_
     monkeypatch.setattr(tiny, "OPTIMIZER", dataclasses.replace(tiny.OPTIMIZER, trainable=((r".*", False),)))
     params, rows = tiny.run(tmp_path, _scripted([7], log))
     start = tiny.make_task().init(lambda shapes: jax.devices()[0])
-    assert log == ["evaluate"] and rows == [{"head": float(start["head"][0, 0])}]
+    assert log == ["evaluate"] and rows == [tiny.row("head", float(start["head"][0, 0]))]
     jax.tree.map(np.testing.assert_array_equal, params, start)
 
 
@@ -130,7 +130,7 @@ def test_the_best_on_validation_is_returned(tmp_path, mode, values, best):
     params, rows = tiny.run(tmp_path, task, total_steps=6, eval_steps=2, save_steps=1, mode=mode)
     measured = {row["step"]: row["head"] for row in _metrics(tmp_path) if row["kind"] == "eval"}
     assert len(set(measured.values())) == 4
-    assert float(params["head"][0, 0]) == rows[0]["head"] == measured[best]
+    assert float(params["head"][0, 0]) == rows[0]["value"] == measured[best]
     assert _checkpoints(tmp_path) == sorted({best, 6} - {0})  # Step 0 can be had without.
 
 
