@@ -43,7 +43,7 @@ class Piece:
     """
 
     file: epath.Path
-    rows: Int[np.ndarray, "n"]
+    rows: Int[np.ndarray, " n"]
     columns: dict[str, Column]
 
 
@@ -144,7 +144,7 @@ def _csv_pieces(file: epath.Path, wanted: Sequence[str], numbers: Collection[str
         raise ValueError(f"{file}, at its end: a quotation mark is never closed; mend the row where it stands.")
 
 
-def _numbers(first: int, count: int, left_out: list[int]) -> tuple[Int[np.ndarray, "n"], int]:
+def _numbers(first: int, count: int, left_out: list[int]) -> tuple[Int[np.ndarray, " n"], int]:
     """Return the numbers of the next `count` rows, without those left out, and the number after them."""
     numbers = np.arange(first, first + count + len(left_out))
     numbers = np.setdiff1d(numbers, left_out, assume_unique=True)[:count]

@@ -186,7 +186,7 @@ def _order(columns: Arrays, *, ties: str, seed: int, min_events: int) -> Iterato
         yield {"users": chunk.first + np.flatnonzero(long), "offsets": offsets, "rows": rows.astype(number)}
 
 
-def _broken_ties(chunk: Chunk, columns: Arrays, *, ties: str, seed: int) -> Int[np.ndarray, "n"]:
+def _broken_ties(chunk: Chunk, columns: Arrays, *, ties: str, seed: int) -> Int[np.ndarray, " n"]:
     """Return the rows of a chunk's events in their order. Only rows that tie change places, and only among themselves."""
     item, time, users = columns["item"][chunk.events], columns["time"][chunk.events], chunk.users
     rows = np.arange(chunk.events.start, chunk.events.stop)

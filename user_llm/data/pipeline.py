@@ -47,7 +47,7 @@ class Windows(grain.MapDataset):
     shift leaves empty is None, which grain drops.
     """
 
-    def __init__(self, stops: Int[np.ndarray, "U"], length: int, seed: int):
+    def __init__(self, stops: Int[np.ndarray, " U"], length: int, seed: int):
         super().__init__()
         inputs = np.maximum(stops - 1, 0)
         slots = np.where(inputs <= length, np.minimum(inputs, 1), -(-inputs // length) + 1)
@@ -78,7 +78,7 @@ class Windows(grain.MapDataset):
 
 def packed_windows(
     timelines: Timelines,
-    stops: Int[np.ndarray, "U"],
+    stops: Int[np.ndarray, " U"],
     *,
     window: int,
     rows: int,
@@ -109,7 +109,7 @@ def packed_windows(
 
 
 def packed_text(
-    lines: Sequence[Int[np.ndarray, "T"]],
+    lines: Sequence[Int[np.ndarray, " T"]],
     *,
     rows: int,
     row_length: int,
@@ -121,7 +121,7 @@ def packed_text(
     Each batch has `tokens`, `next`, `segments` and `positions`, all int32 [rows, row_length].
     """
 
-    def cut(line: Int[np.ndarray, "T"]) -> Batch:
+    def cut(line: Int[np.ndarray, " T"]) -> Batch:
         line = line[: row_length + 1]
         return {"tokens": line[:-1], "next": line[1:]}
 
@@ -168,19 +168,19 @@ class HistoryBatch:
       seen: the different item ids of the *whole* history, however much of it `events` holds, 0-padded.
     """
 
-    users: Int[np.ndarray, "B"]
-    targets: Int[np.ndarray, "B"]
+    users: Int[np.ndarray, " B"]
+    targets: Int[np.ndarray, " B"]
     events: Int[np.ndarray, "B E A"]
-    lengths: Int[np.ndarray, "B"]
+    lengths: Int[np.ndarray, " B"]
     seen: Int[np.ndarray, "B X"]
-    positions: Int[np.ndarray, "B"]
+    positions: Int[np.ndarray, " B"]
     count: int
 
 
 def history_batches(
     timelines: Timelines,
-    users: Int[np.ndarray, "n"],
-    positions: Int[np.ndarray, "n"],
+    users: Int[np.ndarray, " n"],
+    positions: Int[np.ndarray, " n"],
     *,
     max_events: int,
     batch_size: int,
@@ -239,7 +239,7 @@ class ExampleConfig:
 
 def contextual_examples(
     timelines: Timelines,
-    stops: Int[np.ndarray, "U"],
+    stops: Int[np.ndarray, " U"],
     prompts: Prompts,
     config: ExampleConfig,
     *,

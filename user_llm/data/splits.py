@@ -22,8 +22,8 @@ class Split:
     """
 
     name: str
-    train_stop: Int[np.ndarray, "U"]
-    targets: dict[str, tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]]
+    train_stop: Int[np.ndarray, " U"]
+    targets: dict[str, tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]]
 
 
 def make_split(timelines: Timelines, name: str, *, withhold: float = 0.0) -> Split:
@@ -74,12 +74,12 @@ def global_time(timelines: Timelines, *, validation: float = 0.9, test: float = 
     return Split("global_time", first, targets)
 
 
-def train_counts(timelines: Timelines, split: Split) -> Int[np.ndarray, "V"]:
+def train_counts(timelines: Timelines, split: Split) -> Int[np.ndarray, " V"]:
     """Count each item's events in training; index 0 is PAD."""
     return event_counts(timelines, lambda chunk: chunk.positions < split.train_stop[chunk.users])
 
 
-def _events_before(timelines: Timelines, cut: np.generic) -> Int[np.ndarray, "U"]:
+def _events_before(timelines: Timelines, cut: np.generic) -> Int[np.ndarray, " U"]:
     """Count each user's events before a moment."""
     counts = [
         np.bincount(chunk.users[timelines.order[chunk.events] < cut] - chunk.first, minlength=chunk.last - chunk.first)
@@ -107,7 +107,7 @@ def quantile(timelines: Timelines, share: float) -> np.generic:
     return _time(prefix, timelines.order.dtype)
 
 
-def _sortable(times: np.ndarray) -> UInt64[np.ndarray, "n"]:
+def _sortable(times: np.ndarray) -> UInt64[np.ndarray, " n"]:
     """Return numbers that are in the same order as times, integers or floats."""
     if times.dtype.kind != "f":
         return times.astype(np.int64).view(np.uint64) ^ SIGN

@@ -63,7 +63,7 @@ class World:
             stay_mood, stay_archetype,
         )  # fmt: skip
 
-    def sample(self, lengths: Int[np.ndarray, "U"], seed: int) -> tuple[Int[np.ndarray, "U T"], Int[np.ndarray, "U T"]]:
+    def sample(self, lengths: Int[np.ndarray, " U"], seed: int) -> tuple[Int[np.ndarray, "U T"], Int[np.ndarray, "U T"]]:
         """Return item indices (from 0) and stars of each user's history, -1 beyond its length."""
         rng = np.random.default_rng((seed, 1))
         users, rows = len(lengths), np.arange(len(lengths))
@@ -83,7 +83,7 @@ class World:
         films[beyond], stars[beyond] = -1, -1
         return films, stars
 
-    def next_probabilities(self, films: Int[np.ndarray, "T"], stars: Int[np.ndarray, "T"]) -> Float[np.ndarray, "I"]:
+    def next_probabilities(self, films: Int[np.ndarray, " T"], stars: Int[np.ndarray, " T"]) -> Float[np.ndarray, " I"]:
         """Return the exact probability of each item to be next, given a history: the optimal predictor (forward algorithm)."""
         archetypes = len(self.taste)
         belief = self.taste / archetypes  # over (archetype, mood), before the first item
@@ -110,7 +110,7 @@ class Histories:
     items: Int[np.ndarray, "U T"]
     stars: Int[np.ndarray, "U T"]
     times: Int[np.ndarray, "U T"]
-    lengths: Int[np.ndarray, "U"]
+    lengths: Int[np.ndarray, " U"]
 
     def events(self) -> Iterator[tuple[int, int, int, int, int]]:
         """Yield user, position, item (all from 0), stars and seconds since 1970, user by user in order."""
@@ -140,8 +140,8 @@ def sample_histories(world: World, num_users: int, events_per_user: int, seed: i
 
 
 def optimal_ranks(
-    world: World, timelines: Timelines, users: Int[np.ndarray, "n"], positions: Int[np.ndarray, "n"]
-) -> Float[np.ndarray, "n"]:
+    world: World, timelines: Timelines, users: Int[np.ndarray, " n"], positions: Int[np.ndarray, " n"]
+) -> Float[np.ndarray, " n"]:
     """Rank each target by the optimal predictor of the world that the timelines were written from."""
     index = {item.title: i for i, item in enumerate(world.items)}
     of_world = np.array([-1, *(index[title] for title in timelines.catalogue.titles[1:])])
@@ -156,7 +156,7 @@ def optimal_ranks(
     return ranks
 
 
-def _draw(weights: Float[np.ndarray, "U X"], rng: np.random.Generator) -> Int[np.ndarray, "U"]:
+def _draw(weights: Float[np.ndarray, "U X"], rng: np.random.Generator) -> Int[np.ndarray, " U"]:
     """Draw one index per row in proportion to its weights."""
     cumulative = np.cumsum(weights, axis=1)
     return (rng.random(len(weights))[:, None] * cumulative[:, -1:] >= cumulative).sum(1)

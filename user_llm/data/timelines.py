@@ -52,7 +52,7 @@ class Chunk:
 
     first: int
     last: int
-    offsets: Int[np.ndarray, "u+1"]
+    offsets: Int[np.ndarray, " u+1"]
 
     @property
     def events(self) -> slice:
@@ -60,17 +60,17 @@ class Chunk:
         return slice(int(self.offsets[0]), int(self.offsets[-1]))
 
     @functools.cached_property
-    def users(self) -> Int[np.ndarray, "n"]:
+    def users(self) -> Int[np.ndarray, " n"]:
         """The user of each event."""
         return np.repeat(np.arange(self.first, self.last), np.diff(self.offsets))
 
     @functools.cached_property
-    def positions(self) -> Int[np.ndarray, "n"]:
+    def positions(self) -> Int[np.ndarray, " n"]:
         """The place of each event in its timeline, from 0."""
         return np.arange(self.offsets[0], self.offsets[-1]) - np.repeat(self.offsets[:-1], np.diff(self.offsets))
 
 
-def chunks(offsets: Int[np.ndarray, "U+1"], size: int | None = None) -> Iterator[Chunk]:
+def chunks(offsets: Int[np.ndarray, " U+1"], size: int | None = None) -> Iterator[Chunk]:
     """Yield all users in order, as many at a time as have `size` events together (CHUNK if not given), but at least one."""
     first, users = 0, len(offsets) - 1
     while first < users:
@@ -109,13 +109,13 @@ class Timelines:
 
     name: str
     user_keys: Sequence[str]
-    offsets: Int[np.ndarray, "U+1"]
-    item: Int[np.ndarray, "N"] | Column
+    offsets: Int[np.ndarray, " U+1"]
+    item: Int[np.ndarray, " N"] | Column
     columns: dict[str, np.ndarray | Column]
     schema: Schema
     catalogue: Catalogue
     facts: dict[str, int] = dataclasses.field(default_factory=dict)
-    ticks: Int[np.ndarray, "N"] | Column | None = None
+    ticks: Int[np.ndarray, " N"] | Column | None = None
     ticks_per_second: int = 1
     words: dict[str, Column] = dataclasses.field(default_factory=dict)
     origin: Origin | None = dataclasses.field(default=None, init=False)
@@ -124,7 +124,7 @@ class Timelines:
         return len(self.user_keys)
 
     @functools.cached_property
-    def lengths(self) -> Int[np.ndarray, "U"]:
+    def lengths(self) -> Int[np.ndarray, " U"]:
         """Number of events of each user."""
         return np.diff(self.offsets)
 
@@ -134,7 +134,7 @@ class Timelines:
         return self.ticks is not None or "timestamp" in self.columns
 
     @property
-    def order(self) -> Int[np.ndarray, "N"] | Column:
+    def order(self) -> Int[np.ndarray, " N"] | Column:
         """What the events of a user are ordered by, exactly."""
         return self.columns["timestamp"] if self.ticks is None else self.ticks
 
@@ -170,13 +170,13 @@ class Timelines:
         features[real] = table
         return features
 
-    def _gaps(self, events: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
+    def _gaps(self, events: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
         """Return the whole seconds since the user's event before; 0 for a user's first event."""
         starts = self.offsets[self.users_of(events)]
         time = self.order
         return (time[events] - time[np.maximum(events - 1, starts)]) // self.ticks_per_second
 
-    def _words(self, name: str, size: int, width: int, events: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n W"]:
+    def _words(self, name: str, size: int, width: int, events: Int[np.ndarray, " n"]) -> Int[np.ndarray, "n W"]:
         return self.words[name][events] if name in self.words else word_ids(self.columns[name][events], size, width)
 
     def events(self, user: int, start: int, stop: int) -> Int[np.ndarray, "n A"]:
@@ -184,7 +184,7 @@ class Timelines:
         first = int(self.offsets[user])
         return self.features(np.arange(first + start, first + stop))
 
-    def items(self, user: int, start: int, stop: int) -> Int[np.ndarray, "n"]:
+    def items(self, user: int, start: int, stop: int) -> Int[np.ndarray, " n"]:
         """Return the item ids of events [start, stop) of a user."""
         first = int(self.offsets[user])
         return self.item[first + start : first + stop]
@@ -196,7 +196,7 @@ class Timelines:
         return dataclasses.replace(self, schema=Schema(tuple(self.schema[name] for name in names)))
 
 
-def event_counts(timelines: Timelines, chosen: Callable[[Chunk], np.ndarray] | None = None) -> Int[np.ndarray, "V"]:
+def event_counts(timelines: Timelines, chosen: Callable[[Chunk], np.ndarray] | None = None) -> Int[np.ndarray, " V"]:
     """Count each item's events, those that `chosen` says yes to if it is given; index 0 is PAD."""
     counts = np.zeros(timelines.schema.num_items + 1, np.int64)
     for chunk in timelines.chunks():
@@ -205,7 +205,7 @@ def event_counts(timelines: Timelines, chosen: Callable[[Chunk], np.ndarray] | N
     return counts
 
 
-def time_gap_bucket(seconds: Int[np.ndarray, "N"]) -> Int[np.ndarray, "N"]:
+def time_gap_bucket(seconds: Int[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
     """Return 1 for no gap (or no earlier event), else 2 + floor(log2(seconds)), at most GAP_BUCKETS - 1."""
     log = np.floor(np.log2(np.maximum(seconds, 1))).astype(np.int32)
     return np.where(seconds > 0, np.minimum(2 + log, GAP_BUCKETS - 1), 1).astype(np.int32)
@@ -224,14 +224,14 @@ def word_ids(texts: np.ndarray, size: int, width: int) -> Int[np.ndarray, "N W"]
 
 
 def order_events(
-    user: Int[np.ndarray, "N"],
-    key: UInt64[np.ndarray, "N"],
-    item: Int[np.ndarray, "N"],
-    timestamp: Int[np.ndarray, "N"],
+    user: Int[np.ndarray, " N"],
+    key: UInt64[np.ndarray, " N"],
+    item: Int[np.ndarray, " N"],
+    timestamp: Int[np.ndarray, " N"],
     *,
     ties: str,
     seed: int = 0,
-) -> Int[np.ndarray, "N"]:
+) -> Int[np.ndarray, " N"]:
     """Return the permutation that sorts by user, then time, then ties.
 
     `hashed` breaks ties by a seeded hash of (key, item), where `key` stands for the user whatever else the dataset holds. `file`
@@ -248,7 +248,7 @@ def order_events(
     return np.lexsort((_hash(key, item, seed), timestamp, user))
 
 
-def _hash(key: UInt64[np.ndarray, "N"], item: Int[np.ndarray, "N"], seed: int) -> np.ndarray:
+def _hash(key: UInt64[np.ndarray, " N"], item: Int[np.ndarray, " N"], seed: int) -> np.ndarray:
     """Mix (key, item, seed) to 64 bits by splitmix64 (Steele et al. 2014)."""
     with np.errstate(over="ignore"):
         z = key.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + item.astype(np.uint64)

@@ -42,10 +42,10 @@ class Times(NamedTuple):
       bad: which cannot be read.
     """
 
-    whole: Int[np.ndarray, "rows"]
-    fraction: Int[np.ndarray, "rows"]
-    dates: Bool[np.ndarray, "rows"]
-    bad: Bool[np.ndarray, "rows"]
+    whole: Int[np.ndarray, " rows"]
+    fraction: Int[np.ndarray, " rows"]
+    dates: Bool[np.ndarray, " rows"]
+    bad: Bool[np.ndarray, " rows"]
 
 
 def read(column: Column, *, order: bool = False, compact: bool = False) -> Times:

@@ -57,7 +57,7 @@ class Tokenizer:
         """Return the ids of `text`, none of them special."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
-    def encode_all(self, texts: Sequence[str]) -> list[Int[np.ndarray, "T"]]:
+    def encode_all(self, texts: Sequence[str]) -> list[Int[np.ndarray, " T"]]:
         """Return the ids of many texts, each as `encode` does, on all cores."""
         ids = []
         for begin in range(0, len(texts), BATCH):  # the backend's own records of a text take far more memory than its ids
@@ -65,7 +65,7 @@ class Tokenizer:
             ids += [np.array(encoding.ids, np.int32) for encoding in encodings]
         return ids
 
-    def decode(self, ids: Sequence[int] | Int[np.ndarray, "T"]) -> str:
+    def decode(self, ids: Sequence[int] | Int[np.ndarray, " T"]) -> str:
         """Return the text of `ids`; special tokens are left out."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
 

@@ -13,7 +13,7 @@ LEVEL = 0.95
 
 
 def resampled_means(
-    values: Float[np.ndarray, "n m"], users: Int[np.ndarray, "n"] | None = None, *, draws: int = DRAWS, seed: int = 0
+    values: Float[np.ndarray, "n m"], users: Int[np.ndarray, " n"] | None = None, *, draws: int = DRAWS, seed: int = 0
 ) -> Float[np.ndarray, "draws m"]:
     """Return the means of m columns over users drawn with replacement, the same users for all columns.
 
@@ -42,9 +42,9 @@ def intervals(means: Float[np.ndarray, "draws m"], level: float = LEVEL) -> Floa
 
 
 def compare(
-    values: Mapping[str, Float[np.ndarray, "n"]],
+    values: Mapping[str, Float[np.ndarray, " n"]],
     reference: str,
-    users: Int[np.ndarray, "n"] | None = None,
+    users: Int[np.ndarray, " n"] | None = None,
     *,
     draws: int = DRAWS,
     seed: int = 0,

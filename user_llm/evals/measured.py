@@ -27,10 +27,10 @@ class Measured:
       numbers: facts of the targets that a report breaks the values down by, `ranking.target_numbers`.
     """
 
-    users: Int[np.ndarray, "n"]
-    positions: Int[np.ndarray, "n"]
-    values: dict[str, Float[np.ndarray, "n"]]
-    numbers: dict[str, Int[np.ndarray, "n"]] = dataclasses.field(default_factory=dict)
+    users: Int[np.ndarray, " n"]
+    positions: Int[np.ndarray, " n"]
+    values: dict[str, Float[np.ndarray, " n"]]
+    numbers: dict[str, Int[np.ndarray, " n"]] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.users)

@@ -27,10 +27,10 @@ class Ranks:
       unseen: rank with the items of the user's history removed.
     """
 
-    users: Int[np.ndarray, "n"]
-    positions: Int[np.ndarray, "n"]
-    everything: Float[np.ndarray, "n"]
-    unseen: Float[np.ndarray, "n"]
+    users: Int[np.ndarray, " n"]
+    positions: Int[np.ndarray, " n"]
+    everything: Float[np.ndarray, " n"]
+    unseen: Float[np.ndarray, " n"]
 
     def __len__(self) -> int:
         return len(self.users)
@@ -47,10 +47,10 @@ class Ranks:
 
 def target_ranks(
     scores: Float[Array, "B V"],
-    targets: Int[Array, "B"],
+    targets: Int[Array, " B"],
     exclude: Int[Array, "B X"] | None,
-    valid: Bool[Array, "V"],
-) -> Float[Array, "B"]:
+    valid: Bool[Array, " V"],
+) -> Float[Array, " B"]:
     """Return each target's rank among the candidates: 1 + #(better) + #(equal others) / 2.
 
     Candidates are the `valid` columns without PAD 0 and, if given, without the row's `exclude` ids
@@ -68,7 +68,7 @@ def target_ranks(
     return jnp.where(found, 1 + better + 0.5 * equal_others, jnp.inf)
 
 
-def ranking_values(ranks: Float[np.ndarray, "n"]) -> dict[str, Float[np.ndarray, "n"]]:
+def ranking_values(ranks: Float[np.ndarray, " n"]) -> dict[str, Float[np.ndarray, " n"]]:
     """Return each target's recall@1/5/10, NDCG@10 and reciprocal rank (mrr); rank infinity gives 0.
 
     With one relevant item NDCG@10 is 1 / log2(1 + rank) up to rank 10. MRR is not cut off.
@@ -112,8 +112,8 @@ def result_rows(
 
 
 def boundary_ties(
-    timelines: Timelines, users: Int[np.ndarray, "n"], positions: Int[np.ndarray, "n"]
-) -> Bool[np.ndarray, "n"] | None:
+    timelines: Timelines, users: Int[np.ndarray, " n"], positions: Int[np.ndarray, " n"]
+) -> Bool[np.ndarray, " n"] | None:
     """Say which targets share their timestamp with the event before; None without times."""
     if "timestamp" not in timelines.columns:
         return None
@@ -123,8 +123,8 @@ def boundary_ties(
 
 
 def target_numbers(
-    timelines: Timelines, users: Int[np.ndarray, "n"], positions: Int[np.ndarray, "n"], train_counts: Int[np.ndarray, "V"]
-) -> dict[str, Int[np.ndarray, "n"]]:
+    timelines: Timelines, users: Int[np.ndarray, " n"], positions: Int[np.ndarray, " n"], train_counts: Int[np.ndarray, " V"]
+) -> dict[str, Int[np.ndarray, " n"]]:
     """Return what a report breaks results down by.
 
     Of each target the events before it, its item's events in training, and, with times, 1 where it ties with the event before it.

@@ -9,7 +9,7 @@ from rouge_score.rouge_scorer import RougeScorer
 ROUGES = ("rouge1", "rouge2", "rougeLsum")
 
 
-def rouge(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, Float[np.ndarray, "n"]]:
+def rouge(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, Float[np.ndarray, " n"]]:
     """Return the F-measures of each pair, from 0 to 1."""
     scorer = RougeScorer(list(ROUGES), use_stemmer=True)
     found = [scorer.score(target, prediction) for target, prediction in zip(targets, predictions, strict=True)]

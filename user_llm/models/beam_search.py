@@ -25,7 +25,7 @@ from user_llm.nn.cross_attention import UserKV
 def _search(
     decoder: Decoder,
     prompts: Array,
-    lengths: Int[Array, "B"],
+    lengths: Int[Array, " B"],
     user: UserKV | None,
     *,
     beams: int,
@@ -94,7 +94,7 @@ class _Texts(NamedTuple):
     live: Int[Array, "B beams T"]
     live_score: Float[Array, "B beams"]
     done: Hypotheses
-    closed: Bool[Array, "B"]
+    closed: Bool[Array, " B"]
 
 
 def _extend_texts(
@@ -102,7 +102,7 @@ def _extend_texts(
     texts: _Texts,
     logits: Float[Array, "B beams V"],
     *,
-    stop_ids: Int[Array, "stops"],
+    stop_ids: Int[Array, " stops"],
     length_penalty: float,
     max_tokens: int,
 ) -> tuple[Int[Array, "B beams"], Int[Array, "B beams"], _Texts]:
@@ -138,9 +138,9 @@ def _beam_texts(
     graphdef: nnx.GraphDef,
     params: Params,
     prompts: Array,
-    lengths: Int[Array, "B"],
+    lengths: Int[Array, " B"],
     user: UserKV | None,
-    stop_ids: Int[Array, "stops"],
+    stop_ids: Int[Array, " stops"],
     length_penalty: float,
     max_tokens: int,
     *,
@@ -210,7 +210,7 @@ def beam_search(
     graphdef: nnx.GraphDef,
     params: Params,
     prompts: Int[Array, "B T"] | Float[Array, "B T D"],
-    lengths: Int[Array, "B"],
+    lengths: Int[Array, " B"],
     trie: Trie,
     *,
     beams: int,

@@ -38,7 +38,7 @@ class Generation(NamedTuple):
     """
 
     tokens: Int[np.ndarray, "B T"]
-    lengths: Int[np.ndarray, "B"]
+    lengths: Int[np.ndarray, " B"]
 
     def rows(self) -> list[list[int]]:
         """Return each row's tokens without padding."""
@@ -48,9 +48,9 @@ class Generation(NamedTuple):
 class _Request(NamedTuple):
     """What stays the same for as long as a batch is generated."""
 
-    lengths: Int[Array, "B"]
+    lengths: Int[Array, " B"]
     sampling: RowSampling
-    stop_ids: Int[Array, "stops"]
+    stop_ids: Int[Array, " stops"]
     user: UserKV | None
 
 
@@ -58,9 +58,9 @@ class _State(NamedTuple):
     """What a step changes; `written` counts a row's tokens, `step` those of the rows that have not ended."""
 
     step: Int[Array, ""]
-    ended: Bool[Array, "B"]
+    ended: Bool[Array, " B"]
     tokens: Int[Array, "B room"]
-    written: Int[Array, "B"]
+    written: Int[Array, " B"]
     cache: KVCache
 
 

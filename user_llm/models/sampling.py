@@ -47,11 +47,11 @@ GREEDY = Sampling()
 class RowSampling(NamedTuple):
     """`Sampling` and a seed for each row of a batch; made by `by_row`."""
 
-    temperature: Float[Array, "B"]
-    top_k: Int[Array, "B"]
-    top_p: Float[Array, "B"]
-    min_p: Float[Array, "B"]
-    seeds: UInt32[Array, "B"]
+    temperature: Float[Array, " B"]
+    top_k: Int[Array, " B"]
+    top_p: Float[Array, " B"]
+    min_p: Float[Array, " B"]
+    seeds: UInt32[Array, " B"]
 
 
 def by_row(sampling: Sampling | Sequence[Sampling], seeds: Sequence[int] | None, batch: int) -> RowSampling:
@@ -78,7 +78,7 @@ def by_row(sampling: Sampling | Sequence[Sampling], seeds: Sequence[int] | None,
 
 
 def filter_logits(
-    logits: Float[Array, "B V"], top_k: Int[Array, "B"], top_p: Float[Array, "B"], min_p: Float[Array, "B"]
+    logits: Float[Array, "B V"], top_k: Int[Array, " B"], top_p: Float[Array, " B"], min_p: Float[Array, " B"]
 ) -> Float[Array, "B V"]:
     """Put the tokens that `Sampling`'s filters drop at -inf.
 
@@ -97,7 +97,7 @@ def filter_logits(
     return jnp.where(logits >= least, logits, -jnp.inf)
 
 
-def choose(logits: Float[Array, "B V"], step: Int[Array, ""], rows: RowSampling) -> Int[Array, "B"]:
+def choose(logits: Float[Array, "B V"], step: Int[Array, ""], rows: RowSampling) -> Int[Array, " B"]:
     """Choose each row's next token; its noise is a function of the row's seed and the step alone.
 
     Nothing is drawn where all rows are greedy, and nothing sorted where no row has a filter.

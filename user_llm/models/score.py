@@ -35,7 +35,7 @@ def _score(
     params: Params,
     hidden: Float[Array, "B D"],
     cache: KVCache,
-    lengths: Int[Array, "B"],
+    lengths: Int[Array, " B"],
     user: UserKV | None,
     texts: Int[Array, "B C W"],
     sizes: Int[Array, "B C"],

@@ -31,9 +31,9 @@ class Trie:
       root_fanout, fanout: most children of the root, and of any other node.
     """
 
-    first: Int[Array, "rows"]
-    token: Int[Array, "nodes"]
-    item: Int[Array, "nodes"]
+    first: Int[Array, " rows"]
+    token: Int[Array, " nodes"]
+    item: Int[Array, " nodes"]
     depth: int
     root_fanout: int
     fanout: int

@@ -33,7 +33,7 @@ class SoftPrompt(NamedTuple):
     """
 
     tokens: Float[Array, "B M D"]
-    lengths: Int[Array, "B"]
+    lengths: Int[Array, " B"]
 
 
 class SoftProjection(nnx.Module):
@@ -54,8 +54,8 @@ class User(NamedTuple):
 
 
 def insert(
-    text: Float[Array, "B T D"], lengths: Int[Array, "B"], prompt: SoftPrompt, leading: int | Int[Array, "B"]
-) -> tuple[Float[Array, "B X D"], Int[Array, "B"], Int[Array, "B T"]]:
+    text: Float[Array, "B T D"], lengths: Int[Array, " B"], prompt: SoftPrompt, leading: int | Int[Array, " B"]
+) -> tuple[Float[Array, "B X D"], Int[Array, " B"], Int[Array, "B T"]]:
     """Put the soft prompt behind the first `leading` embeddings of right-padded text: the module's picture.
 
     Args:
@@ -86,10 +86,10 @@ def insert(
 def hidden_states(
     decoder: Decoder,
     text: Int[Array, "B T"],
-    lengths: Int[Array, "B"],
+    lengths: Int[Array, " B"],
     *,
     user: User | None = None,
-    leading: int | Int[Array, "B"] = 0,
+    leading: int | Int[Array, " B"] = 0,
     key: Array | None = None,
 ) -> Float[Array, "B T D"]:
     """Return the final hidden states at the positions of right-padded text, those of a soft prompt left out.
@@ -111,11 +111,11 @@ def embed_prompts(
     graphdef: nnx.GraphDef,
     params: Params,
     text: Int[Array, "B T"],
-    lengths: Int[Array, "B"],
+    lengths: Int[Array, " B"],
     *,
     user: User | None = None,
-    leading: int | Int[Array, "B"] = 0,
-) -> tuple[Float[Array, "B X D"], Int[Array, "B"]]:
+    leading: int | Int[Array, " B"] = 0,
+) -> tuple[Float[Array, "B X D"], Int[Array, " B"]]:
     """Return prompts as embeddings, and their lengths, for `generate`, `beam_search` and `score` beside `user.kv`.
 
     Args:

@@ -187,14 +187,14 @@ class UserEncoder(nnx.Module):
         states = self(events, mask=mask, positions=positions, hidden=positions == ends, key=key)
         return Encoded(states, jnp.where(ends > 0, ends + 1, 0))
 
-    def item_vectors(self, items: Int[Array, "Q"] | None = None) -> Float[Array, "Q D"]:
+    def item_vectors(self, items: Int[Array, " Q"] | None = None) -> Float[Array, "Q D"]:
         """Return the output vectors of items, or of every row of the item table."""
         if self.config.objective != "dual":
             return self.item[...] if items is None else self.item[...][items]
         features = self.tower["catalogue"][...] if items is None else self.tower["catalogue"][...][items]
         return self._embed(self.config.item_schema, features) @ self.tower["project"][...]
 
-    def valid_items(self) -> Bool[Array, "V"]:
+    def valid_items(self) -> Bool[Array, " V"]:
         """Return True at the rows of the item table that are items."""
         row = jnp.arange(self.config.table_rows)
         return (row > 0) & (row <= self.config.schema.num_items)

@@ -106,10 +106,10 @@ class UserLLM(nnx.Module):
     def hidden(
         self,
         text: Int[Array, "B T"],
-        lengths: Int[Array, "B"],
+        lengths: Int[Array, " B"],
         *,
         user: User | None = None,
-        leading: int | Int[Array, "B"] = 0,
+        leading: int | Int[Array, " B"] = 0,
         key: Array | None = None,
     ) -> Float[Array, "B T D"]:
         """Return the decoder's final hidden states over right-padded text; `leading` as in `hidden_states`."""
@@ -120,7 +120,7 @@ class UserLLM(nnx.Module):
         """The item vectors."""
         return self.encoder.item_vectors() if self.config.encoder is not None else self.items[...]
 
-    def valid_items(self) -> Bool[Array, "V"]:
+    def valid_items(self) -> Bool[Array, " V"]:
         """Return True at the rows of the item table that are items."""
         row = jnp.arange(self.config.table_rows)
         return (row > 0) & (row <= self.config.num_items)

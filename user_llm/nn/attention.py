@@ -33,7 +33,7 @@ def attention(
     k: Float[Array, "B K S H"],
     v: Float[Array, "B K S H"],
     *,
-    mask: Bool[Array, "B #T S"] | SelfMask | None = None,
+    mask: Bool[Array, " B #T S"] | SelfMask | None = None,
     bias: Float[Array, "#B N #T S"] | None = None,
     scale: float | None = None,
     kernel: str = "auto",
@@ -101,7 +101,7 @@ class RopeScaling:
             raise ValueError(f"Unknown scaling {self.kind!r} of rotary positions: choose linear or llama3.")
 
 
-def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Float[Array, "half"]:
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Float[Array, " half"]:
     """Return the angular frequencies theta^(-2i/H) of rotary embeddings (Su et al. 2021), scaled."""
     frequencies = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     if scaling is None:
@@ -121,7 +121,7 @@ class Rotation(NamedTuple):
     sin: Float[Array, "B T 1 half"]
 
 
-def rotation(positions: Int[Array, "B T"], frequencies: Float[Array, "half"]) -> Rotation:
+def rotation(positions: Int[Array, "B T"], frequencies: Float[Array, " half"]) -> Rotation:
     """Return the rotation of each position; all layers share it."""
     angle = positions[..., None, None].astype(jnp.float32) * frequencies
     return Rotation(jnp.cos(angle), jnp.sin(angle))

@@ -23,7 +23,7 @@ from user_llm.common.mesh import BATCH_AXES
 Whole = Mapping[str, Array]  # of a batch: its counts by name, and `parts`, into how many it is split
 
 
-def whole_count(weights: Float[Array, "R"], whole: Whole | None, name: str) -> Float[Array, ""]:
+def whole_count(weights: Float[Array, " R"], whole: Whole | None, name: str) -> Float[Array, ""]:
     """Return by what the mean over rows of weight 1 divides, at least 1: their number, or `whole[name]` where the rows are part of a batch.
 
     What only the part itself can tell, such as how many events it hides, is taken to be as many in each part.
@@ -58,9 +58,9 @@ class Axes(NamedTuple):
 def chunked_cross_entropy(
     hidden: Float[Array, "R D"],
     table: Float[Array, "V D"],
-    targets: Int[Array, "R"],
-    weights: Float[Array, "R"],
-    valid: Bool[Array, "V"],
+    targets: Int[Array, " R"],
+    weights: Float[Array, " R"],
+    valid: Bool[Array, " V"],
     chunk: int,
 ) -> Float[Array, ""]:
     """Return the sum over rows of weight * -log softmax(hidden table^T)[target], the softmax over `valid` columns.
@@ -96,8 +96,8 @@ class _Chunk(NamedTuple):
     """A chunk's softmax over this device's part of the catalogue."""
 
     exp: Float[Array, "c v"]
-    sums: Float[Array, "c"]
-    losses: Float[Array, "c"]
+    sums: Float[Array, " c"]
+    losses: Float[Array, " c"]
     hit: Bool[Array, "c v"]
 
 
@@ -195,7 +195,7 @@ def _chunked_backward(chunk, grads, cotangent):
 chunked_cross_entropy.defvjp(_chunked_forward, _chunked_backward)
 
 
-def draw_items(key: Array, log_q: Float[np.ndarray, "V"], count: int) -> Int[Array, "Q"]:
+def draw_items(key: Array, log_q: Float[np.ndarray, " V"], count: int) -> Int[Array, " Q"]:
     """Draw `count` items, one perhaps more than once, by probabilities in proportion to exp(log_q), known before tracing.
 
     By the inverse of their cumulative sum, in steps of 2^-32: memory is O(V + Q), where `jax.random.categorical` takes Q V.
@@ -209,10 +209,10 @@ def draw_items(key: Array, log_q: Float[np.ndarray, "V"], count: int) -> Int[Arr
 def sampled_cross_entropy(
     hidden: Float[Array, "R D"],
     table: Float[Array, "V D"],
-    targets: Int[Array, "R"],
-    weights: Float[Array, "R"],
-    negatives: Int[Array, "Q"],
-    log_q: Float[Array, "V"],
+    targets: Int[Array, " R"],
+    weights: Float[Array, " R"],
+    negatives: Int[Array, " Q"],
+    log_q: Float[Array, " V"],
 ) -> Float[Array, ""]:
     """Return the weighted sum of -log softmax, its denominator estimated from `negatives`, which all rows share.
 
@@ -233,10 +233,10 @@ def sampled_cross_entropy(
 
 def in_batch_cross_entropy(
     hidden: Float[Array, "R D"],
-    vectors: Callable[[Int[Array, "Q"]], Float[Array, "Q D"]],
-    targets: Int[Array, "R"],
-    weights: Float[Array, "R"],
-    share: Float[Array, "V"],
+    vectors: Callable[[Int[Array, " Q"]], Float[Array, "Q D"]],
+    targets: Int[Array, " R"],
+    weights: Float[Array, " R"],
+    share: Float[Array, " V"],
     chunk: int,
 ) -> Float[Array, ""]:
     """Return the weighted sum of -log softmax over the distinct targets of the batch: each row's negatives are the others' targets.
@@ -263,7 +263,7 @@ def in_batch_cross_entropy(
     return chunked_cross_entropy(hidden, table, place, weights, items > 0, chunk)
 
 
-def soft_cross_entropy(logits: Float[Array, "R C"], labels: Int[Array, "R W"], weights: Float[Array, "R"]) -> Float[Array, ""]:
+def soft_cross_entropy(logits: Float[Array, "R C"], labels: Int[Array, "R W"], weights: Float[Array, " R"]) -> Float[Array, ""]:
     """Return the weighted sum of cross entropies against the uniform distribution over each row's bag of labels.
 
     Label 0 is padding of the bag; a row with an empty bag counts for nothing. One label a row is the usual cross entropy.

@@ -74,7 +74,7 @@ def _buckets(
     ]
 
 
-def _part(seeds: Sequence[Measured], chosen: Iterable[Bool[np.ndarray, "n"]]) -> Part:
+def _part(seeds: Sequence[Measured], chosen: Iterable[Bool[np.ndarray, " n"]]) -> Part:
     masks = list(chosen)
     total = sum(int(mask.sum()) for mask in masks)
     if not total:

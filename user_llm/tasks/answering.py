@@ -41,7 +41,7 @@ from user_llm.training.task import Program
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def encode_users(graphdef: nnx.GraphDef, params: Params, events: Int[Array, "B E A"], lengths: Int[Array, "B"]) -> User:
+def encode_users(graphdef: nnx.GraphDef, params: Params, events: Int[Array, "B E A"], lengths: Int[Array, " B"]) -> User:
     """Return the users of whole histories: what a server stores of them."""
     model = trees.merge(graphdef, params)
     return model.user(model.encode(events, lengths[:, None]))
@@ -60,7 +60,7 @@ def score_catalogue(
 
 @functools.partial(jax.jit, static_argnums=0)
 def attended_events(
-    graphdef: nnx.GraphDef, params: Params, events: Int[Array, "B E A"], lengths: Int[Array, "B"]
+    graphdef: nnx.GraphDef, params: Params, events: Int[Array, "B E A"], lengths: Int[Array, " B"]
 ) -> Float[Array, "B E"]:
     """Return by how much the user tokens of whole histories see each event."""
     model = trees.merge(graphdef, params)
@@ -110,7 +110,7 @@ class Predictor:
 
     def embed(
         self, params: Params, task: str, prompts: Prompts, batch: HistoryBatch
-    ) -> tuple[tuple[nnx.GraphDef, Params], Array, Int[Array, "B"], UserKV | None]:
+    ) -> tuple[tuple[nnx.GraphDef, Params], Array, Int[Array, " B"], UserKV | None]:
         """Return the decoder, and a batch's prompts as embeddings, their lengths and its users' K/V, for generation."""
         text, lengths, user = self.read(params, prompts, batch)
         decoder = trees.split(trees.merge(self.graphdef, params).decoder)
@@ -194,7 +194,7 @@ class Predictor:
 
     def favorites(
         self, params: Params, task: str, prompts: Favorite, users: np.ndarray, ends: np.ndarray, beams: int
-    ) -> Int[np.ndarray, "n"]:
+    ) -> Int[np.ndarray, " n"]:
         """Return the likeliest class of each history."""
         trie, best = Trie.build(prompts.names), np.zeros(len(users), np.int64)
         for indices, batch in self.batches(users, ends):

@@ -81,8 +81,8 @@ class EncoderLoss:
     head_weights: dict[str, float]
     negatives: int
     chunk: int
-    log_q: Float[np.ndarray, "V"]
-    share: Float[np.ndarray, "V"]
+    log_q: Float[np.ndarray, " V"]
+    share: Float[np.ndarray, " V"]
     mask_probability: float
     last_only: float
 
@@ -128,7 +128,7 @@ class EncoderLoss:
         states = encoder(events, mask=mask, positions=batch["positions"], hidden=hidden, key=dropout_key)
         return states[rows, places], events[rows, places], real
 
-    def _item_loss(self, encoder: UserEncoder, rows: Array, targets: Int[Array, "R"], weights: Array, key: Array) -> Array:
+    def _item_loss(self, encoder: UserEncoder, rows: Array, targets: Int[Array, " R"], weights: Array, key: Array) -> Array:
         if encoder.config.objective == "dual":
             return in_batch_cross_entropy(rows, encoder.item_vectors, targets, weights, jnp.asarray(self.share), self.chunk)
         table = encoder.item[...]
@@ -138,7 +138,7 @@ class EncoderLoss:
         return sampled_cross_entropy(rows, table, targets, weights, negatives, jnp.asarray(self.log_q))
 
 
-def negative_log_q(counts: Int[np.ndarray, "I"], rows: int) -> Float[np.ndarray, "V"]:
+def negative_log_q(counts: Int[np.ndarray, " I"], rows: int) -> Float[np.ndarray, " V"]:
     """Return log q of a draw by train frequency ^ 0.75 (word2vec's exponent); never-seen items, PAD and spare rows get -inf-like."""
     weight = np.zeros(rows)
     weight[1 : len(counts)] = counts[1:] ** 0.75
@@ -146,7 +146,7 @@ def negative_log_q(counts: Int[np.ndarray, "I"], rows: int) -> Float[np.ndarray,
         return np.maximum(np.log(weight / weight.sum()), -1e9).astype(np.float32)
 
 
-def item_share(counts: Int[np.ndarray, "I"], rows: int) -> Float[np.ndarray, "V"]:
+def item_share(counts: Int[np.ndarray, " I"], rows: int) -> Float[np.ndarray, " V"]:
     """Return each item's share of all training events, 0 for spare rows."""
     return np.pad(counts / counts.sum(), (0, rows - len(counts))).astype(np.float32)
 
@@ -160,7 +160,7 @@ def item_catalogue(timelines: Timelines, config: UserEncoderConfig) -> Int[np.nd
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def score_next(graphdef: nnx.GraphDef, params: Params, events: Int[Array, "B E A"], lengths: Int[Array, "B"]) -> Array:
+def score_next(graphdef: nnx.GraphDef, params: Params, events: Int[Array, "B E A"], lengths: Int[Array, " B"]) -> Array:
     """Score all items [B, V] as what follows right-padded histories; a history of length 0 gives scores of its padding."""
     encoder = trees.merge(graphdef, params)
     return encoder.score(encoder.encode(events, lengths[:, None]).last()[:, 0])

@@ -32,8 +32,8 @@ class TextRow:
     """
 
     ids: Ids
-    answers: Int[np.ndarray, "P"]
-    items: Int[np.ndarray, "P"]
+    answers: Int[np.ndarray, " P"]
+    items: Int[np.ndarray, " P"]
 
 
 class Prompts(Protocol):
@@ -61,7 +61,7 @@ class Prompts(Protocol):
     def answer(self, user: int, end: int) -> str:
         """Return what is wanted."""
 
-    def targets(self, part: str) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
+    def targets(self, part: str) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
         """Return the (users, ends) of a part of the split (`validation`, `test`) that have a target."""
 
 

@@ -66,7 +66,7 @@ class OfHistory:
         """Return the class to name, 0 for none."""
         return self.labels.favorite(user, 0, end)
 
-    def targets(self, part: str) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
+    def targets(self, part: str) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
         """Return the (users, ends) of a part of the split that have a label."""
         return self._labelled(*self.split.targets[part])
 
@@ -86,7 +86,7 @@ class OfFuture(OfHistory):
         stop = int(self.split.train_stop[user])
         return self.labels.favorite(user, end, stop if end < stop else int(self.labels.timelines.lengths[user]))
 
-    def targets(self, part: str) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
+    def targets(self, part: str) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
         """Return the (users, ends) of a part of the split that have a label."""
         stops = self.split.train_stop
         users = np.flatnonzero((stops > 0) & (stops < self.labels.timelines.lengths))
@@ -106,7 +106,7 @@ class Favorite(Question):
         """Return the class's name."""
         return self.asked.labels.names[self.asked.label(user, end)]
 
-    def targets(self, part: str) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
+    def targets(self, part: str) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
         """Return the (users, ends) of a part of the split that have a favourite."""
         return self.asked.targets(part)
 

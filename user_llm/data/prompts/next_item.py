@@ -48,7 +48,7 @@ class NextItem:
         """Return the title of the event at `end`."""
         return self.lines.timelines.catalogue.titles[self.lines.timelines.items(user, end, end + 1)[0]]
 
-    def targets(self, part: str) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
+    def targets(self, part: str) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
         """Return the (users, ends) of a part of the split."""
         return self.split.targets[part]
 

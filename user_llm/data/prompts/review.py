@@ -60,7 +60,7 @@ class Review(Question):
         """Return what the user wrote."""
         return str(self.column[self.lines.timelines.offsets[user] + end])
 
-    def targets(self, part: str) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
+    def targets(self, part: str) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
         """Return the (users, ends) of a part of the split where something was written."""
         users, ends = self.split.targets[part]
         chosen = filled(self.column, self.lines.timelines.offsets[users] + ends)
