@@ -88,7 +88,15 @@ def test_what_the_first_process_computes_is_agreed_or_refused(monkeypatch):
                 distributed.agreed(lambda: pytest.fail("computed again"))
 
 
-def test_a_signal_after_the_last_question_is_not_lost():
+@pytest.fixture
+def interruptible():
+    """SIGINT raises KeyboardInterrupt, as in a command; workers of pytest ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_after_the_last_question_is_not_lost(interruptible):
     with pytest.raises(KeyboardInterrupt), distributed.preemption() as ask:
         assert ask(1) is None
         signal.raise_signal(signal.SIGINT)
