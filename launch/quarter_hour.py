@@ -50,14 +50,22 @@ TINY_LLM = {
 QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones stop at flags that they do not know
     QUICK_TO_COMPILE += " --xla_cpu_use_fusion_emitters=false"
-TINY_RUN = {
+SMALL = {
+    "encoder.num_layers": 1, "encoder.max_events": 16, "llm.num_layers": 2, "llm.vocab_size": 300,
+    "pretrain_encoder.batch.window": 16, "pretrain_encoder.batch.row_length": 16, "pretrain_encoder.batch.rows": 2,
+    "pretrain_encoder.eval.max_events": 16, "pretrain_lm.batch.rows": 2, "pretrain_lm.batch.row_length": 64,
+    "user_llm.examples.max_events": 16, "user_llm.prompts.next_item.max_tokens": 48,
+    "text_prompt_10.prompts.next_item.max_tokens": 96, "text_prompt_50.prompts.next_item.max_tokens": 96,
+    **{f"{phase}.batch_size": 2 for phase in ("user_llm", "text_prompt_10", "text_prompt_50")},
+}  # fmt: skip
+TINY_RUN = SMALL | {
     "data.source": "synthetic", "data.synthetic.num_users": 60, "data.synthetic.num_items": 48, "data.synthetic.events_per_user": 14,
-    "pretrain_encoder.loop.total_steps": 2, "pretrain_encoder.optimizer.warmup_steps": 1, "pretrain_encoder.batch.rows": 2,
+    "pretrain_encoder.loop.total_steps": 2, "pretrain_encoder.optimizer.warmup_steps": 1,
     **{
         f"{phase}.{key}": value
         for phase in ("user_llm", "text_prompt_10", "text_prompt_50")
         for key, value in {
-            "loop.total_steps": 2, "optimizer.warmup_steps": 1, "batch_size": 2, "loss.chunk": 64, "eval.generate_users": 4,
+            "loop.total_steps": 2, "optimizer.warmup_steps": 1, "loss.chunk": 64, "eval.generate_users": 4,
             "eval.beams": 2, "eval.batch_size": 32, "eval.validation_users": 8, "eval.samples": 1,
         }.items()
     },
@@ -111,7 +119,9 @@ def smoke(run: Runner, args: argparse.Namespace, until: float) -> dict:
     found |= json.loads(differences.read_text()) if differences.exists() else {}
     config = ["--config=configs/movielens_xattn.py:synthetic", f"--workdir={args.out / 'smoke'}"]
     phases = ["--config.phases=('pretrain_encoder','pretrain_lm','user_llm','text_prompt_10')"]
-    found["phases"] = run("smoke", ["-m", "user_llm.main", *config, *phases, *flags(SMOKE)], until)
+    found["phases"] = run(
+        "smoke", ["-m", "user_llm.main", *config, *phases, *flags(SMOKE | (SMALL if args.rehearse else {}))], until
+    )
     shutil.rmtree(args.out / "smoke", ignore_errors=True)
     return found
 
