@@ -168,6 +168,9 @@ def main() -> None:
             parser.error("name the folder of the parts by --parts")
         unpack(args.parts, args.out)
         return
+    for name, given in (("--data", args.data), ("--llm", args.llm)):
+        if given and not given.exists():
+            parser.error(f"{name}={given}: there is nothing of that name")
     names = lambda given: [name for name in given.split(",") if name]  # noqa: E731
     for path in pack(args.out, args.data, args.llm, names(args.packages), names(args.there), args.python):
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")

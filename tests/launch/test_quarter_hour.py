@@ -69,6 +69,15 @@ def test_a_part_that_is_missing_or_damaged_is_named(parts, tmp_path, harm, sente
         bring_along.unpack(parts, tmp_path / "brought")
 
 
+@pytest.mark.parametrize("name", ["--data", "--llm"])
+def test_what_is_not_there_to_bring_along_is_named_before_anything_is_fetched(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.setattr(bring_along, "pack", lambda *args: pytest.fail("it was packed"))
+    monkeypatch.setattr(sys, "argv", ["bring_along.py", "pack", f"--out={tmp_path}", f"{name}={tmp_path / 'nowhere'}"])
+    with pytest.raises(SystemExit):
+        bring_along.main()
+    assert f"error: {name}={tmp_path / 'nowhere'}: there is nothing of that name" in capsys.readouterr().err
+
+
 def test_a_program_that_outruns_its_limit_is_stopped_with_what_it_started(tmp_path):
     """The second one does not listen: it ends all the same, and its child with it."""
     run = quarter_hour.Runner(tmp_path, None)
