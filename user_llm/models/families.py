@@ -36,11 +36,11 @@ ROPE = {
 LABELS = frozenset({"id2label", "label2id", "num_labels", "problem_type"})
 
 # Settings that change nothing about the function a checkpoint computes, or that transformers has turned into others here.
-NEUTRAL = frozenset({
+NEUTRAL = LABELS | frozenset({
     "_name_or_path", "architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "use_cache",
     "initializer_range", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "pretraining_tp",
     "is_llama_config", "output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward",
-    "id2label", "label2id", "problem_type", "cache_implementation", "transformers.js_config",
+    "cache_implementation", "transformers.js_config",
     "use_sliding_window", "max_window_layers", "sliding_window_pattern", "_sliding_window_pattern", "rope_local_base_freq",
 })  # fmt: skip
 
