@@ -15,11 +15,12 @@ FLOORS = {
     "models": 2,
     "training": 3,
     "evals": 3,
-    "tasks": 4,
-    "report": 4,
-    "ahead": 5,
+    "serving": 4,
+    "tasks": 5,
+    "report": 5,
+    "ahead": 6,
 }
-TOP = {"main": 6, "export": 6}  # single files, one room together
+TOP = {"main": 7, "export": 7}  # single files, one room together
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.glob("user_llm/**/*.py"))
 CONFIGS = sorted(path.relative_to(ROOT) for path in ROOT.glob("configs/*.py"))
 
@@ -43,7 +44,7 @@ def room(module: str) -> str:
 
 def faults(module: str, source: str) -> list[str]:
     """Return the imports that `module` may not have."""
-    floors = FLOORS | {"top": 6}
+    floors = FLOORS | {"top": 7}
     own = room(module)
     found = []
     for name in sorted(imported(source)):

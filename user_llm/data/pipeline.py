@@ -17,7 +17,7 @@ import grain
 import numpy as np
 from jaxtyping import Int
 
-from user_llm.data.prompts.base import Prompts, TextRow, pad_rows
+from user_llm.data.prompts.base import Examples, TextRow, pad_rows
 from user_llm.data.timelines import Timelines
 
 Batch = dict[str, Any]
@@ -240,7 +240,7 @@ class ExampleConfig:
 def contextual_examples(
     timelines: Timelines,
     stops: Int[np.ndarray, " U"],
-    prompts: Prompts,
+    asked: Examples,
     config: ExampleConfig,
     *,
     batch_size: int,
@@ -264,14 +264,14 @@ def contextual_examples(
         rng = np.random.default_rng((seed, w.epoch, w.slot))
         weight = {task: np.array(text_weight, np.float32)}
         if not config.max_events:
-            row = prompts.stretch(w.user, w.start, w.stop, rng)
+            row = asked.stretch(w.user, w.start, w.stop, rng)
             if row is None:
                 return None
-            text = _text_arrays([row], prompts, config.answers)
+            text = _text_arrays([row], asked, config.answers)
             return {"prefix": np.zeros(1, np.int32), "text_weight": weight, **text}
         count = w.stop - w.start
-        asked = ((end, prompts.row(w.user, w.start + end)) for end in rng.permutation(np.arange(1, count + 1)).tolist())
-        found = sorted(itertools.islice((pair for pair in asked if pair[1] is not None), ends), key=operator.itemgetter(0))
+        rows = ((end, asked.row(w.user, w.start + end)) for end in rng.permutation(np.arange(1, count + 1)).tolist())
+        found = sorted(itertools.islice((pair for pair in rows if pair[1] is not None), ends), key=operator.itemgetter(0))
         if not found:
             return None
         first = int(timelines.offsets[w.user]) + w.start
@@ -279,7 +279,7 @@ def contextual_examples(
         events[:count] = np.arange(first, first + count)
         prefix = np.zeros(ends, np.int32)
         prefix[: len(found)] = [end for end, _ in found]
-        text = _text_arrays([row for _, row in found if row is not None], prompts, config.answers, ends)
+        text = _text_arrays([row for _, row in found if row is not None], asked, config.answers, ends)
         return {"events": events, "lengths": np.array(count, np.int32), "prefix": prefix, "text_weight": weight, **text}
 
     def features(batch: Batch) -> Batch:
@@ -290,13 +290,13 @@ def contextual_examples(
     return examples.batch(batch_size, drop_remainder=True).map(features)
 
 
-def _text_arrays(rows: list[TextRow], prompts: Prompts, answers: int, count: int = 1) -> Batch:
+def _text_arrays(rows: list[TextRow], asked: Examples, answers: int, count: int = 1) -> Batch:
     """Return the rows, at most `count`, as arrays of `count` rows."""
     lengths = np.zeros(count, np.int32)
     lengths[: len(rows)] = [len(row.ids) for row in rows]
     arrays = {
-        "text": pad_rows([row.ids for row in rows], prompts.max_tokens, count),
+        "text": pad_rows([row.ids for row in rows], asked.template.max_tokens, count),
         "text_lengths": lengths,
         "answers": pad_rows([row.answers for row in rows], answers, count),
     }
-    return arrays | ({"items": pad_rows([row.items for row in rows], answers, count)} if prompts.ranks else {})
+    return arrays | ({"items": pad_rows([row.items for row in rows], answers, count)} if asked.ranks else {})

@@ -28,6 +28,9 @@ from user_llm.nn.attention import KVCache
 from user_llm.nn.cross_attention import UserKV
 from user_llm.nn.visibility import cache_mask
 
+# A jitted function and its arguments, arrays by their shapes and shardings.
+Program = tuple[jax.stages.Wrapped, tuple]
+
 
 class Generation(NamedTuple):
     """What was written.
@@ -110,7 +113,7 @@ def _decode(graphdef: nnx.GraphDef, params: Params, request: _Request, state: _S
 
 def abstract_programs(
     graphdef: nnx.GraphDef, params: Params, prompts: jax.ShapeDtypeStruct, user: UserKV | None, room: int, mesh: Mesh
-) -> dict[str, tuple[jax.stages.Wrapped, tuple]]:
+) -> dict[str, Program]:
     """Return the two programs of generation with their arguments, arrays by shape and sharding, to be compiled ahead of time."""
     batch = prompts.shape[0]
     rows = jax.eval_shape(

@@ -10,6 +10,7 @@ is scored by one product.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -50,6 +51,18 @@ class UserLLMConfig:
             )
 
 
+class UserTokens(NamedTuple):
+    """User tokens of R users.
+
+    Attributes:
+      tokens: right-padded. Users at several ends of one history may share a row: X = R, or R is a multiple of X.
+      counts: real tokens of each user; 0 for a user without events.
+    """
+
+    tokens: Float[Array, "X M U"]
+    counts: Int[Array, " R"]
+
+
 class UserLLM(nnx.Module):
     """Parameters: decoder, item_norm, item_head [D, I]; encoder, resampler and soft [I, D] by config, or items [V, I]."""
 
@@ -71,15 +84,21 @@ class UserLLM(nnx.Module):
         return self.encoder.encode(events, ends, key=key)
 
     def user(self, encoded: Encoded) -> User:
-        """Return the users at all ends, for B*J decoder rows: what a server stores. An end of 0 is a user without events."""
+        """Return the users at all ends, for B*J decoder rows. An end of 0 is a user without events."""
+        return self.from_tokens(self.user_tokens(encoded))
+
+    def user_tokens(self, encoded: Encoded) -> UserTokens:
+        """Return the user tokens at all ends: what a server stores of a user."""
         states, seen = encoded
         if self.resampler is None:
-            tokens, counts = states, seen
-        else:
-            tokens = self.resampler(states, jnp.arange(states.shape[1]) < seen[..., None])
-            tokens = tokens.reshape(-1, *tokens.shape[2:])
-            counts = jnp.where(seen > 0, tokens.shape[1], 0)
-        counts = counts.reshape(-1)
+            return UserTokens(states, seen.reshape(-1))
+        tokens = self.resampler(states, jnp.arange(states.shape[1]) < seen[..., None])
+        tokens = tokens.reshape(-1, *tokens.shape[2:])
+        return UserTokens(tokens, jnp.where(seen > 0, tokens.shape[1], 0).reshape(-1))
+
+    def from_tokens(self, users: UserTokens) -> User:
+        """Return what the decoder reads of users: K/V for its cross-attention, soft tokens, or both."""
+        tokens, counts = users
         # States that are themselves the user tokens are projected once for all ends.
         copies = len(counts) // len(tokens)
         each_end = lambda a, axis: a if copies == 1 else jnp.repeat(a, copies, axis)  # noqa: E731

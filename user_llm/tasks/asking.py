@@ -6,20 +6,24 @@ from ml_collections import ConfigDict
 
 from user_llm.common.errors import naming
 from user_llm.data.pipeline import ExampleConfig
-from user_llm.data.prompts.base import Lines, Prompts
-from user_llm.data.prompts.favorite import Favorite, Labels, OfFuture, OfHistory
-from user_llm.data.prompts.next_item import NextItem
-from user_llm.data.prompts.review import Review
+from user_llm.data.prompts.base import Examples, Lines, Question
+from user_llm.data.prompts.favorite import FavoriteExamples, Labels, OfFuture, OfHistory
+from user_llm.data.prompts.next_item import NextItem, NextItemExamples
+from user_llm.data.prompts.review import ReviewExamples
 from user_llm.evals.counting import favorite_baselines
 from user_llm.evals.popularity import popularity_ranks, recent_popularity_ranks
 from user_llm.tasks.context import Context
 
-# Each from (lines, context, the run's labels, the task's template).
-TASKS: dict[str, Callable[..., Prompts]] = {
-    "next_item": lambda lines, context, template: NextItem(lines, context.split, **template),
-    "favorite": lambda lines, context, template: Favorite(lines, favorites(context, "favorite"), **template),
-    "favorite_future": lambda lines, context, template: Favorite(lines, favorites(context, "favorite_future"), **template),
-    "review": lambda lines, context, template: Review(lines, context.split, **template),
+# Each from (lines, context, the task's template).
+TASKS: dict[str, Callable[..., Examples]] = {
+    "next_item": lambda lines, context, template: NextItemExamples(
+        NextItem(lines, **template), context.timelines, context.split
+    ),
+    "favorite": lambda lines, context, template: FavoriteExamples(Question(lines, **template), favorites(context, "favorite")),
+    "favorite_future": lambda lines, context, template: FavoriteExamples(
+        Question(lines, **template), favorites(context, "favorite_future")
+    ),
+    "review": lambda lines, context, template: review(lines, context, **template),
 }
 
 
@@ -33,6 +37,11 @@ def favorites(context: Context, task: str) -> OfHistory:
       ValueError: items without classes.
     """
     return FAVORITES[task](Labels(context.timelines, **context.config.labels), context.split)
+
+
+def review(lines: Lines, context: Context, *, column: str, **template) -> ReviewExamples:
+    """Return what users wrote in a column of texts."""
+    return ReviewExamples(Question(lines, **template), context.timelines, context.split, column=column)
 
 
 def baseline_rows(context: Context) -> list[dict]:
@@ -56,19 +65,19 @@ def asked_tasks(phase: ConfigDict) -> list[str]:
     return [task for task in TASKS if phase.prompts[task].weight]
 
 
-def build_prompts(phase: ConfigDict, context: Context, examples: ExampleConfig) -> dict[str, Prompts]:
-    """Return the prompts of each task of a phase.
+def build_examples(phase: ConfigDict, context: Context, examples: ExampleConfig) -> dict[str, Examples]:
+    """Return the examples of each task of a phase.
 
     Raises:
       ValueError: a task that this dataset has not what it takes for, or a template that does not fit.
     """
     lines = Lines(
-        context.tokenizer(), context.timelines, max_title_tokens=phase.prompts.max_title_tokens,
+        context.tokenizer(), context.timelines.catalogue, max_title_tokens=phase.prompts.max_title_tokens,
         history=examples.history, text_items=examples.text_items,
     )  # fmt: skip
     template = lambda task: {key: value for key, value in phase.prompts[task].items() if key not in ("weight", "text")}  # noqa: E731
-    prompts = {}
+    found = {}
     for task in asked_tasks(phase):
         with naming(f"prompts.{task}"):
-            prompts[task] = TASKS[task](lines, context, template(task))
-    return prompts
+            found[task] = TASKS[task](lines, context, template(task))
+    return found

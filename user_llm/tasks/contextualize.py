@@ -28,10 +28,11 @@ from user_llm.nn.cross_attention import CrossAttentionConfig
 from user_llm.nn.lora import LoRAConfig
 from user_llm.nn.losses import Whole, chunked_cross_entropy, whole_count
 from user_llm.nn.resampler import ResamplerConfig
+from user_llm.serving.predictor import Predictor
 from user_llm.tasks import general_text
 from user_llm.tasks.answerable import METRICS, check_answers
-from user_llm.tasks.answering import MEASURES, Predictor
-from user_llm.tasks.asking import build_prompts
+from user_llm.tasks.answering import MEASURES, Asking
+from user_llm.tasks.asking import build_examples
 from user_llm.tasks.context import Context
 from user_llm.tasks.pretrain_encoder import encoder_config, encoder_section, encoder_source
 from user_llm.tasks.pretrain_lm import text_loss
@@ -173,50 +174,50 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
     timelines = context.timelines.select(tuple(encoder_section(config, phase.encoder).features))
     context = dataclasses.replace(context, timelines=timelines)
     examples = ExampleConfig(**phase.examples)
-    prompts = build_prompts(phase, context, examples)
+    asked = build_examples(phase, context, examples)
     full = model_config(config, name, context, context.decoder_config(context.tokenizer().vocab_size))
     create = lambda: UserLLM(full, rngs=nnx.Rngs(params=context.seed))  # noqa: E731
     graphdef, shapes = trees.abstract(create)
     load = ((r"^encoder/", encoder_source(config, name)), *phase.load) if examples.max_events else phase.load
-    monitored = next(iter(prompts))
-    leading = {task: asked.shared_tokens if phase.soft_prompt.after_instruction else 0 for task, asked in prompts.items()}
-    rows = meshes.even_rows(phase.eval.batch_size, context.mesh)
+    monitored = next(iter(asked))
     predictor = Predictor(
-        graphdef, context, examples, rows, leading, resamples=full.resampler is not None, ranks=phase.loss.catalogue > 0,
-        pad_whole=phase.eval.pad_whole,
+        full, graphdef, shapes, context.mesh, {task: of.template for task, of in asked.items()},
+        max_events=examples.max_events, batch_size=meshes.even_rows(phase.eval.batch_size, context.mesh),
+        after_instruction=phase.soft_prompt.after_instruction, ranks=phase.loss.catalogue > 0, pad_whole=phase.eval.pad_whole,
     )  # fmt: skip
+    asking = Asking(predictor, timelines, context.split, asked)
+    leading = {task: predictor.leading(task) for task in asked}
 
     def evaluate(params: Params) -> dict[str, float]:
         """Return the metrics of the first task, which the phase monitors."""
-        asked = prompts[monitored]
-        found = MEASURES[monitored](predictor, params, monitored, asked, "validation", phase.eval.validation_users, phase.eval)
-        return found[0].measured.metrics
+        answers = asking.of(predictor.of(params))
+        limit = phase.eval.validation_users
+        return MEASURES[monitored](answers, monitored, asked[monitored], "validation", limit, phase.eval)[0].measured.metrics
 
     def results(params: Params) -> list[dict]:
-        rows = []
-        for task, asked in prompts.items():
-            for found in MEASURES[task](predictor, params, task, asked, "test", None, phase.eval):
+        rows, answers = [], asking.of(predictor.of(params))
+        for task, of in asked.items():
+            for found in MEASURES[task](answers, task, of, "test", None, phase.eval):
                 rows += context.record(name, task, phase.method + found.suffix, found.measured)
-        samples = draw_samples(predictor, params, phase.method, prompts, phase.eval)
-        write_json(context.workdir / name / "samples.json", samples)
+        write_json(context.workdir / name / "samples.json", draw_samples(answers, phase.method, phase.eval))
         if config.llm.checkpoint:
             decoder = trees.split(trees.merge(graphdef, params).decoder)
-            rows += general_text.tuned(context, phase.method, *decoder, lambda count: predictor.users(params, count))
+            rows += general_text.tuned(context, phase.method, *decoder, answers.test_users)
         return rows
 
     def check() -> None:
-        for task, asked in prompts.items():
-            check_answers(task, asked, phase.eval, monitored=task == monitored)
+        for task, of in asked.items():
+            check_answers(task, of, phase.eval, monitored=task == monitored)
 
     def stream(number: tuple[int, int], rows: int) -> grain.IterDataset:
         of_tasks = [
             contextual_examples(
-                timelines, context.split.train_stop, asked, examples, batch_size=rows, seed=context.seed, stream=number,
+                timelines, context.split.train_stop, of, examples, batch_size=rows, seed=context.seed, stream=number,
                 task=task, text_weight=phase.prompts[task].text,
             )
-            for task, asked in prompts.items()
+            for task, of in asked.items()
         ]  # fmt: skip
-        weights = [phase.prompts[task].weight for task in prompts]
+        weights = [phase.prompts[task].weight for task in asked]
         return of_tasks[0] if len(of_tasks) == 1 else grain.IterDataset.mix(of_tasks, weights)
 
     windows = Windows(context.split.train_stop, examples.window, context.seed)
@@ -231,11 +232,11 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
         counts=contextual_counts,
         train_data=context.streams(stream, phase.batch_size),
         steps_per_epoch=len(windows) / phase.batch_size,
-        work=phase.batch_size * _work(shapes, examples, max(asked.max_tokens for asked in prompts.values())),
+        work=phase.batch_size * _work(shapes, examples, max(of.template.max_tokens for of in asked.values())),
         count_events=lambda batch: int((batch["answers"] > 0).sum()),
         metrics=METRICS[monitored],
         check=check,
         evaluate=evaluate,
         results=results,
-        programs=lambda params: predictor.programs(params, prompts),
+        programs=predictor.programs,
     )

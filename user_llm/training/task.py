@@ -9,11 +9,10 @@ import numpy as np
 
 from user_llm.common.trees import Params, Rules
 from user_llm.data.streams import Streams
+from user_llm.models.generate import Program
 from user_llm.nn.losses import Whole
 
 Batch = dict[str, Any]
-# A jitted function and its arguments, arrays by their shapes and shardings.
-Program = tuple[jax.stages.Wrapped, tuple]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,13 +1,17 @@
-r"""What the prompts of all tasks share: lines of token ids, and a user's events as text.
+r"""What the prompts of all tasks share: lines of token ids, a user's history as text, and the templates that put them together.
 
     <instruction> \n <line of history> \n ... <line of history> \n <question> \n <target> \n
 
 Every line ends in the end token, one newline; instruction, history and question may each be absent. The token before a target is
 the *answer position*: from there an item is ranked or the target is written. With no events as text this is the prompt of
 User-LLM; with the last 10 or 50 titles it is the text-prompt baseline; with both, the paper's hybrid.
+
+A *template* knows no dataset: it makes a prompt of the item ids of a history, whoever's it is. *Examples* know a dataset: where in
+it a task can be asked, and what the answer is.
 """
 
 import dataclasses
+import string
 from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol
@@ -15,10 +19,11 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Int
 
-from user_llm.data.timelines import Timelines
+from user_llm.data.timelines import Catalogue
 from user_llm.data.tokenizer import Tokenizer
 
 Ids = Int[np.ndarray, "T"]
+Items = Int[np.ndarray, "E"]  # item ids of a history, oldest first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,18 +41,42 @@ class TextRow:
     items: Int[np.ndarray, " P"]
 
 
-class Prompts(Protocol):
-    """A task's prompts. An `end` is a number of events: the history is all of the user's events before it.
+class Template(Protocol):
+    """How a task's prompts are put together.
 
     Attributes:
-      ranks: whether the target is an item, to be ranked too.
-      max_tokens: of a row or prompt.
+      fields: what a prompt holds besides the history, such as `title`.
+      max_tokens: the most tokens of a prompt and its target.
       shared_tokens: how many tokens all prompts start with, the answer position left out.
     """
 
+    @property
+    def lines(self) -> "Lines": ...
+
+    @property
+    def fields(self) -> tuple[str, ...]: ...
+
+    @property
+    def max_tokens(self) -> int: ...
+
+    @property
+    def shared_tokens(self) -> int: ...
+
+    def prompt(self, items: Items, **fields: object) -> Ids:
+        """Return the prompt about a user who has had these items, oldest first, up to its answer position."""
+
+
+class Examples(Protocol):
+    """Where in a dataset a task can be asked. An `end` is a number of events: the history is all of the user's events before it.
+
+    Attributes:
+      ranks: whether the target is an item, to be ranked too.
+    """
+
     ranks: bool
-    max_tokens: int
-    shared_tokens: int
+
+    @property
+    def template(self) -> Template: ...
 
     def row(self, user: int, end: int) -> TextRow | None:
         """Return the training row with its target, or None where the task has none."""
@@ -74,15 +103,15 @@ class Lines:
       text_items: the most recent events that do; 0 for none. A summary names these, and counts all.
     """
 
-    def __init__(self, tokenizer: Tokenizer, timelines: Timelines, *, max_title_tokens: int, history: str, text_items: int):
+    def __init__(self, tokenizer: Tokenizer, catalogue: Catalogue, *, max_title_tokens: int, history: str, text_items: int):
         if history not in ("titles", "summary"):
             raise ValueError(f"Unknown kind of history {history!r}: choose titles or summary.")
-        self.tokenizer, self.timelines = tokenizer, timelines
+        self.tokenizer, self.catalogue = tokenizer, catalogue
         self.max_title_tokens, self.kind, self.text_items = max_title_tokens, history, text_items
         # Encoded apart and joined, so that a title has the same tokens wherever it stands.
         self.end_id = tokenizer.encode("\n")[-1]
         self.start = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], np.int32)
-        self.titles = tokenizer.encode_all(timelines.catalogue.titles)
+        self.titles = tokenizer.encode_all(catalogue.titles)
         self.title_lines = [np.array([*title[:max_title_tokens], self.end_id], np.int32) for title in self.titles]
 
     def line(self, text: str, most: int | None = None) -> Ids:
@@ -98,19 +127,22 @@ class Lines:
         """Return the whole title of every item id, with its end token."""
         return {item: [*self.titles[item].tolist(), self.end_id] for item in range(1, len(self.titles))}
 
-    def history(self, user: int, end: int) -> list[Ids]:
-        """Return the lines of a user's events before `end`, oldest first."""
-        if not self.text_items:
+    def first(self, end: int) -> int:
+        """Return the place of the oldest of `end` events that text is made of; those before it need not be read."""
+        return 0 if self.text_items and self.kind == "summary" else max(end - self.text_items, 0)
+
+    def history(self, items: Items) -> list[Ids]:
+        """Return the lines of a history: its last titles, or a summary of all of it."""
+        if not self.text_items or not len(items):
             return []
         if self.kind == "summary":
-            return [self.line(self.summary(user, end))] if end else []
-        return [self.title(item) for item in self.timelines.items(user, max(end - self.text_items, 0), end)]
+            return [self.line(self.summary(items))]
+        return [self.title(item) for item in items[-self.text_items :]]
 
-    def summary(self, user: int, end: int) -> str:
-        """Return the events before `end` as prose: how many, of which categories, seen most often, and the last ones."""
-        catalogue = self.timelines.catalogue
-        items = self.timelines.items(user, 0, end)
-        parts = [f"{end} events"]
+    def summary(self, items: Items) -> str:
+        """Return a history as prose: how many events, of which categories, seen most often, and the last ones."""
+        catalogue = self.catalogue
+        parts = [f"{len(items)} events"]
         for name, bag in sorted(catalogue.multi.items()):
             ids, counts = np.unique(bag[items], return_counts=True)
             most = sorted(zip(-counts[ids > 0], ids[ids > 0], strict=True))[:5]
@@ -133,40 +165,31 @@ def fitting(lines: Sequence[Ids], budget: int) -> int:
 
 
 class Question:
-    """Prompts whose target is a text: what the tasks but the next item have in common.
+    """Prompts that ask for a text: of a class, or of what the user will write.
 
-    `ask` and `answer` say what the question's fields and the target are at an end.
+    Args:
+      question: may hold {names}, which are the template's `fields`.
+      max_target_tokens: longer targets are cut.
+
+    Raises:
+      ValueError: neither an instruction nor a question.
     """
-
-    ranks = False
 
     def __init__(self, lines: Lines, *, instruction: str, question: str, max_tokens: int, max_target_tokens: int):
         self.lines, self.max_tokens, self.max_target_tokens = lines, max_tokens, max_target_tokens
         self.question = question
+        self.fields = tuple(field for _, field, _, _ in string.Formatter().parse(question) if field is not None)
         self.instruction = np.concatenate([lines.start, lines.line(instruction)]).astype(np.int32)
         self.shared_tokens = len(self.instruction) - (not question)
         if not (instruction or question):
             raise ValueError("A prompt needs an instruction or a question: both are empty.")
 
-    def ask(self, user: int, end: int) -> str:
-        """Return the question."""
-        return self.question
-
-    def answer(self, user: int, end: int) -> str:
-        """Return the target, empty for none."""
-        raise NotImplementedError
-
-    def longest(self) -> Ids:
-        """Return the question, of all that are asked one of the most tokens."""
-        return self.lines.line(self.question)
-
-    def check_room(self) -> None:
-        """See that every prompt has room for its question and target.
-
-        Raises:
-          ValueError: one that has not.
-        """
-        self.room(self.longest())
+    def ask(self, **fields: object) -> Ids:
+        """Return the question as a line; a long title in it is cut."""
+        if "title" in fields:
+            title = self.lines.tokenizer.encode(str(fields["title"]))[: self.lines.max_title_tokens]
+            fields["title"] = self.lines.tokenizer.decode(title)
+        return self.lines.line(self.question.format(**fields) if self.fields else self.question)
 
     def room(self, question: Ids) -> int:
         """Return how many tokens of history fit beside a question and its target.
@@ -182,23 +205,19 @@ class Question:
             )
         return budget
 
-    def prompt(self, user: int, end: int) -> Ids:
+    def prompt(self, items: Items, **fields: object) -> Ids:
         """Return the prompt, without the oldest lines of history where it would leave no room for the target."""
-        question, history = self.lines.line(self.ask(user, end)), self.lines.history(user, end)
+        question, history = self.ask(**fields), self.lines.history(items)
         kept = history[fitting(history, self.room(question)) :]
         return np.concatenate([self.instruction, *kept, question]).astype(np.int32)
 
-    def row(self, user: int, end: int) -> TextRow | None:
-        """Return the prompt with its target, cut to `max_target_tokens`."""
-        target = self.lines.line(self.answer(user, end), self.max_target_tokens)
-        if not len(target):
+    def row(self, items: Items, target: str, **fields: object) -> TextRow | None:
+        """Return the prompt with its target, None for an empty one."""
+        ids = self.lines.line(target, self.max_target_tokens)
+        if not len(ids):
             return None
-        prompt = self.prompt(user, end)
-        return TextRow(np.concatenate([prompt, target]), np.array([len(prompt) - 1], np.int32), np.zeros(1, np.int32))
-
-    def stretch(self, user: int, start: int, end: int, rng: np.random.Generator) -> TextRow | None:
-        """Return the row of a random end after `start`."""
-        return self.row(user, int(rng.integers(start + 1, end + 1)))
+        prompt = self.prompt(items, **fields)
+        return TextRow(np.concatenate([prompt, ids]), np.array([len(prompt) - 1], np.int32), np.zeros(1, np.int32))
 
 
 def pad_rows(rows: Sequence[Ids], length: int, count: int | None = None) -> Int[np.ndarray, "B T"]:

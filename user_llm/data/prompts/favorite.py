@@ -10,7 +10,7 @@ import functools
 import numpy as np
 from jaxtyping import Int
 
-from user_llm.data.prompts.base import Lines, Question
+from user_llm.data.prompts.base import Ids, Items, Question, TextRow
 from user_llm.data.splits import Split
 from user_llm.data.timelines import Timelines
 
@@ -95,15 +95,32 @@ class OfFuture(OfHistory):
         return self._labelled(users, stops[users])
 
 
-class Favorite(Question):
-    """The target is the name of a class."""
+class FavoriteExamples:
+    """The name of a class, at every end of a timeline that has one."""
 
-    def __init__(self, lines: Lines, asked: OfHistory, **template):
-        super().__init__(lines, **template)
-        self.asked = asked
+    ranks = False
+
+    def __init__(self, template: Question, asked: OfHistory):
+        self.template, self.asked, self.timelines = template, asked, asked.labels.timelines
+
+    def row(self, user: int, end: int) -> TextRow | None:
+        """Return the prompt with the class's name."""
+        return self.template.row(self._history(user, end), self.answer(user, end))
+
+    def stretch(self, user: int, start: int, end: int, rng: np.random.Generator) -> TextRow | None:
+        """Return the row of a random end after `start`."""
+        return self.row(user, int(rng.integers(start + 1, end + 1)))
+
+    def prompt(self, user: int, end: int) -> Ids:
+        """Return the prompt about the events before `end`."""
+        return self.template.prompt(self._history(user, end))
+
+    def _history(self, user: int, end: int) -> Items:
+        """Return the events before `end` that the prompt is made of."""
+        return self.timelines.items(user, self.template.lines.first(end), end)
 
     def answer(self, user: int, end: int) -> str:
-        """Return the class's name."""
+        """Return the class's name, empty for none."""
         return self.asked.labels.names[self.asked.label(user, end)]
 
     def targets(self, part: str) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
@@ -113,4 +130,12 @@ class Favorite(Question):
     @functools.cached_property
     def names(self) -> dict[int, list[int]]:
         """Every class's name as a line."""
-        return {i: self.lines.line(name).tolist() for i, name in enumerate(self.asked.labels.names) if name}
+        return {i: self.template.lines.line(name).tolist() for i, name in enumerate(self.asked.labels.names) if name}
+
+    def check_room(self) -> None:
+        """See that the question leaves room for its target.
+
+        Raises:
+          ValueError: it does not.
+        """
+        self.template.room(self.template.ask())

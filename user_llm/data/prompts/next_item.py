@@ -10,17 +10,22 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
-from user_llm.data.prompts.base import Ids, Lines, TextRow, fitting
+from user_llm.data.prompts.base import Ids, Items, Lines, TextRow, fitting
 from user_llm.data.splits import Split
+from user_llm.data.timelines import Timelines
 
 
 class NextItem:
-    """Rows of at most `max_tokens` tokens; where a row would be too long, the oldest lines are left out."""
+    """Prompts that ask for the next item: rows of at most `max_tokens` tokens, without the oldest lines where they would be longer.
 
-    ranks = True
+    Raises:
+      ValueError: an instruction that is empty, or that leaves no room for a title.
+    """
 
-    def __init__(self, lines: Lines, split: Split, *, instruction: str, max_tokens: int):
-        self.lines, self.split, self.max_tokens = lines, split, max_tokens
+    fields = ()
+
+    def __init__(self, lines: Lines, *, instruction: str, max_tokens: int):
+        self.lines, self.max_tokens = lines, max_tokens
         self.instruction = np.concatenate([lines.start, lines.line(instruction)]).astype(np.int32)
         self.shared_tokens = len(self.instruction) - 1
         if not instruction or len(self.instruction) + lines.max_title_tokens + 1 > max_tokens:
@@ -29,30 +34,12 @@ class NextItem:
                 f"{lines.max_title_tokens} must fit {max_tokens} tokens: raise max_tokens or change the instruction."
             )
 
-    def row(self, user: int, end: int) -> TextRow | None:
-        """Return the row in which the event at `end` is to be predicted."""
-        return self._row(self.lines.history(user, end), self.lines.timelines.items(user, end, end + 1))
-
-    def stretch(self, user: int, start: int, end: int, rng: np.random.Generator) -> TextRow | None:
-        """Return the row in which all events after `start` are to be predicted; with a summary, the last one."""
-        if self.lines.kind != "titles":
-            return self.row(user, end)
-        items = self.lines.timelines.items(user, start, end + 1)
-        return self._row([self.lines.title(items[0])], items[1:])
-
-    def prompt(self, user: int, end: int) -> Ids:
+    def prompt(self, items: Items, **fields: object) -> Ids:
         """Return the prompt that ends at the answer position after the history."""
-        return self._row(self.lines.history(user, end), ()).ids
+        return self.row(self.lines.history(items), ()).ids
 
-    def answer(self, user: int, end: int) -> str:
-        """Return the title of the event at `end`."""
-        return self.lines.timelines.catalogue.titles[self.lines.timelines.items(user, end, end + 1)[0]]
-
-    def targets(self, part: str) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-        """Return the (users, ends) of a part of the split."""
-        return self.split.targets[part]
-
-    def _row(self, history: list[Ids], targets: Sequence[int] | np.ndarray) -> TextRow:
+    def row(self, history: list[Ids], targets: Sequence[int] | np.ndarray) -> TextRow:
+        """Return the row of a history's lines in which these items are to be predicted one after another."""
         pieces = [*history, *(self.lines.title(item) for item in targets)]
         drop = fitting(pieces, self.max_tokens - len(self.instruction))
         pieces = pieces[drop:]
@@ -62,3 +49,40 @@ class NextItem:
         ids = np.concatenate([self.instruction, *pieces], dtype=np.int32)
         items = np.asarray(targets, np.int32)[len(targets) - (len(pieces) - first) :]
         return TextRow(ids, np.array(before[first:], np.int32), items)
+
+
+class NextItemExamples:
+    """Every event of a timeline as what is to be predicted from the events before it."""
+
+    ranks = True
+
+    def __init__(self, template: NextItem, timelines: Timelines, split: Split):
+        self.template, self.timelines, self.split = template, timelines, split
+
+    def row(self, user: int, end: int) -> TextRow | None:
+        """Return the row in which the event at `end` is to be predicted."""
+        history = self.template.lines.history(self._history(user, end))
+        return self.template.row(history, self.timelines.items(user, end, end + 1))
+
+    def stretch(self, user: int, start: int, end: int, rng: np.random.Generator) -> TextRow | None:
+        """Return the row in which all events after `start` are to be predicted; with a summary, the last one."""
+        if self.template.lines.kind != "titles":
+            return self.row(user, end)
+        items = self.timelines.items(user, start, end + 1)
+        return self.template.row([self.template.lines.title(items[0])], items[1:])
+
+    def prompt(self, user: int, end: int) -> Ids:
+        """Return the prompt about the events before `end`."""
+        return self.template.prompt(self._history(user, end))
+
+    def _history(self, user: int, end: int) -> Items:
+        """Return the events before `end` that the prompt is made of."""
+        return self.timelines.items(user, self.template.lines.first(end), end)
+
+    def answer(self, user: int, end: int) -> str:
+        """Return the title of the event at `end`."""
+        return self.timelines.catalogue.titles[self.timelines.items(user, end, end + 1)[0]]
+
+    def targets(self, part: str) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+        """Return the (users, ends) of a part of the split."""
+        return self.split.targets[part]

@@ -1,0 +1,191 @@
+"""Answers of a User-LLM to batches of prompts and users: the one way from a history to an answer, in a run's evaluation and outside.
+
+    events -> user tokens -> what the decoder reads of users ┐
+    prompts ----------------------------------------------------> scores of all items | the likeliest of given texts | a new text
+
+A `Predictor` holds parameters and sizes, and no dataset: whose events and prompts it is given is the caller's affair. Its programs
+are compiled for few shapes, as histories and prompts are padded to one of few lengths.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from user_llm.common import mesh as meshes
+from user_llm.common import trees
+from user_llm.common.trees import Params
+from user_llm.data.pipeline import BUCKET
+from user_llm.data.prompts.base import Ids, Template, pad_rows
+from user_llm.models.beam_search import beam_search
+from user_llm.models.generate import Program, abstract_programs, generate
+from user_llm.models.prefill import bucket
+from user_llm.models.trie import Trie
+from user_llm.models.user import User, embed_prompts
+from user_llm.models.user_llm import UserLLMConfig, UserTokens
+from user_llm.nn.cross_attention import UserKV
+
+Decoding = tuple[nnx.GraphDef, Params]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def encode_users(graphdef: nnx.GraphDef, params: Params, events: Int[Array, "B E A"], lengths: Int[Array, " B"]) -> UserTokens:
+    """Return the user tokens of whole histories."""
+    model = trees.merge(graphdef, params)
+    return model.user_tokens(model.encode(events, lengths[:, None]))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def present_users(graphdef: nnx.GraphDef, params: Params, tokens: UserTokens) -> User:
+    """Return what the decoder reads of users."""
+    return trees.merge(graphdef, params).from_tokens(tokens)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def score_catalogue(
+    graphdef: nnx.GraphDef, params: Params, text: Array, lengths: Array, user: User | None = None, leading: int = 0
+) -> Float[Array, "B V"]:
+    """Score all items at the end of each right-padded prompt."""
+    model = trees.merge(graphdef, params)
+    hidden = model.hidden(text, lengths, user=user, leading=leading)
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    return model.score(model.item_query(last))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def attended_events(
+    graphdef: nnx.GraphDef, params: Params, events: Int[Array, "B E A"], lengths: Int[Array, " B"]
+) -> Float[Array, "B E"]:
+    """Return by how much the user tokens of whole histories see each event."""
+    model = trees.merge(graphdef, params)
+    return model.attended(model.encode(events, lengths[:, None]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictor:
+    """A User-LLM that answers.
+
+    Attributes:
+      graphdef, params: of a `UserLLM`.
+      templates: of each task, how it is asked.
+      max_events: of a history, the last ones that the encoder reads; 0 for a model that reads text alone.
+      batch_size: users that are answered together.
+      after_instruction: whether a soft prompt stands behind what all prompts start with, or in front of it.
+      ranks: whether the item head has been trained to rank items; without it the next item is found by writing titles alone.
+      pad_whole: whether all histories are padded to `max_events` and all prompts to their task's `max_tokens`, so that one program
+        serves every batch, and not to one of several lengths: for accelerators, where compiling takes longer than padding.
+    """
+
+    config: UserLLMConfig
+    graphdef: nnx.GraphDef
+    params: Params
+    mesh: Mesh
+    templates: Mapping[str, Template]
+    max_events: int
+    batch_size: int
+    after_instruction: bool = True
+    ranks: bool = True
+    pad_whole: bool = False
+
+    def of(self, params: Params) -> "Predictor":
+        """Return the same model with other parameters."""
+        return dataclasses.replace(self, params=params)
+
+    @property
+    def bucket(self) -> int:
+        """Of how many events the padded length of a history is a multiple."""
+        return max(self.max_events, 1) if self.pad_whole else BUCKET
+
+    def leading(self, task: str) -> int:
+        """Return how many tokens of a task's prompts stand in front of a soft prompt."""
+        return self.templates[task].shared_tokens if self.after_instruction else 0
+
+    def encode(self, events: Int[np.ndarray, "B E A"], lengths: Int[np.ndarray, " B"]) -> UserTokens | None:
+        """Return the user tokens of right-padded histories, None without an encoder."""
+        if not self.max_events:
+            return None
+        return encode_users(self.graphdef, self.params, *meshes.put_rows((events, lengths), self.mesh))
+
+    def present(self, tokens: UserTokens | None) -> User | None:
+        """Return what the decoder reads of users."""
+        return None if tokens is None else present_users(self.graphdef, self.params, tokens)
+
+    def users(self, events: Int[np.ndarray, "B E A"], lengths: Int[np.ndarray, " B"]) -> User | None:
+        """Return what the decoder reads of users with these histories, None without an encoder."""
+        return self.present(self.encode(events, lengths))
+
+    def attended(self, events: Int[np.ndarray, "B E A"], lengths: Int[np.ndarray, " B"]) -> Float[np.ndarray, "B E"]:
+        """Return by how much each history's user tokens see each event.
+
+        Raises:
+          ValueError: a model without a resampler.
+        """
+        return meshes.fetch(attended_events(self.graphdef, self.params, *meshes.put_rows((events, lengths), self.mesh)))
+
+    def padded(self, task: str, prompts: Sequence[Ids]) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
+        """Return a task's prompts right-padded to one of few widths, and their lengths."""
+        template = self.templates[task]
+        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+        longest, alike = int(lengths.max()), not template.lines.text_items and lengths.min() == lengths.max()
+        most = max(template.max_tokens, longest)
+        width = longest if alike else most if self.pad_whole else min(most, bucket(longest))
+        return meshes.put_rows((pad_rows(prompts, width), lengths), self.mesh)
+
+    def score(self, task: str, prompts: Sequence[Ids], user: User | None) -> Float[Array, "B V"]:
+        """Score all items by the item head at the end of a task's prompts."""
+        return score_catalogue(self.graphdef, self.params, *self.padded(task, prompts), user, self.leading(task))
+
+    def decoding(
+        self, text: Int[Array, "B T"], lengths: Int[Array, " B"], user: User | None, leading: int
+    ) -> tuple[Decoding, Float[Array, "B X D"], Int[Array, " B"], UserKV | None]:
+        """Return the decoder, and right-padded prompts as embeddings, their lengths and their users' K/V, for generation."""
+        decoder = trees.split(trees.merge(self.graphdef, self.params).decoder)
+        inputs, sizes = embed_prompts(*decoder, text, lengths, user=user, leading=leading)
+        return decoder, inputs, sizes, user and user.kv
+
+    def choose(
+        self, task: str, prompts: Sequence[Ids], user: User | None, trie: Trie, beams: int
+    ) -> tuple[Int[np.ndarray, "B beams"], Float[np.ndarray, "B beams"]]:
+        """Return the ids of the likeliest texts of a trie, best first, and their log-probs; id 0 at -inf if there are too few."""
+        decoder, inputs, sizes, kv = self.decoding(*self.padded(task, prompts), user, self.leading(task))
+        return meshes.fetch(beam_search(*decoder, inputs, sizes, trie, beams=beams, user=kv))
+
+    def write(self, task: str, prompts: Sequence[Ids], user: User | None, max_tokens: int) -> list[str]:
+        """Write an answer to each prompt, greedily, one line."""
+        lines = self.templates[task].lines
+        decoder, inputs, sizes, kv = self.decoding(*self.padded(task, prompts), user, self.leading(task))
+        found = generate(
+            *decoder, inputs, lengths=meshes.fetch(sizes).tolist(), max_tokens=max_tokens, stop_ids=[lines.end_id], user=kv
+        )
+        return [lines.tokenizer.decode(row).strip() for row in found.rows()]
+
+    def programs(self, params: Params) -> dict[str, Program]:
+        """Return what answering compiles for the longest prompts, on shapes alone; beam search, which takes a catalogue's titles, is left out."""
+        rows, user = self.batch_size, None
+        ints = lambda *shape: meshes.rows_like(jax.ShapeDtypeStruct(shape, jnp.int32), self.mesh)  # noqa: E731
+        found: dict[str, Program] = {}
+        lengths = ints(rows)
+        if self.config.encoder is not None:
+            events = ints(rows, self.max_events, self.config.encoder.schema.width)
+            found["encode"] = encode_users, (self.graphdef, params, events, lengths)
+            tokens = jax.eval_shape(functools.partial(encode_users, self.graphdef), params, events, lengths)
+            tokens = meshes.rows_like(tokens, self.mesh)
+            found["present"] = present_users, (self.graphdef, params, tokens)
+            shapes = jax.eval_shape(functools.partial(present_users, self.graphdef), params, tokens)
+            kv = shapes.kv and meshes.rows_like(shapes.kv, self.mesh, axis=1)._replace(
+                mask=meshes.rows_like(shapes.kv.mask, self.mesh)
+            )
+            user = User(kv, meshes.rows_like(shapes.prompt, self.mesh))
+        task, template = max(self.templates.items(), key=lambda pair: pair[1].max_tokens)
+        text, leading = ints(rows, bucket(template.max_tokens)), self.leading(task)
+        found["score"] = score_catalogue, (self.graphdef, params, text, lengths, user, leading)
+        graphdef, decoder = trees.split(trees.merge(self.graphdef, params).decoder)
+        embed = functools.partial(embed_prompts, graphdef, leading=leading)
+        inputs = meshes.rows_like(jax.eval_shape(embed, decoder, text, lengths, user=user)[0], self.mesh)
+        return found | abstract_programs(graphdef, decoder, inputs, user and user.kv, bucket(1), self.mesh)
