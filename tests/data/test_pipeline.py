@@ -17,7 +17,7 @@ from user_llm.data.pipeline import (
     packed_windows,
 )
 from user_llm.data.prompts.base import Lines
-from user_llm.data.prompts.next_item import NextItem
+from user_llm.data.prompts.next_item import NextItem, NextItemExamples
 from user_llm.data.splits import leave_last_out
 from user_llm.data.streams import Streams
 from user_llm.data.tokenizer import train_bpe
@@ -148,8 +148,9 @@ def make_prompts(unique, tmp_path_factory):
     tokenizer = train_bpe(unique.catalogue.titles, 300, tmp_path_factory.mktemp("bpe") / "tokenizer")
 
     def make(text_items=0):
-        lines = Lines(tokenizer, unique, max_title_tokens=16, history="titles", text_items=text_items)
-        return tokenizer, NextItem(lines, leave_last_out(unique), instruction="Films:", max_tokens=120)
+        lines = Lines(tokenizer, unique.catalogue, max_title_tokens=16, history="titles", text_items=text_items)
+        template = NextItem(lines, instruction="Films:", max_tokens=120)
+        return tokenizer, NextItemExamples(template, unique, leave_last_out(unique))
 
     return make
 
@@ -246,7 +247,7 @@ def test_examples_agree_with_their_timelines(unique, make_prompts, make_examples
                 given = unique.items(user, max(start + end - text_items, 0), start + end)
                 titles = [unique.catalogue.titles[i] for i in (*given, item)]
                 assert titles_in(text, text_length, tokenizer) == ["Films:", *titles, ""]
-                assert text[answer] == prompts.lines.end_id
+                assert text[answer] == prompts.template.lines.end_id
                 assert tokenizer.decode(text[answer + 1 : text_length]) == titles[-1] + "\n"
                 assert not text[text_length:].any()
     assert seen_ends == {1, 2, 3, 4, 5, 6}
@@ -267,7 +268,7 @@ def test_without_an_encoder_every_title_after_the_first_is_an_answer(unique, mak
             titles = [unique.catalogue.titles[i] for i in (real[0] - 1, *real)]
             assert titles_in(text, length, tokenizer) == ["Films:", *titles, ""]
             for (begin, end), title in zip(pairwise([*answers[: len(real)], length - 1]), titles[1:], strict=True):
-                assert text[begin] == prompts.lines.end_id
+                assert text[begin] == prompts.template.lines.end_id
                 assert tokenizer.decode(text[begin + 1 : end]) == title
 
 

@@ -5,10 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from user_llm.data.prompts.base import Lines, pad_rows
-from user_llm.data.prompts.favorite import Favorite, Labels, OfFuture, OfHistory
-from user_llm.data.prompts.next_item import NextItem
-from user_llm.data.prompts.review import Review
+from user_llm.data.prompts.base import Lines, Question, pad_rows
+from user_llm.data.prompts.favorite import FavoriteExamples, Labels, OfFuture, OfHistory
+from user_llm.data.prompts.next_item import NextItem, NextItemExamples
+from user_llm.data.prompts.review import ReviewExamples
 from user_llm.data.splits import Split, leave_last_out
 from user_llm.data.timelines import Catalogue, Timelines
 from user_llm.data.tokenizer import Tokenizer, train_bpe
@@ -35,12 +35,13 @@ def timelines(make_timelines) -> Timelines:
 
 
 def make_lines(tokenizer, timelines, text_items, max_title_tokens=60, history="titles"):
-    return Lines(tokenizer, timelines, max_title_tokens=max_title_tokens, history=history, text_items=text_items)
+    return Lines(tokenizer, timelines.catalogue, max_title_tokens=max_title_tokens, history=history, text_items=text_items)
 
 
 def build(tokenizer, timelines, text_items=0, *, max_tokens=200, instruction="Films in order:", **options):
     lines = make_lines(tokenizer, timelines, text_items, **options)
-    return NextItem(lines, leave_last_out(timelines), instruction=instruction, max_tokens=max_tokens)
+    template = NextItem(lines, instruction=instruction, max_tokens=max_tokens)
+    return NextItemExamples(template, timelines, leave_last_out(timelines))
 
 
 def read(tokenizer, row):
@@ -59,7 +60,7 @@ def test_the_answer_stands_on_the_newline_before_the_next_title(tokenizer, timel
     assert answered == [TITLES[1]]
     np.testing.assert_array_equal(row.items, [1])
     assert prompts.answer(0, 2) == TITLES[1]
-    assert (row.ids[row.answers] == prompts.lines.end_id).all()
+    assert (row.ids[row.answers] == prompts.template.lines.end_id).all()
     assert row.ids[0] == tokenizer.bos_id and list(row.ids).count(tokenizer.bos_id) == 1
 
 
@@ -75,14 +76,14 @@ def test_a_prompt_is_the_row_up_to_its_answer(tokenizer, timelines):
     prompts = build(tokenizer, timelines, 2)
     row = prompts.row(0, 2)
     np.testing.assert_array_equal(prompts.prompt(0, 2), row.ids[: row.answers[0] + 1])
-    np.testing.assert_array_equal(prompts.prompt(0, 0), prompts.instruction)
-    np.testing.assert_array_equal(prompts.row(0, 0).answers, [len(prompts.instruction) - 1])
-    assert prompts.shared_tokens == len(prompts.instruction) - 1
+    np.testing.assert_array_equal(prompts.prompt(0, 0), prompts.template.instruction)
+    np.testing.assert_array_equal(prompts.row(0, 0).answers, [len(prompts.template.instruction) - 1])
+    assert prompts.template.shared_tokens == len(prompts.template.instruction) - 1
 
 
 def test_tokens_of_the_target_follow_its_prompt(tokenizer, timelines):
     prompts = build(tokenizer, timelines, 1)
-    targets = prompts.lines.titles_as_targets()
+    targets = prompts.template.lines.titles_as_targets()
     assert sorted(targets) == [1, 2, 3, 4]
     for end, item in enumerate((2, 3, 1, 4)):
         assert [*prompts.prompt(0, end), *targets[item]] == prompts.row(0, end).ids.tolist()
@@ -90,8 +91,8 @@ def test_tokens_of_the_target_follow_its_prompt(tokenizer, timelines):
 
 def test_no_start_token_where_the_model_has_none(tokenizer, timelines):
     prompts = build(Tokenizer(tokenizer.backend, None, 2, 0), timelines)
-    assert tokenizer.decode(prompts.instruction) == "Films in order:\n"
-    assert len(prompts.instruction) == len(build(tokenizer, timelines).instruction) - 1
+    assert tokenizer.decode(prompts.template.instruction) == "Films in order:\n"
+    assert len(prompts.template.instruction) == len(build(tokenizer, timelines).template.instruction) - 1
 
 
 def test_the_oldest_titles_are_left_out_of_long_rows(tokenizer, timelines):
@@ -106,11 +107,11 @@ def test_the_oldest_titles_are_left_out_of_long_rows(tokenizer, timelines):
 
 def test_truncation_that_reaches_the_answers_keeps_items_and_answers_together(tokenizer, timelines):
     whole = build(tokenizer, timelines).stretch(0, 0, 3, RNG)
-    instruction = len(build(tokenizer, timelines).instruction)
+    instruction = len(build(tokenizer, timelines).template.instruction)
     last = len(tokenizer.encode(TITLES[4]))
     prompts = build(tokenizer, timelines, max_tokens=instruction + last + 1, max_title_tokens=last)
     row = prompts.stretch(0, 0, 3, RNG)
-    assert len(row.ids) <= prompts.max_tokens < len(whole.ids)
+    assert len(row.ids) <= prompts.template.max_tokens < len(whole.ids)
     assert read(tokenizer, row) == (["Films in order:", TITLES[4]], [TITLES[4]])
     np.testing.assert_array_equal(row.items, [4])
 
@@ -118,12 +119,12 @@ def test_truncation_that_reaches_the_answers_keeps_items_and_answers_together(to
 def test_long_titles_are_cut_in_rows_but_never_in_ranking_targets(tokenizer, timelines):
     prompts = build(tokenizer, timelines, max_title_tokens=5)
     row = prompts.row(0, 3)
-    assert row.ids[len(prompts.instruction) :].tolist() == [*tokenizer.encode(TITLES[4])[:5], prompts.lines.end_id]
-    assert tokenizer.decode(prompts.lines.titles_as_targets()[4]) == TITLES[4] + "\n"
+    assert row.ids[len(prompts.template.instruction) :].tolist() == [*tokenizer.encode(TITLES[4])[:5], prompts.template.lines.end_id]
+    assert tokenizer.decode(prompts.template.lines.titles_as_targets()[4]) == TITLES[4] + "\n"
 
 
 def test_an_instruction_that_leaves_no_room_is_refused(tokenizer, timelines):
-    need = len(build(tokenizer, timelines).instruction) + 20 + 1
+    need = len(build(tokenizer, timelines).template.instruction) + 20 + 1
     build(tokenizer, timelines, max_tokens=need, max_title_tokens=20)
     with pytest.raises(ValueError, match=f"must fit {need - 1} tokens: raise max_tokens"):
         build(tokenizer, timelines, max_tokens=need - 1, max_title_tokens=20)
@@ -162,7 +163,8 @@ def test_the_favorite_is_the_most_frequent_class_and_then_the_most_recent(timeli
 
 def make_favorite(kind, tokenizer, timelines, split, text_items=0, whole=False):
     lines, labels = make_lines(tokenizer, timelines, text_items), Labels(timelines, feature="genres", whole=whole)
-    return Favorite(lines, kind(labels, split), instruction="", question="Favorite?", max_tokens=60, max_target_tokens=20)
+    template = Question(lines, instruction="", question="Favorite?", max_tokens=60, max_target_tokens=20)
+    return FavoriteExamples(template, kind(labels, split))
 
 
 def test_favorite_asks_for_the_history_and_favorite_future_for_what_follows_it(tokenizer, timelines):
@@ -205,19 +207,20 @@ def test_a_user_with_nothing_withheld_has_no_future(tokenizer, timelines):
     assert all(not len(future.asked.targets(part)[0]) for part in ("validation", "test"))
 
 
-def make_review(tokenizer, timelines, **changes):
+def make_review(tokenizer, timelines, column="review", **changes):
     options = {
-        "instruction": "", "question": "On {title}, rated {rating}:", "column": "review", "max_tokens": 80, "max_target_tokens": 20,
+        "instruction": "", "question": "On {title}, rated {rating}:", "max_tokens": 80, "max_target_tokens": 20,
     } | changes  # fmt: skip
-    return Review(make_lines(tokenizer, timelines, 0), leave_last_out(timelines), **options)
+    template = Question(make_lines(tokenizer, timelines, 0), **options)
+    return ReviewExamples(template, timelines, leave_last_out(timelines), column=column)
 
 
 def test_review_knows_whether_its_longest_question_leaves_room_for_the_answer(tokenizer, timelines):
     """The items of the longest titles decide: with a token less than theirs takes, a prompt about one of them would be refused."""
     review = make_review(tokenizer, timelines)
-    questions = [len(review.lines.line(review.about(item, 10))) for item in range(1, len(timelines.catalogue.titles))]
-    assert len(review.longest()) == max(questions) > min(questions)
-    least = len(review.instruction) + max(questions) + review.max_target_tokens + 1
+    questions = [len(review.template.ask(**review.fields(item, 10))) for item in range(1, len(timelines.catalogue.titles))]
+    assert max(questions) > min(questions)
+    least = len(review.template.instruction) + max(questions) + review.template.max_target_tokens + 1
     make_review(tokenizer, timelines, max_tokens=least).check_room()
     with pytest.raises(ValueError, match="raise max_tokens"):
         make_review(tokenizer, timelines, max_tokens=least - 1).check_room()
@@ -231,7 +234,7 @@ def test_review_asks_about_the_event_at_the_end(tokenizer, timelines):
     assert (users.tolist(), ends.tolist()) == ([0], [3])
     assert review.answer(0, 3) == "too long"
     cut = make_review(tokenizer, timelines, max_target_tokens=2).row(0, 2)
-    assert cut.ids[cut.answers[0] + 1 :].tolist() == [*tokenizer.encode("dear Emma")[:2], review.lines.end_id]
+    assert cut.ids[cut.answers[0] + 1 :].tolist() == [*tokenizer.encode("dear Emma")[:2], review.template.lines.end_id]
 
 
 def test_what_a_dataset_does_not_have_is_refused(tokenizer, timelines):
