@@ -119,7 +119,10 @@ def test_truncation_that_reaches_the_answers_keeps_items_and_answers_together(to
 def test_long_titles_are_cut_in_rows_but_never_in_ranking_targets(tokenizer, timelines):
     prompts = build(tokenizer, timelines, max_title_tokens=5)
     row = prompts.row(0, 3)
-    assert row.ids[len(prompts.template.instruction) :].tolist() == [*tokenizer.encode(TITLES[4])[:5], prompts.template.lines.end_id]
+    assert row.ids[len(prompts.template.instruction) :].tolist() == [
+        *tokenizer.encode(TITLES[4])[:5],
+        prompts.template.lines.end_id,
+    ]
     assert tokenizer.decode(prompts.template.lines.titles_as_targets()[4]) == TITLES[4] + "\n"
 
 

@@ -5,13 +5,15 @@ import difflib
 import math
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from ml_collections import ConfigDict
 
 from user_llm.config.phases import PHASES, Phase
 from user_llm.config.records import Run
 from user_llm.config.values import CHANGES
+
+R = TypeVar("R")
 
 # Programs hold whole numbers in 32 bits.
 LARGEST = 2**31 - 1
@@ -35,6 +37,18 @@ def read_config(config: Mapping[str, Any]) -> tuple[Run, dict[str, Phase]]:
     return run, phases
 
 
+def read_record(record: type[R], value: Any, key: str) -> R:
+    """Return a record as its annotations read it, of a section that anybody may have written.
+
+    Args:
+      key: of the section, for messages.
+
+    Raises:
+      ValueError: the first key that does not fit, named.
+    """
+    return _read(record, value, key)
+
+
 def _read(annotation: object, value: Any, key: str) -> Any:
     """Return a value as its annotation reads it: sections as records, lists as tuples."""
     hint: Any = annotation
@@ -48,6 +62,9 @@ def _read(annotation: object, value: Any, key: str) -> Any:
             if not must.holds(read):
                 raise fault(key, value, f"it must be {must.words}")
         return read
+    if type(None) in parts and origin is not typing.Literal:
+        [rest] = [part for part in parts if part is not type(None)]
+        return None if value is None else _read(rest, value, key)
     if dataclasses.is_dataclass(annotation):
         return hint(**_read_section(hint, value, key))
     if origin is tuple:

@@ -177,6 +177,21 @@ class HistoryBatch:
     count: int
 
 
+def length_batches(
+    lengths: Int[np.ndarray, " n"], batch_size: int, bucket: int = BUCKET
+) -> Iterator[tuple[Int[np.ndarray, " m"], Int[np.ndarray, " B"], int]]:
+    """Yield the indices of a batch's rows, the same filled up to `batch_size` rows by the last one again, and a padded length.
+
+    Rows of like length are together, which keeps padding small, and their length is rounded up to a multiple of `bucket`, which
+    keeps the number of compiled shapes small.
+    """
+    order = np.argsort(lengths, kind="stable")
+    for begin in range(0, len(order), batch_size):
+        indices = order[begin : begin + batch_size]
+        rows = np.pad(indices, (0, batch_size - len(indices)), mode="edge")
+        yield indices, rows, int(-(-max(lengths[rows].max(), 1) // bucket) * bucket)
+
+
 def history_batches(
     timelines: Timelines,
     users: Int[np.ndarray, " n"],
@@ -186,16 +201,9 @@ def history_batches(
     batch_size: int,
     bucket: int = BUCKET,
 ) -> Iterator[tuple[np.ndarray, HistoryBatch]]:
-    """Yield (indices into `users`, batch) with users of like length together, padded to a multiple of `bucket` events.
-
-    Sorting by length keeps padding small, rounding keeps the number of compiled shapes small.
-    """
+    """Yield (indices into `users`, batch); see `length_batches`."""
     lengths = np.minimum(positions, max_events)
-    order = np.argsort(lengths, kind="stable")
-    for begin in range(0, len(order), batch_size):
-        indices = order[begin : begin + batch_size]
-        rows = np.pad(indices, (0, batch_size - len(indices)), mode="edge")
-        padded = int(-(-max(lengths[rows].max(), 1) // bucket) * bucket)
+    for indices, rows, padded in length_batches(lengths, batch_size, bucket):
         goal = timelines.offsets[users[rows]] + positions[rows]
         place = np.arange(padded)
         history = np.where(place < lengths[rows, None], (goal - lengths[rows])[:, None] + place, -1)

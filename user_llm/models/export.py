@@ -7,23 +7,38 @@
 Tensors are written in the types they have here. Left out: other layouts, quantised weights.
 """
 
+import contextlib
 import dataclasses
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
+import ml_dtypes  # noqa: F401 - teaches numpy bfloat16
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from user_llm.common import trees
+from user_llm.common.files import check_regular, leads_out
+from user_llm.common.records import read_json
 from user_llm.common.trees import Params
 from user_llm.models.decoder import DecoderConfig
-from user_llm.models.families import settings_from_config, table
+from user_llm.models.families import config_from_settings, settings_from_config, table
 from user_llm.models.user_llm import UserLLMConfig
 from user_llm.nn.lora import merge_lora
 
 SHARD_BYTES = 5_000_000_000  # of one file, as Hugging Face splits them
 USER_FILE = "user_llm.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "gemma3_text": "Gemma3ForCausalLM",
+}  # fmt: skip
+# Keys of a config.json that describe what is not written here, and those that hold for a language model whatever is around it.
+NOT_KEPT = ("text_config", "vision_config", "quantization_config", "dtype", "torch_dtype")
+GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "transformers_version")
 
 
 def is_bare_llm(path: str) -> bool:
@@ -37,24 +52,32 @@ def without_adapters(config: UserLLMConfig) -> UserLLMConfig:
     return dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, block=block))
 
 
-def save_decoder(directory: Path, params: Params, config: DecoderConfig) -> None:
+def save_decoder(directory: Path, params: Params, config: DecoderConfig, *, like: Path | None = None) -> None:
     """Write a decoder as a Hugging Face checkpoint, adapters merged.
+
+    Args:
+      like: a checkpoint of the same decoder, whose settings are kept: stop ids, context length, and the type of its weights where
+        all of them can be written in it without loss.
 
     Raises:
       ValueError: a decoder that no open family describes.
     """
-    settings = settings_from_config(config)
+    settings, dtype = _settings_like(like, config)
     if config.block.lora is not None:
         params = merge_lora(params, config.block.lora)
     flat = trees.flatten(params)
+    tensors = lambda: ((t, jax.device_get(flat[t.path] if t.layer is None else flat[t.path][t.layer])) for t in table(config))  # noqa: E731
+    if dtype is not None and not all(np.array_equal(array.astype(dtype).astype(array.dtype), array) for _, array in tensors()):
+        dtype = None
     names: dict[str, str] = {}
     shards: list[dict[str, np.ndarray]] = [{}]
-    for t in table(config):
-        array = jax.device_get(flat[t.path] if t.layer is None else flat[t.path][t.layer])
+    for t, array in tensors():
+        array = array if dtype is None else array.astype(dtype)
         if shards[-1] and sum(a.nbytes for a in shards[-1].values()) + array.nbytes > SHARD_BYTES:
             shards.append({})
         name = t.name if t.name == "lm_head.weight" else f"model.{t.name}"
         shards[-1][name] = t.write(array)
+    written = str(next(iter(shards[0].values())).dtype)
     directory.mkdir(parents=True, exist_ok=True)
     for i, shard in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
@@ -64,7 +87,25 @@ def save_decoder(directory: Path, params: Params, config: DecoderConfig) -> None
         total = sum(a.nbytes for shard in shards for a in shard.values())
         index = {"metadata": {"total_size": total}, "weight_map": names}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-    (directory / "config.json").write_text(json.dumps(settings, indent=1))
+    (directory / "config.json").write_text(json.dumps(settings | {"dtype": written}, indent=1))
+
+
+def _settings_like(like: Path | None, config: DecoderConfig) -> tuple[dict[str, Any], np.dtype | None]:
+    """Return what the config.json of a decoder says, with the settings of a checkpoint that is like it, and the type of its weights."""
+    ours = settings_from_config(config)
+    ours["architectures"] = [ARCHITECTURES[ours["model_type"]]]
+    if like is None:
+        return ours, None
+    theirs = read_json(like / "config.json", {}, "get the checkpoint again")
+    theirs = theirs | theirs.get("text_config", {})
+    dtype = theirs.pop("torch_dtype", None) or theirs.pop("dtype", None)
+    kept = {key: value for key, value in theirs.items() if key not in NOT_KEPT}
+    try:
+        same = config_from_settings(kept, "") == config_from_settings(ours, "")
+    except ValueError:  # settings of a wrapper around the language model
+        same = False
+    settings = kept if same else {key: value for key, value in kept.items() if key in GENERATION} | ours
+    return settings, np.dtype(dtype) if dtype in ("bfloat16", "float16") else None
 
 
 def save_adapter(directory: Path, params: Params, config: DecoderConfig, base_model: str) -> None:
@@ -93,8 +134,38 @@ def save_adapter(directory: Path, params: Params, config: DecoderConfig, base_mo
         "fan_in_fan_out": False, "inference_mode": True,
     }  # fmt: skip
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, directory / ADAPTER_FILE, metadata={"format": "pt"})
     (directory / "adapter_config.json").write_text(json.dumps(settings, indent=1))
+
+
+def load_adapter(directory: Path, like: Params, config: DecoderConfig) -> Params:
+    """Read what `save_adapter` wrote, as the adapters of a decoder whose parameters have the shapes of `like`.
+
+    Raises:
+      ValueError: no such file, or adapters that are missing, left over or of another shape.
+    """
+    file = directory / ADAPTER_FILE
+    check_regular(file)
+    with _named(file):
+        found = load_file(file)
+    flat = trees.flatten(like)
+    out: dict[str, list[np.ndarray]] = {path: [] for path in flat if "/lora/" in path}
+    for t in table(config):
+        module, _, weight = t.path.rpartition("/")
+        for part, kind in (("a", "lora_A"), ("b", "lora_B")):
+            path = f"{module}/lora/{weight}/{part}"
+            if path not in out or t.layer is None:
+                continue
+            tensor, shape = (
+                found.pop(f"base_model.model.model.{t.name.removesuffix('.weight')}.{kind}.weight", None),
+                flat[path].shape[1:],
+            )
+            if tensor is None or tensor.size != math.prod(shape):
+                raise ValueError(f"{file} does not fit the model: {path} of layer {t.layer} is missing or of another shape.")
+            out[path].append(tensor.T.reshape(shape))
+    if found or any(len(layers) != len(flat[path]) for path, layers in out.items()):
+        raise ValueError(f"{file} does not fit the model: it has other adapters.")
+    return trees.unflatten({path: np.stack(layers) for path, layers in out.items()})
 
 
 def save_user_side(directory: Path, params: Params) -> None:
@@ -114,8 +185,10 @@ def load_user_side(directory: Path, like: Params) -> Params:
     """
     file = directory / USER_FILE
     if not file.exists():
-        raise ValueError(f"No {USER_FILE} in {directory}: export a contextualized LLM there first.")
-    found = load_file(file)
+        raise ValueError(f"No {USER_FILE} in {directory}: name the directory of a model.")
+    check_regular(file)
+    with _named(file):
+        found = load_file(file)
     wanted = {path: leaf.shape for path, leaf in trees.flatten(like).items() if not is_bare_llm(path) and "/lora/" not in path}
     problems = [f"missing {path}" for path in wanted if path not in found]
     problems += [f"left over {path}" for path in found if path not in wanted]
@@ -125,3 +198,33 @@ def load_user_side(directory: Path, like: Params) -> Params:
     if problems:
         raise ValueError(f"{file} does not fit the model: {'; '.join(problems)}.")
     return trees.unflatten(found)
+
+
+@contextlib.contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """Say of which file it is what the safetensors library finds wrong."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"{file} is truncated or no safetensors file ({error}): get the model again.") from error
+
+
+def tokenizer_files(source: Path) -> list[Path]:
+    """Return the files of a tokenizer beside a checkpoint.
+
+    Raises:
+      ValueError: a link that leads out of the checkpoint: a copy would hold a file of somebody else.
+    """
+    files = [
+        file
+        for pattern in ("*token*", "*.jinja", "vocab*", "merges.txt", "generation_config.json")
+        for file in source.glob(pattern)
+        if not file.is_dir()
+    ]
+    # The hub's cache keeps the content of all snapshots of a model beside them.
+    home = source.parent.parent if source.parent.name == "snapshots" else source
+    for file in files:
+        check_regular(file)
+        if leads_out(file, home):
+            raise ValueError(f"{file} is a link that leads out of {home}: put a copy in its place.")
+    return files

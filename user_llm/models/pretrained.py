@@ -6,6 +6,7 @@ excepted. Which setting and tensor means what is in `models/families.py`.
 
 import functools
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from user_llm.common import trees
 from user_llm.common.files import check_regular
+from user_llm.common.hashes import content_hashes
 from user_llm.common.records import misfit, read_json, text
 from user_llm.common.trees import Params
 from user_llm.common.workdir import path_part
@@ -32,6 +34,7 @@ IMAGE_SIDE = ("vision_tower.", "multi_modal_projector.")
 FLOATS = ("F64", "F32", "F16", "BF16")
 SHOWN = 6  # faults that a sentence names; more are counted
 AGAIN = "get the checkpoint again"
+TOKENIZER = ("tokenizer.json", "special_tokens_map.json", "tokenizer_config.json", "generation_config.json")
 
 
 def find_checkpoint(name: str | os.PathLike) -> Path:
@@ -59,6 +62,30 @@ def find_checkpoint(name: str | os.PathLike) -> Path:
     except (OSError, hub_errors.HfHubHTTPError, hub_errors.LocalEntryNotFoundError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"Cannot download {name} ({reason}): download it elsewhere and name its directory.") from error
+
+
+def checkpoint_files(directory: Path, folder: Path | None = None) -> dict[str, str]:
+    """Return the content hashes of the files of an open LLM that are read, as `checkpoint/...` and `tokenizer/...`.
+
+    Args:
+      folder: as in `content_hashes`.
+    """
+    weights = [
+        path for path in sorted(directory.iterdir()) if re.fullmatch(r"config\.json|.*\.safetensors(\.index\.json)?", path.name)
+    ]
+    hashes = content_hashes(weights, folder)
+    return {f"checkpoint/{path.name}": digest for path, digest in zip(weights, hashes, strict=True)} | tokenizer_files(
+        directory
+    )
+
+
+def tokenizer_files(directory: Path) -> dict[str, str]:
+    """Return the content hashes of the files of a tokenizer, as `tokenizer/...`."""
+    names = [name for name in TOKENIZER if (directory / name).exists()]
+    if TOKENIZER[0] not in names:  # one that transformers reads, from whichever of its files
+        patterns = r".*(token|vocab|merges|spiece).*|.*\.(model|tiktoken)|generation_config\.json"
+        names = [path.name for path in sorted(directory.iterdir()) if re.fullmatch(patterns, path.name)]
+    return dict(zip((f"tokenizer/{name}" for name in names), content_hashes([directory / name for name in names]), strict=True))
 
 
 def decoder_config(path: str | os.PathLike, **overrides: Any) -> DecoderConfig:

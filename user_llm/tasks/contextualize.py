@@ -34,6 +34,7 @@ from user_llm.tasks.answerable import METRICS, check_answers
 from user_llm.tasks.answering import MEASURES, Asking
 from user_llm.tasks.asking import build_examples
 from user_llm.tasks.context import Context
+from user_llm.tasks.leaving import card_rows, leave
 from user_llm.tasks.pretrain_encoder import encoder_config, encoder_section, encoder_source
 from user_llm.tasks.pretrain_lm import text_loss
 from user_llm.tasks.samples import draw_samples
@@ -195,14 +196,17 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
         return MEASURES[monitored](answers, monitored, asked[monitored], "validation", limit, phase.eval)[0].measured.metrics
 
     def results(params: Params) -> list[dict]:
-        rows, answers = [], asking.of(predictor.of(params))
+        rows, card, answers = [], [], asking.of(predictor.of(params))
         for task, of in asked.items():
             for found in MEASURES[task](answers, task, of, "test", None, phase.eval):
-                rows += context.record(name, task, phase.method + found.suffix, found.measured)
+                method = phase.method + found.suffix
+                rows += context.record(name, task, method, found.measured)
+                card += card_rows(task, method, found.measured)
         write_json(context.workdir / name / "samples.json", draw_samples(answers, phase.method, phase.eval))
         if config.llm.checkpoint:
             decoder = trees.split(trees.merge(graphdef, params).decoder)
             rows += general_text.tuned(context, phase.method, *decoder, answers.test_users)
+        leave(context, name, load, answers, card)
         return rows
 
     def check() -> None:

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from user_llm.common.distributed import agreed, barrier, gather
 from user_llm.common.hashes import content_hashes
 from user_llm.common.workdir import check_tree, path_part
+from user_llm.models import pretrained
 from user_llm.tasks import inputs
 from user_llm.tasks.context import Context
 from user_llm.tasks.pretrain_encoder import encoder_section
@@ -231,11 +232,11 @@ def text_files(config: ConfigDict) -> dict[str, str]:
 def llm_files(config: ConfigDict, context: Context) -> dict[str, str]:
     """Return the content hashes of the LLM and its tokenizer; none for a run whose phases read no text."""
     if config.llm.checkpoint:
-        return inputs.checkpoint_files(context.checkpoint, context.local)
+        return pretrained.checkpoint_files(context.checkpoint, context.local)
     if not needs_tokenizer(config):
         return {}
     context.tokenizer()  # made if it is missing
-    return inputs.tokenizer_files(context.local / TOKENIZER)
+    return pretrained.tokenizer_files(context.local / TOKENIZER)
 
 
 def _settle_run(workdir: epath.Path, wanted: Identity, accept: bool) -> None:

@@ -37,7 +37,6 @@ NO_INPUT = (
 OF_SOURCE = {"category": "amazon", "states": "google_local", "name": "events", "columns": "events", "synthetic": "synthetic"}
 # Keys of `data` that say what is done with a dataset once it is read.
 PROTOCOL = ("ties", "min_events", "split", "withhold", "streams")
-TOKENIZER = ("tokenizer.json", "special_tokens_map.json", "tokenizer_config.json", "generation_config.json")
 
 
 def flat(section: ConfigDict | Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -86,26 +85,6 @@ def data_files(files: Iterable[epath.PathLike], folder: Path) -> dict[str, str]:
     """Return the content hashes of a dataset's files by their names below the folder that they share, as `data/...`."""
     paths = list(files)
     return dict(zip(_names(paths), content_hashes(paths, folder), strict=True))
-
-
-def checkpoint_files(directory: Path, folder: Path) -> dict[str, str]:
-    """Return the content hashes of the files of an open LLM that are read, as `checkpoint/...` and `tokenizer/...`."""
-    weights = [
-        path for path in sorted(directory.iterdir()) if re.fullmatch(r"config\.json|.*\.safetensors(\.index\.json)?", path.name)
-    ]
-    hashes = content_hashes(weights, folder)
-    return {f"checkpoint/{path.name}": digest for path, digest in zip(weights, hashes, strict=True)} | tokenizer_files(
-        directory
-    )
-
-
-def tokenizer_files(directory: Path) -> dict[str, str]:
-    """Return the content hashes of the files of a tokenizer, as `tokenizer/...`."""
-    names = [name for name in TOKENIZER if (directory / name).exists()]
-    if TOKENIZER[0] not in names:  # one that transformers reads, from whichever of its files
-        patterns = r".*(token|vocab|merges|spiece).*|.*\.(model|tiktoken)|generation_config\.json"
-        names = [path.name for path in sorted(directory.iterdir()) if re.fullmatch(patterns, path.name)]
-    return dict(zip((f"tokenizer/{name}" for name in names), content_hashes([directory / name for name in names]), strict=True))
 
 
 def _names(paths: list[epath.PathLike]) -> list[str]:

@@ -14,7 +14,7 @@ import dataclasses
 import string
 from collections import Counter
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Int
@@ -48,7 +48,11 @@ class Template(Protocol):
       fields: what a prompt holds besides the history, such as `title`.
       max_tokens: the most tokens of a prompt and its target.
       shared_tokens: how many tokens all prompts start with, the answer position left out.
+      settings: what the template was made of besides its `lines`.
     """
+
+    @property
+    def settings(self) -> dict[str, Any]: ...
 
     @property
     def lines(self) -> "Lines": ...
@@ -178,6 +182,9 @@ class Question:
     def __init__(self, lines: Lines, *, instruction: str, question: str, max_tokens: int, max_target_tokens: int):
         self.lines, self.max_tokens, self.max_target_tokens = lines, max_tokens, max_target_tokens
         self.question = question
+        self.settings = dict(
+            instruction=instruction, question=question, max_tokens=max_tokens, max_target_tokens=max_target_tokens
+        )
         self.fields = tuple(field for _, field, _, _ in string.Formatter().parse(question) if field is not None)
         self.instruction = np.concatenate([lines.start, lines.line(instruction)]).astype(np.int32)
         self.shared_tokens = len(self.instruction) - (not question)

@@ -26,6 +26,7 @@ class NextItem:
 
     def __init__(self, lines: Lines, *, instruction: str, max_tokens: int):
         self.lines, self.max_tokens = lines, max_tokens
+        self.settings = dict(instruction=instruction, max_tokens=max_tokens)
         self.instruction = np.concatenate([lines.start, lines.line(instruction)]).astype(np.int32)
         self.shared_tokens = len(self.instruction) - 1
         if not instruction or len(self.instruction) + lines.max_title_tokens + 1 > max_tokens:

@@ -1,0 +1,99 @@
+"""What a finished contextualization leaves for use: its model directory, `RUN/PHASE/model`."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from user_llm.common import trees
+from user_llm.common.distributed import is_first
+from user_llm.common.files import is_remote
+from user_llm.data.prompts.favorite import FavoriteExamples
+from user_llm.data.vocabulary import Vocabulary
+from user_llm.evals.bootstrap import intervals, resampled_means
+from user_llm.evals.measured import Measured
+from user_llm.models import pretrained
+from user_llm.models.export import is_bare_llm
+from user_llm.serving import artifact
+from user_llm.serving.personalizer import Personalizer
+from user_llm.tasks.answering import Asking
+from user_llm.tasks.context import Context
+
+FOLDER = "model"
+DRAWS = 1000  # of an interval on a model card
+
+
+def personalizer(asking: Asking) -> Personalizer:
+    """Return the model that answers, as one that needs no dataset."""
+    lines = next(iter(asking.examples.values())).template.lines
+    names = {task: class_names(of) for task, of in asking.examples.items() if isinstance(of, FavoriteExamples)}
+    return Personalizer("", asking.predictor, Vocabulary.of(asking.timelines), lines, names)
+
+
+def class_names(examples: FavoriteExamples) -> dict[int, str]:
+    """Return the names that an answer is one of, by their numbers."""
+    return {number: examples.asked.labels.names[number] for number in examples.names}
+
+
+def card_rows(task: str, method: str, measured: Measured) -> list[dict]:
+    """Return the lines of a model card's table: each metric with its interval."""
+    table = np.stack(list(measured.values.values()), axis=1)
+    spans = intervals(resampled_means(table, measured.users, draws=DRAWS))
+    return [
+        {"task": task, "method": method, "metric": name, "value": value, "interval": span.tolist(), "n": len(measured)}
+        for (name, value), span in zip(measured.metrics.items(), spans, strict=True)
+    ]
+
+
+def leave(context: Context, name: str, load: trees.Rules, asking: Asking, rows: list[dict]) -> None:
+    """Write the model directory of a phase; of several processes all call it.
+
+    Args:
+      load: where each parameter came from.
+      rows: of the model card.
+    """
+    config = context.config
+    phase, checkpoint = config[name], config.llm.checkpoint
+    base, source = None, Path(context.local) / "tokenizer"
+    if checkpoint:
+        source = context.checkpoint
+        base = artifact.Base(checkpoint, pretrained.checkpoint_files(source, context.local))
+    model = personalizer(asking)
+    timelines, split = asking.timelines, asking.split
+    facts: dict[str, Any] = {
+        "dataset": timelines.name, "users": len(timelines), "events": int(split.train_stop.sum()),
+        "items": timelines.schema.num_items, "columns": list(model.vocabulary.fields.columns), "phase": name,
+        "command": shlex.join(["python", "-m", "user_llm.main", *sys.argv[1:]]), "llm": checkpoint, "license": licence(source),
+        "rows": rows,
+    }  # fmt: skip
+    made = artifact.Making(
+        base, touched(config, name, context.sources(load, asking.predictor.params)), source, phase.loop.sharding, phase.loop.dtype,
+        context.train_counts, facts,
+    )  # fmt: skip
+    home = Path(context.local) / name
+    artifact.save(home / FOLDER, model, made)
+    if is_first() and is_remote(context.workdir):
+        target = context.workdir / name / FOLDER
+        target.mkdir(parents=True, exist_ok=True)
+        for file in sorted((home / FOLDER).iterdir()):
+            epath.Path(file).copy(target / file.name, overwrite=True)
+
+
+def touched(config: ConfigDict, name: str, sources: trees.Params) -> bool:
+    """Return whether a phase has trained weights of its LLM, or has them from elsewhere than the checkpoint."""
+    trains = trees.flatten(trees.match(config.strategies[config[name].strategy].trainable, sources))
+    return any(
+        is_bare_llm(path) and (trains[path] or source != "checkpoint") for path, source in trees.flatten(sources).items()
+    )
+
+
+def licence(directory: Path) -> str:
+    """Return the licence that the model card of an LLM names, empty if there is none."""
+    page = directory / "README.md"
+    found = re.search(r"^license: *(\S+)", page.read_text(errors="replace")[:10_000], re.MULTILINE) if page.is_file() else None
+    return found[1] if found else ""
