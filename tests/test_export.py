@@ -5,22 +5,19 @@ import shutil
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
-from flax import nnx
 from safetensors.numpy import load_file
 
+import user_llm
 from user_llm import export, main
 from user_llm.common import trees
 from user_llm.common.checkpoint import load_params
 from user_llm.data.tokenizer import train_bpe
 from user_llm.models.export import is_bare_llm
-from user_llm.models.generate import generate
 from user_llm.models.pretrained import decoder_config, load_decoder
-from user_llm.models.user import embed_prompts
-from user_llm.models.user_llm import UserLLM
-from user_llm.tasks.answering import encode_users
 from user_llm.training import loop
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -106,9 +103,17 @@ def test_from_checkpoint_to_checkpoint(run, bare_logits, tmp_path):
     import transformers
 
     checkpoint, strategy, workdir = run
-    _, config = export.open_run(workdir, "user_llm")
-    trained = load_params(workdir / "user_llm" / "params", export.shapes(config))
+    directory = workdir / "user_llm" / "model"
+    model = user_llm.load(directory)
+    config, trained = model.predictor.config, model.predictor.params
     ids = np.random.default_rng(0).integers(3, 200, (2, 20))
+
+    # The model directory holds every bit of what was trained.
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=one), trained)
+    jax.tree.map(np.testing.assert_array_equal, load_params(workdir / "user_llm" / "params", like), trained)
+    assert (directory / "model.safetensors").exists() == (strategy == "full")
+    assert (directory / "adapter_model.safetensors").exists() == (strategy == "lora")
 
     # What the strategy freezes keeps every bit.
     before = trees.flatten(load_decoder(checkpoint, decoder_config(checkpoint)))
@@ -125,7 +130,7 @@ def test_from_checkpoint_to_checkpoint(run, bare_logits, tmp_path):
     assert found["user_llm", "perplexity/with_user"] != found["user_llm", "perplexity"]
 
     # torch computes the same from what is exported.
-    export.export(workdir, "user_llm", tmp_path / "out", adapter=False)
+    export.export(directory, tmp_path / "out")
     ours = bare_logits(config.decoder, trained["decoder"], ids)
     reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
     with torch.no_grad():
@@ -134,22 +139,26 @@ def test_from_checkpoint_to_checkpoint(run, bare_logits, tmp_path):
     base = bare_logits(decoder_config(checkpoint), load_decoder(checkpoint, decoder_config(checkpoint)), ids)
     assert (np.abs(ours - base).max() > 1e-4) == (strategy in ("full", "lora"))
 
-    # We read it back whole: the same users are answered in the same words.
-    events = np.random.default_rng(1).integers(1, 3, (2, 5, 5))
-    answers = []
-    full_def, _ = trees.abstract(lambda: UserLLM(config, rngs=nnx.Rngs(params=0)))
-    for graphdef, params in ((full_def, trained), export.load(tmp_path / "out", workdir, "user_llm")):
-        user = encode_users(graphdef, params, events, np.array([5, 3]))
-        decoder = trees.split(trees.merge(graphdef, params).decoder)
-        prompts, lengths = embed_prompts(*decoder, ids, np.array([20, 20]), user=user, leading=1)
-        answers.append(generate(*decoder, prompts, lengths=lengths, max_tokens=12, user=user.kv).tokens)
-    np.testing.assert_array_equal(*answers)
+    # Settings of the checkpoint are kept.
+    kept, came = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "out", checkpoint))
+    assert {key: kept[key] for key in came if key not in ("dtype", "torch_dtype")} == {
+        key: value for key, value in came.items() if key not in ("dtype", "torch_dtype")
+    }
+    assert (tmp_path / "out" / "generation_config.json").read_bytes() == (checkpoint / "generation_config.json").read_bytes()
+
+    # We read it back whole: the users that one of both has encoded are answered in the same words by the other.
+    again = user_llm.load(tmp_path / "out")
+    events = [{"userId": 1, "movieId": n, "rating": 3, "timestamp": 1000 * n} for n in (1, 2, 3)]
+    users = [of.encode(events) for of in (model, again)]
+    np.testing.assert_allclose(users[0].tokens, users[1].tokens, atol=1e-6)
+    texts = [of.generate("The next film", user, max_tokens=12) for of in (model, again) for user in users]
+    assert len(set(texts)) == 1
+    assert texts[0] != model.generate("The next film", max_tokens=12)
 
     if strategy == "lora":  # the adapters alone, in peft's layout and by its formula, on the base model
-        export.export(workdir, "user_llm", tmp_path / "adapter", adapter=True)
-        settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+        settings = json.loads((directory / "adapter_config.json").read_text())
         assert settings["base_model_name_or_path"] == str(checkpoint)
-        tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+        tensors = load_file(directory / "adapter_model.safetensors")
         reference = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="eager").eval()
         weights = dict(reference.named_parameters())
         scale, adapted = settings["lora_alpha"] / settings["r"], set()
@@ -161,16 +170,12 @@ def test_from_checkpoint_to_checkpoint(run, bare_logits, tmp_path):
             theirs = reference(torch.tensor(ids)).logits.numpy()
         np.testing.assert_allclose(theirs, ours, atol=1e-4)
         assert sorted(adapted) == settings["target_modules"]
-    else:
-        with pytest.raises(ValueError, match="no adapters"):
-            export.export(workdir, "user_llm", tmp_path / "adapter", adapter=True)
     assert {path for path in trees.flatten(trained) if is_bare_llm(path)} == {f"decoder/{path}" for path in before}
 
 
-@pytest.mark.slow
 def test_what_cannot_be_exported_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no finished phase user_llm"):
-        export.export(tmp_path, "user_llm", tmp_path / "out", adapter=False)
+    with pytest.raises(ValueError, match=r"holds no user_llm\.json: name the directory of a model"):
+        export.export(tmp_path, tmp_path / "out")
     (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match="exists: choose another directory"):
-        export.export(tmp_path, "user_llm", tmp_path / "out", adapter=False)
+        export.export(tmp_path, tmp_path / "out")

@@ -140,7 +140,7 @@ def _of_record(record: dict[str, Any], raw: Raw) -> dict[str, np.ndarray]:
     lengths = np.asarray(record["events"], np.int64)
     order = np.lexsort((record["time"], np.repeat(np.arange(len(lengths)), lengths)))
     users = apart(record["user"].decode())
-    stretch = {"offsets": lengths, "user.number": np.array([user_number(user) for user in users], np.uint64)}
+    stretch = {"offsets": lengths, "user.number": np.array([_number(user) for user in users], np.uint64)}
     stretch |= {name: record[name][order] for name in ("item", "time")}
     stretch |= _utf8("user", users)
     for own in raw.stored:
@@ -166,7 +166,7 @@ def _utf8(name: str, texts: Iterable[str]) -> dict[str, np.ndarray]:
     return {f"{name}.offsets": lengths, f"{name}.utf8": np.frombuffer(b"".join(encoded), np.uint8)}
 
 
-def user_number(key: str) -> int:
+def _number(key: str) -> int:
     """Return a user's number for the hash that breaks ties: its own if it is one."""
     if key.isdecimal() and len(key) < 19:
         return int(key)

@@ -38,7 +38,8 @@ from user_llm.config.reader import read_record
 from user_llm.data.prompts.base import Lines, Question, Template
 from user_llm.data.prompts.next_item import NextItem
 from user_llm.data.tokenizer import load_tokenizer
-from user_llm.data.vocabulary import Vocabulary, write_catalogue
+from user_llm.data.catalogue_file import read_catalogue, write_catalogue
+from user_llm.data.vocabulary import Vocabulary, schema_and_names
 from user_llm.models import export as formats
 from user_llm.models.pretrained import decoder_config, find_checkpoint, load_decoder
 from user_llm.models.user_llm import UserLLM, UserLLMConfig
@@ -118,7 +119,7 @@ def save(directory: Path, model: Personalizer, made: Making, *, whole: bool = Fa
     formats.save_user_side(unfinished, params)
     settings = _settings(model, made)
     if held:
-        kept = made.source if made.base is not None else None
+        kept = made.source if (made.source / "config.json").is_file() else None
         formats.save_decoder(unfinished, params["decoder"], config.decoder, like=kept)
         settings["model"] = dataclasses.asdict(formats.without_adapters(config))
     elif adapters:
@@ -175,8 +176,8 @@ def load(directory: Path, *, llm: str = "", mesh: Mesh | None = None, dtype: DTy
     name = str(directory / FILE)
     with naming(name):
         config = read_record(UserLLMConfig, settings["model"], "model")
-        vocabulary = Vocabulary.from_json(settings["vocabulary"], directory / CATALOGUE)
-    catalogue = vocabulary.catalogue
+        catalogue, _ = read_catalogue(directory / CATALOGUE, *schema_and_names(settings["vocabulary"]))
+        vocabulary = Vocabulary.from_json(settings["vocabulary"], catalogue)
     tokenizer = load_tokenizer(directory)
     if tokenizer.vocab_size > config.decoder.vocab_size:
         raise ValueError(
@@ -194,6 +195,22 @@ def load(directory: Path, *, llm: str = "", mesh: Mesh | None = None, dtype: DTy
     predictor = Predictor(config, graphdef, params, mesh, templates, **settings["limits"])
     names = {task: {int(n): word for n, word in of.items()} for task, of in settings["names"].items()}
     return Personalizer(settings["identity"], predictor, vocabulary, lines, names, settings["facts"])
+
+
+def export(directory: Path, out: Path, *, llm: str = "") -> None:
+    """Write the model of a directory to another one, with the whole LLM, adapters merged, for what loads Hugging Face's checkpoints.
+
+    It is the same model, of the same identity: users that one of the two has encoded are users of the other.
+
+    Raises:
+      ValueError: as in `load`.
+    """
+    model, settings = load(directory, llm=llm), _read_settings(directory)
+    base = settings["llm"] and Base(**settings["llm"])
+    source = directory if base is None else _base(base, llm)
+    counts = read_catalogue(directory / CATALOGUE, *schema_and_names(settings["vocabulary"]))[1]
+    made = Making(base, False, source, settings["sharding"], settings["dtype"], counts, settings["facts"])
+    save(out, model, made, whole=True)
 
 
 def _read_settings(directory: Path) -> dict[str, Any]:

@@ -18,9 +18,9 @@ from absl import logging
 from jaxtyping import Array, Bool, Float
 
 from user_llm.common import mesh as meshes
-from user_llm.data.loading import user_number
 from user_llm.data.pipeline import length_batches
 from user_llm.data.prompts.base import Ids, Lines, Question, Template, pad_rows
+from user_llm.data.timelines import hash_key
 from user_llm.data.tokenizer import Tokenizer
 from user_llm.data.vocabulary import Vocabulary
 from user_llm.models import score as scoring
@@ -139,7 +139,7 @@ class Personalizer:
         Raises:
           ValueError: an event that cannot be read.
         """
-        found = self._read(events)
+        found = self._read(events, self.keep)
         return dict(zip(found, self._encoded(list(found.values())), strict=True))
 
     def update(self, user: User, events: Any) -> User:
@@ -165,7 +165,7 @@ class Personalizer:
             if name not in old:
                 raise ValueError(f"Events of {name!r}, who is not among the users: encode them.")
             self._check(old[name])
-            found = list(self._read(rows).values())
+            found = list(self._read(rows, None).values())
             if len(found) > 1:
                 raise ValueError(f"These are events of {len(found)} users: update one user by events of that user alone.")
             merged[name] = users.joined(
@@ -434,19 +434,19 @@ class Personalizer:
         order = np.argsort(-weights, kind="stable")[:k]
         return [Seen(catalogue.keys[read[n]], catalogue.titles[read[n]], len(read) - int(n), float(weights[n])) for n in order]
 
-    def _read(self, events: Any) -> dict[str, User]:
+    def _read(self, events: Any, keep: int | None) -> dict[str, User]:
         """Return the users of events by their ids, of whom nothing is encoded yet; at least one."""
         read, found = self.vocabulary.read(events), {}
         timelines, fields = read.timelines, self.vocabulary.fields
         per_second = fields.ticks_per_second if fields.timed else 0
         for number, key in enumerate(timelines.user_keys):
             found[key] = users.from_timeline(
-                timelines, number, keep=self.keep, model=self.identity, key=user_number(key), unknown=int(read.unknown[number]),
+                timelines, number, keep=keep, model=self.identity, key=hash_key(key), unknown=int(read.unknown[number]),
                 ticks_per_second=per_second,
             )  # fmt: skip
         if not found:
             found[""] = users.unknown_user(
-                self.identity, self.vocabulary.schema.width, key=user_number(""), ticks_per_second=per_second
+                self.identity, self.vocabulary.schema.width, key=hash_key(""), ticks_per_second=per_second
             )
         if left_out := int(np.sum(read.unknown)):
             logging.warning("%d events are left out: the model does not know their items.", left_out)

@@ -67,7 +67,7 @@ def leave(context: Context, name: str, load: trees.Rules, asking: Asking, rows: 
     timelines, split = asking.timelines, asking.split
     facts: dict[str, Any] = {
         "dataset": timelines.name, "users": len(timelines), "events": int(split.train_stop.sum()),
-        "items": timelines.schema.num_items, "columns": list(model.vocabulary.fields.columns), "phase": name,
+        "items": timelines.schema.num_items, "columns": model.vocabulary.fields.columns(), "phase": name,
         "command": shlex.join(["python", "-m", "user_llm.main", *sys.argv[1:]]), "llm": checkpoint, "license": licence(source),
         "rows": rows,
     }  # fmt: skip
