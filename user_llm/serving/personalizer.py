@@ -22,7 +22,7 @@ from user_llm.data.pipeline import length_batches
 from user_llm.data.prompts.base import Ids, Lines, Question, Template, pad_rows
 from user_llm.data.timelines import hash_key
 from user_llm.data.tokenizer import Tokenizer
-from user_llm.data.vocabulary import Vocabulary
+from user_llm.data.vocabulary import Read, Vocabulary
 from user_llm.models import score as scoring
 from user_llm.models import user as model_users
 from user_llm.models.generate import stream
@@ -132,14 +132,18 @@ class Personalizer:
             raise ValueError(f"These are events of {len(found)} users: pass them to encode_many, or those of one user.")
         return next(iter(found.values()))
 
-    @on_mesh
     def encode_many(self, events: Any) -> dict[str, User]:
         """Return the users of a table or file by their ids; `encode` says of what it may consist.
 
         Raises:
           ValueError: an event that cannot be read.
         """
-        found = self._read(events, self.keep)
+        return self.encode_read(self.vocabulary.read(events))
+
+    @on_mesh
+    def encode_read(self, read: Read) -> dict[str, User]:
+        """Return the users of events that the vocabulary has read, by their ids."""
+        found = self._users(read, self.keep)
         return dict(zip(found, self._encoded(list(found.values())), strict=True))
 
     def update(self, user: User, events: Any) -> User:
@@ -165,7 +169,7 @@ class Personalizer:
             if name not in old:
                 raise ValueError(f"Events of {name!r}, who is not among the users: encode them.")
             self._check(old[name])
-            found = list(self._read(rows, None).values())
+            found = list(self._users(self.vocabulary.read(rows), None).values())
             if len(found) > 1:
                 raise ValueError(f"These are events of {len(found)} users: update one user by events of that user alone.")
             merged[name] = users.joined(
@@ -434,10 +438,9 @@ class Personalizer:
         order = np.argsort(-weights, kind="stable")[:k]
         return [Seen(catalogue.keys[read[n]], catalogue.titles[read[n]], len(read) - int(n), float(weights[n])) for n in order]
 
-    def _read(self, events: Any, keep: int | None) -> dict[str, User]:
-        """Return the users of events by their ids, of whom nothing is encoded yet; at least one."""
-        read, found = self.vocabulary.read(events), {}
-        timelines, fields = read.timelines, self.vocabulary.fields
+    def _users(self, read: Read, keep: int | None) -> dict[str, User]:
+        """Return users of whom nothing is encoded yet, by their ids; at least one."""
+        timelines, fields, found = read.timelines, self.vocabulary.fields, dict[str, User]()
         per_second = fields.ticks_per_second if fields.timed else 0
         for number, key in enumerate(timelines.user_keys):
             found[key] = users.from_timeline(

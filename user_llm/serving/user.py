@@ -22,7 +22,7 @@ MAGIC = b"USERLLM1"
 MAX_BYTES = 1 << 28  # of the arrays of a user
 ARRAYS = {"tokens": "i1", "scales": "<f4", "events": "<i4", "ticks": "<i8", "seen": "<i4"}
 HEADER = {
-    "model": text, "key": whole_number, "count": whole_number, "unknown": whole_number, "before": anything,
+    "model": text, "key": anything, "count": whole_number, "unknown": whole_number, "before": anything,
     "ticks_per_second": whole_number, "shapes": dict.fromkeys(ARRAYS, [whole_number]),
 }  # fmt: skip
 
@@ -123,6 +123,8 @@ def _unpack(data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise ValueError(f"the header {wrong}")
     if not (header["before"] is None or whole_number(header["before"])):
         raise ValueError("the header's 'before' is no whole number")
+    if not (type(header["key"]) is int and 0 <= header["key"] < 2**64):
+        raise ValueError("the header's 'key' is no whole number of 64 bits")
     shapes = {name: tuple(header["shapes"][name]) for name in ARRAYS}
     sizes = {name: int(np.prod(shape, dtype=np.int64)) * np.dtype(ARRAYS[name]).itemsize for name, shape in shapes.items()}
     dims = {name: len(shape) for name, shape in shapes.items()}
