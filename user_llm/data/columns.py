@@ -29,7 +29,8 @@ class WrongType(ValueError):
 def plain(column: pa.Array) -> pa.Array:
     """Return the values themselves, without dictionary, run lengths, views or 64-bit offsets."""
     if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
+        # Arrow decodes no dictionary of views, which polars has.
+        column = pa.DictionaryArray.from_arrays(column.indices, plain(column.dictionary)).dictionary_decode()
     if pa.types.is_run_end_encoded(column.type):
         column = pc.run_end_decode(column)
     kind = column.type

@@ -4,11 +4,10 @@ Every column is read as what it is declared to be, and no type is guessed; what 
 values are taken as they are, others by their share of all values (`prepare.py`).
 """
 
-import contextlib
 import dataclasses
 import glob
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,12 +16,11 @@ import pyarrow.compute as pc
 from etils import epath
 
 from user_llm.common.files import check_regular
-from user_llm.data import columns as reading
 from user_llm.data import times
-from user_llm.data.columns import Column, WrongType
+from user_llm.data.declared import Rows, check_names
 from user_llm.data.event_tables import FORMATS, Format, Piece, format_of
+from user_llm.data.fields import Fields
 from user_llm.data.raw import BadRows, Raw, pieces
-from user_llm.data.values import shown
 
 LEVELS = 10  # of a number; one more stands for a missing one
 
@@ -90,10 +88,12 @@ def find(source: str, columns: Columns, *, name: str, bad_rows: str = "refuse") 
     _check_columns(source, files, form, columns)
     reader = _Reader(columns, files, form, BadRows.of(bad_rows))
     dates = reader.first_is_date()
+    unit = "s" if dates else columns.time_unit  # of what the reader gives; numbers that stand for dates are dates
     raw = Raw(
         name=name, files=files, events=lambda: reader.events(raw.event_schema, dates), items=lambda: reader.items(raw.item_schema),
         ordinals=dict.fromkeys(columns.numbers, LEVELS + 1), measured=columns.numbers, texts=columns.texts,
-        bags=("categories",) if columns.categories else (), timed=bool(columns.time), unit="s" if dates else columns.time_unit,
+        bags=("categories",) if columns.categories else (), timed=bool(columns.time), unit=unit,
+        fields=Fields(columns.user, columns.item, columns.time or columns.order, unit=columns.time_unit or unit),
         bad_rows=reader.bad_rows, settings=f"{columns} {bad_rows}",
     )  # fmt: skip
     return raw
@@ -144,14 +144,9 @@ def _check_columns(source: str, files: tuple[epath.Path, ...], form: Format, col
     anywhere: dict[str, None] = {}
     for file in files:
         there = form.names(file, columns.named())
-        for name in columns.named():
-            if there.count(name) > 1:
-                raise ValueError(f"{file} has {there.count(name)} columns {name!r}: rename all but one.")
-        if missing := [name for name in columns.needed() if name not in there and there]:
-            raise ValueError(f"{file} has no column {', '.join(map(repr, missing))}; it has {', '.join(there)}.")
+        check_names(file, there, columns.named(), columns.needed())
         anywhere |= dict.fromkeys(there)
-    if missing := [name for name in columns.named() if name not in anywhere and anywhere]:
-        raise ValueError(f"{source} has no column {', '.join(map(repr, missing))}; it has {', '.join(anywhere)}.")
+    check_names(source, list(anywhere), columns.named(), columns.named())
 
 
 class _Reader:
@@ -159,6 +154,7 @@ class _Reader:
 
     def __init__(self, columns: Columns, files: tuple[epath.Path, ...], form: Format, bad_rows: BadRows):
         self.columns, self.files, self.form, self.bad_rows = columns, files, form, bad_rows
+        self.role = "time" if columns.time else "order"
         self.titles: dict[str, str] = {}
         self.names: list[dict[str, list[str]]] = [{} for _ in columns.categories]
 
@@ -170,14 +166,15 @@ class _Reader:
                 if len(piece.rows):
                     yield piece
 
-    def _times(self, column: Column) -> times.Times:
-        compact = self.columns.time_unit in times.COMPACT
-        return times.read(column, order=bool(self.columns.order), compact=compact)
+    def _times(self, rows: Rows) -> times.Times:
+        columns = self.columns
+        compact = columns.time_unit in times.COMPACT
+        return rows.times(columns.time or columns.order, order=bool(columns.order), compact=compact)
 
     def first_is_date(self) -> bool:
         """Say whether the first readable time is a date; the others must be what it is."""
         for piece in self._pieces(BadRows(skip=True)):
-            found = _declared(piece, self.columns.time or self.columns.order, "time", self._times)
+            found = self._times(Rows(piece))
             if not found.bad.all():
                 return bool(found.dates[np.argmin(found.bad)])
         return False
@@ -194,52 +191,24 @@ class _Reader:
                 yield batch
 
     def _batch(self, piece: Piece, schema: pa.Schema, dates: bool) -> pa.RecordBatch | None:
-        columns, faults, size = self.columns, _Faults(piece), len(piece.rows)
-        time_name, role = columns.time or columns.order, "time" if columns.time else "order"
-        values: dict[str, pa.Array] = {}
-        for kind, name in (("user", columns.user), ("item", columns.item)):
-            values[kind], bad = _declared(piece, name, kind, reading.text)
-            faults.add(bad | reading.missing(values[kind]), name, kind)
-        found = _declared(piece, time_name, role, self._times)
-        faults.add(found.bad, time_name, role)
-        faults.add(
-            ~found.bad & (found.dates != dates),
-            time_name,
-            role,
-            f", while the first {role} is {'a date' if dates else 'a number'}",
-        )
+        columns, rows = self.columns, Rows(piece)
+        values: dict[str, pa.Array] = {"user": rows.ids(columns.user, "user"), "item": rows.ids(columns.item, "item")}
+        found = self._times(rows)
+        other = f", while the first {self.role} is {'a date' if dates else 'a number'}"
+        rows.refuse(~found.bad & (found.dates != dates), columns.time or columns.order, self.role, other)
         values |= {"time": pa.array(found.whole), "fraction": pa.array(found.fraction)}
         for n, name in enumerate(columns.numbers):
-            values[f"level_{n}"] = pa.nulls(size, pa.float64())
-            if name in piece.columns:
-                values[f"level_{n}"], bad = _declared(piece, name, "number", reading.number)
-                faults.add(bad, name, "number", "; list columns of names under categories or texts")
+            values[f"level_{n}"] = rows.numbers(name, "; list columns of names under categories or texts")
         for n, name in enumerate(columns.texts):
-            values[f"text_{n}"] = self._text(piece, name, "text", faults)
-        titles = self._text(piece, columns.title, "title", faults)
-        bags = [self._names(piece, name, faults) for name in columns.categories]
-        good = faults.settle(self.bad_rows)
+            values[f"text_{n}"] = rows.texts(name)
+        titles = rows.texts(columns.title, "title")
+        bags = [rows.names(name) for name in columns.categories]
+        good = rows.settle(self.bad_rows)
         batch = pa.RecordBatch.from_arrays([values[field.name] for field in schema], schema=schema)
         if good is not None:
             batch, titles, bags = batch.filter(good), titles.filter(good), [bag.filter(good) for bag in bags]
         self._gather(batch["item"], titles, bags)
         return batch
-
-    @staticmethod
-    def _text(piece: Piece, name: str, kind: str, faults: "_Faults") -> pa.Array:
-        if name not in piece.columns:
-            return pa.array([""] * len(piece.rows), pa.string()) if kind == "text" else pa.nulls(len(piece.rows), pa.string())
-        found, bad = _declared(piece, name, kind, reading.text)
-        faults.add(bad, name, kind)
-        return found.fill_null("")
-
-    @staticmethod
-    def _names(piece: Piece, name: str, faults: "_Faults") -> pa.Array:
-        if name not in piece.columns:
-            return pa.array([[]] * len(piece.rows), pa.list_(pa.string()))
-        found, bad = _declared(piece, name, "category", reading.names)
-        faults.add(bad, name, "category")
-        return found
 
     def _gather(self, items: pa.Array, titles: pa.Array, bags: list[pa.Array]) -> None:
         """Keep the first title that is not blank, and the first categories that are not empty, of each item."""
@@ -266,52 +235,3 @@ def _keep_first(codes: pa.DictionaryArray, filled: np.ndarray, values: pa.Array,
     missing = [n for n, key in enumerate(keys) if key not in kept]
     for n, value in zip(missing, values.take(pa.array(rows[first[missing]])).to_pylist(), strict=True):
         kept[keys[n]] = value
-
-
-def _declared(piece: Piece, name: str, kind: str, read: Callable[[Column], Any]) -> Any:
-    """Read a column as what it is declared to be.
-
-    Raises:
-      ValueError: its type can never be that.
-    """
-    column = piece.columns.get(name)
-    try:
-        return read(pa.nulls(len(piece.rows)) if column is None else column)
-    except WrongType as error:
-        raise ValueError(
-            f"{piece.file}: column {name!r} is of type {error}, which is no {kind}: name another column."
-        ) from None
-
-
-class _Faults:
-    """What is wrong with the rows of a piece."""
-
-    def __init__(self, piece: Piece):
-        self.piece = piece
-        self.bad: list[tuple[np.ndarray, str, str, str]] = []
-
-    def add(self, bad: np.ndarray, name: str, kind: str, more: str = "") -> None:
-        """Note rows in which a column is not what it is declared to be."""
-        if bad.any():
-            self.bad.append((bad, name, kind, more))
-
-    def settle(self, bad_rows: BadRows) -> pa.Array | None:
-        """Refuse the first bad row, or leave all of them out: return which rows remain, None for all."""
-        if not self.bad:
-            return None
-        bad = np.any([mask for mask, *_ in self.bad], axis=0)
-        row = int(np.argmax(bad))
-        name, kind, more = next(rest for mask, *rest in self.bad if mask[row])
-        column = self.piece.columns.get(name)
-        value = None if column is None else column[row]
-        value = value.as_py() if isinstance(value, pa.Scalar) else value
-        fault = f"no {kind} that can be read, as column {name!r} holds {_shown(value)}{more}"
-        bad_rows(f"{self.piece.file}, row {self.piece.rows[row]}: {fault}", int(bad.sum()))
-        return pa.array(~bad)
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, bytes):
-        with contextlib.suppress(UnicodeDecodeError):
-            value = value.decode()
-    return "nothing" if value is None else shown(value)

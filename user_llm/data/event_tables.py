@@ -160,7 +160,12 @@ def _refuse_ragged(
         bad_rows(f"{file}, row {row}: {count} values where the header names {width} columns")
 
 
-def _parquet(file: epath.Path) -> pyarrow.parquet.ParquetFile:
+def open_parquet(file: epath.Path) -> pyarrow.parquet.ParquetFile:
+    """Return a Parquet file, of which no row is read.
+
+    Raises:
+      ValueError: no regular file, or not Parquet.
+    """
     check_regular(file)
     try:
         return pyarrow.parquet.ParquetFile(file, pre_buffer=False)
@@ -169,7 +174,7 @@ def _parquet(file: epath.Path) -> pyarrow.parquet.ParquetFile:
 
 
 def _parquet_pieces(file: epath.Path, wanted: Sequence[str], numbers: Collection[str], bad_rows: BadRows) -> Iterator[Piece]:
-    table = _parquet(file)
+    table = open_parquet(file)
     here = [name for name in wanted if name in table.schema_arrow.names]
     meta = table.metadata
     size = max((meta.row_group(i).total_byte_size // max(meta.row_group(i).num_rows, 1) for i in range(meta.num_row_groups)), default=0)  # fmt: skip
@@ -221,7 +226,7 @@ def _alike(lines: list[bytes], wanted: Sequence[str], numbers: Collection[str]) 
 
 
 CSV = Format(lambda file, needed: _csv_header(file, needed)[1], _csv_pieces)
-PARQUET = Format(lambda file, needed: _parquet(file).schema_arrow.names, _parquet_pieces)
+PARQUET = Format(lambda file, needed: open_parquet(file).schema_arrow.names, _parquet_pieces)
 JSON = Format(_json_names, _json_pieces)
 FORMATS = {".parquet": PARQUET, ".csv": CSV, ".tsv": CSV, ".jsonl": JSON, ".ndjson": JSON, ".json": JSON}
 

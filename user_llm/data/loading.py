@@ -10,6 +10,7 @@ The results of `audits.py` are kept beside them. Only the order differs from see
 event and not another copy of the texts.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -20,14 +21,14 @@ import tensorflow_datasets as tfds
 from jaxtyping import Int
 
 from user_llm.common.checksums import MANIFEST
+from user_llm.data.fields import Fields, Number
 from user_llm.data.mapped import FACTS, Column, Keys, Seconds, Texts, stored
 from user_llm.data.raw import Raw
 from user_llm.data.schema import Feature, Schema
-from user_llm.data.timelines import GAP_BUCKETS, Catalogue, Chunk, Origin, Timelines, chunks, order_events, word_ids
+from user_llm.data.timelines import GAP_BUCKETS, Catalogue, Chunk, Origin, Timelines, chunks, hash_key, order_events, word_ids
 
 SEPARATOR, ESCAPE = "\x1e", "\x1d"  # of the texts of a record, and what stands before 0 and 1 where a text holds one of the two
 RECORDS = 16  # read at a time
-TIES = ("hashed", "file")
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -45,9 +46,8 @@ def open_timelines(
     Raises:
       ValueError: an unknown order of ties, or no user that is long enough.
     """
-    if ties not in TIES:
-        raise ValueError(f"Unknown order of ties {ties!r}: choose {' or '.join(TIES)}.")
     folder, metadata = Path(builder.data_dir), builder.info.metadata
+    fields = _fields(raw, metadata, ties=ties, seed=seed)
     numbers, texts = _names(raw)
     columns = stored(folder / "columns", lambda: _columns(builder, raw))
     if np.diff(columns["offsets"]).max() < min_events:
@@ -77,6 +77,7 @@ def open_timelines(
         ticks=Column(columns["time"], rows),
         ticks_per_second=ticks_per_second,
         words=word_columns,
+        fields=fields,
     )
     stored_as = (folder / MANIFEST, folder / "columns" / FACTS, folder / protocol / FACTS)
     identity = hashlib.sha256(b"".join(path.read_bytes() for path in stored_as)).hexdigest()
@@ -90,6 +91,27 @@ def _names(raw: Raw) -> tuple[dict[str, str], dict[str, str]]:
     names = {_free(name, taken): own for own, name in raw.stored.items()}
     of_kind = lambda kind: {name: own for name, own in names.items() if own.startswith(kind)}  # noqa: E731
     return of_kind("level"), of_kind("text")
+
+
+def _fields(raw: Raw, metadata: Mapping[str, Any], *, ties: str, seed: int) -> Fields:
+    """Return the reader's fields by the names of the schema's features, with what the whole dataset told of them."""
+    numbers, texts = _names(raw)
+    edges = {name: tuple(found) for name, found in metadata["edges"].items()}
+
+    def number(name: str) -> Number:
+        found = raw.number(name)
+        return dataclasses.replace(found, edges=edges.get(name, found.edges))
+
+    return dataclasses.replace(
+        raw.fields,
+        timed=raw.timed,
+        unit=raw.fields.unit or metadata["audit"].get("time_unit", ""),
+        ticks_per_second=metadata["ticks_per_second"] if raw.timed else 1000 if metadata.get("fractions") else 1,
+        numbers={name: number(raw.stored[own]) for name, own in numbers.items()},
+        texts={name: raw.text(raw.stored[own]) for name, own in texts.items()},
+        ties=ties,
+        seed=seed,
+    )
 
 
 def _free(name: str, taken: set[str]) -> str:
@@ -140,7 +162,7 @@ def _of_record(record: dict[str, Any], raw: Raw) -> dict[str, np.ndarray]:
     lengths = np.asarray(record["events"], np.int64)
     order = np.lexsort((record["time"], np.repeat(np.arange(len(lengths)), lengths)))
     users = apart(record["user"].decode())
-    stretch = {"offsets": lengths, "user.number": np.array([_number(user) for user in users], np.uint64)}
+    stretch = {"offsets": lengths, "user.number": np.array([hash_key(user) for user in users], np.uint64)}
     stretch |= {name: record[name][order] for name in ("item", "time")}
     stretch |= _utf8("user", users)
     for own in raw.stored:
@@ -164,13 +186,6 @@ def _utf8(name: str, texts: Iterable[str]) -> dict[str, np.ndarray]:
     encoded = [text.encode() for text in texts]
     lengths = np.array([len(text) for text in encoded], np.int64)
     return {f"{name}.offsets": lengths, f"{name}.utf8": np.frombuffer(b"".join(encoded), np.uint8)}
-
-
-def _number(key: str) -> int:
-    """Return a user's number for the hash that breaks ties: its own if it is one."""
-    if key.isdecimal() and len(key) < 19:
-        return int(key)
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
 
 
 def _order(columns: Arrays, *, ties: str, seed: int, min_events: int) -> Iterator[dict[str, np.ndarray]]:

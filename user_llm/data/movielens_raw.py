@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from etils import epath
 from jaxtyping import Float
 
+from user_llm.data.fields import Fields, Number
 from user_llm.data.opening import line_chunks
 from user_llm.data.raw import ROWS, BadRows, Raw, pieces
 from user_llm.data.values import EXACT, shown
@@ -25,6 +26,10 @@ from user_llm.data.values import EXACT, shown
 NO_GENRES = "(no genres listed)"
 RATINGS_HEADER = ["userId", "movieId", "rating", "timestamp"]
 MOVIES_HEADER = ["movieId", "title", "genres"]
+# The names of ratings.csv, for events in every layout; ratings are half stars.
+FIELDS = Fields(
+    "userId", "movieId", "timestamp", numbers={"rating": Number.of_scale("rating", (half / 2 for half in range(1, 11)))}
+)
 RATINGS_FILES = {"ratings.csv": ",", "ratings.dat": "::", "u.data": "\t"}
 MOVIES_FILES = {",": ("movies.csv",), "::": ("movies.dat",), "\t": ("u.item", "u.genre")}
 ALL_FILES = frozenset([*RATINGS_FILES, *(name for names in MOVIES_FILES.values() for name in names)])
@@ -63,7 +68,7 @@ def open_release(directory: epath.PathLike, *, name: str, bad_rows: str = "refus
         if not file.exists():
             raise ValueError(f"{file} is missing: titles and genres are read from it.")
     raw = Raw(
-        name=name, files=(ratings, *needed), events=lambda: _events(ratings, separator, raw.event_schema, raw.bad_rows),
+        name=name, fields=FIELDS, files=(ratings, *needed), events=lambda: _events(ratings, separator, raw.event_schema, raw.bad_rows),
         items=lambda: _items(needed[0], separator, raw.item_schema, raw.bad_rows), ordinals={"rating": 10}, bags=("genres",),
         bad_rows=BadRows.of(bad_rows), settings=bad_rows,
     )  # fmt: skip

@@ -30,6 +30,7 @@ class Numbered:
       database: with the tables `kept` (events without duplicates), `users`, `items` (both numbered) and `catalogue`.
       rows, kept, users: counts of events, of those without duplicates, and of users.
       ticks: how times became whole numbers.
+      fractions: whether any time is no whole number of its unit.
       edges: of each measured number, the values at which its next level begins (above which, not from which).
     """
 
@@ -38,6 +39,7 @@ class Numbered:
     kept: int
     users: int
     ticks: times.Ticks
+    fractions: bool
     edges: dict[str, list[float]]
 
     def facts(self, raw: Raw) -> dict[str, int | str]:
@@ -76,7 +78,7 @@ def number_events(raw: Raw, scratch: Path) -> Iterator[Numbered]:
         _number(database, raw, ticks, edges, exact=bool(counts["fractions"]))
         kept, users = (database.sql(f"SELECT count(*) FROM {name}").fetchall()[0][0] for name in ("kept", "users"))
         named = {raw.stored[own]: values for own, values in edges.items()}
-        yield Numbered(database, counts["rows"], kept, users, ticks, named)
+        yield Numbered(database, counts["rows"], kept, users, ticks, bool(counts["fractions"]), named)
 
 
 def _ticks(database: duckdb.DuckDBPyConnection, raw: Raw, counts: dict) -> times.Ticks:

@@ -149,6 +149,7 @@ def _facts(table: numbering.Numbered, raw: Raw) -> dict:
         "bags": {name: [[number[name][value] for value in bag] for bag in found] for name, found in bags.items()},
         "vocab": vocab,
         "ticks_per_second": table.ticks.per_second,
+        "fractions": table.fractions,
         "edges": table.edges,
         "audit": table.facts(raw),
     }

@@ -16,9 +16,11 @@ from absl import logging
 from etils import epath
 
 from user_llm.common.workdir import path_part
+from user_llm.data.fields import Fields, Number, Text
 
 ROWS = 50_000  # of one piece
 WARNINGS = 5  # of bad rows that are left out; the others are counted only
+REMEDY = "mend or delete the row, or leave such rows out by --config.data.bad_rows=skip"
 TAG = re.compile(r"<[^<>]*>")
 UNSHOWN = re.compile(r"<(script|style)\b", re.IGNORECASE | re.ASCII)  # parts of a page that no reader sees
 # What `clean` may change: parts of HTML, all white space but single spaces between words.
@@ -33,10 +35,12 @@ class BadRows:
     Attributes:
       skip: leave them out.
       count: how many were left out.
+      remedy: what a refusal tells to do.
     """
 
     skip: bool = False
     count: int = 0
+    remedy: str = REMEDY
 
     @classmethod
     def of(cls, mode: str) -> "BadRows":
@@ -59,7 +63,7 @@ class BadRows:
           ValueError: bad rows are refused.
         """
         if not self.skip:
-            raise ValueError(f"{fault}; mend or delete the row, or leave such rows out by --config.data.bad_rows=skip.")
+            raise ValueError(f"{fault}; {self.remedy}.")
         if self.count < WARNINGS:
             logging.warning("Left out: %s.", fault)
         self.count += rows
@@ -76,6 +80,8 @@ class Raw:
         `time` and `fraction` (see `times.py`), and those that `stored` names.
       items: yields pieces with `item`, `title` and the columns of `bags` (lists of strings); the first row of an item counts. It
         is called when `events` has ended.
+      fields: the columns of the files and how they are read. A number or text that is not among them has a column of its own
+        name. The edges of measured numbers, and a unit that all times decide, are added when timelines are opened.
       ordinals: event-side columns of numbers from 1 to the given highest, such as {"rating": 5}, by the publisher's names.
       measured: those of `ordinals` that `events` gives as numbers of any size, of which preparing makes such levels.
       texts: event-side columns of text, by the publisher's names.
@@ -94,6 +100,7 @@ class Raw:
     events: Callable[[], Iterator[pa.RecordBatch]]
     items: Callable[[], Iterator[pa.RecordBatch]]
     ordinals: Mapping[str, int]
+    fields: Fields = dataclasses.field(default_factory=Fields)
     measured: tuple[str, ...] = ()
     texts: tuple[str, ...] = ()
     bags: tuple[str, ...] = ()
@@ -107,6 +114,17 @@ class Raw:
         """The program's own names of event-side columns, and the publisher's: {"level_0": "rating", "text_0": "review"}."""
         levels = {f"level_{n}": name for n, name in enumerate(self.ordinals)}
         return levels | {f"text_{n}": name for n, name in enumerate(self.texts)}
+
+    def number(self, name: str) -> Number:
+        """Return how one of `ordinals` is read."""
+        if name in self.fields.numbers:
+            return self.fields.numbers[name]
+        highest = self.ordinals[name]
+        return Number(name, missing=highest) if name in self.measured else Number.of_scale(name, range(1, highest + 1))
+
+    def text(self, name: str) -> Text:
+        """Return how one of `texts` is read."""
+        return self.fields.texts.get(name, Text(name))
 
     def __post_init__(self) -> None:
         path_part(self.name, "The dataset's name")

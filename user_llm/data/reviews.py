@@ -1,5 +1,6 @@
 """Reviews in JSON lines, as Amazon's and Google's files hold them: a user, an item, one to five stars, a time, and texts."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -9,12 +10,15 @@ import pyarrow as pa
 from etils import epath
 
 from user_llm.data import columns
+from user_llm.data.fields import Fields, Number, Text
 from user_llm.data.json_lines import alike, json_pieces
+from user_llm.data.opening import line_chunks
 from user_llm.data.raw import BadRows, Raw, clean, cleaned
-from user_llm.data.times import FRACTION
+from user_llm.data.times import FRACTION, UNITS
 from user_llm.data.values import identifier, json_object, text_of, whole
 
 STARS = 5
+FIRST_LINES = 100  # of which one tells a file's layout
 FURTHEST = 10**11  # seconds from 1970 (the year 5138)
 
 
@@ -51,7 +55,7 @@ def of_lines(
     """
     raw = Raw(
         name=name, files=(*events[0], *items[0]), events=lambda: reviews(), items=lambda: products(), ordinals={"rating": STARS},
-        texts=texts, bags=("categories",), bad_rows=BadRows.of(bad_rows), settings=bad_rows,
+        fields=_fields(_first_layout(*events), texts), texts=texts, bags=("categories",), bad_rows=BadRows.of(bad_rows), settings=bad_rows,
     )  # fmt: skip
     layouts = events[1]
 
@@ -78,6 +82,29 @@ def _layout(line: dict[str, Any], layouts: Sequence[Layout]) -> Layout:
         if layout.user in line:
             return layout
     return layouts[-1]
+
+
+def _first_layout(files: Sequence[epath.Path], layouts: Sequence[Layout]) -> Layout:
+    """Return the layout of the first line that can be read, among the first of the first file; else the last layout."""
+    with contextlib.suppress(ValueError):  # of what is no file of lines, which reading says
+        for line in next((lines for file in files[:1] for _, lines in line_chunks(file, FIRST_LINES)), []):
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                review = json_object(line)
+                _row(review, layouts)
+                return _layout(review, layouts)
+    return layouts[-1]
+
+
+def _fields(layout: Layout, texts: tuple[str, ...]) -> Fields:
+    unit = next(name for name, per_second in UNITS.items() if per_second == layout.per_second)
+    return Fields(
+        layout.user,
+        layout.item,
+        layout.time,
+        unit=unit,
+        numbers={"rating": Number.of_scale(layout.rating, range(1, STARS + 1))},
+        texts={name: Text(column, html=True) for name, column in zip(texts, layout.texts, strict=True)},
+    )
 
 
 def _row(line: dict[str, Any], layouts: Sequence[Layout]) -> tuple:

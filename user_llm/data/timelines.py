@@ -7,6 +7,7 @@ process holds all events.
 
 import dataclasses
 import functools
+import hashlib
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt64
 
+from user_llm.data.fields import Fields
 from user_llm.data.mapped import Column
 from user_llm.data.schema import Schema
 
@@ -104,6 +106,7 @@ class Timelines:
       ticks: what the events of a user are ordered by, exactly: times in ticks, or orders. If it is None, `timestamp` counts.
       ticks_per_second: the resolution of `ticks` where they are times.
       words: ids of the words of text columns, where they are stored; those of other columns are computed when asked for.
+      fields: the rules by which raw events became these; those of a reader, completed by what the whole dataset tells.
       origin: where the timelines are stored, None if they are not. A copy in which anything was replaced has none.
     """
 
@@ -118,6 +121,7 @@ class Timelines:
     ticks: Int[np.ndarray, " N"] | Column | None = None
     ticks_per_second: int = 1
     words: dict[str, Column] = dataclasses.field(default_factory=dict)
+    fields: Fields = dataclasses.field(default_factory=Fields)
     origin: Origin | None = dataclasses.field(default=None, init=False)
 
     def __len__(self) -> int:
@@ -221,6 +225,13 @@ def word_ids(texts: np.ndarray, size: int, width: int) -> Int[np.ndarray, "N W"]
         words = WORD.findall(text.lower())[:width]
         ids[row, : len(words)] = [1 + zlib.crc32(word.encode()) % (size - 1) for word in words]
     return ids
+
+
+def hash_key(user: str) -> int:
+    """Return what stands for a user in the hash that breaks ties: the user's id if it is a number, else a hash of the id."""
+    if user.isdecimal() and len(user) < 19:
+        return int(user)
+    return int.from_bytes(hashlib.sha256(user.encode()).digest()[:8], "big")
 
 
 def order_events(

@@ -182,6 +182,24 @@ def _zone_offset(zone: str, date: datetime.date, seconds: int) -> int:
     return 0 if offset is None else int(offset.total_seconds())
 
 
+def in_seconds(found: Times, unit: str) -> Times:
+    """Return times whose numbers, which count a unit, are turned into seconds; fractions are kept to 10^-18 s.
+
+    Args:
+      unit: of UNITS. Of another one, as of orders and of COMPACT, the numbers stay what they are.
+    """
+    per_second = np.where(found.dates, 1, UNITS.get(unit, 1))
+    whole, rest = np.divmod(found.whole, per_second)
+    return found._replace(whole=whole, fraction=rest * (FRACTION // per_second) + found.fraction // per_second)
+
+
+def as_ticks(found: Times, per_second: int) -> tuple[Int[np.ndarray, " rows"], Bool[np.ndarray, " rows"]]:
+    """Return the ticks of times in seconds, rounded down, and which times are too far from 1970 for 64 bits."""
+    most = 2**63 // per_second - 1
+    far = (found.whole > most) | (found.whole < -most)
+    return np.where(far, 0, found.whole) * per_second + found.fraction // (FRACTION // per_second), far
+
+
 class Ticks(NamedTuple):
     """How a dataset's times become ticks.
 

@@ -1,0 +1,113 @@
+"""The one place that reads rows by declared columns: what does not fit is said by file and row, or leaves the row out."""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from user_llm.data import columns, times
+from user_llm.data.columns import Bad, Column, WrongType
+from user_llm.data.event_tables import Piece
+from user_llm.data.raw import BadRows
+from user_llm.data.values import shown
+
+
+def check_names(place: Any, there: Sequence[str], wanted: Sequence[str], needed: Sequence[str]) -> None:
+    """Refuse a table without the columns that it needs, or with two of one name.
+
+    Args:
+      place: what a message calls the table.
+      there: the names of its columns; none if they are not known.
+      wanted: the names that are read.
+      needed: those of them that must be there.
+
+    Raises:
+      ValueError: a column is missing, or is there twice.
+    """
+    for name in wanted:
+        if there.count(name) > 1:
+            raise ValueError(f"{place} has {there.count(name)} columns {name!r}: rename all but one.")
+    if missing := [name for name in needed if name not in there and there]:
+        raise ValueError(f"{place} has no column {', '.join(map(repr, missing))}; it has {', '.join(map(str, there))}.")
+
+
+class Rows:
+    """The rows of a piece, read column by column. What is wrong with a row is noted, and `settle` says it.
+
+    Every method that reads a column takes its name, and raises a ValueError where the column's type can never be what is read.
+    """
+
+    def __init__(self, piece: Piece):
+        self.piece = piece
+        self._faults: list[tuple[Bad, str, str, str]] = []
+
+    def __len__(self) -> int:
+        return len(self.piece.rows)
+
+    def ids(self, name: str, kind: str) -> pa.Array:
+        """Return ids, which must be there; `kind` is what a message calls them."""
+        found, bad = self._read(name, kind, columns.text)
+        self.refuse(bad | columns.missing(found), name, kind)
+        return found
+
+    def texts(self, name: str, kind: str = "text") -> pa.Array:
+        """Return texts, empty where there are none."""
+        found, bad = self._read(name, kind, columns.text)
+        self.refuse(bad, name, kind)
+        return found.fill_null("")
+
+    def names(self, name: str) -> pa.Array:
+        """Return lists of names, empty where there are none."""
+        found, bad = self._read(name, "category", columns.names)
+        self.refuse(bad, name, "category")
+        return found
+
+    def numbers(self, name: str, more: str = "") -> pa.Array:
+        """Return float64 numbers, null where they are missing; `more` ends a message."""
+        found, bad = self._read(name, "number", columns.number)
+        self.refuse(bad, name, "number", more)
+        return found
+
+    def times(self, name: str, *, order: bool, compact: bool) -> times.Times:
+        """Return times, or with `order` numbers that order events; see `times.read`."""
+        kind = "order" if order else "time"
+        found = self._read(name, kind, lambda column: times.read(column, order=order, compact=compact))
+        self.refuse(found.bad, name, kind)
+        return found
+
+    def refuse(self, bad: Bad, name: str, kind: str, more: str = "") -> None:
+        """Note rows in which a column is not what it is declared to be."""
+        if bad.any():
+            self._faults.append((bad, name, kind, more))
+
+    def settle(self, bad_rows: BadRows) -> pa.Array | None:
+        """Refuse the first bad row, or leave all of them out: return which rows remain, None for all."""
+        if not self._faults:
+            return None
+        bad = np.any([mask for mask, *_ in self._faults], axis=0)
+        row = int(np.argmax(bad))
+        name, kind, more = next(rest for mask, *rest in self._faults if mask[row])
+        column = self.piece.columns.get(name)
+        value = None if column is None else column[row]
+        value = value.as_py() if isinstance(value, pa.Scalar) else value
+        fault = f"no {kind} that can be read, as column {name!r} holds {_shown(value)}{more}"
+        bad_rows(f"{self.piece.file}, row {self.piece.rows[row]}: {fault}", int(bad.sum()))
+        return pa.array(~bad)
+
+    def _read(self, name: str, kind: str, read: Callable[[Column], Any]) -> Any:
+        column = self.piece.columns.get(name)
+        try:
+            return read(pa.nulls(len(self)) if column is None else column)
+        except WrongType as error:
+            raise ValueError(
+                f"{self.piece.file}: column {name!r} is of type {error}, which is no {kind}: name another column, or cast it."
+            ) from None
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, bytes):
+        with contextlib.suppress(UnicodeDecodeError):
+            value = value.decode()
+    return "nothing" if value is None else shown(value)

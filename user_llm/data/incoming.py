@@ -1,0 +1,121 @@
+"""Events as a caller has them: a list of dicts, a table of pandas, polars or Arrow, or files; in pieces of columns.
+
+Neither pandas nor polars is needed: their tables are read through Arrow's C stream.
+"""
+
+import datetime
+import decimal
+import itertools
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from etils import epath
+
+from user_llm.data.declared import check_names
+from user_llm.data.event_files import find_files
+from user_llm.data.event_tables import Piece
+from user_llm.data.raw import ROWS, BadRows
+from user_llm.data.values import shown
+
+PLAIN = (str, int, float, bool, type(None), list, tuple, dict)  # types of values that `columns.py` knows
+LIST, TABLE = epath.Path("The list of events"), epath.Path("The table of events")  # in the place of a file
+
+
+def event_pieces(
+    events: Any, wanted: Sequence[str], *, needed: Sequence[str], numbers: Collection[str], bad_rows: BadRows
+) -> tuple[set[str], Iterator[Piece]]:
+    """Return the names of the wanted columns that events have, and the events in pieces.
+
+    Args:
+      events: a list of dicts; a table with `__arrow_c_stream__`, or of pandas; or the path of a file, a folder or a glob.
+      wanted: names of columns.
+      needed: those of them that must be there.
+      numbers: those of them of which the numbers count and not how they are spelled.
+
+    Raises:
+      ValueError: events of another kind, a column that is missing or there twice, or a file that cannot be read.
+    """
+    if isinstance(events, str | os.PathLike):
+        return _of_files(os.fspath(events), wanted, needed, numbers, bad_rows)
+    if isinstance(events, list | tuple):
+        return _of_dicts(events, wanted, needed)
+    table = _arrow(events)
+    return _of_table(table, wanted, needed) if isinstance(table, pa.Table) else _of_dicts(table, wanted, needed)
+
+
+def _of_files(
+    source: str, wanted: Sequence[str], needed: Sequence[str], numbers: Collection[str], bad_rows: BadRows
+) -> tuple[set[str], Iterator[Piece]]:
+    files, form = find_files(source)
+    there: set[str] = set()
+    for file in files:
+        names = form.names(file, wanted)
+        check_names(file, names, wanted, needed)
+        there |= set(names) & set(wanted)
+    return there, itertools.chain.from_iterable(form.pieces(file, wanted, numbers, bad_rows) for file in files)
+
+
+def _of_dicts(events: Sequence[Any], wanted: Sequence[str], needed: Sequence[str]) -> tuple[set[str], Iterator[Piece]]:
+    names: dict[str, None] = {}
+    for row, event in enumerate(events, 1):
+        if not isinstance(event, Mapping):
+            raise ValueError(f"{LIST}, row {row}: {shown(event)} is no dict; give each event as a dict of its columns.")
+        names |= dict.fromkeys(event)
+    check_names(LIST, list(names), wanted, needed)
+    there = [name for name in wanted if name in names]
+
+    def pieces() -> Iterator[Piece]:
+        for first in range(0, len(events), ROWS):
+            part = events[first : first + ROWS]
+            columns = {name: [_plain(event.get(name)) for event in part] for name in there}
+            yield Piece(LIST, np.arange(first + 1, first + len(part) + 1), columns)
+
+    return set(there), pieces()
+
+
+def _plain(value: Any) -> Any:
+    """Return a value of a dict as JSON would have it: dates as ISO 8601, numbers of any type as Python's or as spelled."""
+    if type(value) in PLAIN:
+        return value
+    if isinstance(value, np.datetime64):
+        return str(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, bytes):
+        return value.decode(errors="surrogateescape")  # what is no UTF-8 is refused as text
+    if isinstance(value, datetime.date):  # a datetime is one too
+        return value.isoformat()
+    if isinstance(value, decimal.Decimal) or str(value) == "<NA>":  # what pandas has for nothing
+        return str(value)
+    return value
+
+
+def _arrow(events: Any) -> pa.Table | list[dict]:
+    """Return a table as Arrow's, or as dicts where a column of pandas mixes types."""
+    of_pandas = type(events).__module__.split(".")[0] == "pandas" and hasattr(events, "columns")
+    if not (of_pandas or hasattr(events, "__arrow_c_stream__") or hasattr(events, "__arrow_c_array__")):
+        kind = type(events).__name__
+        raise ValueError(f"Events are a list of dicts, a table of pandas, polars or Arrow, or the path of a file, not {kind}.")
+    try:
+        return pa.Table.from_pandas(events, preserve_index=False) if of_pandas else pa.table(events)
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        if of_pandas and isinstance(error, pa.ArrowException):
+            return events.to_dict("records")
+        raise ValueError(f"{TABLE} cannot be read by Arrow: {' '.join(str(error).split())[:160]}.") from None
+
+
+def _of_table(table: pa.Table, wanted: Sequence[str], needed: Sequence[str]) -> tuple[set[str], Iterator[Piece]]:
+    check_names(TABLE, table.column_names, wanted, needed)
+    there = [name for name in wanted if name in table.column_names]
+
+    def pieces() -> Iterator[Piece]:
+        number = 1
+        for batch in table.select(there).to_batches(ROWS):
+            columns = dict(zip(there, batch.columns, strict=True))
+            yield Piece(TABLE, np.arange(number, number + len(batch)), columns)
+            number += len(batch)
+
+    return set(there), pieces()

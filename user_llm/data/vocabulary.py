@@ -1,0 +1,256 @@
+"""The rules by which raw events become ids, stored with a model so that serving and training cannot drift apart.
+
+A vocabulary holds the schema, the catalogue and the fields of the timelines that a model was trained on. It makes `Timelines` of
+events that were not among them, and so `Timelines.features` is the only maker of features.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Int
+
+from user_llm.common.records import misfit, positive_whole_number, text
+from user_llm.data import times
+from user_llm.data.declared import Rows
+from user_llm.data.event_tables import Piece
+from user_llm.data.fields import Fields
+from user_llm.data.incoming import event_pieces
+from user_llm.data.raw import BadRows, cleaned
+from user_llm.data.schema import Feature, Schema
+from user_llm.data.timelines import GAP_BUCKETS, Catalogue, Timelines, hash_key, order_events
+
+REMEDY = "mend the row or leave it out"
+WIDEST = 1 << 16  # columns of an event's features, more than any schema has
+
+
+class Read(NamedTuple):
+    """Users that were read.
+
+    Attributes:
+      timelines: their events in order. A user has no events if no item of theirs is known.
+      unknown: how many events of each user are left out because their item is not in the catalogue.
+    """
+
+    timelines: Timelines
+    unknown: Int[np.ndarray, " U"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # a catalogue's arrays have no truth value
+class Vocabulary:
+    """The rules by which raw events become ids.
+
+    Attributes:
+      name: of the dataset.
+      fields: the columns of raw events and how they are read.
+
+    Raises:
+      ValueError: the parts do not fit one another.
+    """
+
+    name: str
+    schema: Schema
+    catalogue: Catalogue
+    fields: Fields
+
+    def __post_init__(self) -> None:
+        if wrong := self._misfit():
+            raise ValueError(f"The vocabulary of {self.name!r} does not hold together: {wrong}.")
+
+    @classmethod
+    def of(cls, timelines: Timelines) -> "Vocabulary":
+        """Return the rules by which timelines were made."""
+        return cls(timelines.name, timelines.schema, timelines.catalogue, timelines.fields)
+
+    def read(self, events: Any) -> Read:
+        """Return the timelines of the users of events, in the order in which users first occur.
+
+        Each event is read as in training: the same user, item and exact time count once, ties are broken by the same hash.
+
+        Args:
+          events: a list of dicts, a table of pandas, polars or Arrow, or the path of a file, a folder or a glob, with the columns
+            that `fields` names. Columns of numbers and texts that may be missing need not be there. Without the column of users
+            all events are of one user, whose id is "". Times are numbers of the unit, dates or both.
+
+        Raises:
+          ValueError: a column is missing, or a row holds what cannot be read.
+        """
+        fields, bad_rows = self.fields, BadRows(remedy=REMEDY)
+        needed = [fields.item, fields.time, *(fields.numbers[name].column for name in self._needed)]
+        there, pieces = event_pieces(events, fields.columns(), needed=needed, numbers=fields.only_numbers(), bad_rows=bad_rows)
+        batches = [self._batch(piece, fields.user in there, bad_rows) for piece in pieces if len(piece.rows)]
+        return self._timelines(pa.Table.from_batches(batches, self._columns))
+
+    def encode(self, events: Any) -> Int[np.ndarray, "E A"]:
+        """Return the features of one user's events in order; see `read`.
+
+        Raises:
+          ValueError: a row that cannot be read, or events of several users.
+        """
+        timelines = self.read(events).timelines
+        if len(timelines) > 1:
+            first, second = timelines.user_keys[:2]
+            raise ValueError(f"The events are of {len(timelines)} users, such as {first!r} and {second!r}: give those of one.")
+        return timelines.features(np.arange(len(timelines.item)))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `from_json` reads beside the catalogue, which `catalogue_file.py` writes."""
+        names = {bag: values[1:] for bag, values in self.catalogue.vocab.items()}
+        features = [dataclasses.asdict(feature) for feature in self.schema]
+        return {"name": self.name, "schema": features, "names": names, "fields": self.fields.to_json()}
+
+    @classmethod
+    def from_json(cls, value: Any, catalogue: Catalogue) -> "Vocabulary":
+        """Return the vocabulary that `to_json` described.
+
+        Raises:
+          ValueError: a part is missing or is not what it must be, or the catalogue is another one.
+        """
+        schema, names = schema_and_names(value)
+        if names != {bag: values[1:] for bag, values in catalogue.vocab.items()}:
+            raise ValueError("The vocabulary's names of categories are not those of the catalogue.")
+        return cls(value["name"], schema, catalogue, Fields.from_json(value["fields"]))
+
+    def _misfit(self) -> str:
+        """Say which parts do not fit one another; nothing if all do."""
+        catalogue, fields = self.catalogue, self.fields
+        if self.schema.num_items != len(catalogue.keys) - 1:
+            return f"the schema has {self.schema.num_items} items and the catalogue {len(catalogue.keys) - 1}"
+        if fields.timed and not fields.unit:
+            return "the unit of times is not said"
+        if self.schema.width > WIDEST:
+            return f"an event has {self.schema.width} columns of features, more than {WIDEST}"
+        for feature in self.schema:
+            wrong = ""
+            match feature.kind:
+                case "multi" if feature.name not in catalogue.multi:
+                    wrong = "is no bag of the catalogue"
+                case "multi" if catalogue.multi[feature.name].shape[1] != feature.width:
+                    wrong = f"has {feature.width} columns, and {catalogue.multi[feature.name].shape[1]} in the catalogue"
+                case "multi" if len(catalogue.vocab[feature.name]) > feature.size:
+                    wrong = f"has {feature.size} ids for {len(catalogue.vocab[feature.name]) - 1} names"
+                case "time" if not fields.timed or feature.size < GAP_BUCKETS:
+                    wrong = f"needs times and {GAP_BUCKETS} ids"
+                case "text" if feature.name not in fields.texts:
+                    wrong = "is read from no column of texts"
+                case "ordinal" | "categorical" if feature.name not in fields.numbers:
+                    wrong = "is read from no column of numbers"
+                case "ordinal" | "categorical" if fields.numbers[feature.name].highest >= feature.size:
+                    wrong = f"has {feature.size} ids and levels up to {fields.numbers[feature.name].highest}"
+            if wrong:
+                return f"feature {feature.name!r} {wrong}"
+        return ""
+
+    @functools.cached_property
+    def _needed(self) -> set[str]:
+        """The numbers that no event may lack: those that are features and have no level for a missing one."""
+        return {name for name, number in self.fields.numbers.items() if not number.missing and name in self.schema.names}
+
+    @functools.cached_property
+    def _item_numbers(self) -> dict[str, int]:
+        return {key: number for number, key in enumerate(self.catalogue.keys) if number}
+
+    @property
+    def _columns(self) -> pa.Schema:
+        """The columns of the batches that are read."""
+        columns = {"user": pa.string(), "item": pa.string(), **dict.fromkeys(("whole", "fraction", "ticks"), pa.int64())}
+        columns |= {f"level_{n}": pa.int32() for n in range(len(self.fields.numbers))}
+        return pa.schema(columns | {f"text_{n}": pa.string() for n in range(len(self.fields.texts))})
+
+    def _batch(self, piece: Piece, has_user: bool, bad_rows: BadRows) -> pa.RecordBatch:
+        """Return the columns of a piece, read."""
+        fields, rows = self.fields, Rows(piece)
+        user = rows.ids(fields.user, "user") if has_user else pa.array([""] * len(rows), pa.string())
+        item = rows.ids(fields.item, "item")
+        found = rows.times(fields.time, order=not fields.timed, compact=fields.unit in times.COMPACT)
+        found = times.in_seconds(found, fields.unit if fields.timed else "")
+        ticks, far = times.as_ticks(found, fields.ticks_per_second)
+        rows.refuse(far, fields.time, "time", ", which is too far from 1970" if fields.timed else ", which is too large")
+        levels = []
+        for name, number in fields.numbers.items():
+            numbers = rows.numbers(number.column)
+            scale = f"; it is one of {', '.join(f'{one:g}' for one in number.allowed)}" if number.allowed else ""
+            rows.refuse(number.refused(numbers, needed=name in self._needed), number.column, "number", scale)
+            levels.append(pa.array(number.levels(numbers)))
+        texts = []
+        for one in fields.texts.values():
+            found_texts = rows.texts(one.column)
+            texts.append(cleaned(found_texts) if one.html else found_texts)
+        rows.settle(bad_rows)
+        numeric = map(pa.array, (found.whole, found.fraction, ticks))
+        return pa.RecordBatch.from_arrays([user, item, *numeric, *levels, *texts], schema=self._columns)
+
+    def _timelines(self, table: pa.Table) -> Read:
+        """Return the timelines of events that are read, in any order."""
+        users, items = (table[name].combine_chunks().dictionary_encode() for name in ("user", "item"))
+        keys = users.dictionary.to_pylist()
+        user, whole, fraction = users.indices.to_numpy(), table["whole"].to_numpy(), table["fraction"].to_numpy()
+        kept = _first_of_each(user, items.indices.to_numpy(), whole, fraction)
+        numbers = np.array([self._item_numbers.get(key, 0) for key in items.dictionary.to_pylist()], np.int32)
+        item = numbers[items.indices.to_numpy()]
+        unknown = np.bincount(user[kept[item[kept] == 0]], minlength=len(keys))
+        kept = kept[item[kept] > 0]
+        user, item, ticks = user[kept], item[kept], table["ticks"].to_numpy()[kept]
+        # Orders are kept exactly where they order, though their ticks are rounded.
+        time = ticks if self.fields.timed else _ranks(whole[kept], fraction[kept])
+        hashed = np.array([hash_key(key) for key in keys], np.uint64)[user]
+        order = order_events(user, hashed, item, time, ties=self.fields.ties, seed=self.fields.seed)
+        rows = kept[order]
+        columns: dict[str, Any] = {name: table[f"level_{n}"].to_numpy()[rows] for n, name in enumerate(self.fields.numbers)} | {
+            name: np.array(table[f"text_{n}"].take(pa.array(rows)).to_pylist(), np.dtypes.StringDType())
+            for n, name in enumerate(self.fields.texts)
+        }
+        if self.fields.timed:
+            columns["timestamp"] = ticks[order] / self.fields.ticks_per_second
+        timelines = Timelines(
+            name=self.name,
+            user_keys=keys,
+            offsets=np.concatenate([[0], np.cumsum(np.bincount(user, minlength=len(keys)))]).astype(np.int64),
+            item=item[order],
+            columns=columns,
+            schema=self.schema,
+            catalogue=self.catalogue,
+            ticks=ticks[order],
+            ticks_per_second=self.fields.ticks_per_second,
+            fields=self.fields,
+        )
+        return Read(timelines, unknown)
+
+
+def _first_of_each(*columns: np.ndarray) -> Int[np.ndarray, " k"]:
+    """Return the first row of each combination of values, in the order of rows."""
+    order = np.lexsort((np.arange(len(columns[0])), *columns))
+    differs = np.any([np.diff(column[order]) != 0 for column in columns], axis=0)
+    return np.sort(order[np.insert(differs, 0, True)]) if len(order) else order
+
+
+def _ranks(whole: Int[np.ndarray, " n"], fraction: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    """Return whole numbers that sort as the numbers of these parts do, and are equal where these are."""
+    return np.unique(np.stack([whole, fraction], axis=1), axis=0, return_inverse=True)[1].reshape(-1)
+
+
+def _text_lists(value: Any) -> bool:
+    return isinstance(value, dict) and all(not misfit(names, [text]) for names in value.values())
+
+
+_text_lists.__name__ = "object of lists of texts"
+FEATURE = {"name": text, "kind": text, "size": positive_whole_number, "width": positive_whole_number}
+FORM = {"name": text, "schema": [FEATURE], "names": _text_lists, "fields": lambda value: True}
+KINDS = ("item", "categorical", "multi", "ordinal", "time", "text")
+
+
+def schema_and_names(value: Any) -> tuple[Schema, dict[str, list[str]]]:
+    """Return the schema that `Vocabulary.to_json` described, and the names of each bag's ids, from 1.
+
+    Raises:
+      ValueError: a part is missing, or is not what it must be.
+    """
+    if wrong := misfit(value, FORM):
+        raise ValueError(f"The vocabulary: {wrong}.")
+    for feature in value["schema"]:
+        if feature["kind"] not in KINDS:
+            raise ValueError(f"The vocabulary: feature {feature['name']!r} is of the unknown kind {feature['kind']!r}.")
+    schema = Schema(tuple(Feature(*(feature[key] for key in FEATURE)) for feature in value["schema"]))
+    return schema, value["names"]
