@@ -1,6 +1,7 @@
 """Imports go down only: a file may import lower floors and its own room, never a sibling room or an upper floor."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def faults(module: str, source: str) -> list[str]:
 def test_imports_go_down_only(path):
     module = ".".join(path.with_suffix("").parts)
     if path.name == "__init__.py":
-        assert not imported((ROOT / path).read_text()), "packages are empty"
+        assert len(path.parts) == 2 or not imported((ROOT / path).read_text()), "packages are empty but the front door"
     else:
         assert not faults(module, (ROOT / path).read_text())
 
@@ -72,6 +73,29 @@ def test_configs_import_next_to_nothing(path):
     for name in imported((ROOT / path).read_text()):
         root = name.split(".")[0]
         assert name in ("configs.common", "configs.datasets") or root == "ml_collections" or root in sys.stdlib_module_names
+
+
+def test_the_front_door_imports_nothing_and_opens_at_the_first_name():
+    """What `import user_llm` loads, and how long that takes, is of no concern to a program that may never use a model."""
+    code = """
+import sys, time
+before = set(sys.modules)
+start = time.perf_counter()
+import user_llm
+seconds = time.perf_counter() - start
+assert seconds < 0.3, seconds
+loaded = {name.split(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)
+assert loaded == {"user_llm"}, loaded
+assert dir(user_llm) == sorted(user_llm.__all__), dir(user_llm)
+assert all(getattr(user_llm, name) for name in user_llm.__all__) and "jax" in sys.modules
+try:
+    user_llm.lode
+except AttributeError as error:
+    assert "no attribute 'lode'" in str(error)
+else:
+    raise AssertionError
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_every_file_has_a_floor():

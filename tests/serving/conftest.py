@@ -121,7 +121,16 @@ def make_model(dataset, drawn, tmp_path_factory) -> Callable[..., Made]:
         )  # fmt: skip
         names = {"favorite": {n: dataset.catalogue.vocab["genres"][n] for n in range(1, 5)}}
         model = Personalizer("", predictor, Vocabulary.of(dataset), lines, names)
-        facts = {"dataset": "toy", "users": 5, "events": 20, "items": 9, "columns": ["item"], "phase": "user_llm", "command": "none", "rows": []}
+        facts = {
+            "dataset": "toy",
+            "users": 5,
+            "events": 20,
+            "items": 9,
+            "columns": ["item"],
+            "phase": "user_llm",
+            "command": "none",
+            "rows": [],
+        }
         how = artifact.Making(None, True, folder / "tokenizer", ((".*", ()),), "float32", np.arange(10), facts)
         directory = folder / variant.replace(", ", "-").replace(" ", "-") / "model"
         written = artifact.save(directory, model, how)
@@ -131,7 +140,10 @@ def make_model(dataset, drawn, tmp_path_factory) -> Callable[..., Made]:
     return make
 
 
-@pytest.fixture(params=VARIANTS)
+FAST = ("cross", "titles")
+
+
+@pytest.fixture(params=[pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in VARIANTS])
 def made(request, make_model) -> Made:
     """The model of each variant."""
     return make_model(request.param)
@@ -146,5 +158,3 @@ def model(made) -> Personalizer:
 @functools.cache
 def load(directory: Path) -> Personalizer:
     return user_llm.load(directory)
-
-

@@ -74,7 +74,7 @@ def test_bytes_hold_the_user_and_round_the_tokens_to_a_127th_of_the_largest(make
     assert again.last_time == user.last_time == float(user.ticks[-1])
     step = np.abs(user.tokens).max(axis=1, keepdims=True) / 127
     assert (np.abs(again.tokens - user.tokens) <= step / 2 + 1e-7).all()
-    empty = unknown_user("m", SCHEMA_WIDTH, key=2**64 - 1, ticks_per_second=0)
+    empty = unknown_user("m", SCHEMA_WIDTH, key=2**64 - 1, ticks_per_second=1)
     assert facts(User.from_bytes(empty.to_bytes())) == facts(empty) and empty.last_time is None
     zero = dataclasses.replace(user, tokens=np.zeros((2, 3), np.float32))
     assert not User.from_bytes(zero.to_bytes()).tokens.any()

@@ -35,10 +35,10 @@ from user_llm.common.records import anything, misfit, positive_whole_number, rea
 from user_llm.common.trees import Params
 from user_llm.common.workdir import path_part
 from user_llm.config.reader import read_record
+from user_llm.data.catalogue_file import read_catalogue, write_catalogue
 from user_llm.data.prompts.base import Lines, Question, Template
 from user_llm.data.prompts.next_item import NextItem
 from user_llm.data.tokenizer import load_tokenizer
-from user_llm.data.catalogue_file import read_catalogue, write_catalogue
 from user_llm.data.vocabulary import Vocabulary, schema_and_names
 from user_llm.models import export as formats
 from user_llm.models.pretrained import decoder_config, find_checkpoint, load_decoder

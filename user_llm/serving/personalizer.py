@@ -130,7 +130,9 @@ class Personalizer:
         found = self.encode_many(events)
         if len(found) > 1:
             raise ValueError(f"These are events of {len(found)} users: pass them to encode_many, or those of one user.")
-        return next(iter(found.values()))
+        fields = self.vocabulary.fields
+        nobody = users.unknown_user(self.identity, self.vocabulary.schema.width, hash_key(""), fields.ticks_per_second)
+        return next(iter(found.values()), nobody)
 
     def encode_many(self, events: Any) -> dict[str, User]:
         """Return the users of a table or file by their ids; `encode` says of what it may consist.
@@ -172,9 +174,10 @@ class Personalizer:
             found = list(self._users(self.vocabulary.read(rows), None).values())
             if len(found) > 1:
                 raise ValueError(f"These are events of {len(found)} users: update one user by events of that user alone.")
-            merged[name] = users.joined(
-                old[name], found[0], self.vocabulary.schema, keep=self.keep, ties=fields.ties, seed=fields.seed
-            )
+            for more in found:
+                merged[name] = users.joined(
+                    old[name], more, self.vocabulary.schema, keep=self.keep, ties=fields.ties, seed=fields.seed
+                )
         changed = {name: merged[name] for name in events}
         return merged | dict(zip(changed, self._encoded(list(changed.values())), strict=True))
 
@@ -439,18 +442,13 @@ class Personalizer:
         return [Seen(catalogue.keys[read[n]], catalogue.titles[read[n]], len(read) - int(n), float(weights[n])) for n in order]
 
     def _users(self, read: Read, keep: int | None) -> dict[str, User]:
-        """Return users of whom nothing is encoded yet, by their ids; at least one."""
+        """Return users of whom nothing is encoded yet, by their ids."""
         timelines, fields, found = read.timelines, self.vocabulary.fields, dict[str, User]()
-        per_second = fields.ticks_per_second if fields.timed else 0
         for number, key in enumerate(timelines.user_keys):
             found[key] = users.from_timeline(
                 timelines, number, keep=keep, model=self.identity, key=hash_key(key), unknown=int(read.unknown[number]),
-                ticks_per_second=per_second,
+                ticks_per_second=fields.ticks_per_second,
             )  # fmt: skip
-        if not found:
-            found[""] = users.unknown_user(
-                self.identity, self.vocabulary.schema.width, key=hash_key(""), ticks_per_second=per_second
-            )
         if left_out := int(np.sum(read.unknown)):
             logging.warning("%d events are left out: the model does not know their items.", left_out)
         return found

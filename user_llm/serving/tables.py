@@ -113,4 +113,4 @@ class Recommend(_Loads):
             for user, items in zip(those, ranked, strict=True)
             for rank, item in enumerate(items, 1)
         ]  # fmt: skip
-        return pa.table(list(zip(*rows, strict=True)) or [[] for _ in RANKINGS], schema=RANKINGS)
+        return pa.Table.from_pylist([dict(zip(RANKINGS.names, row, strict=True)) for row in rows], RANKINGS)

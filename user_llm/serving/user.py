@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from user_llm.common.records import anything, misfit, text, whole_number
+from user_llm.common.records import anything, misfit, positive_whole_number, text, whole_number
 from user_llm.data.schema import Schema
 from user_llm.data.timelines import Timelines, order_events, time_gap_bucket
 
@@ -23,7 +23,7 @@ MAX_BYTES = 1 << 28  # of the arrays of a user
 ARRAYS = {"tokens": "i1", "scales": "<f4", "events": "<i4", "ticks": "<i8", "seen": "<i4"}
 HEADER = {
     "model": text, "key": anything, "count": whole_number, "unknown": whole_number, "before": anything,
-    "ticks_per_second": whole_number, "shapes": dict.fromkeys(ARRAYS, [whole_number]),
+    "ticks_per_second": positive_whole_number, "shapes": dict.fromkeys(ARRAYS, [whole_number]),
 }  # fmt: skip
 
 
@@ -41,7 +41,7 @@ class User:
       count: all events, those that are not kept included.
       unknown: events that were left out because the model does not know their item.
       key: what ties between events of one time are broken by.
-      ticks_per_second: 0 where ticks are orders and no times.
+      ticks_per_second: how many ticks a second has, or an order.
     """
 
     model: str
@@ -63,7 +63,7 @@ class User:
     @property
     def last_time(self) -> float | None:
         """When the last event was, in seconds since 1970, or its order; None without events."""
-        return float(self.ticks[-1]) / max(self.ticks_per_second, 1) if len(self.ticks) else None
+        return float(self.ticks[-1]) / self.ticks_per_second if len(self.ticks) else None
 
     def to_bytes(self) -> bytes:
         """Return the user as bytes, its tokens rounded to 8 bits."""
@@ -189,7 +189,7 @@ def joined(user: User, more: User, schema: Schema, *, keep: int | None, ties: st
     events, ticks = events[drop:], ticks[drop:]
     for feature in schema:
         if feature.kind == "time" and len(ticks):
-            gaps = np.diff(ticks, prepend=ticks[:1] if before is None else np.int64(before)) // max(user.ticks_per_second, 1)
+            gaps = np.diff(ticks, prepend=ticks[:1] if before is None else np.int64(before)) // user.ticks_per_second
             events[:, schema.columns(feature.name).start] = time_gap_bucket(gaps)
     return dataclasses.replace(
         user, tokens=np.zeros((0, 0), np.float32), events=events, ticks=ticks, before=before,
@@ -198,7 +198,7 @@ def joined(user: User, more: User, schema: Schema, *, keep: int | None, ties: st
     )  # fmt: skip
 
 
-def unknown_user(model: str, width: int, *, key: int, ticks_per_second: int) -> User:
+def unknown_user(model: str, width: int, key: int, ticks_per_second: int) -> User:
     """Return a user without events, whose events would have `width` columns."""
     none = np.zeros(0, np.int64)
     return User(
