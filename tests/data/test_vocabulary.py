@@ -260,6 +260,25 @@ def test_no_events_and_no_users(toy):
     np.testing.assert_array_equal(toy.encode(alone), toy.encode(EVENTS))
 
 
+def test_users_that_only_later_lines_name_are_refused(toy, tmp_path):
+    lines = [json.dumps({"i": "a", "t": 1, "r": 1})] * 1000 + [json.dumps({"u": 5, "i": "a", "t": 1, "r": 1})]
+    (tmp_path / "e.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="e.jsonl, row 1001: no user .* holds 5, while the first events name none"):
+        toy.read(str(tmp_path / "e.jsonl"))
+    (tmp_path / "e.jsonl").write_text("\n".join(lines[:-1]))
+    assert toy.encode(tmp_path / "e.jsonl").shape == (1, 7)
+
+
+def test_orders_too_large_for_their_ticks_are_refused(toy):
+    schema = Schema(tuple(feature for feature in toy.schema if feature.kind != "time"))
+    ordered = dataclasses.replace(toy, schema=schema, fields=dataclasses.replace(toy.fields, timed=False))
+    assert ordered.read(EVENTS[::2]).timelines.ticks.tolist() == [100_000, 200_500]
+    with pytest.raises(ValueError, match="row 1: no order .* too large"):
+        ordered.read([EVENTS[0] | {"t": 2**60}])
+    with pytest.raises(ValueError, match="row 2: no order .* holds '1970-01-01T00:01:38'"):
+        ordered.read(EVENTS)
+
+
 def test_a_number_that_is_no_feature_may_be_missing(toy):
     fewer = dataclasses.replace(toy, schema=Schema(tuple(toy.schema[name] for name in ("item", "gap"))))
     alone = [{"i": event["i"], "t": event["t"]} for event in EVENTS]
@@ -280,7 +299,7 @@ def test_a_number_that_is_no_feature_may_be_missing(toy):
         ([*EVENTS, EVENTS[0] | {"u": ""}], "row 4: no user"),
         ([EVENTS[0] | {"t": "soon"}], "row 1: no time .* 't' holds 'soon'"),
         ([EVENTS[0] | {"t": datetime.time(5)}], "row 1: no time"),
-        ([EVENTS[0] | {"t": 2**62}], "row 1: no time .* too far from 1970"),
+        ([EVENTS[0] | {"t": 2**62}], "row 1: no time .* holds 4611686018427387904, too far from 1970"),
         ([EVENTS[0] | {"r": None}], "row 1: no number .* 'r' holds nothing; it is one of 0.5, 1"),
         ([EVENTS[0] | {"r": 5.5}], "row 1: no number .* holds 5.5"),
         ([EVENTS[0] | {"n": {"x": 1}}], "row 1: no text"),

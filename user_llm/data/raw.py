@@ -81,7 +81,8 @@ class Raw:
       items: yields pieces with `item`, `title` and the columns of `bags` (lists of strings); the first row of an item counts. It
         is called when `events` has ended.
       fields: the columns of the files and how they are read. A number or text that is not among them has a column of its own
-        name. The edges of measured numbers, and a unit that all times decide, are added when timelines are opened.
+        name. When timelines are opened, `timed` and what the whole dataset tells are added: edges of measured numbers, and a
+        unit that all times decide.
       ordinals: event-side columns of numbers from 1 to the given highest, such as {"rating": 5}, by the publisher's names.
       measured: those of `ordinals` that `events` gives as numbers of any size, of which preparing makes such levels.
       texts: event-side columns of text, by the publisher's names.

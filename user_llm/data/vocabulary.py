@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from jaxtyping import Int
 
 from user_llm.common.records import misfit, positive_whole_number, text
@@ -162,12 +163,15 @@ class Vocabulary:
     def _batch(self, piece: Piece, has_user: bool, bad_rows: BadRows) -> pa.RecordBatch:
         """Return the columns of a piece, read."""
         fields, rows = self.fields, Rows(piece)
-        user = rows.ids(fields.user, "user") if has_user else pa.array([""] * len(rows), pa.string())
+        user = rows.ids(fields.user, "user") if has_user else rows.texts(fields.user, "user")
+        if not has_user:  # among the first lines of a file, of which all columns are taken to be
+            named = pc.not_equal(user, "").to_numpy(zero_copy_only=False)
+            rows.refuse(named, fields.user, "user", ", while the first events name none")
         item = rows.ids(fields.item, "item")
         found = rows.times(fields.time, order=not fields.timed, compact=fields.unit in times.COMPACT)
         found = times.in_seconds(found, fields.unit if fields.timed else "")
         ticks, far = times.as_ticks(found, fields.ticks_per_second)
-        rows.refuse(far, fields.time, "time", ", which is too far from 1970" if fields.timed else ", which is too large")
+        rows.refuse(far, fields.time, *(("time", ", too far from 1970") if fields.timed else ("order", ", too large")))
         levels = []
         for name, number in fields.numbers.items():
             numbers = rows.numbers(number.column)
