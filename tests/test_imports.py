@@ -21,7 +21,7 @@ FLOORS = {
     "report": 5,
     "ahead": 6,
 }
-TOP = {"main": 7, "export": 7}  # single files, one room together
+TOP = dict.fromkeys(("main", "encode", "export", "recommend"), 7)  # single files, one room together
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.glob("user_llm/**/*.py"))
 CONFIGS = sorted(path.relative_to(ROOT) for path in ROOT.glob("configs/*.py"))
 

@@ -13,18 +13,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from user_llm.serving.bulk import forget
     from user_llm.serving.front import load
     from user_llm.serving.personalizer import Item, Personalizer, Seen
     from user_llm.serving.user import User
 
 NAMES = {
+    "forget": "user_llm.serving.bulk",
     "load": "user_llm.serving.front",
     "Item": "user_llm.serving.personalizer",
     "Personalizer": "user_llm.serving.personalizer",
     "Seen": "user_llm.serving.personalizer",
     "User": "user_llm.serving.user",
 }
-__all__ = ["Item", "Personalizer", "Seen", "User", "load"]
+__all__ = ["Item", "Personalizer", "Seen", "User", "forget", "load"]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,6 +6,7 @@ events that were not among them, and so `Timelines.features` is the only maker o
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,11 +79,56 @@ class Vocabulary:
         Raises:
           ValueError: a column is missing, or a row holds what cannot be read.
         """
-        fields, bad_rows = self.fields, BadRows(remedy=REMEDY)
+        return self.gather(pa.Table.from_batches(self.batches(events), self.columns))
+
+    def batches(self, events: Any, bad_rows: BadRows | None = None) -> Iterator[pa.RecordBatch]:
+        """Yield events in pieces of `columns`, read but neither sorted nor looked up; see `read`.
+
+        Args:
+          bad_rows: what becomes of rows that cannot be read; the first is refused if it is None.
+        """
+        fields, bad_rows = self.fields, bad_rows or BadRows(remedy=REMEDY)
         needed = [fields.item, fields.time, *(fields.numbers[name].column for name in self._needed)]
         there, pieces = event_pieces(events, fields.columns(), needed=needed, numbers=fields.only_numbers(), bad_rows=bad_rows)
-        batches = [self._batch(piece, fields.user in there, bad_rows) for piece in pieces if len(piece.rows)]
-        return self._timelines(pa.Table.from_batches(batches, self._columns))
+        for piece in pieces:
+            if len(piece.rows):
+                yield self._batch(piece, fields.user in there, bad_rows)
+
+    def gather(self, table: pa.Table) -> Read:
+        """Return the timelines of the users of events that `batches` has read, in any order."""
+        users, items = (table[name].combine_chunks().dictionary_encode() for name in ("user", "item"))
+        keys = users.dictionary.to_pylist()
+        user, whole, fraction = users.indices.to_numpy(), table["whole"].to_numpy(), table["fraction"].to_numpy()
+        kept = _first_of_each(user, items.indices.to_numpy(), whole, fraction)
+        numbers = np.array([self._item_numbers.get(key, 0) for key in items.dictionary.to_pylist()], np.int32)
+        item = numbers[items.indices.to_numpy()]
+        unknown = np.bincount(user[kept[item[kept] == 0]], minlength=len(keys))
+        kept = kept[item[kept] > 0]
+        user, item, ticks = user[kept], item[kept], table["ticks"].to_numpy()[kept]
+        # Orders are kept exactly where they order, though their ticks are rounded.
+        time = ticks if self.fields.timed else _ranks(whole[kept], fraction[kept])
+        hashed = np.array([hash_key(key) for key in keys], np.uint64)[user]
+        order = order_events(user, hashed, item, time, ties=self.fields.ties, seed=self.fields.seed)
+        rows = kept[order]
+        columns: dict[str, Any] = {name: table[f"level_{n}"].to_numpy()[rows] for n, name in enumerate(self.fields.numbers)} | {
+            name: np.array(table[f"text_{n}"].take(pa.array(rows)).to_pylist(), np.dtypes.StringDType())
+            for n, name in enumerate(self.fields.texts)
+        }
+        if self.fields.timed:
+            columns["timestamp"] = ticks[order] / self.fields.ticks_per_second
+        timelines = Timelines(
+            name=self.name,
+            user_keys=keys,
+            offsets=np.concatenate([[0], np.cumsum(np.bincount(user, minlength=len(keys)))]).astype(np.int64),
+            item=item[order],
+            columns=columns,
+            schema=self.schema,
+            catalogue=self.catalogue,
+            ticks=ticks[order],
+            ticks_per_second=self.fields.ticks_per_second,
+            fields=self.fields,
+        )
+        return Read(timelines, unknown)
 
     def encode(self, events: Any) -> Int[np.ndarray, "E A"]:
         """Return the features of one user's events in order; see `read`.
@@ -154,7 +200,7 @@ class Vocabulary:
         return {key: number for number, key in enumerate(self.catalogue.keys) if number}
 
     @property
-    def _columns(self) -> pa.Schema:
+    def columns(self) -> pa.Schema:
         """The columns of the batches that are read."""
         columns = {"user": pa.string(), "item": pa.string(), **dict.fromkeys(("whole", "fraction", "ticks"), pa.int64())}
         columns |= {f"level_{n}": pa.int32() for n in range(len(self.fields.numbers))}
@@ -182,45 +228,10 @@ class Vocabulary:
         for one in fields.texts.values():
             found_texts = rows.texts(one.column)
             texts.append(cleaned(found_texts) if one.html else found_texts)
-        rows.settle(bad_rows)
+        good = rows.settle(bad_rows)
         numeric = map(pa.array, (found.whole, found.fraction, ticks))
-        return pa.RecordBatch.from_arrays([user, item, *numeric, *levels, *texts], schema=self._columns)
-
-    def _timelines(self, table: pa.Table) -> Read:
-        """Return the timelines of events that are read, in any order."""
-        users, items = (table[name].combine_chunks().dictionary_encode() for name in ("user", "item"))
-        keys = users.dictionary.to_pylist()
-        user, whole, fraction = users.indices.to_numpy(), table["whole"].to_numpy(), table["fraction"].to_numpy()
-        kept = _first_of_each(user, items.indices.to_numpy(), whole, fraction)
-        numbers = np.array([self._item_numbers.get(key, 0) for key in items.dictionary.to_pylist()], np.int32)
-        item = numbers[items.indices.to_numpy()]
-        unknown = np.bincount(user[kept[item[kept] == 0]], minlength=len(keys))
-        kept = kept[item[kept] > 0]
-        user, item, ticks = user[kept], item[kept], table["ticks"].to_numpy()[kept]
-        # Orders are kept exactly where they order, though their ticks are rounded.
-        time = ticks if self.fields.timed else _ranks(whole[kept], fraction[kept])
-        hashed = np.array([hash_key(key) for key in keys], np.uint64)[user]
-        order = order_events(user, hashed, item, time, ties=self.fields.ties, seed=self.fields.seed)
-        rows = kept[order]
-        columns: dict[str, Any] = {name: table[f"level_{n}"].to_numpy()[rows] for n, name in enumerate(self.fields.numbers)} | {
-            name: np.array(table[f"text_{n}"].take(pa.array(rows)).to_pylist(), np.dtypes.StringDType())
-            for n, name in enumerate(self.fields.texts)
-        }
-        if self.fields.timed:
-            columns["timestamp"] = ticks[order] / self.fields.ticks_per_second
-        timelines = Timelines(
-            name=self.name,
-            user_keys=keys,
-            offsets=np.concatenate([[0], np.cumsum(np.bincount(user, minlength=len(keys)))]).astype(np.int64),
-            item=item[order],
-            columns=columns,
-            schema=self.schema,
-            catalogue=self.catalogue,
-            ticks=ticks[order],
-            ticks_per_second=self.fields.ticks_per_second,
-            fields=self.fields,
-        )
-        return Read(timelines, unknown)
+        batch = pa.RecordBatch.from_arrays([user, item, *numeric, *levels, *texts], schema=self.columns)
+        return batch if good is None else batch.filter(good)
 
 
 def _first_of_each(*columns: np.ndarray) -> Int[np.ndarray, " k"]:

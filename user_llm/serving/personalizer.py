@@ -9,7 +9,7 @@ It needs no run and no dataset. Everything goes the way of `predictor.py`, which
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -140,12 +140,13 @@ class Personalizer:
         Raises:
           ValueError: an event that cannot be read.
         """
-        return self.encode_read(self.vocabulary.read(events))
+        read = self._read(events)
+        return self.encode_read(read, range(len(read.timelines)))
 
     @on_mesh
-    def encode_read(self, read: Read) -> dict[str, User]:
-        """Return the users of events that the vocabulary has read, by their ids."""
-        found = self._users(read, self.keep)
+    def encode_read(self, read: Read, numbers: Iterable[int]) -> dict[str, User]:
+        """Return some of the users whose events the vocabulary has read, by their ids."""
+        found = self._users(read, numbers, self.keep)
         return dict(zip(found, self._encoded(list(found.values())), strict=True))
 
     def update(self, user: User, events: Any) -> User:
@@ -171,7 +172,8 @@ class Personalizer:
             if name not in old:
                 raise ValueError(f"Events of {name!r}, who is not among the users: encode them.")
             self._check(old[name])
-            found = list(self._users(self.vocabulary.read(rows), None).values())
+            read = self._read(rows)
+            found = list(self._users(read, range(len(read.timelines)), None).values())
             if len(found) > 1:
                 raise ValueError(f"These are events of {len(found)} users: update one user by events of that user alone.")
             for more in found:
@@ -441,17 +443,24 @@ class Personalizer:
         order = np.argsort(-weights, kind="stable")[:k]
         return [Seen(catalogue.keys[read[n]], catalogue.titles[read[n]], len(read) - int(n), float(weights[n])) for n in order]
 
-    def _users(self, read: Read, keep: int | None) -> dict[str, User]:
-        """Return users of whom nothing is encoded yet, by their ids."""
-        timelines, fields, found = read.timelines, self.vocabulary.fields, dict[str, User]()
-        for number, key in enumerate(timelines.user_keys):
-            found[key] = users.from_timeline(
-                timelines, number, keep=keep, model=self.identity, key=hash_key(key), unknown=int(read.unknown[number]),
-                ticks_per_second=fields.ticks_per_second,
-            )  # fmt: skip
+    def _read(self, events: Any) -> Read:
+        """Return what the vocabulary reads of events, and warn of those that it left out."""
+        read = self.vocabulary.read(events)
         if left_out := int(np.sum(read.unknown)):
             logging.warning("%d events are left out: the model does not know their items.", left_out)
-        return found
+        return read
+
+    def _users(self, read: Read, numbers: Iterable[int], keep: int | None) -> dict[str, User]:
+        """Return users of whom nothing is encoded yet, by their ids."""
+        timelines = read.timelines
+        per_second, model = self.vocabulary.fields.ticks_per_second, self.identity
+        return {
+            (key := timelines.user_keys[number]): users.from_timeline(
+                timelines, number, keep=keep, model=model, key=hash_key(key), unknown=int(read.unknown[number]),
+                ticks_per_second=per_second,
+            )
+            for number in numbers
+        }  # fmt: skip
 
     def _encoded(self, those: list[User]) -> list[User]:
         """Return users with their user tokens."""

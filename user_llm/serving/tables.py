@@ -42,6 +42,11 @@ class _Loads:
     def __init__(self, model: Any, **settings: Any):
         self._given, self._settings = model, settings
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the results depend on besides the model and the events."""
+        return {}
+
     @functools.cached_property
     def model(self) -> Personalizer:
         """The model, loaded when it is first asked for."""
@@ -93,6 +98,11 @@ class Recommend(_Loads):
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_k": self._k, "_seen": self._seen}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the results depend on besides the model and the events."""
+        return {"k": self._k, "seen": self._seen}
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Return the rankings of the users of a table.

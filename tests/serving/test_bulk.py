@@ -1,0 +1,175 @@
+"""All users of event files: the same as one by one, whatever parts they fall into, killed and started again, or shared out."""
+
+import json
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import user_llm
+from user_llm.serving import bulk
+from user_llm.serving.tables import RANKINGS, STATES, Encode, Recommend
+from user_llm.serving.user import User
+
+
+@pytest.fixture
+def known(make_model):
+    return make_model("cross")
+
+
+@pytest.fixture
+def events(known, tmp_path):
+    """A file of all users' events, shuffled, one item unknown."""
+    rows = [row for user in range(5) for row in known.rows(user)]
+    rows.append({**rows[0], "item": "no such", "timestamp": 10**9})
+    order = np.random.default_rng(0).permutation(len(rows))
+    path = tmp_path / "events.jsonl"
+    path.write_text("".join(json.dumps(rows[n]) + "\n" for n in order))
+    return path
+
+
+def read(folder) -> list[dict]:
+    rows = [row for file in sorted(folder.glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
+    return sorted(rows, key=lambda row: (row["user"], row.get("rank", 0)))
+
+
+def expected(known) -> tuple[list[dict], dict[str, User]]:
+    model = user_llm.load(known.directory)
+    users = {known.timelines.user_keys[user]: model.encode(known.rows(user)) for user in range(5)}
+    rows = [
+        {"user": key, "rank": rank, "item": item.id, "title": item.title, "score": item.score}
+        for key, user in sorted(users.items())
+        for rank, item in enumerate(model.recommend(user, 3), 1)
+    ]
+    return rows, users
+
+
+def same(found: list[dict], wanted: list[dict]) -> None:
+    scores = [[row.pop("score") for row in rows] for rows in (found, wanted)]
+    assert found == wanted
+    np.testing.assert_allclose(*scores, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [10**9, 200])  # bytes of a part: all users in one, or several parts
+def test_all_users_of_a_file_are_those_one_by_one(known, events, tmp_path, monkeypatch, size):
+    monkeypatch.setattr(bulk, "BYTES", size)
+    monkeypatch.setattr(bulk, "USERS", 2)
+    rows, users = expected(known)
+    model = user_llm.load(known.directory)
+    assert bulk.run(Recommend(model, 3), str(events), tmp_path / "ranked") == 5
+    same(read(tmp_path / "ranked"), rows)
+    assert (len(list((tmp_path / "ranked").glob("*.parquet"))) > 1) == (size == 200)
+    assert bulk.run(Encode(model), str(events), tmp_path / "states") == 5
+    for row in read(tmp_path / "states"):
+        user = User.from_bytes(row["state"])
+        assert (row["events"], row["last_time"]) == (users[row["user"]].count, users[row["user"]].last_time)
+        np.testing.assert_array_equal(user.events, users[row["user"]].events)
+        assert row["unknown"] == (row["user"] == "u0")
+    states = pa.concat_tables(pq.read_table(file) for file in sorted((tmp_path / "states").glob("*.parquet")))
+    ranked = Recommend(model, 3)(states).to_pylist()
+    assert {(row["user"], row["rank"]) for row in ranked} == {(row["user"], row["rank"]) for row in rows}
+
+
+def test_a_run_that_is_killed_goes_on_without_loss_or_doubles(known, events, tmp_path, monkeypatch):
+    """Killed at every write, each time anew."""
+    monkeypatch.setattr(bulk, "BYTES", 200)
+    rows, _ = expected(known)
+    model, out, real, kills = user_llm.load(known.directory), tmp_path / "out", bulk._compute, 0
+
+    class Killed(BaseException):
+        pass
+
+    for allowed in range(100):
+        done = 0
+
+        def compute(*args, allowed=allowed):
+            nonlocal done
+            if done == allowed % 4:
+                (out / "part-99999.unfinished").write_bytes(b"half")
+                raise Killed
+            done += 1
+            real(*args)
+
+        monkeypatch.setattr(bulk, "_compute", compute)
+        try:
+            bulk.run(Recommend(model, 3), str(events), out)
+            break
+        except Killed:
+            kills += 1
+    assert kills > 2
+    same(read(out), rows)
+    assert not list(out.glob("scratch*"))
+
+
+def test_processes_share_the_parts(known, events, tmp_path, monkeypatch):
+    monkeypatch.setattr(bulk, "BYTES", 200)
+    rows, _ = expected(known)
+    model = user_llm.load(known.directory)
+    counts = [bulk.run(Recommend(model, 3), str(events), tmp_path / "out", share=bulk.Share(index, 3)) for index in range(3)]
+    assert sum(counts) == 5
+    same(read(tmp_path / "out"), rows)
+
+
+def test_results_of_something_else_are_not_added_to(known, events, make_model, tmp_path):
+    model, out = user_llm.load(known.directory), tmp_path / "out"
+    bulk.run(Recommend(model, 3), str(events), out)
+    for function, message in (
+        (Recommend(model, 4), "other events or settings"),
+        (Encode(model), "another command"),
+        (Recommend(user_llm.load(make_model("titles").directory), 3), "another model"),
+    ):
+        with pytest.raises(ValueError, match=f"holds results of {message}: choose another --out"):
+            bulk.run(function, str(events), out)
+    events.write_text(events.read_text() + events.read_text().splitlines()[0] + "\n")
+    with pytest.raises(ValueError, match="holds results of other events"):
+        bulk.run(Recommend(model, 3), str(events), out)
+    for spelled in ("2/2", "x", "1", "-1/2", "1/0"):
+        with pytest.raises(ValueError, match="name it as INDEX/COUNT"):
+            bulk.Share.of(spelled)
+
+
+def test_bad_rows_are_refused_by_number_or_left_out(known, events, tmp_path):
+    events.write_text(events.read_text() + '{"user": "u0", "item": "10", "rating": 3, "timestamp": "soon"}\n')
+    model, out = user_llm.load(known.directory), tmp_path / "out"
+    with pytest.raises(ValueError, match=r"events\.jsonl, row \d+: no time that can be read"):
+        bulk.run(Recommend(model, 3), str(events), out)
+    bulk.run(Recommend(model, 3), str(events), tmp_path / "skipped", skip_bad=True)
+    same(read(tmp_path / "skipped"), expected(known)[0])
+
+
+def test_a_user_is_forgotten_by_writing_the_files_anew(known, events, tmp_path):
+    out = tmp_path / "states"
+    bulk.run(Encode(user_llm.load(known.directory)), str(events), out)
+    before = {row["user"]: row for row in read(out)}
+    assert user_llm.forget(out, "u3") == 1 and user_llm.forget(out, "u3") == 0
+    assert {row["user"]: row for row in read(out)} == {key: row for key, row in before.items() if key != "u3"}
+    assert all(b"u3" not in file.read_bytes() for file in out.iterdir() if file.is_file())
+    with pytest.raises(ValueError, match="no Parquet files of users"):
+        user_llm.forget(tmp_path / "nothing", "u3")
+
+
+def test_a_function_of_tables_travels_to_workers(known):
+    """As the engines send it: pickled, before and after the first call; a table in, a table of its schema out."""
+    rows = pa.Table.from_pylist(known.rows(1) + known.rows(2))
+    for function, schema in ((Encode(str(known.directory)), STATES), (Recommend(str(known.directory), 2), RANKINGS)):
+        found = function(rows)
+        assert found.schema == schema == function.schema and set(found["user"].to_pylist()) == {"u1", "u2"}
+        assert pickle.loads(pickle.dumps(function))(rows).select(["user"]) == found.select(["user"])
+        assert function(rows.slice(0, 0)).num_rows == 0
+
+
+@pytest.mark.slow
+def test_commands(known, events, tmp_path):
+    for command, more in (("encode", []), ("recommend", ["--k=3"])):
+        args = [f"--model={known.directory}", f"--events={events}", f"--out={tmp_path / command}", *more]
+        done = subprocess.run([sys.executable, "-m", f"user_llm.{command}", *args], capture_output=True, text=True, check=True)
+        assert f"5 users: {tmp_path / command}" in done.stdout
+    same(read(tmp_path / "recommend"), expected(known)[0])
+    done = subprocess.run(
+        [sys.executable, "-m", "user_llm.encode", "--model=/no/such", f"--events={events}", "--out=x"], capture_output=True, text=True
+    )  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr and done.stderr.splitlines()[-1].startswith("Error: No")
