@@ -73,6 +73,25 @@ def make_once(path: Path, make: Callable[[Path], Any]) -> Path:
     return path
 
 
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield a local folder to fill, which takes the place of `path` when it is complete; a kill never leaves a half one there.
+
+    A kill while the two change places leaves the older one as `NAME.replaced`, which the next call puts back.
+    """
+    unfinished, replaced = (path.parent / f"{path.name}.{state}" for state in ("unfinished", "replaced"))
+    if replaced.exists() and not path.exists():
+        replaced.rename(path)
+    for left in (unfinished, replaced):
+        shutil.rmtree(left, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    yield unfinished
+    if path.exists():
+        path.rename(replaced)
+    unfinished.rename(path)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
 def check_regular(path: epath.PathLike) -> None:
     """Refuse what is no regular file: reading a pipe or a device may never end.
 
@@ -92,6 +111,19 @@ def check_regular(path: epath.PathLike) -> None:
 def leads_out(path: epath.PathLike, folder: epath.PathLike) -> bool:
     """Return whether a path in a folder is a link, or lies behind one, to what is not in that folder."""
     return not is_remote(path) and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
+def check_own(path: Path, folder: Path) -> None:
+    """Refuse a file of a model that lies elsewhere: a copy of the model would hold a file of somebody else.
+
+    Raises:
+      ValueError: a link that leads out of the folder, or what is no regular file.
+    """
+    check_regular(path)
+    # The hub's cache keeps the content of all snapshots of a model beside them.
+    home = folder.parent.parent if folder.parent.name == "snapshots" else folder
+    if leads_out(path, home):
+        raise ValueError(f"{path} is a link that leads out of {home}: put a copy in its place.")
 
 
 def sha256(path: epath.PathLike) -> str:

@@ -233,7 +233,7 @@ def _load_with_transformers(path: epath.Path) -> Tokenizer:
     import transformers  # here, since it takes seconds and most tokenizers do without
 
     try:
-        loaded = transformers.AutoTokenizer.from_pretrained(os.fspath(path))
+        loaded = transformers.AutoTokenizer.from_pretrained(os.fspath(path), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"No tokenizer at {path}: a tokenizer.json or a known tokenizer is needed.") from error
     try:

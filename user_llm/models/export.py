@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from user_llm.common import trees
-from user_llm.common.files import check_regular, leads_out
+from user_llm.common.files import check_own, check_regular
 from user_llm.common.records import read_json
 from user_llm.common.trees import Params
 from user_llm.models.decoder import DecoderConfig
@@ -213,7 +213,7 @@ def tokenizer_files(source: Path) -> list[Path]:
     """Return the files of a tokenizer beside a checkpoint.
 
     Raises:
-      ValueError: a link that leads out of the checkpoint: a copy would hold a file of somebody else.
+      ValueError: a file that is none of the checkpoint's own.
     """
     files = [
         file
@@ -221,10 +221,6 @@ def tokenizer_files(source: Path) -> list[Path]:
         for file in source.glob(pattern)
         if not file.is_dir()
     ]
-    # The hub's cache keeps the content of all snapshots of a model beside them.
-    home = source.parent.parent if source.parent.name == "snapshots" else source
     for file in files:
-        check_regular(file)
-        if leads_out(file, home):
-            raise ValueError(f"{file} is a link that leads out of {home}: put a copy in its place.")
+        check_own(file, source)
     return files

@@ -7,6 +7,7 @@ excepted. Which setting and tensor means what is in `models/families.py`.
 import functools
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,22 @@ IMAGE_SIDE = ("vision_tower.", "multi_modal_projector.")
 FLOATS = ("F64", "F32", "F16", "BF16")
 SHOWN = 6  # faults that a sentence names; more are counted
 AGAIN = "get the checkpoint again"
+PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")  # of the files of a checkpoint
 TOKENIZER = ("tokenizer.json", "special_tokens_map.json", "tokenizer_config.json", "generation_config.json")
 
 
-def find_checkpoint(name: str | os.PathLike) -> Path:
+def is_hub_name(name: str) -> bool:
+    """Return whether a text can be the name of a model on the hub, ORGANISATION/NAME."""
+    return re.fullmatch(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", name) is not None
+
+
+def find_checkpoint(name: str | os.PathLike, patterns: Sequence[str] = PATTERNS) -> Path:
     """Return the directory of a checkpoint: `name` itself, or a download of the hub's model of that name.
 
     The hub's own settings hold: HF_TOKEN for gated models, HF_HOME for where downloads are kept, HF_ENDPOINT for a mirror.
+
+    Args:
+      patterns: of the files that are downloaded.
 
     Raises:
       ValueError: neither a directory nor a model that the hub gives out here.
@@ -48,11 +58,10 @@ def find_checkpoint(name: str | os.PathLike) -> Path:
     path = Path(name)
     if path.is_dir():
         return path
-    if str(name).count("/") != 1 or path.is_absolute() or str(name).startswith("."):
+    if not is_hub_name(str(name)):
         raise ValueError(f"No checkpoint at {name}: a directory in Hugging Face layout or a model's name on the hub is needed.")
     try:
-        patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=patterns))
+        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=list(patterns)))
     except hub_errors.GatedRepoError as error:
         raise ValueError(f"{name} is gated: accept its licence on the hub, and set HF_TOKEN to a token of yours.") from error
     except hub_errors.RepositoryNotFoundError as error:

@@ -11,8 +11,7 @@ Where the LLM came as it is, the directory names it, with the checksums of its f
 """
 
 import dataclasses
-import hashlib
-import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,49 +27,40 @@ from jax.typing import DTypeLike
 from user_llm.common import mesh as meshes
 from user_llm.common import trees
 from user_llm.common.distributed import is_first
-from user_llm.common.errors import naming
-from user_llm.common.files import sha256
-from user_llm.common.hashes import content_hashes
-from user_llm.common.records import anything, misfit, positive_whole_number, read_json, text, true_or_false
+from user_llm.common.files import sha256, whole_folder
+from user_llm.common.printable import printable
 from user_llm.common.trees import Params
-from user_llm.common.workdir import path_part
-from user_llm.config.reader import read_record
 from user_llm.data.catalogue_file import read_catalogue, write_catalogue
-from user_llm.data.prompts.base import Lines, Question, Template
-from user_llm.data.prompts.next_item import NextItem
+from user_llm.data.prompts.base import Lines
+from user_llm.data.schema import Schema
 from user_llm.data.tokenizer import load_tokenizer
 from user_llm.data.vocabulary import Vocabulary, schema_and_names
 from user_llm.models import export as formats
-from user_llm.models.pretrained import decoder_config, find_checkpoint, load_decoder
+from user_llm.models import pretrained
+from user_llm.models.pretrained import checkpoint_files, decoder_config, find_checkpoint, load_decoder
 from user_llm.models.user_llm import UserLLM, UserLLMConfig
+from user_llm.serving.card import card
 from user_llm.serving.personalizer import Personalizer
 from user_llm.serving.predictor import Predictor
+from user_llm.serving.settings import (
+    AGAIN,
+    FILE,
+    FORMAT,
+    Base,
+    Limits,
+    Settings,
+    identity,
+    kind_of,
+    numbered,
+    plain,
+    read_settings,
+    reading,
+    template,
+    write_settings,
+)  # fmt: skip
 
-FORMAT = 1
-FILE = "user_llm.json"
 CATALOGUE = "catalogue.parquet"
-KINDS: dict[str, Any] = {"next_item": NextItem, "question": Question}
-AGAIN = "get the model directory again"
-FORM = {
-    "format": positive_whole_number, "identity": text, "seal": text, "model": {}, "vocabulary": {},
-    "lines": {"max_title_tokens": positive_whole_number, "history": text, "text_items": anything},
-    "prompts": anything, "names": anything,
-    "limits": {"max_events": anything, "batch_size": positive_whole_number, "after_instruction": true_or_false, "ranks": true_or_false, "pad_whole": true_or_false},
-    "dtype": text, "sharding": anything, "files": anything, "llm": anything, "facts": anything,
-}  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Base:
-    """An LLM as it came.
-
-    Attributes:
-      checkpoint: its name on the hub, or its directory.
-      files: the content hashes of its weights and settings, and of its tokenizer's files, by name.
-    """
-
-    checkpoint: str
-    files: Mapping[str, str]
+PATTERNS = (*pretrained.PATTERNS, "*.parquet", "README.md")  # of the files of a model directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,52 +103,36 @@ def save(directory: Path, model: Personalizer, made: Making, *, whole: bool = Fa
     params = trees.unflatten({path: meshes.fetch(leaf) for path, leaf in flat.items() if path in wanted})
     if not is_first():
         return model
-    unfinished = directory.parent / f"{directory.name}.unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    formats.save_user_side(unfinished, params)
     settings = _settings(model, made)
-    if held:
-        kept = made.source if (made.source / "config.json").is_file() else None
-        formats.save_decoder(unfinished, params["decoder"], config.decoder, like=kept)
-        settings["model"] = dataclasses.asdict(formats.without_adapters(config))
-    elif adapters:
-        formats.save_adapter(unfinished, params["decoder"], config.decoder, made.base.checkpoint if made.base else "")
-    for file in formats.tokenizer_files(made.source):
-        shutil.copy(file, unfinished / file.name)
-    write_catalogue(unfinished / CATALOGUE, model.vocabulary.catalogue, made.counts)
-    names = sorted(path.name for path in unfinished.iterdir())
-    settings["files"] = {name: sha256(unfinished / name) for name in names}
-    settings["llm"] = None if held or made.base is None else dataclasses.asdict(made.base)
-    identity = model.identity or _hash(
-        {key: value for key, value in settings.items() if key not in ("limits", "facts", "sharding")}
-    )
-    settings |= {"format": FORMAT, "identity": identity}
-    (unfinished / FILE).write_text(json.dumps(settings | {"seal": _hash(settings)}, indent=1))
-    model = dataclasses.replace(model, identity=identity)
-    (unfinished / "README.md").write_text(card(settings))
-    shutil.rmtree(directory, ignore_errors=True)
-    unfinished.rename(directory)
-    return model
+    with whole_folder(directory) as folder:
+        formats.save_user_side(folder, params)
+        if held:
+            kept = made.source if (made.source / "config.json").is_file() else None
+            formats.save_decoder(folder, params["decoder"], config.decoder, like=kept)
+            settings["model"] = plain(dataclasses.asdict(formats.without_adapters(config)))
+        elif adapters:
+            formats.save_adapter(folder, params["decoder"], config.decoder, made.base.checkpoint if made.base else "")
+        for file in formats.tokenizer_files(made.source):
+            shutil.copy(file, folder / file.name)
+        write_catalogue(folder / CATALOGUE, model.vocabulary.catalogue, made.counts)
+        settings["files"] = {file.name: sha256(file) for file in sorted(folder.iterdir())}
+        settings["llm"] = None if held or made.base is None else plain(dataclasses.asdict(made.base))
+        settings |= {"format": FORMAT, "identity": model.identity or identity(settings)}
+        write_settings(folder, settings)
+        (folder / "README.md").write_text(card(settings))
+    return dataclasses.replace(model, identity=settings["identity"])
 
 
 def _settings(model: Personalizer, made: Making) -> dict[str, Any]:
     predictor, lines = model.predictor, model.lines
-    kinds = {of: kind for kind, of in KINDS.items()}
-    prompts = {task: {"kind": kinds[type(of)]} | of.settings for task, of in predictor.templates.items()}
-    names = ("max_events", "batch_size", "after_instruction", "ranks", "pad_whole")
-    settings = {
+    limits = (field.name for field in dataclasses.fields(Limits))
+    return plain({
         "model": dataclasses.asdict(predictor.config), "vocabulary": model.vocabulary.to_json(),
         "lines": {"max_title_tokens": lines.max_title_tokens, "history": lines.kind, "text_items": lines.text_items},
-        "prompts": prompts, "names": {task: {str(n): name for n, name in of.items()} for task, of in model.names.items()},
-        "limits": {name: getattr(predictor, name) for name in names}, "dtype": made.dtype,
-        "sharding": [[pattern, list(axes)] for pattern, axes in made.sharding], "facts": dict(made.facts),
-    }  # fmt: skip
-    return json.loads(json.dumps(settings))  # tuples become lists, as they will be read
-
-
-def _hash(settings: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+        "prompts": {task: {"kind": kind_of(of)} | of.settings for task, of in predictor.templates.items()},
+        "names": model.names, "limits": {name: getattr(predictor, name) for name in limits}, "dtype": made.dtype,
+        "sharding": trees.flatten(trees.match(made.sharding, predictor.params)), "facts": made.facts,
+    })  # fmt: skip
 
 
 def load(directory: Path, *, llm: str = "", mesh: Mesh | None = None, dtype: DTypeLike | None = None) -> Personalizer:
@@ -172,29 +146,92 @@ def load(directory: Path, *, llm: str = "", mesh: Mesh | None = None, dtype: DTy
     Raises:
       ValueError: what is missing, altered or of an unknown version, in one sentence.
     """
-    settings = _read_settings(directory)
-    name = str(directory / FILE)
-    with naming(name):
-        config = read_record(UserLLMConfig, settings["model"], "model")
-        catalogue, _ = read_catalogue(directory / CATALOGUE, *schema_and_names(settings["vocabulary"]))
-        vocabulary = Vocabulary.from_json(settings["vocabulary"], catalogue)
+    _, settings = read_settings(directory)
+    file, config = directory / FILE, settings.model
+    with reading(file):
+        schema, categories = schema_and_names(settings.vocabulary)
+    catalogue, _ = read_catalogue(directory / CATALOGUE, schema, categories)
+    with reading(file):
+        vocabulary = Vocabulary.from_json(settings.vocabulary, catalogue)
+        _check_sizes(settings, schema)
     tokenizer = load_tokenizer(directory)
-    if tokenizer.vocab_size > config.decoder.vocab_size:
+    rows, highest = config.decoder.vocab_size, max(tokenizer.backend.get_vocab(with_added_tokens=True).values(), default=-1)
+    if highest >= rows:
+        raise ValueError(f"{directory}: the tokenizer has {highest + 1} tokens, and the LLM's table {rows}; {AGAIN}.")
+    with reading(file):
+        lines = Lines(tokenizer, catalogue, **dataclasses.asdict(settings.lines))
+        templates = {task: template(lines, task, of) for task, of in settings.prompts.items()}
+        names = {task: numbered(task, of) for task, of in settings.names.items()}
+        graphdef, shapes = _abstract(config)
+        mesh = mesh or meshes.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+        where = meshes.shardings(_rules(settings, shapes), shapes, mesh)
+    params = _params(directory, settings, shapes, where, llm, _dtype(dtype or settings.dtype))
+    predictor = Predictor(config, graphdef, params, mesh, templates, **dataclasses.asdict(settings.limits))
+    return Personalizer(settings.identity, predictor, vocabulary, lines, names, dataclasses.asdict(settings.facts))
+
+
+def _check_sizes(settings: Settings, schema: Schema) -> None:
+    """See that the parts of a model fit one another.
+
+    Raises:
+      ValueError: two that do not.
+    """
+    config, events = settings.model, settings.limits.max_events
+    encoder = config.encoder
+    if not schema.num_items == config.num_items < config.table_rows:
         raise ValueError(
-            f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, and the LLM's table {config.decoder.vocab_size}; {AGAIN}."
+            f"model: {config.num_items} items in {config.table_rows} rows, and {schema.num_items} in the catalogue."
         )
-    lines = Lines(tokenizer, catalogue, **settings["lines"])
-    mesh = mesh or meshes.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    graphdef, shapes = trees.abstract(lambda: UserLLM(config, rngs=nnx.Rngs(params=0)))
-    rules = [(pattern, tuple(axes)) for pattern, axes in settings["sharding"]]
-    with naming(name):
-        where = meshes.shardings(rules, shapes, mesh)
-    params = _params(directory, settings, config, shapes, where, llm, jnp.dtype(dtype or settings["dtype"]))
-    with naming(name):
-        templates = {task: _template(lines, of) for task, of in settings["prompts"].items()}
-    predictor = Predictor(config, graphdef, params, mesh, templates, **settings["limits"])
-    names = {task: {int(n): word for n, word in of.items()} for task, of in settings["names"].items()}
-    return Personalizer(settings["identity"], predictor, vocabulary, lines, names, settings["facts"])
+    if encoder is not None and encoder.schema != schema:
+        raise ValueError("model.encoder: its schema is not that of the vocabulary.")
+    if (events > 0) != (encoder is not None) or (
+        encoder is not None and encoder.positions == "learned" and events > encoder.max_events
+    ):
+        raise ValueError(f"limits.max_events={events} is not what its encoder reads.")
+    if others := sorted(set(settings.names) - set(settings.prompts)):
+        raise ValueError(f"names: the model has no task {others[0]!r}.")
+
+
+def _abstract(config: UserLLMConfig) -> tuple[nnx.GraphDef, Params]:
+    """Return the structure of a model and the shapes of its parameters.
+
+    Raises:
+      ValueError: sizes that no model has.
+    """
+    try:
+        return trees.abstract(lambda: UserLLM(config, rngs=nnx.Rngs(params=0)))
+    except (ValueError, TypeError, KeyError, ArithmeticError, re.error) as error:
+        raise ValueError(f"model: no model has such sizes ({printable(error, 200)}).") from error
+
+
+def _rules(settings: Settings, shapes: Params) -> trees.Rules:
+    """Return the rules by which each parameter lies on several devices.
+
+    Raises:
+      ValueError: a parameter without a rule, or one that names an axis twice.
+    """
+    for path in trees.flatten(shapes):
+        if path not in settings.sharding:
+            raise ValueError(f"sharding: no {path!r}.")
+        named = [axis for axis in settings.sharding[path] if axis]
+        if len(set(named)) != len(named):
+            raise ValueError(f"sharding: {path!r} names an axis twice.")
+    return [(f"^{re.escape(path)}$", axes) for path, axes in settings.sharding.items()]
+
+
+def _dtype(dtype: DTypeLike) -> Any:
+    """Return the type of parameters in computation.
+
+    Raises:
+      ValueError: it is no type of floating-point numbers.
+    """
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        raise ValueError(f"dtype={dtype!r} is no type of floating-point numbers: choose float32, bfloat16 or float16.")
+    return found
 
 
 def export(directory: Path, out: Path, *, llm: str = "") -> None:
@@ -205,55 +242,33 @@ def export(directory: Path, out: Path, *, llm: str = "") -> None:
     Raises:
       ValueError: as in `load`.
     """
-    model, settings = load(directory, llm=llm), _read_settings(directory)
-    base = settings["llm"] and Base(**settings["llm"])
-    source = directory if base is None else _base(base, llm)
-    counts = read_catalogue(directory / CATALOGUE, *schema_and_names(settings["vocabulary"]))[1]
-    made = Making(base, False, source, settings["sharding"], settings["dtype"], counts, settings["facts"])
+    model, (written, settings) = load(directory, llm=llm), read_settings(directory)
+    source = directory if settings.llm is None else _base(settings.llm, llm)
+    counts = read_catalogue(directory / CATALOGUE, *schema_and_names(settings.vocabulary))[1]
+    rules = _rules(settings, model.predictor.params)
+    made = Making(settings.llm, False, source, rules, settings.dtype, counts, written["facts"])
     save(out, model, made, whole=True)
 
 
-def _read_settings(directory: Path) -> dict[str, Any]:
-    """Return what user_llm.json says, once it and all files that it lists are as they were written."""
-    if not (directory / FILE).is_file():
-        raise ValueError(f"{directory} holds no {FILE}: name the directory of a model, such as RUN/user_llm/model.")
-    settings = read_json(directory / FILE, {"format": positive_whole_number}, AGAIN)
-    if settings["format"] != FORMAT:
-        raise ValueError(
-            f"{directory / FILE} is of format {settings['format']}, and this version reads {FORMAT}: update user_llm."
-        )
-    if wrong := misfit(settings, FORM):
-        raise ValueError(f"{directory / FILE}: {wrong}; {AGAIN}.")
-    if settings["seal"] != _hash({key: value for key, value in settings.items() if key != "seal"}):
-        raise ValueError(f"{directory / FILE} is not as it was written: {AGAIN}.")
-    for name, digest in settings["files"].items():
-        file = directory / path_part(name, f"{directory / FILE}: the file")
-        if not file.is_file() or sha256(file) != digest:
-            raise ValueError(f"{file} is {'not as it was written' if file.is_file() else 'missing'}: {AGAIN}.")
-    return settings
+def _params(directory: Path, settings: Settings, shapes: Params, where: Params, llm: str, dtype: Any) -> Params:
+    """Return the parameters in their shardings.
 
-
-def _template(lines: Lines, settings: Mapping[str, Any]) -> Template:
-    kind = settings["kind"]
-    if kind not in KINDS:
-        raise ValueError(f"prompts: unknown kind {kind!r}; choose {' or '.join(KINDS)}")
-    return KINDS[kind](lines, **{key: value for key, value in settings.items() if key != "kind"})
-
-
-def _params(
-    directory: Path, settings: Mapping[str, Any], config: UserLLMConfig, shapes: Params, where: Params, llm: str, dtype: Any
-) -> Params:
-    """Return the parameters in their shardings."""
-    base = settings["llm"]
-    source = directory if base is None else _base(Base(**base), llm)
-    bare = decoder_config(source)
-    sound = dataclasses.replace(config.decoder, cross=None, block=dataclasses.replace(config.decoder.block, lora=None))
-    if (bare.vocab_size, bare.num_layers, bare.block.width) != (sound.vocab_size, sound.num_layers, sound.block.width):
-        raise ValueError(f"The LLM at {source} has other sizes than {directory / FILE} says: {AGAIN}.")
+    Raises:
+      ValueError: an LLM of another architecture, or parameters of other shapes.
+    """
+    source = directory if settings.llm is None else _base(settings.llm, llm)
+    config, bare = settings.model.decoder, decoder_config(source)
+    # What says how it is computed, and not what, is ours to choose.
+    same = dataclasses.replace(
+        config, cross=None, unroll=bare.unroll, remat=bare.remat,
+        block=dataclasses.replace(config.block, lora=None, dropout=0.0, attention_kernel=bare.block.attention_kernel),
+    )  # fmt: skip
+    if same != bare:
+        raise ValueError(f"The LLM at {source} is another one than {directory / FILE} says: {AGAIN}.")
     found = {"decoder": load_decoder(source, bare, shardings=where["decoder"])}
     side = formats.load_user_side(directory, shapes)
-    if config.decoder.block.lora is not None:
-        side = trees.combine(side, {"decoder": formats.load_adapter(directory, shapes["decoder"], config.decoder)})
+    if config.block.lora is not None:
+        side = trees.combine(side, {"decoder": formats.load_adapter(directory, shapes["decoder"], config)})
     places, flat = trees.flatten(where), trees.flatten(trees.combine(found, side))
     cast = lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf  # noqa: E731
     return trees.unflatten({path: cast(jax.device_put(leaf, places[path])) for path, leaf in flat.items()})
@@ -269,31 +284,9 @@ def _base(base: Base, llm: str) -> Path:
         found = find_checkpoint(llm or base.checkpoint)
     except ValueError as error:
         raise ValueError(f"This model belongs on the LLM {base.checkpoint}: {error} Or say where it is by llm=...") from error
+    there = checkpoint_files(found)
     for name, digest in base.files.items():
-        kind, _, file = name.partition("/")
-        if kind == "checkpoint" and (not (found / file).is_file() or content_hashes([found / file])[0] != digest):
+        if name.startswith("checkpoint/") and there.get(name) != digest:
+            file = name.removeprefix("checkpoint/")
             raise ValueError(f"{found} is not the LLM that this model belongs on ({base.checkpoint}): {file} is another one.")
     return found
-
-
-def card(settings: Mapping[str, Any]) -> str:
-    """Return the model card."""
-    facts = settings["facts"]
-    base = facts.get("llm") or "a small LLM, trained from scratch on the catalogue"
-    lines = [
-        "---", "library_name: user_llm", f"license: {facts.get('license') or 'other'}", *([f"base_model: {facts['llm']}"] if facts.get("llm") else []), "---", "",
-        f"# {facts.get('phase', 'user_llm')} on {facts['dataset']}", "",
-        f"An LLM that answers for a user whose events it has encoded ([User-LLM](https://arxiv.org/abs/2402.13598)): {base}.", "",
-        "```python", "import user_llm", "", 'model = user_llm.load("THIS DIRECTORY")', "user = model.encode(events)", "model.recommend(user, k=10)", "```", "",
-        f"Trained on {facts['dataset']}: {facts['users']:,} users, {facts['events']:,} events in training, {facts['items']:,} items. "
-        "Their parameters hold no user; what they have learned of all users together cannot be taken out again.", "",
-        f"Events have the columns {', '.join(facts['columns'])}.", "",
-        "| task | method | metric | value | 95% interval | n |", "|---|---|---|---|---|---|",
-        *(f"| {row['task']} | {row['method']} | {row['metric']} | {row['value']:.4f} | {_interval(row)} | {row['n']:,} |" for row in facts["rows"]), "",
-        f"Licence of the LLM: {facts.get('license') or 'see where it comes from'}. Identity: `{settings['identity']}`. Command: `{facts['command']}`.", "",
-    ]  # fmt: skip
-    return "\n".join(lines)
-
-
-def _interval(row: Mapping[str, Any]) -> str:
-    return f"{row['interval'][0]:.4f} to {row['interval'][1]:.4f}" if row.get("interval") else ""

@@ -39,5 +39,5 @@ def load(
         mesh = meshes.make_mesh(1, 1, 1, devices=[one])
     elif not isinstance(mesh, Mesh):
         mesh = meshes.make_mesh(*mesh)
-    directory = Path(model) if Path(model).exists() else find_checkpoint(model)
+    directory = Path(model) if Path(model).exists() else find_checkpoint(model, artifact.PATTERNS)
     return artifact.load(directory, llm=str(llm), mesh=mesh, dtype=dtype)

@@ -113,7 +113,10 @@ class Lines:
         self.tokenizer, self.catalogue = tokenizer, catalogue
         self.max_title_tokens, self.kind, self.text_items = max_title_tokens, history, text_items
         # Encoded apart and joined, so that a title has the same tokens wherever it stands.
-        self.end_id = tokenizer.encode("\n")[-1]
+        ends = tokenizer.encode("\n")
+        if not ends:
+            raise ValueError("The tokenizer has no token for the end of a line.")
+        self.end_id = ends[-1]
         self.start = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], np.int32)
         self.titles = tokenizer.encode_all(catalogue.titles)
         self.title_lines = [np.array([*title[:max_title_tokens], self.end_id], np.int32) for title in self.titles]
@@ -176,7 +179,7 @@ class Question:
       max_target_tokens: longer targets are cut.
 
     Raises:
-      ValueError: neither an instruction nor a question.
+      ValueError: neither an instruction nor a question, or braces around anything but a name.
     """
 
     def __init__(self, lines: Lines, *, instruction: str, question: str, max_tokens: int, max_target_tokens: int):
@@ -185,7 +188,12 @@ class Question:
         self.settings = dict(
             instruction=instruction, question=question, max_tokens=max_tokens, max_target_tokens=max_target_tokens
         )
-        self.fields = tuple(field for _, field, _, _ in string.Formatter().parse(question) if field is not None)
+        holes = [hole for _, *hole in string.Formatter().parse(question) if hole[0] is not None]
+        # A hole such as {title.x} or {title:>999999999} would compute.
+        for field, form, conversion in holes:
+            if not field.isidentifier() or form or conversion:
+                raise ValueError(f"The question {question!r} has braces around {field!r}: a name alone may stand there.")
+        self.fields = tuple(field for field, _, _ in holes)
         self.instruction = np.concatenate([lines.start, lines.line(instruction)]).astype(np.int32)
         self.shared_tokens = len(self.instruction) - (not question)
         if not (instruction or question):

@@ -1,0 +1,252 @@
+"""What `user_llm.json` of a model directory says: its keys, their types, its seal, and which files of the directory are read.
+
+Anybody may have written the file, so that each key is read by its type; the first that does not fit is named.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from user_llm.common.files import check_own, sha256
+from user_llm.common.records import positive_whole_number, read_json
+from user_llm.common.workdir import path_part
+from user_llm.config.reader import either, read_record
+from user_llm.config.values import Count, CountOrZero, Text
+from user_llm.data.prompts.base import Lines, Question, Template
+from user_llm.data.prompts.next_item import NextItem
+from user_llm.models.export import tokenizer_files
+from user_llm.models.user_llm import UserLLMConfig
+
+FORMAT = 1
+FILE = "user_llm.json"
+AGAIN = "get the model directory again"
+# What a model is: two models that differ in nothing else answer alike, and a user of one is a user of the other.
+COMPUTES = ("model", "vocabulary", "lines", "prompts", "names", "dtype", "files")
+LIMITS_THAT_COMPUTE = ("max_events", "after_instruction", "ranks")
+
+Axis = Literal["data", "fsdp", "tensor"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """An LLM as it came.
+
+    Attributes:
+      checkpoint: its name on the hub, or its directory.
+      files: the content hashes of its weights and settings, and of its tokenizer's files, by name.
+    """
+
+    checkpoint: Text
+    files: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class LineSettings:
+    """The arguments of `Lines`."""
+
+    max_title_tokens: Count
+    history: Literal["titles", "summary"]
+    text_items: CountOrZero
+
+
+@dataclasses.dataclass(frozen=True)
+class NextItemSettings:
+    """The arguments of `NextItem`."""
+
+    kind: str
+    instruction: str
+    max_tokens: Count
+
+
+@dataclasses.dataclass(frozen=True)
+class QuestionSettings:
+    """The arguments of `Question`."""
+
+    kind: str
+    instruction: str
+    question: str
+    max_tokens: Count
+    max_target_tokens: Count
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """The sizes of a `Predictor`."""
+
+    max_events: CountOrZero
+    batch_size: Count
+    after_instruction: bool
+    ranks: bool
+    pad_whole: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A result on the model card; a value that is no finite number is None."""
+
+    task: str
+    method: str
+    metric: str
+    value: float | None
+    n: CountOrZero
+    interval: tuple[float | None, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What a model card tells of the training."""
+
+    dataset: str
+    users: CountOrZero
+    events: CountOrZero
+    items: CountOrZero
+    columns: tuple[str, ...]
+    command: str
+    rows: tuple[Row, ...]
+    phase: str = ""
+    llm: str | None = None
+    license: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The keys of `user_llm.json`.
+
+    Attributes:
+      identity: hash of all that computes.
+      seal: hash of all other keys.
+      vocabulary: what `Vocabulary.from_json` reads.
+      prompts: how each task is asked: its `kind` and the arguments of that template.
+      names: the names that an answer is one of, by their numbers, of each task that has such.
+      sharding: the mesh axes of each parameter's dimensions, by its path.
+      files: SHA-256 of each file that is read.
+      llm: the LLM that the directory names and does not hold.
+    """
+
+    format: Count
+    identity: Text
+    seal: str
+    model: UserLLMConfig
+    vocabulary: Any
+    lines: LineSettings
+    prompts: dict[str, Any]
+    names: dict[str, dict[str, str]]
+    limits: Limits
+    dtype: Literal["float32", "bfloat16", "float16"]
+    sharding: dict[str, tuple[Axis | None, ...]]
+    files: dict[str, str]
+    llm: Base | None
+    facts: Facts
+
+
+KINDS: dict[str, tuple[Any, Any]] = {"next_item": (NextItem, NextItemSettings), "question": (Question, QuestionSettings)}
+
+
+def kind_of(template: Template) -> str:
+    """Return what a template's kind is called."""
+    return next(kind for kind, (of, _) in KINDS.items() if type(template) is of)
+
+
+def template(lines: Lines, task: str, settings: Any) -> Template:
+    """Return the template of a task.
+
+    Raises:
+      ValueError: an unknown kind, or arguments that it does not take.
+    """
+    kind = settings.get("kind") if isinstance(settings, dict) else None
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ValueError(f"prompts.{task} is of an unknown kind: choose {either(list(KINDS))}.")
+    make, arguments = KINDS[kind]
+    read = dataclasses.asdict(read_record(arguments, settings, f"prompts.{task}"))
+    return make(lines, **{name: value for name, value in read.items() if name != "kind"})
+
+
+def numbered(task: str, names: Mapping[str, str]) -> dict[int, str]:
+    """Return the names of a task's answers by their numbers.
+
+    Raises:
+      ValueError: no names, or a number that is none.
+    """
+    for number in names or [""]:
+        if not (number.isascii() and number.isdecimal() and positive_whole_number(len(number) < 10 and int(number))):
+            raise ValueError(f"names.{task} has the number {number[:20]!r}: it must be a whole number from 1.")
+    return {int(number): name for number, name in names.items()}
+
+
+def digest(value: Any) -> str:
+    """Return a short hash of a value of JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def identity(settings: Mapping[str, Any]) -> str:
+    """Return the hash of all that computes. Neither where an LLM lies nor what the card tells is of it."""
+    limits = {name: settings["limits"][name] for name in LIMITS_THAT_COMPUTE}
+    llm = settings["llm"] and settings["llm"]["files"]
+    return digest({name: settings[name] for name in COMPUTES} | {"limits": limits, "llm": llm})
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON holds it: tuples become lists, and numbers that JSON does not know None."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_settings(directory: Path, settings: Mapping[str, Any]) -> None:
+    """Write `user_llm.json`, sealed."""
+    (directory / FILE).write_text(json.dumps(dict(settings) | {"seal": digest(settings)}, indent=1))
+
+
+def read_settings(directory: Path) -> tuple[dict[str, Any], Settings]:
+    """Return what `user_llm.json` says, as it stands there and read, once it and all files that are read are as they were written.
+
+    Raises:
+      ValueError: the first thing that is not.
+    """
+    file = directory / FILE
+    if not file.exists():
+        raise ValueError(f"{directory} holds no {FILE}: name the directory of a model, such as RUN/user_llm/model.")
+    check_own(file, directory)
+    written = read_json(file, {"format": positive_whole_number}, AGAIN)
+    if written["format"] != FORMAT:
+        raise ValueError(f"{file} is of format {written['format']}, and this version reads {FORMAT}: update user_llm.")
+    if written.get("seal") != digest({key: value for key, value in written.items() if key != "seal"}):
+        raise ValueError(f"{file} is not as it was written: {AGAIN}.")
+    with reading(file):
+        settings = read_record(Settings, written, "")
+    _check_files(directory, settings.files)
+    return written, settings
+
+
+def _check_files(directory: Path, files: Mapping[str, str]) -> None:
+    """See that the listed files are as they were written, and that no other file would be read."""
+    for name, wanted in files.items():
+        file = directory / path_part(name, f"{directory / FILE}: the file")
+        if not file.exists():
+            raise ValueError(f"{file} is missing: {AGAIN}.")
+        check_own(file, directory)
+        if sha256(file) != wanted:
+            raise ValueError(f"{file} is not as it was written: {AGAIN}.")
+    there = [*tokenizer_files(directory), *directory.glob("*config.json"), *directory.glob("*.safetensors*")]
+    if others := sorted({file.name for file in there} - set(files)):
+        raise ValueError(f"{directory / others[0]} is no file of this model, and would be read as one: delete it.")
+
+
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Put the file in front of what is wrong in it.
+
+    Raises:
+      ValueError: the same with its longer message.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{file}: {error} {AGAIN[0].upper()}{AGAIN[1:]}.") from error
