@@ -27,6 +27,7 @@ from user_llm.common.records import read_json
 from user_llm.common.trees import Params
 from user_llm.models.decoder import DecoderConfig
 from user_llm.models.families import config_from_settings, settings_from_config, table
+from user_llm.models.pretrained import misfits
 from user_llm.models.user_llm import UserLLMConfig
 from user_llm.nn.lora import merge_lora
 
@@ -181,7 +182,7 @@ def load_user_side(directory: Path, like: Params) -> Params:
     """Read what `save_user_side` wrote, for a model whose parameters have the shapes of `like`.
 
     Raises:
-      ValueError: no such file, or one for a model with other parameters, all of them named.
+      ValueError: no such file, or one for a model with other parameters.
     """
     file = directory / USER_FILE
     if not file.exists():
@@ -190,13 +191,8 @@ def load_user_side(directory: Path, like: Params) -> Params:
     with _named(file):
         found = load_file(file)
     wanted = {path: leaf.shape for path, leaf in trees.flatten(like).items() if not is_bare_llm(path) and "/lora/" not in path}
-    problems = [f"missing {path}" for path in wanted if path not in found]
-    problems += [f"left over {path}" for path in found if path not in wanted]
-    problems += [
-        f"{p} is {list(found[p].shape)} and not {list(s)}" for p, s in wanted.items() if p in found and found[p].shape != s
-    ]
-    if problems:
-        raise ValueError(f"{file} does not fit the model: {'; '.join(problems)}.")
+    if problems := misfits(wanted, {path: array.shape for path, array in found.items()}):
+        raise ValueError(f"{file} does not fit the model: {problems}.")
     return trees.unflatten(found)
 
 

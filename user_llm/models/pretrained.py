@@ -7,7 +7,7 @@ excepted. Which setting and tensor means what is in `models/families.py`.
 import functools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from user_llm.common import trees
 from user_llm.common.files import check_regular
 from user_llm.common.hashes import content_hashes
-from user_llm.common.records import misfit, read_json, text
+from user_llm.common.records import read_json
 from user_llm.common.trees import Params
 from user_llm.common.workdir import path_part
 from user_llm.models.decoder import DecoderConfig
@@ -189,8 +189,9 @@ def _tensor_files(path: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
     names = ["model.safetensors"]
     if index.exists():
         weight_map = read_json(index, {"weight_map": {}}, AGAIN)["weight_map"]
-        if wrong := misfit(weight_map, dict.fromkeys(weight_map, text)):
-            raise ValueError(f"{index}: weight_map {wrong}; {AGAIN}.")
+        for name, file_name in weight_map.items():
+            if not isinstance(file_name, str):
+                raise ValueError(f"{index}: weight_map {name!r} is no text; {AGAIN}.")
         names = [path_part(name, f"{index}: the file") for name in sorted(set(weight_map.values()))]
     found: dict[str, tuple[Path, tuple[int, ...]]] = {}
     for file in (path / name for name in names):
@@ -217,16 +218,22 @@ def _tensor_files(path: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
 
 
 def _check_tensors(path: Path, wanted: dict[str, tuple[int, ...]], files: dict[str, tuple[Path, tuple[int, ...]]]) -> None:
-    problems = [f"missing {name}" for name in wanted if name not in files]
-    problems += [f"left over {name}" for name in files if name not in wanted and name != "lm_head.weight"]
+    there = {name: shape for name, (_, shape) in files.items() if name in wanted or name != "lm_head.weight"}
+    if problems := misfits(wanted, there):
+        raise ValueError(f"The weights at {path} do not fit the config: {problems}.")
+
+
+def misfits(wanted: Mapping[str, tuple[int, ...]], there: Mapping[str, tuple[int, ...]]) -> str:
+    """Say which tensors are missing, left over or of another shape: the first ones, and how many more; nothing if all fit."""
+    problems = [f"missing {name}" for name in wanted if name not in there]
+    problems += [f"left over {name}" for name in there if name not in wanted]
     problems += [
-        f"{name} is {list(files[name][1])} and not {list(shape)}"
+        f"{name} is {list(there[name])} and not {list(shape)}"
         for name, shape in wanted.items()
-        if name in files and files[name][1] != shape
+        if name in there and there[name] != shape
     ]
-    if problems:
-        more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-        raise ValueError(f"The weights at {path} do not fit the config: {'; '.join(problems[:SHOWN] + more)}.")
+    more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+    return "; ".join(problems[:SHOWN] + more)
 
 
 def _check_tied(files: dict[str, tuple[Path, tuple[int, ...]]], embed: str) -> None:

@@ -26,7 +26,7 @@ FORMAT = 1
 FILE = "user_llm.json"
 AGAIN = "get the model directory again"
 # What a model is: two models that differ in nothing else answer alike, and a user of one is a user of the other.
-COMPUTES = ("model", "vocabulary", "lines", "prompts", "names", "dtype", "files")
+COMPUTES = ("model", "vocabulary", "lines", "prompts", "names", "dtype")
 LIMITS_THAT_COMPUTE = ("max_events", "after_instruction", "ranks")
 
 Axis = Literal["data", "fsdp", "tensor"]
@@ -187,7 +187,9 @@ def identity(settings: Mapping[str, Any]) -> str:
     """Return the hash of all that computes. Neither where an LLM lies nor what the card tells is of it."""
     limits = {name: settings["limits"][name] for name in LIMITS_THAT_COMPUTE}
     llm = settings["llm"] and settings["llm"]["files"]
-    return digest({name: settings[name] for name in COMPUTES} | {"limits": limits, "llm": llm})
+    # The adapters' settings repeat those of the model, and say where the LLM lies.
+    files = {name: checksum for name, checksum in settings["files"].items() if name != "adapter_config.json"}
+    return digest({name: settings[name] for name in COMPUTES} | {"files": files, "limits": limits, "llm": llm})
 
 
 def plain(value: Any) -> Any:

@@ -191,9 +191,9 @@ class Question:
         holes = [hole for _, *hole in string.Formatter().parse(question) if hole[0] is not None]
         # A hole such as {title.x} or {title:>999999999} would compute.
         for field, form, conversion in holes:
-            if not field.isidentifier() or form or conversion:
+            if not str(field).isidentifier() or form or conversion:
                 raise ValueError(f"The question {question!r} has braces around {field!r}: a name alone may stand there.")
-        self.fields = tuple(field for field, _, _ in holes)
+        self.fields = tuple(str(field) for field, _, _ in holes)
         self.instruction = np.concatenate([lines.start, lines.line(instruction)]).astype(np.int32)
         self.shared_tokens = len(self.instruction) - (not question)
         if not (instruction or question):
