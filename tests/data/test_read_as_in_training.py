@@ -174,6 +174,24 @@ def test_typed_tables_are_read_as_in_training(tmp_path):
     check_same(timelines, scalars)
 
 
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_decimals_are_the_same_times_as_floats(tmp_path, kind):
+    """In floats, 2.3 - 1.3 is less than 1; the gap between these times is a whole second all the same."""
+    moments = [HOUR + 0.123, HOUR + 1.123, HOUR + 1.3, HOUR + 2.3, -7.25, -8.001, HOUR + 2.000001, HOUR + 9.000001]
+    rows = [{"u": "1", "i": str(k), "t": time} for k, time in enumerate(moments)]
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "e.parquet")
+    elif kind == "jsonl":
+        (tmp_path / "e.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        (tmp_path / "e.csv").write_text("u,i,t\n" + "".join(f"1,{row['i']},{row['t']!r}\n" for row in rows))
+    raw = event_files.find(str(tmp_path / f"e.{kind}"), Columns(**T), name="own")
+    timelines = prepare.load(raw, tmp_path / "prepared", min_events=1)
+    assert timelines.ticks_per_second == 1_000_000
+    check_same(timelines, rows)
+    check_same(timelines, pa.Table.from_pylist(rows))
+
+
 def test_ties_of_the_file_stay_in_its_order(tmp_path):
     rows = log([HOUR] * 20)
     (tmp_path / "e.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
