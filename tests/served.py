@@ -46,7 +46,9 @@ def check_served(workdir: Path, config: ConfigDict, elsewhere: Path, phase: str 
     for user, stop in enumerate(split.train_stop):
         np.add.at(counts, timelines.items(user, 0, int(stop)), 1)
     trained = {timelines.catalogue.keys[item] for item in np.flatnonzero(counts)}
-    measured = {name: load_measured(epath.Path(file))[2] for file in (workdir / phase / "values").glob("*.npz") for name in [file.stem]}
+    measured = {
+        name: load_measured(epath.Path(file))[2] for file in (workdir / phase / "values").glob("*.npz") for name in [file.stem]
+    }
     samples = json.loads((workdir / phase / "samples.json").read_text())
     folder = next((workdir / "data").glob("world-*"))
     directory = elsewhere / "model"

@@ -36,7 +36,10 @@ def test_synthetic_variants_run_and_measure_every_task(tmp_path, name):
     metric = {"next_item": "recall@10", "favorite": "accuracy", "favorite_future": "accuracy", "review": "rouge1"}
     assert {(task, metric[task]) for task in asked} <= found
     losses = {
-        key for line in read_metrics(tmp_path / "run" / "user_llm" / "metrics.jsonl") for key in line if key.endswith("text_loss")
+        key
+        for line in read_metrics(tmp_path / "run" / "user_llm" / "metrics.jsonl")
+        for key in line
+        if key.endswith("text_loss")
     }
     assert losses == {f"{task}/text_loss" for task in asked}
     if "favorite" in asked:
