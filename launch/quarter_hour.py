@@ -40,7 +40,7 @@ PHASES = (
     "pretrain_encoder", "user_llm_enc", "user_llm", "text_prompt_10", "text_prompt_50", "user_llm_lora", "user_llm_soft_prompt",
     "llm_text_prompt_10",
 )  # fmt: skip
-# Of a rehearsal: a world of its own, and as few steps as still run everything.
+# Of a rehearsal: a world of its own, as few steps as still run everything, and layers that compile once.
 TINY_LLM = {
     "model_type": "llama", "vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
     "num_attention_heads": 2, "num_key_value_heads": 1, "rope_theta": 1e4, "rms_norm_eps": 1e-5, "hidden_act": "silu",
