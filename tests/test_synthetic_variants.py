@@ -15,7 +15,7 @@ from user_llm.tasks.answering import MEASURES
 sys.path.insert(0, str(Path(__file__).parent))
 
 from served import check_served
-from tiny_quickstart import tiny_config
+from tiny_quickstart import one_device, tiny_config
 
 
 @pytest.mark.slow
@@ -29,7 +29,8 @@ def test_synthetic_variants_run_and_measure_every_task(tmp_path, name):
     assert ("review" in asked) == (dataset != "events")
     config.user_llm.eval.review_users = 8
     config.user_llm.loop.total_steps = 8  # each task has its turns
-    rows = main.run(config, epath.Path(tmp_path / "run"))
+    with one_device():
+        rows = main.run(config, epath.Path(tmp_path / "run"))
     assert all(0 <= row["value"] <= 1 for row in rows)
     method = config.user_llm.method
     found = {(row["task"], row["metric"]) for row in rows if row["method"] == method}
