@@ -44,7 +44,9 @@ def prompt_sizes(config: ConfigDict, timelines: Timelines, split: Split, tokeniz
 
     def prompts(phase: str, text_items: int) -> NextItem:
         asked = config[phase].prompts
-        lines = Lines(tokenizer, timelines.catalogue, max_title_tokens=asked.max_title_tokens, history="titles", text_items=text_items)
+        lines = Lines(
+            tokenizer, timelines.catalogue, max_title_tokens=asked.max_title_tokens, history="titles", text_items=text_items
+        )
         return NextItem(lines, instruction=asked.next_item.instruction, max_tokens=sys.maxsize)
 
     bare, text = prompts("user_llm", 0), prompts("text_prompt_50", int(timelines.lengths.max()))

@@ -40,9 +40,9 @@ PHASES = (
     "pretrain_encoder", "user_llm_enc", "user_llm", "text_prompt_10", "text_prompt_50", "user_llm_lora", "user_llm_soft_prompt",
     "llm_text_prompt_10",
 )  # fmt: skip
-# Of a rehearsal: a world of its own, and as few steps as still run everything.
+# Of a rehearsal: a world of its own, as few steps as still run everything, and layers that compile once.
 TINY_LLM = {
-    "model_type": "llama", "vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "model_type": "llama", "vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
     "num_attention_heads": 2, "num_key_value_heads": 1, "rope_theta": 1e4, "rms_norm_eps": 1e-5, "hidden_act": "silu",
     "max_position_embeddings": 512, "tie_word_embeddings": True,
 }  # fmt: skip
@@ -51,7 +51,7 @@ QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expens
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones stop at flags that they do not know
     QUICK_TO_COMPILE += " --xla_cpu_use_fusion_emitters=false"
 SMALL = {
-    "encoder.num_layers": 1, "encoder.max_events": 16, "llm.num_layers": 2, "llm.vocab_size": 300,
+    "encoder.num_layers": 1, "encoder.max_events": 16, "llm.num_layers": 1, "llm.vocab_size": 300, "user_llm.cross.every": 1,
     "pretrain_encoder.batch.window": 16, "pretrain_encoder.batch.row_length": 16, "pretrain_encoder.batch.rows": 2,
     "pretrain_encoder.eval.max_events": 16, "pretrain_lm.batch.rows": 2, "pretrain_lm.batch.row_length": 64,
     "user_llm.examples.max_events": 16, "user_llm.prompts.next_item.max_tokens": 48,

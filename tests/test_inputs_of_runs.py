@@ -18,7 +18,7 @@ from user_llm.report.build import write_report
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from tiny_quickstart import TINY
+from tiny_quickstart import TINY, environment
 from untrained import untrained, untrained_config, write_world
 
 ROOT = Path(__file__).parent.parent
@@ -167,8 +167,7 @@ def _start(workdir, *flags):
     settings = [f"--config.{key}={value}" for key, value in TINY.items()]
     command = [sys.executable, "-m", "user_llm.main", "--config=configs/quickstart.py", f"--workdir={workdir}", *settings]
     command += ["--config.phases=('pretrain_encoder',)", "--config.pretrain_encoder.loop.total_steps=100000", *flags]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.slow

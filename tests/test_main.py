@@ -1,7 +1,6 @@
 """The whole command, shrunk: from a synthetic world to the report; killed and started again; bad input refused."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -20,7 +19,7 @@ from user_llm.config.check import check as check_config
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from tiny_quickstart import PHASES, TINY, tiny_config
+from tiny_quickstart import PHASES, TINY, environment, one_device, tiny_config
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,10 +40,18 @@ def test_phases_like_another_follow_its_flags_where_they_are_not_set_apart():
     }
 
 
+def _start(workdir: Path) -> subprocess.Popen:
+    """Start the whole command, shrunk."""
+    flags = [f"--config.{key}={value}" for key, value in TINY.items()]
+    command = [sys.executable, "-m", "user_llm.main", "--config=configs/quickstart.py", f"--workdir={workdir}"]
+    command += [f"--config.phases={PHASES!r}", *flags]
+    return subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("run")
-    main.run(tiny_config(), epath.Path(workdir))
+    assert _start(workdir).wait() == 0
     return workdir
 
 
@@ -82,7 +89,8 @@ def test_leaves_all_that_the_readme_promises(finished):
 def test_finished_phases_are_not_run_again(finished):
     stamps = {path: path.stat().st_mtime_ns for path in finished.glob("*/params/**/*")}
     before = (finished / "results.json").read_text()
-    main.run(tiny_config(), epath.Path(finished))
+    with one_device():
+        main.run(tiny_config(), epath.Path(finished))
     assert (finished / "results.json").read_text() == before
     assert {path: path.stat().st_mtime_ns for path in finished.glob("*/params/**/*")} == stamps
 
@@ -167,35 +175,27 @@ def test_a_mistake_on_the_command_line_ends_in_one_sentence(mistake, sentence, m
     ],
 )
 def test_a_command_that_fails_prints_its_sentence_alone(flag, sentence):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}  # jax itself speaks where libtpu is installed and a TPU is not
     command = [sys.executable, "-m", "user_llm.main", "--config=configs/quickstart.py", flag]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 1 and done.stderr.strip() == f"Error: {sentence}"
 
 
 @pytest.mark.slow
-def test_killed_three_times_gives_the_same_results(finished, tmp_path):
-    flags = [f"--config.{key}={value}" for key, value in TINY.items()]
-    command = [sys.executable, "-m", "user_llm.main", "--config=configs/quickstart.py", f"--workdir={tmp_path / 'run'}"]
-    command += [f"--config.phases={PHASES!r}", *flags]
-
-    def start() -> subprocess.Popen:
-        return subprocess.Popen(command, cwd=ROOT, env=os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    for phase, evaluations in (("pretrain_encoder", 2), ("user_llm", 1), ("user_llm", 2)):
-        process = start()
+def test_killed_in_two_phases_gives_the_same_results(finished, tmp_path):
+    for phase, evaluations in (("pretrain_encoder", 2), ("user_llm", 2)):
+        process = _start(tmp_path / "run")
         metrics = tmp_path / "run" / phase / "metrics.jsonl"
         while process.poll() is None and not (metrics.exists() and metrics.read_text().count('"eval"') >= evaluations):
             time.sleep(0.05)
         assert process.poll() is None, "the run ended before it could be killed"
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert start().wait() == 0
-    values = [
+    assert _start(tmp_path / "run").wait() == 0
+    expected, found = (
         [{k: v for k, v in row.items() if k != "config_hash"} for row in json.loads((run / "results.json").read_text())]
         for run in (finished, tmp_path / "run")
-    ]
-    assert values[0] == values[1]
+    )
+    assert found == expected
 
 
 @pytest.mark.slow
@@ -203,7 +203,7 @@ def test_a_table_is_reproduced_by_one_command_and_not_run_again(tmp_path):
     tiny = TINY | {"user_llm.prompts.next_item.max_tokens": 24, "user_llm.eval.generate_users": 0}
     flags = [f"--config.{key}={value}" for key, value in tiny.items() if not key.startswith("text_prompt")]
     command = ["launch/reproduce.sh", "lengths", "synthetic", *flags, "--config.user_llm_50_events.examples.max_events=4"]
-    settings = os.environ | {"SEEDS": "1", "OUT": str(tmp_path / "out"), "PYTHON": sys.executable}
+    settings = environment() | {"SEEDS": "1", "OUT": str(tmp_path / "out"), "PYTHON": sys.executable}
     for _ in range(2):
         done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-2000:]

@@ -1,7 +1,6 @@
 """Two processes of four devices, as on two hosts, against one process of eight devices, and one device."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -11,13 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
+from user_llm.training.loop import Preempted
 
-from tiny_quickstart import PHASES, TINY
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "training")]
+
+import tiny
+from tiny_quickstart import TINY, environment
 
 ROOT = Path(__file__).parents[1]
-MESHES = ["8,1,1", "1,8,1", "1,1,8", "2,2,2"]
-BETWEEN = ["8,1,1", "2,2,2"]
+MESH = "2,2,2"  # each axis by itself: training/test_step.py
 pytestmark = pytest.mark.slow
 
 
@@ -29,10 +30,9 @@ def _start(command, count=1, devices=8):
     started = []
     for index in range(count):
         several = {"COORDINATOR_ADDRESS": address, "NUM_PROCESSES": str(count), "PROCESS_ID": str(index)} if count > 1 else {}
-        flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices // count}"  # the last one counts
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONFAULTHANDLER": "1", **several}
+        settings = environment(devices // count) | {"PYTHONFAULTHANDLER": "1"} | several
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        started.append(subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, text=True, **pipes))
+        started.append(subprocess.Popen([sys.executable, *command], cwd=ROOT, env=settings, text=True, **pipes))
     return started
 
 
@@ -53,27 +53,26 @@ def _finish(processes):
 
 
 def test_one_device_eight_and_two_processes_of_four_have_the_same_losses(tmp_path):
-    """Five steps of the encoder and of contextualization, over data, fsdp, tensor and all three; between processes over the first and all."""
-    [alone] = _finish(_start(["tests/steps.py", str(tmp_path / "alone"), "1,1,1", *MESHES]))
-    first, second = _finish(_start(["tests/steps.py", str(tmp_path / "two"), *BETWEEN], count=2))
+    """Steps of the encoder and of contextualization, over data, fsdp and tensor at once."""
+    [alone] = _finish(_start(["tests/steps.py", str(tmp_path / "alone"), "1,1,1", MESH]))
+    first, second = _finish(_start(["tests/steps.py", str(tmp_path / "two"), MESH], count=2))
     alone, two = json.loads(alone), json.loads(first)
     assert json.loads(second) == two
     expected = alone.pop("1,1,1")
     assert len(expected["user_llm"]) == 5 and expected["user_llm"][4] < expected["user_llm"][0]
-    for found, meshes in ((alone, MESHES), (two, BETWEEN)):
-        assert list(found) == meshes
-        for mesh, phases in found.items():
-            for name, losses in phases.items():
-                np.testing.assert_allclose(losses, expected[name], atol=1e-5, rtol=1e-5, err_msg=f"{mesh} {name}")
+    for found in (alone, two):
+        assert list(found) == [MESH]
+        for name, losses in found[MESH].items():
+            np.testing.assert_allclose(losses, expected[name], atol=1e-5, rtol=1e-5, err_msg=name)
 
 
 def test_a_whole_run_of_two_processes_has_the_rows_of_one(tmp_path):
-    """Training, evaluation with a remainder, titles by beam search, samples and report, on two times four devices and on one."""
+    """Training, evaluation with a remainder, titles by beam search, samples and report, on two times two devices and on one."""
     settings = [f"--config.{key}={value}" for key, value in TINY.items()]
     command = ["-m", "user_llm.main", "--config=configs/quickstart.py", *settings, "--config.data.streams=2"]
-    command += [f"--config.phases={PHASES[:3]}"]
+    command += ["--config.phases=('pretrain_encoder','user_llm')", "--config.user_llm.load=(('.*','fresh'),)"]
     _finish(_start([*command, f"--workdir={tmp_path / 'one'}"], devices=1))
-    _finish(_start([*command, f"--workdir={tmp_path / 'two'}"], count=2))
+    _finish(_start([*command, f"--workdir={tmp_path / 'two'}"], count=2, devices=4))
     one, two = (
         {tuple(row[k] for k in ("task", "method", "metric")): row["value"] for row in _rows(tmp_path / run)}
         for run in ("one", "two")
@@ -92,13 +91,20 @@ def _tiny(workdir, *flags, **how):
 
 
 @pytest.fixture(scope="module")
-def expected(tmp_path_factory):
+def expected(tmp_path_factory, mesh_of):
     """The result of an undisturbed run on eight devices."""
-    return _finish(_tiny(tmp_path_factory.mktemp("alone"), "--fsdp=8"))[0]
+    return json.dumps(tiny.run_split(tmp_path_factory.mktemp("alone"), mesh_of(fsdp=8)))
 
 
-def test_sigterm_on_one_of_two_stops_both_and_the_same_command_goes_on(tmp_path, expected):
-    stopped = _tiny(tmp_path / "two", "--fsdp=8", "--signal=SIGTERM", "--at=5", "--who=1", count=2)
+def test_two_processes_go_on_after_a_kill_and_stop_together_on_sigterm(tmp_path, expected):
+    """What is left of two when one is killed cannot go on alone: it is ended, as a launcher would, and both start again."""
+    both = _tiny(tmp_path / "two", "--fsdp=8", "--at=3", "--who=1", count=2)
+    both[1].wait(timeout=300)
+    both[0].kill()
+    for process in both:
+        process.communicate()
+    assert both[1].returncode == -signal.SIGKILL
+    stopped = _tiny(tmp_path / "two", "--fsdp=8", "--signal=SIGTERM", "--at=4", "--who=1", count=2)
     _finish(stopped)  # both end by themselves with code 0
     [step] = [
         int(path.name) for path in (tmp_path / "two" / "checkpoints").iterdir() if path.name.isdigit() and int(path.name) > 4
@@ -109,20 +115,10 @@ def test_sigterm_on_one_of_two_stops_both_and_the_same_command_goes_on(tmp_path,
     assert [row["step"] for row in log if row["kind"] == "train"] == list(range(1, 13))
 
 
-def test_a_run_moves_from_eight_devices_to_four_to_one_and_to_two_processes(tmp_path, expected):
+def test_a_run_moves_from_eight_devices_to_four_to_one_and_to_two_processes(tmp_path, expected, mesh_of):
     workdir = tmp_path / "moving"
-    for at, (fsdp, devices) in zip((3, 3, 3), ((8, 8), (4, 4), (1, 1)), strict=True):
-        _finish(_tiny(workdir, f"--fsdp={fsdp}", "--signal=SIGTERM", f"--at={at}", devices=devices))
+    for fsdp in (8, 4, 1):
+        with pytest.raises(Preempted):
+            tiny.run_split(workdir, mesh_of(fsdp=fsdp), count_events=tiny.signal_at(3, signal.SIGTERM))
         assert not (workdir / "results.json").exists()
     assert _finish(_tiny(workdir, "--fsdp=8", count=2)) == [expected] * 2
-
-
-def test_a_process_that_is_killed_leaves_a_run_that_goes_on(tmp_path, expected):
-    """The other one cannot go on alone: it is ended, as a launcher would; both start again."""
-    both = _tiny(tmp_path / "two", "--fsdp=8", "--at=7", "--who=1", count=2)
-    both[1].wait(timeout=300)
-    both[0].kill()
-    for process in both:
-        process.communicate()
-    assert both[1].returncode == -signal.SIGKILL
-    assert _finish(_tiny(tmp_path / "two", "--fsdp=8", count=2)) == [expected] * 2

@@ -14,7 +14,8 @@ from user_llm.tasks.answering import MEASURES
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from tiny_quickstart import tiny_config
+from served import check_served
+from tiny_quickstart import one_device, tiny_config
 
 
 @pytest.mark.slow
@@ -28,19 +29,24 @@ def test_synthetic_variants_run_and_measure_every_task(tmp_path, name):
     assert ("review" in asked) == (dataset != "events")
     config.user_llm.eval.review_users = 8
     config.user_llm.loop.total_steps = 8  # each task has its turns
-    rows = main.run(config, epath.Path(tmp_path))
+    with one_device():
+        rows = main.run(config, epath.Path(tmp_path / "run"))
     assert all(0 <= row["value"] <= 1 for row in rows)
     method = config.user_llm.method
     found = {(row["task"], row["metric"]) for row in rows if row["method"] == method}
     metric = {"next_item": "recall@10", "favorite": "accuracy", "favorite_future": "accuracy", "review": "rouge1"}
     assert {(task, metric[task]) for task in asked} <= found
     losses = {
-        key for line in read_metrics(tmp_path / "user_llm" / "metrics.jsonl") for key in line if key.endswith("text_loss")
+        key
+        for line in read_metrics(tmp_path / "run" / "user_llm" / "metrics.jsonl")
+        for key in line
+        if key.endswith("text_loss")
     }
     assert losses == {f"{task}/text_loss" for task in asked}
     if "favorite" in asked:
         by_method = {row["method"]: row["value"] for row in rows if row["task"] == "favorite"}
         assert by_method["counting"] == 1 and by_method["majority"] < 1
-    samples = json.loads((tmp_path / "user_llm" / "samples.json").read_text())
+    check_served(tmp_path / "run", config, tmp_path / "elsewhere")
+    samples = json.loads((tmp_path / "run" / "user_llm" / "samples.json").read_text())
     assert {sample["task"] for sample in samples} == asked and all(sample["wanted"] for sample in samples)
     assert all(sample["answer"] for sample in samples if sample["task"] != "review")  # nothing is a review, too

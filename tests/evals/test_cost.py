@@ -223,7 +223,7 @@ def test_programs_run_and_the_least_of_their_timings_counts():
 @pytest.mark.slow
 def test_command_prints_and_writes_the_table(tmp_path):
     out = tmp_path / "cost.json"
-    command = [sys.executable, "launch/benchmark_cost.py", "--events=20", "--no-latency", f"--out={out}"]
+    command = [sys.executable, "launch/benchmark_cost.py", "--size=synthetic", "--events=20", "--no-latency", f"--out={out}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     written = json.loads(out.read_text())
     assert written["facts"]["tokens_per_title"] > 1

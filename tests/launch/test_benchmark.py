@@ -14,9 +14,10 @@ import pytest
 from flax import nnx
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "launch"))
+sys.path[:0] = [str(ROOT / "launch"), str(ROOT / "tests")]
 
 import benchmark
+from tiny_quickstart import environment
 from train_speed import mfu
 
 from user_llm.ahead.check import abstract_batch
@@ -221,7 +222,7 @@ def test_an_unknown_choice_is_refused(flag, monkeypatch, capsys):
 def test_a_tiny_benchmark_runs_all_parts_on_both_sides(reference, tmp_path):
     out, trace = tmp_path / "found.json", tmp_path / "trace"
     command = ["launch/benchmark.py", "--preset=tiny", "--rounds=1", "--steps=2", f"--out={out}", f"--profile={trace}"]
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(out.read_text())
     assert json.loads(done.stdout) == found

@@ -121,6 +121,16 @@ def run(directory, task: Task | None = None, mesh: Mesh | None = None, **changes
         return loop.run(task or make_task(), config, OPTIMIZER, mesh, directory, SEED)
 
 
+def run_split(directory, mesh: Mesh, **changes) -> list[dict]:
+    """Run with parameters split over the mesh's axis `fsdp` and two streams of text; return the rows of the results."""
+    context = Context(ConfigDict({"data": {"streams": 2}}), None, None, mesh, None, {})
+    train_data = context.streams(
+        lambda stream, rows: packed_text(_lines(), rows=rows, row_length=8, seed=SEED, stream=stream), 8
+    )
+    task = make_task(train_data=train_data, **changes)
+    return run(directory, task, mesh, sharding=((r"embed|head", (None, "fsdp")), (r".*", ())))[1]
+
+
 def signal_at(step: int, number: signal.Signals) -> Callable:
     """Return a `count_events` that sends this process a signal during the given step of a run from the start.
 
@@ -154,14 +164,7 @@ def main() -> None:
     if not args.fsdp:
         run(args.workdir, make_task(**changes))
         return
-    mesh, config = meshes.make_mesh(data=-1, fsdp=args.fsdp), ConfigDict({"data": {"streams": 2}})
-    context = Context(config, None, None, mesh, None, {})
-    train_data = context.streams(
-        lambda stream, rows: packed_text(_lines(), rows=rows, row_length=8, seed=SEED, stream=stream), 8
-    )
-    task = make_task(train_data=train_data, **changes)
-    _, rows = run(args.workdir, task, mesh, sharding=((r"embed|head", (None, "fsdp")), (r".*", ())))
-    print(json.dumps(rows))
+    print(json.dumps(run_split(args.workdir, meshes.make_mesh(data=-1, fsdp=args.fsdp), **changes)))
 
 
 if __name__ == "__main__":

@@ -27,12 +27,19 @@ class WrongType(ValueError):
 
 
 def plain(column: pa.Array) -> pa.Array:
-    """Return the values themselves, without dictionary, run lengths, views or 64-bit offsets."""
+    """Return the values themselves, without dictionary, run lengths, views or 64-bit offsets.
+
+    Raises:
+      WrongType: run lengths of values that Arrow cannot repeat.
+    """
     if pa.types.is_dictionary(column.type):
         # Arrow decodes no dictionary of views, which polars has.
         column = pa.DictionaryArray.from_arrays(column.indices, plain(column.dictionary)).dictionary_decode()
     if pa.types.is_run_end_encoded(column.type):
-        column = pc.run_end_decode(column)
+        try:
+            column = pc.run_end_decode(column)
+        except pa.ArrowNotImplementedError:
+            raise WrongType(str(column.type)) from None
     kind = column.type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         return column.cast(pa.binary())  # its UTF-8 is not checked by the file's reader

@@ -88,9 +88,9 @@ def _plain(value: Any) -> Any:
         return value.decode(errors="surrogateescape")  # what is no UTF-8 is refused as text
     if isinstance(value, datetime.date):  # a datetime is one too
         return value.isoformat()
-    if isinstance(value, decimal.Decimal) or str(value) == "<NA>":  # what pandas has for nothing
-        return str(value)
-    return value
+    if type(value).__name__ == "NAType":  # what pandas has for nothing
+        return None
+    return str(value) if isinstance(value, decimal.Decimal) else value
 
 
 def _arrow(events: Any) -> pa.Table | list[dict]:

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Int
 
 from user_llm.data import columns
 from user_llm.data.columns import WHOLE, Column, WrongType, plain
-from user_llm.data.values import NUMBER
+from user_llm.data.values import EXACT, NUMBER
 
 FRACTION = 10**18  # parts of one
 UNITS = {"s": 1, "ms": 1000, "us": 1_000_000, "ns": 1_000_000_000}  # in a second
@@ -88,11 +88,18 @@ def _typed(column: pa.Array, none: np.ndarray) -> Times:
 
 
 def _floats(values: np.ndarray) -> Times:
+    """Return floats exactly. A float that stands for a decimal of at most 6 digits is that decimal, as it is in text."""
     bad = ~(np.abs(values) < 2.0**63)  # NaN and inf as well
     values = np.where(bad, 0, values)
     floor = np.floor(values)
-    # The difference is exact, and so distinct floats stay apart.
-    fraction = np.minimum(np.rint((values - floor) * FRACTION), FRACTION - 1024).astype(np.int64)
+    rest = values - floor  # exact, and so distinct floats stay apart
+    fraction = np.minimum(np.rint(rest * FRACTION), FRACTION - 1024).astype(np.int64)
+    for scale in (1_000_000, 1000) if rest.any() else ():
+        digits = np.rint(rest * scale)
+        decimals = floor * scale + digits
+        # Below `EXACT` both numbers of the quotient are exact, and so it is the float that is nearest to the decimal.
+        stands = (np.abs(decimals) < EXACT) & (decimals / scale == values)
+        fraction = np.where(stands, digits.astype(np.int64) * (FRACTION // scale), fraction)
     return Times(floor.astype(np.int64), fraction, np.zeros(len(values), bool), bad)
 
 

@@ -105,7 +105,7 @@ class Vocabulary:
         unknown = np.bincount(user[kept[item[kept] == 0]], minlength=len(keys))
         kept = kept[item[kept] > 0]
         user, item, ticks = user[kept], item[kept], table["ticks"].to_numpy()[kept]
-        # Orders are kept exactly where they order, though their ticks are rounded.
+        # The ticks of orders are rounded, and so events are sorted by the exact orders.
         time = ticks if self.fields.timed else _ranks(whole[kept], fraction[kept])
         hashed = np.array([hash_key(key) for key in keys], np.uint64)[user]
         order = order_events(user, hashed, item, time, ties=self.fields.ties, seed=self.fields.seed)
@@ -210,7 +210,7 @@ class Vocabulary:
         """Return the columns of a piece, read."""
         fields, rows = self.fields, Rows(piece)
         user = rows.ids(fields.user, "user") if has_user else rows.texts(fields.user, "user")
-        if not has_user:  # among the first lines of a file, of which all columns are taken to be
+        if not has_user:  # A file of JSON lines is taken to have the columns that its first lines name.
             named = pc.not_equal(user, "").to_numpy(zero_copy_only=False)
             rows.refuse(named, fields.user, "user", ", while the first events name none")
         item = rows.ids(fields.item, "item")
