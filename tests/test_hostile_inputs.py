@@ -1,4 +1,4 @@
-"""Hostile inputs of five sorts, a row each: events, checkpoints, run folders, reports, config values. One driver asserts of every row.
+"""Hostile inputs, a row each: events, checkpoints, run folders, model directories, reports, config values. One driver asserts of every row.
 
 A row ends in its right result or in one sentence of an error, as the command lines show it: without a traceback, within SECONDS and
 MEMORY, with nothing written outside of its workdir, and nothing of a secret file shown. Rows that the tests of one part hold for all
@@ -24,18 +24,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from absl.testing import flagsaver
 from etils import epath
 from safetensors.numpy import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from test_report import make_run
+from tiny_models import make_dataset, make_models
 from untrained import untrained, untrained_config, write_world
 
 from user_llm import export, main
 from user_llm.common.printable import printable
 from user_llm.data import event_files
 from user_llm.data.tokenizer import load_tokenizer, train_bpe
+from user_llm.models.export import tokenizer_files
 from user_llm.models.families import table
 from user_llm.models.pretrained import check_weights, decoder_config, load_decoder
 from user_llm.report import __main__ as report_command
@@ -336,17 +339,33 @@ REUSED = {
     "run to reuse with a flipped bit": (flip(f"{ENCODER}/params/**/*"), "is damaged: its checksum"),
     "run to reuse by another's word": (write(f"{ENCODER}/identity.json", DEEP), "nested too deeply"),
 }  # fmt: skip
+
+# --- model directories, which are exported ---
+
+
+def exported(place: Path) -> set[str]:
+    with flagsaver.as_parsed(model=str(place), out=str(place.parent / "out"), llm="", push=""):
+        export.main(["export"])
+    return {"config.json", "model.safetensors", "user_llm.json"} & {path.name for path in (place.parent / "out").iterdir()}
+
+
+SETTINGS = "user_llm.json"
 EXPORTED = {
-    "settings deep": (write("config.json", DEEP), r"config\.json: it is nested too deeply"),
-    "settings of a list": (write("config.json", []), r"config\.json: is no object"),
-    "settings without phases": (write("config.json", {"config_hash": "a", "config": {"user_llm": 5}}), "The config"),
-    "settings elsewhere": (link_out("config.json"), r"config\.json is a link that leads out of"),
+    "as it is": (lambda folder: None, {"config.json", "model.safetensors", SETTINGS}),
+    "no model": (lambda folder: shutil.rmtree(folder), r"holds no user_llm\.json: name the directory of a model"),
+    "out exists": (lambda folder: (folder.parent / "out").mkdir(), "out exists: choose another directory"),
+    "settings deep": (write(SETTINGS, DEEP), r"user_llm\.json: it is nested too deeply"),
+    "settings of a list": (write(SETTINGS, []), r"user_llm\.json: is no object"),
+    "settings of no kind": (write(SETTINGS, {"format": 1, "model": 5}), r"user_llm\.json is not as it was written"),
+    "settings are a pipe": (pipe(SETTINGS), r"user_llm\.json is no regular file"),
+    "settings of 64 GiB": (huge(SETTINGS), r"user_llm\.json has 68,719,476,736 bytes"),
+    "settings elsewhere": (link_out(SETTINGS), r"user_llm\.json is a link that leads out of"),
+    "weights flipped": (flip("model.safetensors"), r"model\.safetensors is not as it was written"),
+    "weights are a pipe": (pipe("model.safetensors"), r"model\.safetensors is no regular file"),
+    "weights elsewhere": (link_out("model.safetensors"), r"model\.safetensors is a link that leads out of"),
+    "items in a circle": (loop_of("catalogue.parquet"), r"catalogue\.parquet (is missing|cannot be read)"),
+    "secret beside the tokenizer": (link_out("tokens.txt"), r"tokens\.txt is a link that leads out of"),
 }  # fmt: skip
-
-
-def open_phase(place: Path) -> None:
-    write("user_llm/results.json", [])(place)
-    export.open_run(place, "user_llm")
 
 
 # --- reports ---
@@ -407,19 +426,21 @@ ROWS = [
     *((f"checkpoint: {name}", "checkpoint", make, read_checkpoint, expected) for name, (make, expected) in CHECKPOINTS.items()),
     *((f"run: {name}", "finished", make, go_on, expected) for name, (make, expected) in RUNS.items()),
     *((f"reuse: {name}", "finished", make, reuse, expected) for name, (make, expected) in REUSED.items()),
-    *((f"export: {name}", "report", make, open_phase, expected) for name, (make, expected) in EXPORTED.items()),
-    ("export: secret beside the tokenizer", "checkpoint", link_out("tokens.txt"), export.tokenizer_files, r"tokens\.txt is a link that leads out of"),
+    *((f"export: {name}", "model", make, exported, expected) for name, (make, expected) in EXPORTED.items()),
+    ("LLM: secret beside the tokenizer", "checkpoint", link_out("tokens.txt"), tokenizer_files, r"tokens\.txt is a link that leads out of"),
     *((f"report: {name}", "report", make, do, expected) for name, (make, do, expected) in REPORTS.items()),
     *((f"config: {name}", "world", lambda folder: None, do, expected) for name, (do, expected) in CONFIGS.items()),
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def originals(tmp_path_factory) -> Path:
-    """Return a folder of what rows change: a checkpoint, a finished run with its data, and a run to report."""
+def originals(tmp_path_factory, make_timelines, drawn) -> Path:
+    """Return a folder of what rows change: a checkpoint, a model, a finished run with its data, and a run to report."""
     home = tmp_path_factory.mktemp("originals")
     (home / "checkpoint/run").mkdir(parents=True)
     make_checkpoint(home / "checkpoint/run")
+    model = make_models(make_dataset(make_timelines), drawn, tmp_path_factory.mktemp("models"))("cross")
+    shutil.copytree(model.directory, home / "model/run")
     write_world(home / "finished/data")
     write_world(home / "world/run/data")
     make_run(home / "report/run")
