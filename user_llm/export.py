@@ -12,7 +12,9 @@ from absl import app, flags, logging
 from huggingface_hub import errors as hub_errors
 
 from user_llm.common.printable import printable
+from user_llm.models.pretrained import is_hub_name
 from user_llm.serving import artifact
+from user_llm.serving.settings import read_settings
 
 _MODEL = flags.DEFINE_string("model", None, "Model directory, such as RUN/user_llm/model.")
 _OUT = flags.DEFINE_string("out", None, "Directory to write to, which must not exist.")
@@ -38,15 +40,17 @@ def push(directory: Path, name: str, *, private: bool = True) -> None:
     The hub's own settings hold: HF_TOKEN for who uploads, HF_ENDPOINT for a mirror.
 
     Raises:
-      ValueError: a name that is none, or what the hub refuses.
+      ValueError: no model, a name that is none, or what the hub refuses.
     """
-    if name.count("/") != 1:
+    if not is_hub_name(name):
         raise ValueError(f"--push={name}: name it as ORGANISATION/NAME.")
+    read_settings(directory)
     try:
         api = huggingface_hub.HfApi()
         api.create_repo(name, private=private, exist_ok=True)
-        api.upload_folder(repo_id=name, folder_path=directory)
-    except (OSError, hub_errors.HfHubHTTPError) as error:
+        # Files of an older model of that name would be read as files of this one.
+        api.upload_folder(repo_id=name, folder_path=directory, delete_patterns=list(artifact.PATTERNS))
+    except (OSError, ValueError, hub_errors.HfHubHTTPError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"Cannot upload {directory} to {name} ({reason}): see that HF_TOKEN may write there.") from error
 

@@ -1,48 +1,17 @@
 """The download code against a local server that speaks the hub's protocol."""
 
-import hashlib
-import json
 import os
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from local_hub import Hub, serving
+
 FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"weights", "pytorch_model.bin": b"not asked for"}
-COMMIT = "a" * 40
-
-
-class Hub(BaseHTTPRequestHandler):
-    def do_HEAD(self):
-        self.do_GET()
-
-    def do_GET(self):
-        path = self.path.split("?")[0]
-        if path.startswith("/api/models/gated/") or path.startswith("/gated/"):
-            return self._send(403, b"{}", {"X-Error-Code": "GatedRepo"})
-        if not path.startswith(("/api/models/org/model", "/org/model/")):
-            return self._send(401, b"{}", {"X-Error-Code": "RepoNotFound"})
-        if path.startswith("/api/"):
-            siblings = [{"rfilename": name, "size": len(body)} for name, body in FILES.items()]
-            tree = [{"type": "file", "path": n, "size": len(b), "oid": hashlib.sha1(b).hexdigest()} for n, b in FILES.items()]
-            if "/tree/" in path:
-                return self._send(200, json.dumps(tree).encode())
-            return self._send(200, json.dumps({"id": "org/model", "sha": COMMIT, "siblings": siblings}).encode())
-        body = FILES[path.rsplit("/", 1)[1]]
-        return self._send(200, body, {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha1(body).hexdigest()}"'})
-
-    def _send(self, code, body, headers=None):
-        self.send_response(code)
-        for name, value in ({"Content-Length": str(len(body)), "Content-Type": "application/json"} | (headers or {})).items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
 
 
 @pytest.fixture
@@ -60,10 +29,8 @@ def find(tmp_path):
 
 @pytest.fixture
 def hub():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+    with serving(Hub({"org/model": FILES}, gated=("gated/model",))) as hub:
+        yield hub.url
 
 
 def test_a_models_name_is_downloaded_once_and_only_what_is_needed(find, hub, tmp_path):

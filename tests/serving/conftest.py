@@ -1,10 +1,14 @@
 """Tiny models, each read back from its directory, and the dataset whose users they are asked about."""
 
 import functools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from tiny_models import VARIANTS, Made, make_dataset, make_models
 
 import user_llm

@@ -1,0 +1,80 @@
+"""A model directory on the hub: pushed, and loaded by its name."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import local_hub
+
+import user_llm
+from user_llm import export
+from user_llm.serving import artifact
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    with local_hub.serving(local_hub.Hub({})) as hub:
+        local_hub.ask(hub, str(tmp_path / "hub"), monkeypatch)
+        monkeypatch.setenv("HF_TOKEN", local_hub.TOKEN)
+        yield hub
+
+
+def contents(directory) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(directory.iterdir())}
+
+
+def test_a_model_is_loaded_by_its_name_on_the_hub(make_model, hub):
+    files = contents(make_model("cross").directory)
+    hub.repos["org/model"] = files | {"pytorch_model.bin": b"not asked for", ".gitattributes": b""}
+    model = user_llm.load("org/model")
+    assert model.identity == make_model("cross").written.identity
+    hub.repos.clear()  # what was downloaded serves without the hub
+    assert user_llm.load("org/model").identity == model.identity
+
+
+def test_a_damaged_model_of_the_hub_is_refused(make_model, hub):
+    hub.repos["org/model"] = contents(make_model("cross").directory) | {"catalogue.parquet": b"PAR1"}
+    with pytest.raises(ValueError, match=r"catalogue\.parquet is not as it was written"):
+        user_llm.load("org/model")
+
+
+def test_what_is_pushed_is_what_is_loaded_back(make_model, hub):
+    """Also over an older model, of whose files none that would be read is left."""
+    directory = make_model("cross").directory
+    export.push(directory, "org/new")
+    assert hub.repos["org/new"] == contents(directory) | {".gitattributes": b""}
+    assert hub.objects  # large files went their own way
+
+    hub.repos["org/new"] |= {"adapter_model.safetensors": b"older", "chat_template.jinja": b"older", "picture.png": b"kept"}
+    export.push(directory, "org/new")
+    assert hub.repos["org/new"] == contents(directory) | {".gitattributes": b"", "picture.png": b"kept"}
+
+    model = user_llm.load("org/new")
+    assert model.identity == make_model("cross").written.identity
+    found = artifact.find_checkpoint("org/new", artifact.PATTERNS)
+    assert contents(found) == contents(directory)
+
+
+def test_a_push_that_cannot_be_is_refused(make_model, hub, monkeypatch, tmp_path):
+    directory = make_model("cross").directory
+    with pytest.raises(ValueError, match=r"--push=name: name it as ORGANISATION/NAME"):
+        export.push(directory, "name")
+    with pytest.raises(ValueError, match=r"holds no user_llm\.json"):
+        export.push(tmp_path, "org/new")
+    monkeypatch.setenv("HF_TOKEN", "another")
+    with pytest.raises(ValueError, match=r"Cannot upload .* to org/new \(.*\): see that HF_TOKEN may write there") as error:
+        export.push(directory, "org/new")
+    assert "\n" not in str(error.value)
+    assert not hub.repos
+
+
+def test_a_card_names_the_llm_of_the_hub_alone(make_model):
+    """The hub refuses a card that is based on a directory."""
+    settings = json.loads((make_model("cross").directory / "user_llm.json").read_text())
+    for llm, named in (("org/llm", True), ("/data/llm", False), ("../llm", False)):
+        card = artifact.card(settings | {"facts": settings["facts"] | {"llm": llm}})
+        assert (f"base_model: {llm}" in card) == named
