@@ -9,7 +9,6 @@ from pathlib import Path
 
 import huggingface_hub
 from absl import app, flags, logging
-from huggingface_hub import errors as hub_errors
 
 from user_llm.common.printable import printable
 from user_llm.models.pretrained import is_hub_name
@@ -50,7 +49,7 @@ def push(directory: Path, name: str, *, private: bool = True) -> None:
         api.create_repo(name, private=private, exist_ok=True)
         # Files of an older model of that name would be read as files of this one.
         api.upload_folder(repo_id=name, folder_path=directory, delete_patterns=list(artifact.PATTERNS))
-    except (OSError, ValueError, hub_errors.HfHubHTTPError) as error:
+    except Exception as error:  # of the hub's library, or of whichever library it speaks HTTP with
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"Cannot upload {directory} to {name} ({reason}): see that HF_TOKEN may write there.") from error
 

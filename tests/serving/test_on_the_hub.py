@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -70,6 +71,9 @@ def test_a_push_that_cannot_be_is_refused(make_model, hub, monkeypatch, tmp_path
         export.push(directory, "org/new")
     assert "\n" not in str(error.value)
     assert not hub.repos
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ValueError, match=r"Cannot upload .* to org/new \(.*Connection refused\)"):
+        export.push(directory, "org/new")
 
 
 def test_a_card_names_the_llm_of_the_hub_alone(make_model):
