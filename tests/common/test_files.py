@@ -8,7 +8,7 @@ import pytest
 from etils import epath
 
 from user_llm.common.checksums import MANIFEST, check_manifest, write_manifest
-from user_llm.common.files import absolute, local_folder, make_once, whole, write_json
+from user_llm.common.files import absolute, local_folder, make_once, whole, whole_folder, write_json
 
 
 def test_json_is_written_whole_and_by_the_first_process_alone(tmp_path, monkeypatch):
@@ -123,3 +123,23 @@ def test_several_callers_share_the_work(listed):
     check_manifest(listed, part=0, parts=2)
     with pytest.raises(ValueError, match="d/b"):
         check_manifest(listed, part=1, parts=2)
+
+
+def test_a_whole_folder_takes_the_place_of_an_older_one_or_leaves_it(tmp_path):
+    path = tmp_path / "folder"
+    with whole_folder(path) as folder:
+        (folder / "a").write_text("1")
+    with pytest.raises(KeyError), whole_folder(path) as folder:
+        (folder / "b").write_text("half")
+        raise KeyError
+    assert [file.name for file in path.iterdir()] == ["a"]
+
+    path.rename(tmp_path / "folder.replaced")  # a kill came while the two changed places, and another one comes
+    with pytest.raises(KeyError), whole_folder(path):
+        raise KeyError
+    assert [file.name for file in path.iterdir()] == ["a"]
+
+    with whole_folder(path) as folder:
+        (folder / "c").write_text("2")
+    assert [file.name for file in path.iterdir()] == ["c"]
+    assert [left.name for left in tmp_path.iterdir()] == ["folder"]

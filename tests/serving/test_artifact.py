@@ -164,7 +164,7 @@ HOSTILE = [
     ("vocabulary.fields.unit", "year", "Unknown unit of times"),
     ("vocabulary.names.genres", ["x"], r"catalogue\.parquet, row 1: .* is none of the genres"),
     ("lines.history", "story", r"lines\.history='story': choose titles or summary"),
-    ("lines.text_items", -1, r"lines\.text_items=-1: it must be 0 or more"),
+    ("lines.text_items", -1, r"lines\.text_items=-1: it must be from 0 to 1048576"),
     ("lines.max_title_tokens", True, r"lines\.max_title_tokens=True: it must be a whole number"),
     ("prompts", [], r"prompts=\[\]: it must be a section"),
     ("prompts.next_item", 5, r"prompts\.next_item is of an unknown kind: choose next_item or question"),
@@ -180,9 +180,11 @@ HOSTILE = [
     ("names.favorite", {"9" * 5000: "x"}, "it must be a whole number from 1"),
     ("names.favorite", {"1?": 5}, r"names\.favorite\.1\?=5: it must be a text"),
     ("limits.max_events", 0, "limits.max_events=0 is not what its encoder reads"),
-    ("limits.max_events", -1, "limits.max_events=-1: it must be 0 or more"),
-    ("limits.max_events", 2**31, "limits.max_events=2147483648"),
-    ("limits.batch_size", 0, "limits.batch_size=0: it must be 1 or more"),
+    ("limits.max_events", -1, "limits.max_events=-1: it must be from 0 to 1048576"),
+    ("limits.max_events", 2**31 - 1, "limits.max_events=2147483647: it must be from 0 to 1048576"),
+    ("limits.batch_size", 0, "limits.batch_size=0: it must be from 1 to 1048576"),
+    ("limits.batch_size", 10**30, "limits.batch_size=1000"),
+    ("prompts.next_item.max_tokens", 2**31 - 1, r"prompts\.next_item\.max_tokens=2147483647: it must be from 1 to 1048576"),
     ("limits.ranks", 1, "limits.ranks=1: it must be True or False"),
     ("dtype", "object", "dtype='object': choose float32, bfloat16 or float16"),
     ("sharding", [[".*", []]], "sharding=.*it must be a section"),
@@ -282,6 +284,9 @@ def test_another_llm_of_the_same_name_is_refused(named, llm, tmp_path):
         )
         (other / name).unlink()
         refused(named, f"{name} is another one", llm=str(other))
+    index = shutil.copytree(llm, tmp_path / "index")
+    (index / "model.safetensors.index.json").write_text("{}")
+    refused(named, r"model\.safetensors\.index\.json is another one", llm=str(index))
 
 
 def test_an_exported_model_is_the_same_model(named, tmp_path):

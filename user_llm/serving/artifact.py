@@ -285,8 +285,8 @@ def _base(base: Base, llm: str) -> Path:
     except ValueError as error:
         raise ValueError(f"This model belongs on the LLM {base.checkpoint}: {error} Or say where it is by llm=...") from error
     there = checkpoint_files(found)
-    for name, digest in base.files.items():
-        if name.startswith("checkpoint/") and there.get(name) != digest:
+    for name in sorted(there.keys() | base.files):
+        if name.startswith("checkpoint/") and there.get(name) != base.files.get(name):
             file = name.removeprefix("checkpoint/")
             raise ValueError(f"{found} is not the LLM that this model belongs on ({base.checkpoint}): {file} is another one.")
     return found

@@ -10,13 +10,13 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from user_llm.common.files import check_own, sha256
 from user_llm.common.records import positive_whole_number, read_json
 from user_llm.common.workdir import path_part
 from user_llm.config.reader import either, read_record
-from user_llm.config.values import Count, CountOrZero, Text
+from user_llm.config.values import Count, CountOrZero, Must, Text
 from user_llm.data.prompts.base import Lines, Question, Template
 from user_llm.data.prompts.next_item import NextItem
 from user_llm.models.export import tokenizer_files
@@ -29,6 +29,9 @@ AGAIN = "get the model directory again"
 COMPUTES = ("model", "vocabulary", "lines", "prompts", "names", "dtype")
 LIMITS_THAT_COMPUTE = ("max_events", "after_instruction", "ranks")
 
+MOST = 1 << 20  # of events, tokens and rows that arrays are padded to: more would fill any memory
+Size = Annotated[int, Must(f"from 1 to {MOST}", lambda n: 1 <= n <= MOST)]
+SizeOrZero = Annotated[int, Must(f"from 0 to {MOST}", lambda n: 0 <= n <= MOST)]
 Axis = Literal["data", "fsdp", "tensor"]
 
 
@@ -49,9 +52,9 @@ class Base:
 class LineSettings:
     """The arguments of `Lines`."""
 
-    max_title_tokens: Count
+    max_title_tokens: Size
     history: Literal["titles", "summary"]
-    text_items: CountOrZero
+    text_items: SizeOrZero
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +63,7 @@ class NextItemSettings:
 
     kind: str
     instruction: str
-    max_tokens: Count
+    max_tokens: Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,16 +73,16 @@ class QuestionSettings:
     kind: str
     instruction: str
     question: str
-    max_tokens: Count
-    max_target_tokens: Count
+    max_tokens: Size
+    max_target_tokens: Size
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
     """The sizes of a `Predictor`."""
 
-    max_events: CountOrZero
-    batch_size: Count
+    max_events: SizeOrZero
+    batch_size: Size
     after_instruction: bool
     ranks: bool
     pad_whole: bool
