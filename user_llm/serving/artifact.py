@@ -55,7 +55,7 @@ FORM = {
     "format": positive_whole_number, "identity": text, "seal": text, "model": {}, "vocabulary": {},
     "lines": {"max_title_tokens": positive_whole_number, "history": text, "text_items": anything},
     "prompts": anything, "names": anything,
-    "limits": {"max_events": anything, "batch_size": positive_whole_number, "after_instruction": true_or_false, "ranks": true_or_false, "pad_whole": true_or_false},
+    "limits": {"max_events": anything, "batch_size": positive_whole_number, "beams": positive_whole_number, "after_instruction": true_or_false, "ranks": true_or_false, "pad_whole": true_or_false},
     "dtype": text, "sharding": anything, "files": anything, "llm": anything, "facts": anything,
 }  # fmt: skip
 
@@ -146,7 +146,7 @@ def _settings(model: Personalizer, made: Making) -> dict[str, Any]:
     predictor, lines = model.predictor, model.lines
     kinds = {of: kind for kind, of in KINDS.items()}
     prompts = {task: {"kind": kinds[type(of)]} | of.settings for task, of in predictor.templates.items()}
-    names = ("max_events", "batch_size", "after_instruction", "ranks", "pad_whole")
+    names = ("max_events", "batch_size", "beams", "after_instruction", "ranks", "pad_whole")
     settings = {
         "model": dataclasses.asdict(predictor.config), "vocabulary": model.vocabulary.to_json(),
         "lines": {"max_title_tokens": lines.max_title_tokens, "history": lines.kind, "text_items": lines.text_items},
