@@ -69,7 +69,7 @@ def check_served(workdir: Path, config: ConfigDict, elsewhere: Path, phase: str 
             histories[number], orders[number] = ordered[:end], ordered
             where.append(key)
         # Rankings, and what they are worth: exactly the run's.
-        ranks = next((of for name, of in measured.items() if name == f"next_item.{phase}"), None)
+        ranks = next((of for name, of in measured.items() if name == f"next_item.{config[phase].method}"), None)
         every = sorted(trained)
         together = model.encode_many([row for history in histories.values() for row in history])
         encoded = {number: together[where[number]] for number in histories}
@@ -95,7 +95,7 @@ def check_served(workdir: Path, config: ConfigDict, elsewhere: Path, phase: str 
                     title = dict(zip(model.vocabulary.catalogue.keys, model.vocabulary.catalogue.titles, strict=True))[item]
                     about = {"title": title, "rating": int(float(row[fields.numbers["rating"].column]))}
                 text = model.generate(task=sample["task"], user=encoded[number], fields=about)
-                assert text.strip() == sample["answer"]
+                assert text.strip() == sample["answer"], (sample, text)
         _somebody_new(model, histories[0], fields)
     finally:
         moved.rename(workdir)

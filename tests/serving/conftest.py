@@ -1,6 +1,8 @@
 """Tiny models, each read back from its directory, and the dataset whose users they are asked about."""
 
+import dataclasses
 import functools
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +11,12 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from model_directories import making
 from tiny_models import VARIANTS, Made, make_dataset, make_models
 
 import user_llm
 from user_llm.data.timelines import Timelines
+from user_llm.serving import artifact
 from user_llm.serving.personalizer import Personalizer
 
 
@@ -26,6 +30,35 @@ def dataset(make_timelines) -> Timelines:
 def make_model(dataset, drawn, tmp_path_factory) -> Callable[[str], Made]:
     """Return `make(variant)`: writes and returns the model of that variant."""
     return make_models(dataset, drawn, tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def llm(make_model, tmp_path_factory) -> Path:
+    """An LLM as it came."""
+    folder = tmp_path_factory.mktemp("llm")
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(make_model("cross").directory / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def written(make_model) -> Personalizer:
+    """A model with adapters that has not been saved yet."""
+    return dataclasses.replace(make_model("lora").written, identity="")
+
+
+@pytest.fixture(scope="session")
+def named(written, llm, tmp_path_factory) -> Path:
+    """A directory that holds adapters and names their LLM."""
+    directory = tmp_path_factory.mktemp("named") / "model"
+    artifact.save(directory, written, making(llm))
+    return directory
+
+
+@pytest.fixture
+def directory(make_model, tmp_path) -> Path:
+    """A copy of a directory that holds its LLM."""
+    return shutil.copytree(make_model("cross").directory, tmp_path / "model")
 
 
 FAST = ("cross", "titles")

@@ -36,7 +36,7 @@ def test_a_ranking_is_the_one_that_evaluation_has(made, model):
 
 def test_a_favorite_is_the_one_that_evaluation_has(made, model):
     users, ends = made.asking.examples["favorite"].targets("test")
-    best = made.asking.favorites("favorite", made.asking.examples["favorite"], users, ends, 4)
+    best = made.asking.favorites("favorite", made.asking.examples["favorite"], users, ends)
     known = [model.encode(made.rows(int(user), int(end))) for user, end in zip(users, ends, strict=True)]
     names = made.timelines.catalogue.vocab["genres"]
     assert model.generate_many([None] * len(known), known, task="favorite") == [names[n] for n in best]

@@ -62,8 +62,7 @@ def _read(annotation: object, value: Any, key: str) -> Any:
             if not must.holds(read):
                 raise fault(key, value, f"it must be {must.words}")
         return read
-    if type(None) in parts and origin is not typing.Literal:
-        [rest] = [part for part in parts if part is not type(None)]
+    if type(None) in parts and (rest := _without_none(parts)) in TYPES:
         return None if value is None else _read(rest, value, key)
     if dataclasses.is_dataclass(annotation):
         return hint(**_read_section(hint, value, key))
@@ -76,6 +75,12 @@ def _read(annotation: object, value: Any, key: str) -> Any:
     if hint in TYPES:
         return _read_plain(hint, value, key)
     return _read_choice(hint, value, key)
+
+
+def _without_none(parts: tuple) -> Any:
+    """Return what a value is that may be None; None where it is one of several."""
+    rest = [part for part in parts if part is not type(None)]
+    return rest[0] if len(rest) == 1 else None
 
 
 def _read_plain(hint: Any, value: Any, key: str) -> Any:

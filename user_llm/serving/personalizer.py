@@ -35,7 +35,6 @@ from user_llm.serving.predictor import Predictor
 from user_llm.serving.user import User
 
 RANKING = "next_item"
-BEAMS = 10  # at least, where items are found by writing their titles
 CHUNK = 8  # tokens of a piece of a stream
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -231,7 +230,7 @@ class Personalizer:
         known = len(self.vocabulary.catalogue.titles)
         if self.predictor.ranks:
             return meshes.fetch(self.predictor.score(RANKING, prompts, user))[:, :known]
-        items, scores = self.predictor.choose(RANKING, prompts, user, self.titles, max(k, BEAMS))
+        items, scores = self.predictor.choose(RANKING, prompts, user, self.titles, max(k, self.predictor.beams))
         found = np.full((len(prompts), known), -np.inf, np.float32)
         np.put_along_axis(found, items, scores, axis=1)
         return found
@@ -362,7 +361,7 @@ class Personalizer:
         names = self.names[task]
         trie = Trie.build({number: self.lines.line(name).tolist() for number, name in names.items()})
         with jax.set_mesh(self.predictor.mesh):
-            found = self.predictor.choose(task, rows, self._present(those), trie, min(len(names), BEAMS))[0]
+            found = self.predictor.choose(task, rows, self._present(those), trie, min(len(names), self.predictor.beams))[0]
         return [names[int(row[0])] for row in found]
 
     def _stream(

@@ -76,6 +76,7 @@ class Predictor:
       templates: of each task, how it is asked.
       max_events: of a history, the last ones that the encoder reads; 0 for a model that reads text alone.
       batch_size: users that are answered together.
+      beams: of the search for the likeliest of given texts, at most as many as there are texts.
       after_instruction: whether a soft prompt stands behind what all prompts start with, or in front of it.
       ranks: whether the item head has been trained to rank items; without it the next item is found by writing titles alone.
       pad_whole: whether all histories are padded to `max_events` and all prompts to their task's `max_tokens`, so that one program
@@ -89,6 +90,7 @@ class Predictor:
     templates: Mapping[str, Template]
     max_events: int
     batch_size: int
+    beams: int = 10
     after_instruction: bool = True
     ranks: bool = True
     pad_whole: bool = False

@@ -27,7 +27,7 @@ FILE = "user_llm.json"
 AGAIN = "get the model directory again"
 # What a model is: two models that differ in nothing else answer alike, and a user of one is a user of the other.
 COMPUTES = ("model", "vocabulary", "lines", "prompts", "names", "dtype")
-LIMITS_THAT_COMPUTE = ("max_events", "after_instruction", "ranks")
+LIMITS_THAT_COMPUTE = ("max_events", "beams", "after_instruction", "ranks")
 
 MOST = 1 << 20  # of events, tokens and rows that arrays are padded to: more would fill any memory
 Size = Annotated[int, Must(f"from 1 to {MOST}", lambda n: 1 <= n <= MOST)]
@@ -83,6 +83,7 @@ class Limits:
 
     max_events: SizeOrZero
     batch_size: Size
+    beams: Size
     after_instruction: bool
     ranks: bool
     pad_whole: bool
@@ -97,7 +98,7 @@ class Row:
     metric: str
     value: float | None
     n: CountOrZero
-    interval: tuple[float | None, ...] | None = None
+    interval: tuple[float | None, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

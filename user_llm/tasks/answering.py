@@ -85,17 +85,17 @@ class Asking:
         score = lambda batch: self.score(task, batch)  # noqa: E731
         return rank_targets(score, self.timelines, self.split, part, limit=limit, **self.sizes)
 
-    def rank_written(self, task: str, part: str, limit: int | None, beams: int) -> Ranks:
+    def rank_written(self, task: str, part: str, limit: int | None) -> Ranks:
         """Rank items by beam search over the titles of the catalogue; what is not among the beams is not found."""
         trie = Trie.build(self.examples[task].template.lines.titles_as_targets())
-        propose = lambda batch: self.choose(task, batch, trie, beams)  # noqa: E731
+        propose = lambda batch: self.choose(task, batch, trie, self.predictor.beams)  # noqa: E731
         return rank_listed(propose, self.timelines, self.split, part, limit=limit, **self.sizes)
 
-    def favorites(self, task: str, asked: FavoriteExamples, users: np.ndarray, ends: np.ndarray, beams: int) -> np.ndarray:
+    def favorites(self, task: str, asked: FavoriteExamples, users: np.ndarray, ends: np.ndarray) -> np.ndarray:
         """Return the likeliest class of each history."""
         trie, best = Trie.build(asked.names), np.zeros(len(users), np.int64)
         for indices, batch in self.batches(users, ends):
-            best[indices] = self.choose(task, batch, trie, min(len(asked.names), beams))[: batch.count, 0]
+            best[indices] = self.choose(task, batch, trie, min(len(asked.names), self.predictor.beams))[: batch.count, 0]
         return best
 
     def write(self, task: str, asked: ReviewExamples, users: np.ndarray, ends: np.ndarray) -> list[str]:
@@ -136,7 +136,7 @@ def measure_next_item(
     if ranks:
         found.append(Found(asking.rank(task, part, limit).measured()))
     if written:
-        found.append(Found(asking.rank_written(task, part, written, settings.beams).measured(), "/generate"))
+        found.append(Found(asking.rank_written(task, part, written).measured(), "/generate"))
     return found
 
 
@@ -145,7 +145,7 @@ def measure_favorite(
 ) -> list[Found]:
     """Say how often the likeliest class is the label."""
     users, ends = (array[:limit] for array in asked.targets(part))
-    best = asking.favorites(task, asked, users, ends, settings.beams)
+    best = asking.favorites(task, asked, users, ends)
     labels = [asked.asked.label(int(user), int(end)) for user, end in zip(users, ends, strict=True)]
     correct = (best == labels).astype(np.float64)
     return [Found(Measured(users, ends, {"accuracy": correct}))]

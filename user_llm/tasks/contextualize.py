@@ -183,7 +183,7 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
     monitored = next(iter(asked))
     predictor = Predictor(
         full, graphdef, shapes, context.mesh, {task: of.template for task, of in asked.items()},
-        max_events=examples.max_events, batch_size=meshes.even_rows(phase.eval.batch_size, context.mesh),
+        max_events=examples.max_events, batch_size=meshes.even_rows(phase.eval.batch_size, context.mesh), beams=phase.eval.beams,
         after_instruction=phase.soft_prompt.after_instruction, ranks=phase.loss.catalogue > 0, pad_whole=phase.eval.pad_whole,
     )  # fmt: skip
     asking = Asking(predictor, timelines, context.split, asked)

@@ -24,7 +24,7 @@ def best_titles(asking: Asking, task: str, asked: NextItemExamples, users, ends,
             scores = meshes.fetch(asking.score(task, batch))
             best = np.argsort(-scores, axis=1, kind="stable")
         else:
-            best = asking.choose(task, batch, trie, settings.beams)
+            best = asking.choose(task, batch, trie, asking.predictor.beams)
         for index, row in zip(indices, best[:, :SHOWN], strict=False):
             out[index] = "; ".join(titles[item] for item in row)
     return out
@@ -32,7 +32,7 @@ def best_titles(asking: Asking, task: str, asked: NextItemExamples, users, ends,
 
 def favorites(asking: Asking, task: str, asked: FavoriteExamples, users, ends, settings) -> list[str]:
     """Return the name of the likeliest class."""
-    best = asking.favorites(task, asked, users, ends, settings.beams)
+    best = asking.favorites(task, asked, users, ends)
     return [asked.asked.labels.names[i] for i in best]
 
 
