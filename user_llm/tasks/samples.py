@@ -15,7 +15,7 @@ from user_llm.tasks.answering import Asking
 SHOWN = 5  # items of a ranking, attended events, latest events
 
 
-def best_titles(asking: Asking, task: str, asked: NextItemExamples, users, ends, settings) -> list[str]:
+def best_titles(asking: Asking, task: str, asked: NextItemExamples, users, ends) -> list[str]:
     """Return the titles of the items that rank highest, by the item head or, where none is trained, by writing."""
     titles, out = asking.timelines.catalogue.titles, [""] * len(users)
     trie = None if asking.predictor.ranks else Trie.build(asked.template.lines.titles_as_targets())
@@ -30,13 +30,13 @@ def best_titles(asking: Asking, task: str, asked: NextItemExamples, users, ends,
     return out
 
 
-def favorites(asking: Asking, task: str, asked: FavoriteExamples, users, ends, settings) -> list[str]:
+def favorites(asking: Asking, task: str, asked: FavoriteExamples, users, ends) -> list[str]:
     """Return the name of the likeliest class."""
     best = asking.favorites(task, asked, users, ends)
     return [asked.asked.labels.names[i] for i in best]
 
 
-def texts(asking: Asking, task: str, asked: ReviewExamples, users, ends, settings) -> list[str]:
+def texts(asking: Asking, task: str, asked: ReviewExamples, users, ends) -> list[str]:
     """Return what is written."""
     return asking.write(task, asked, users, ends)
 
@@ -59,7 +59,7 @@ def draw_samples(asking: Asking, method: str, settings: ConfigDict) -> list[dict
     samples, timelines = [], asking.timelines
     for task, asked in asking.examples.items():
         users, ends = (array[: settings.samples] for array in asked.targets("test"))
-        answers = ANSWERS[task](asking, task, asked, users, ends, settings)
+        answers = ANSWERS[task](asking, task, asked, users, ends)
         attended = attended_titles(asking, users, ends)
         for user, end, answer, seen in zip(users.tolist(), ends.tolist(), answers, attended, strict=True):
             latest = timelines.items(user, max(end - SHOWN, 0), end)[::-1]
