@@ -8,6 +8,7 @@ import pytest
 
 from user_llm.common import trees
 from user_llm.models.generate import generate
+from user_llm.serving import batch as batching
 from user_llm.serving.user import User
 
 
@@ -127,7 +128,7 @@ def test_explaining_shows_what_the_user_tokens_look_at(made, model):
     assert sorted(one.events_ago for one in seen) == [1, 2, 3, 4, 5, 6]
     last = next(one for one in seen if one.events_ago == 1)
     assert last.id == made.rows(2)[-1]["item"]
-    events, lengths = model._arrays([user], 50)
+    events, lengths = batching.histories(model.predictor, [user], 50)
     np.testing.assert_allclose(last.weight, model.predictor.attended(events, lengths)[0][5], rtol=1e-5)
     assert model.explain(user, 2) == seen[:2]
 

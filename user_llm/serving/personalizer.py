@@ -15,24 +15,22 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 from absl import logging
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 
 from user_llm.common import mesh as meshes
 from user_llm.data.pipeline import length_batches
-from user_llm.data.prompts.base import Ids, Lines, Question, Template, pad_rows
+from user_llm.data.prompts.base import Ids, Lines
 from user_llm.data.timelines import hash_key
 from user_llm.data.tokenizer import Tokenizer
 from user_llm.data.vocabulary import Read, Vocabulary
 from user_llm.models import score as scoring
-from user_llm.models import user as model_users
-from user_llm.models.generate import stream
-from user_llm.models.prefill import bucket
-from user_llm.models.sampling import Sampling
+from user_llm.models import user as decoder_users
 from user_llm.models.trie import Trie
-from user_llm.models.user_llm import UserTokens
+from user_llm.serving import batch
 from user_llm.serving import user as users
 from user_llm.serving.predictor import Predictor
 from user_llm.serving.user import User
+from user_llm.serving.writing import Writer
 
 RANKING = "next_item"
 CHUNK = 8  # tokens of a piece of a stream
@@ -110,6 +108,11 @@ class Personalizer:
     def numbers(self) -> dict[str, int]:
         """The number of each item, by its id."""
         return {key: number for number, key in enumerate(self.vocabulary.catalogue.keys) if number}
+
+    @functools.cached_property
+    def writer(self) -> Writer:
+        """What of the model writes."""
+        return Writer(self.predictor, self.lines, self.names)
 
     @functools.cached_property
     def titles(self) -> Trie:
@@ -225,7 +228,7 @@ class Personalizer:
                 ranked[index] = self._best(scores, k)
         return ranked
 
-    def _scores(self, prompts: list[Ids], user: model_users.User | None, k: int) -> Float[np.ndarray, "B V"]:
+    def _scores(self, prompts: list[Ids], user: decoder_users.User | None, k: int) -> Float[np.ndarray, "B V"]:
         """Return a score of every item, -inf for none: of the item head or, where none is trained, of the titles that are written."""
         known = len(self.vocabulary.catalogue.titles)
         if self.predictor.ranks:
@@ -264,7 +267,7 @@ class Personalizer:
           user: who the text is for; None for the bare LLM.
           stream: return an iterator of pieces, as they are written, in place of the text.
         """
-        pieces = self._written([prompt], [user], **settings)
+        pieces = self._written([prompt], [user], settings)
         if stream:
             return (texts[0] for texts in pieces if texts[0])
         return "".join(texts[0] for texts in pieces)
@@ -287,124 +290,17 @@ class Personalizer:
           ValueError: settings that do not fit, a user of another model, or a task that the model was not trained for.
         """
         texts = [""] * len(prompts)
-        for pieces in self._written(prompts, list(those or [None] * len(prompts)), **settings):
+        for pieces in self._written(prompts, list(those or [None] * len(prompts)), settings):
             texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
         return texts
 
     def _written(
-        self,
-        prompts: Sequence[str | None],
-        those: Sequence[User | None],
-        *,
-        task: str = "",
-        fields: Mapping[str, Any] | None = None,
-        chat: Sequence[Mapping[str, Any]] | None = None,
-        max_tokens: int = 0,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        seed: int = 0,
-        stop: Sequence[str] = (),
+        self, prompts: Sequence[str | None], those: Sequence[User | None], settings: dict[str, Any]
     ) -> Iterator[list[str]]:
-        """Yield pieces of each prompt's text."""
-        if len(prompts) != len(those):
-            raise ValueError(f"{len(prompts)} prompts for {len(those)} users: give a user, or None, for each.")
-        sampling = Sampling(temperature, top_k, top_p, min_p)
-        template = self._template(task, fields) if task else None
-        rows = [self._row(prompt, user, template, fields or {}, chat) for prompt, user in zip(prompts, those, strict=True)]
-        if task in self.names:
-            return iter([self._named(task, rows, those)])
-        if isinstance(template, Question):
-            max_tokens, stops = max_tokens or template.max_target_tokens, [self.lines.end_id]
-        else:
-            max_tokens, stops = max_tokens or 128, [self.lines.end_id] if task else list(self.tokenizer.stop_ids)
-        leading = self.predictor.leading(task) if task else len(self.lines.start)
-        return self._stream(rows, those, leading, max_tokens, sampling, seed, stops, tuple(stop))
-
-    def _template(self, task: str, fields: Mapping[str, Any] | None) -> Template:
-        if task not in self.tasks:
-            raise ValueError(f"This model was not trained for the task {task!r}, but for {', '.join(self.tasks)}.")
-        template = self.predictor.templates[task]
-        if missing := set(template.fields) - set(fields or {}):
-            raise ValueError(f"The question of {task} names {', '.join(sorted(missing))}: give them as fields={{...}}.")
-        return template
-
-    def _row(
-        self,
-        prompt: str | None,
-        user: User | None,
-        template: Template | None,
-        fields: Mapping[str, Any],
-        chat: Sequence[Mapping[str, Any]] | None,
-    ) -> Ids:
-        """Return the tokens of a prompt, a task or a conversation."""
-        if user is not None:
-            self._check(user)
-        if (prompt is not None) + (template is not None) + (chat is not None) != 1:
-            raise ValueError("Give one of a prompt, a task and a chat.")
-        if template is not None:
-            return template.prompt(np.zeros(0, np.int32) if user is None else user.items, **fields)
-        ids = self.tokenizer.encode(prompt) if prompt is not None else self.tokenizer.chat(chat or ())
-        row = np.array(ids if chat is not None else [*self.lines.start, *ids], np.int32)
-        if not len(row):
-            raise ValueError("The prompt has no tokens: write at least one character.")
-        return row
-
-    def _padded(self, rows: Sequence[Ids]) -> tuple[Array, Array]:
-        """Return tokens right-padded to one of few widths, and their lengths."""
-        lengths = np.array([len(row) for row in rows], np.int32)
-        return meshes.put_rows((pad_rows(rows, bucket(int(lengths.max()))), lengths), self.predictor.mesh)
-
-    def _named(self, task: str, rows: Sequence[Ids], those: Sequence[User | None]) -> list[str]:
-        """Return the likeliest of a task's names for each row."""
-        names = self.names[task]
-        trie = Trie.build({number: self.lines.line(name).tolist() for number, name in names.items()})
-        with jax.set_mesh(self.predictor.mesh):
-            found = self.predictor.choose(task, rows, self._present(those), trie, min(len(names), self.predictor.beams))[0]
-        return [names[int(row[0])] for row in found]
-
-    def _stream(
-        self,
-        rows: Sequence[Ids],
-        those: Sequence[User | None],
-        leading: int,
-        max_tokens: int,
-        sampling: Sampling,
-        seed: int,
-        stop_ids: Sequence[int],
-        stop: tuple[str, ...],
-    ) -> Iterator[list[str]]:
-        """Yield pieces of text. A piece ends where a character does, and never within a text at which writing stops."""
-        said, open_rows = [""] * len(rows), [True] * len(rows)
-        tokens: list[list[int]] = [[] for _ in rows]
-        with jax.set_mesh(self.predictor.mesh):
-            decoder, inputs, sizes, kv = self.predictor.decoding(*self._padded(rows), self._present(those), leading)
-            pieces = stream(
-                *decoder, inputs, lengths=meshes.fetch(sizes).tolist(), max_tokens=max_tokens, sampling=sampling,
-                seeds=[seed + n for n in range(len(rows))], stop_ids=stop_ids, user=kv, chunk=CHUNK,
-            )  # fmt: skip
-        while True:
-            with jax.set_mesh(self.predictor.mesh):
-                piece = next(pieces, None)
-            for n, row in enumerate([] if piece is None else piece.rows()):
-                tokens[n] += row
-            out = [""] * len(rows)
-            for n in range(len(rows)):
-                if not open_rows[n]:
-                    continue
-                ended = piece is None
-                whole = self.tokenizer.decode([token for token in tokens[n] if token not in stop_ids])
-                cut = min((at for at in map(whole.find, stop) if at >= 0), default=None)
-                if cut is not None:
-                    whole, ended, open_rows[n] = whole[:cut], True, False
-                if not ended:
-                    held = max((size for size in range(1, max(map(len, stop), default=0)) if whole.endswith(tuple(part[:size] for part in stop))), default=0)  # fmt: skip
-                    whole = whole[: len(whole) - held].rstrip("\ufffd")
-                out[n], said[n] = whole[len(said[n]) :], max(said[n], whole, key=len)
-            yield out
-            if piece is None or not any(open_rows):
-                return
+        for user in those:
+            if user is not None:
+                self._check(user)
+        return self.writer.pieces(prompts, those, **settings)
 
     @on_mesh
     def score(self, prompt: str, texts: Sequence[str], user: User | None = None) -> Float[np.ndarray, " n"]:
@@ -416,10 +312,14 @@ class Personalizer:
         Raises:
           ValueError: an empty text, or a user of another model.
         """
-        row = self._row(prompt, user, None, {}, None)
+        if user is not None:
+            self._check(user)
+        row = self.writer.row(prompt, user, None, {}, None)
         ids = [self.tokenizer.encode(text) for text in texts]
         leading = len(self.lines.start)
-        decoder, inputs, sizes, kv = self.predictor.decoding(*self._padded([row]), self._present([user]), leading)
+        decoder, inputs, sizes, kv = self.predictor.decoding(
+            *self.writer.padded([row]), batch.present(self.predictor, [user]), leading
+        )
         return scoring.score(*decoder, inputs, [ids], lengths=meshes.fetch(sizes).tolist(), user=kv)[0]
 
     @on_mesh
@@ -435,8 +335,8 @@ class Personalizer:
         self._check(user)
         if self.predictor.config.resampler is None:
             raise ValueError("This model has no resampler: its user tokens are the events themselves, one for each.")
-        (_, rows, padded), *_ = length_batches(np.array([self._read_events(user)]), 1, self.predictor.bucket)
-        events, lengths = self._arrays([user], padded)
+        (_, rows, padded), *_ = length_batches(np.array([batch.read_events(self.predictor, user)]), 1, self.predictor.bucket)
+        events, lengths = batch.histories(self.predictor, [user], padded)
         weights = self.predictor.attended(events, lengths)[0][: lengths[0]]
         catalogue, read = self.vocabulary.catalogue, user.items[len(user.items) - int(lengths[0]) :]
         order = np.argsort(-weights, kind="stable")[:k]
@@ -466,54 +366,23 @@ class Personalizer:
         out = list(those)
         if not self.predictor.max_events:
             return out
-        lengths = np.array([self._read_events(user) for user in those], np.int64)
-        size = self._rows(len(those))
+        lengths = np.array([batch.read_events(self.predictor, user) for user in those], np.int64)
+        size = batch.rows(self.predictor, len(those))
         for indices, rows, padded in length_batches(lengths, size, self.predictor.bucket):
-            arrays = self._arrays([those[row] for row in rows], padded)
+            arrays = batch.histories(self.predictor, [those[row] for row in rows], padded)
             found, counts = meshes.fetch(tuple(self.predictor.encode(*arrays) or ()))
             for place, index in enumerate(indices):
                 out[index] = dataclasses.replace(those[index], tokens=np.array(found[place, : counts[place]]))
         return out
 
-    def _rows(self, count: int) -> int:
-        """Return how many rows a batch for so many users has: few different numbers, at most the model's batch."""
-        return min(1 << max(count - 1, 0).bit_length(), self.predictor.batch_size)
-
-    def _read_events(self, user: User) -> int:
-        """Return how many of a user's events the encoder reads."""
-        return min(len(user.events), max(self.predictor.max_events, 1))
-
-    def _arrays(self, those: Sequence[User], padded: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the right-padded histories of users, and their lengths."""
-        lengths = np.array([self._read_events(user) for user in those], np.int64)
-        events = np.zeros((len(those), padded, self.vocabulary.schema.width), np.int32)
-        for row, user in enumerate(those):
-            events[row, : lengths[row]] = user.events[len(user.events) - lengths[row] :]
-        return events, lengths
-
-    def _batches(self, those: Sequence[User]) -> Iterator[tuple[np.ndarray, list[User], model_users.User | None]]:
+    def _batches(self, those: Sequence[User]) -> Iterator[tuple[np.ndarray, list[User], decoder_users.User | None]]:
         """Yield the places of some users in `those`, a batch of them, the last one again and again, and what the decoder reads of it."""
         for user in those:
             self._check(user)
         lengths = np.array([len(user.tokens) for user in those], np.int64)
-        for indices, rows, _ in length_batches(lengths, self._rows(len(those))):
+        for indices, rows, _ in length_batches(lengths, batch.rows(self.predictor, len(those))):
             chosen = [those[row] for row in rows]
-            yield indices, chosen, self._present(chosen)
-
-    def _present(self, those: Sequence[User | None]) -> model_users.User | None:
-        """Return what the decoder reads of users; of None, nothing."""
-        if not self.predictor.max_events:
-            return None
-        counts = np.array([0 if user is None else len(user.tokens) for user in those], np.int32)
-        resampler, encoder = self.predictor.config.resampler, self.predictor.config.encoder
-        each = self.predictor.bucket
-        most = resampler.num_latents if resampler else int(-(-max(counts.max(), 1) // each) * each)
-        width = encoder.block.width if encoder else 0
-        tokens = np.zeros((len(those), most, width), np.float32)
-        for row, user in enumerate(those):
-            if user is not None and len(user.tokens):
-                tokens[row, : counts[row]] = user.tokens
-        return self.predictor.present(UserTokens(*meshes.put_rows((tokens, counts), self.predictor.mesh)))
+            yield indices, chosen, batch.present(self.predictor, chosen)
 
     def _check(self, user: User) -> None:
         if not isinstance(user, User):

@@ -1,0 +1,48 @@
+"""Stored users as the arrays that a predictor takes: in few different numbers and lengths, so that few programs are compiled."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+from user_llm.common import mesh as meshes
+from user_llm.models import user as decoder_users
+from user_llm.models.user_llm import UserTokens
+from user_llm.serving.predictor import Predictor
+from user_llm.serving.user import User
+
+
+def rows(predictor: Predictor, count: int) -> int:
+    """Return how many rows a batch for so many users has: a power of 2, at most the model's batch."""
+    return min(1 << max(count - 1, 0).bit_length(), predictor.batch_size)
+
+
+def read_events(predictor: Predictor, user: User) -> int:
+    """Return how many of a user's events the encoder reads."""
+    return min(len(user.events), max(predictor.max_events, 1))
+
+
+def histories(
+    predictor: Predictor, those: Sequence[User], padded: int
+) -> tuple[Int[np.ndarray, "B E A"], Int[np.ndarray, " B"]]:
+    """Return the events of users that the encoder reads, right-padded to `padded` events, and how many they are."""
+    lengths = np.array([read_events(predictor, user) for user in those], np.int64)
+    events = np.zeros((len(those), padded, those[0].events.shape[1]), np.int32)
+    for row, user in enumerate(those):
+        events[row, : lengths[row]] = user.events[len(user.events) - lengths[row] :]
+    return events, lengths
+
+
+def present(predictor: Predictor, those: Sequence[User | None]) -> decoder_users.User | None:
+    """Return what the decoder reads of users; of None, nothing. None for a model without an encoder."""
+    encoder, resampler = predictor.config.encoder, predictor.config.resampler
+    if encoder is None:
+        return None
+    counts = np.array([0 if user is None else len(user.tokens) for user in those], np.int32)
+    each = predictor.bucket
+    most = resampler.num_latents if resampler else int(-(-max(counts.max(), 1) // each) * each)
+    tokens = np.zeros((len(those), most, encoder.block.width), np.float32)
+    for row, user in enumerate(those):
+        if user is not None and len(user.tokens):
+            tokens[row, : counts[row]] = user.tokens
+    return predictor.present(UserTokens(*meshes.put_rows((tokens, counts), predictor.mesh)))

@@ -1,0 +1,183 @@
+"""Texts behind prompts: free ones, those of the tasks that a model was trained for, and conversations; whole or in pieces."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from user_llm.common import mesh as meshes
+from user_llm.data.prompts.base import Ids, Lines, Question, Template, pad_rows
+from user_llm.data.tokenizer import Tokenizer
+from user_llm.models.generate import stream
+from user_llm.models.prefill import bucket
+from user_llm.models.sampling import Sampling
+from user_llm.models.trie import Trie
+from user_llm.serving import batch
+from user_llm.serving.predictor import Predictor
+from user_llm.serving.user import User
+
+CHUNK = 8  # tokens of a piece
+MAX_TOKENS = 128  # of a text whose length nobody names
+
+
+@dataclasses.dataclass(frozen=True)
+class Writer:
+    """What of a model writes.
+
+    Attributes:
+      names: of tasks whose answer is one of several names, such as `favorite`, these names by their numbers.
+    """
+
+    predictor: Predictor
+    lines: Lines
+    names: Mapping[str, Mapping[int, str]]
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The LLM's tokenizer."""
+        return self.lines.tokenizer
+
+    def pieces(
+        self,
+        prompts: Sequence[str | None],
+        those: Sequence[User | None],
+        *,
+        task: str = "",
+        fields: Mapping[str, Any] | None = None,
+        chat: Sequence[Mapping[str, Any]] | None = None,
+        max_tokens: int = 0,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> Iterator[list[str]]:
+        """Yield pieces of each prompt's text; arguments and errors as in `Personalizer.generate_many`."""
+        if len(prompts) != len(those):
+            raise ValueError(f"{len(prompts)} prompts for {len(those)} users: give a user, or None, for each.")
+        sampling = Sampling(temperature, top_k, top_p, min_p)
+        template = self._template(task, fields) if task else None
+        rows = [self.row(prompt, user, template, fields or {}, chat) for prompt, user in zip(prompts, those, strict=True)]
+        if task in self.names:
+            return iter([self._named(task, rows, those)])
+        if isinstance(template, Question):
+            max_tokens, stops = max_tokens or template.max_target_tokens, [self.lines.end_id]
+        else:
+            max_tokens, stops = max_tokens or MAX_TOKENS, [self.lines.end_id] if task else list(self.tokenizer.stop_ids)
+        leading = self.predictor.leading(task) if task else len(self.lines.start)
+        return self._stream(rows, those, leading, max_tokens, sampling, seed, stops, tuple(stop))
+
+    def _template(self, task: str, fields: Mapping[str, Any] | None) -> Template:
+        if task not in self.predictor.templates:
+            raise ValueError(
+                f"This model was not trained for the task {task!r}, but for {', '.join(self.predictor.templates)}."
+            )
+        template = self.predictor.templates[task]
+        if missing := set(template.fields) - set(fields or {}):
+            raise ValueError(f"The question of {task} names {', '.join(sorted(missing))}: give them as fields={{...}}.")
+        return template
+
+    def row(
+        self,
+        prompt: str | None,
+        user: User | None,
+        template: Template | None,
+        fields: Mapping[str, Any],
+        chat: Sequence[Mapping[str, Any]] | None,
+    ) -> Ids:
+        """Return the tokens of a prompt, a task or a conversation."""
+        if (prompt is not None) + (template is not None) + (chat is not None) != 1:
+            raise ValueError("Give one of a prompt, a task and a chat.")
+        if template is not None:
+            return template.prompt(np.zeros(0, np.int32) if user is None else user.items, **fields)
+        ids = self.tokenizer.encode(prompt) if prompt is not None else self.tokenizer.chat(chat or ())
+        row = np.array(ids if chat is not None else [*self.lines.start, *ids], np.int32)
+        if not len(row):
+            raise ValueError("The prompt has no tokens: write at least one character.")
+        return row
+
+    def padded(self, rows: Sequence[Ids]) -> tuple[Array, Array]:
+        """Return tokens right-padded to one of few widths, and their lengths."""
+        lengths = np.array([len(row) for row in rows], np.int32)
+        return meshes.put_rows((pad_rows(rows, bucket(int(lengths.max()))), lengths), self.predictor.mesh)
+
+    def _named(self, task: str, rows: Sequence[Ids], those: Sequence[User | None]) -> list[str]:
+        """Return the likeliest of a task's names for each row."""
+        names = self.names[task]
+        trie = Trie.build({number: self.lines.line(name).tolist() for number, name in names.items()})
+        with jax.set_mesh(self.predictor.mesh):
+            found = self.predictor.choose(
+                task, rows, batch.present(self.predictor, those), trie, min(len(names), self.predictor.beams)
+            )[0]
+        return [names[int(row[0])] for row in found]
+
+    def _stream(
+        self,
+        rows: Sequence[Ids],
+        those: Sequence[User | None],
+        leading: int,
+        max_tokens: int,
+        sampling: Sampling,
+        seed: int,
+        stop_ids: Sequence[int],
+        stop: tuple[str, ...],
+    ) -> Iterator[list[str]]:
+        """Yield pieces of text. A piece ends where a character does, and never within a text at which writing stops."""
+        texts = [_Text(self.tokenizer, frozenset(stop_ids), stop) for _ in rows]
+        with jax.set_mesh(self.predictor.mesh):
+            decoder, inputs, sizes, kv = self.predictor.decoding(
+                *self.padded(rows), batch.present(self.predictor, those), leading
+            )
+            pieces = stream(
+                *decoder, inputs, lengths=meshes.fetch(sizes).tolist(), max_tokens=max_tokens, sampling=sampling,
+                seeds=[seed + n for n in range(len(rows))], stop_ids=stop_ids, user=kv, chunk=CHUNK,
+            )  # fmt: skip
+        while True:
+            with jax.set_mesh(self.predictor.mesh):
+                piece = next(pieces, None)
+            written = [[] for _ in rows] if piece is None else piece.rows()
+            yield [text.more(row, ended=piece is None) for text, row in zip(texts, written, strict=True)]
+            if piece is None or not any(text.open for text in texts):
+                return
+
+
+@dataclasses.dataclass
+class _Text:
+    """A text that is being written.
+
+    Attributes:
+      tokens: of it, up to now.
+      said: what has been handed out of it.
+      open: False once a text at which writing stops has come.
+    """
+
+    tokenizer: Tokenizer
+    stop_ids: frozenset[int]
+    stop: tuple[str, ...]
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    said: str = ""
+    open: bool = True
+
+    def more(self, tokens: Sequence[int], *, ended: bool) -> str:
+        """Return what further tokens add to the text. Half a character, and what may become a stop text, waits until more has come."""
+        if not self.open:
+            return ""
+        self.tokens += [token for token in tokens if token not in self.stop_ids]
+        text = self.tokenizer.decode(self.tokens)
+        stops = [place for place in map(text.find, self.stop) if place >= 0]
+        if stops:
+            text, self.open = text[: min(stops)], False
+        elif not ended:
+            text = text[: len(text) - self._waiting(text)].rstrip("\ufffd")
+        added = text[len(self.said) :]
+        self.said += added
+        return added
+
+    def _waiting(self, text: str) -> int:
+        """Return how many of the last characters may be the beginning of a stop text."""
+        sizes = range(1, max(map(len, self.stop), default=0))
+        return max((size for size in sizes if any(stop.startswith(text[-size:]) for stop in self.stop)), default=0)
