@@ -134,11 +134,13 @@ def _parted(
             users = batch.column("user").dictionary_encode()
             of_user = np.array([zlib.crc32(user.encode()) % parts for user in users.dictionary.to_pylist()], np.int64)
             of_row = of_user[users.indices.to_numpy()]
-            for part in np.unique(of_row).tolist():
+            order = np.argsort(of_row, kind="stable")
+            sorted_rows, found = batch.take(pa.array(order)), np.unique(of_row)
+            edges = np.searchsorted(of_row[order], [*found, parts])
+            for part, first, last in zip(found.tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True):
                 if part in wanted:
-                    rows = batch.filter(pa.array(of_row == part))
-                    writers[part].write_batch(rows)
-                    sizes[part] += len(rows)
+                    writers[part].write_batch(sorted_rows.slice(first, last - first))
+                    sizes[part] += last - first
             progress.update(len(batch))
     if bad_rows.count:
         logging.warning("%d rows that cannot be read are left out.", bad_rows.count)
