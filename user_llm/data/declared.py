@@ -113,7 +113,7 @@ class Rows:
             return read(pa.nulls(len(self)) if column is None else column)
         except WrongType as error:
             raise ValueError(
-                f"{self.piece.file}: column {name!r} is of type {error}, which is no {kind}: name another column, or cast it."
+                f"{self.piece.file}: column {name!r} is of type {error}, which is no {kind}: name another column, or cast this one."
             ) from None
 
 

@@ -154,7 +154,9 @@ class Personalizer:
         """
         found = self.encode_many(events)
         if len(found) > 1:
-            raise ValueError(f"These are events of {len(found)} users: pass them to encode_many, or those of one user.")
+            raise ValueError(
+                f"These are events of {len(found)} users: pass them to encode_many, or pass the events of one user."
+            )
         fields = self.vocabulary.fields
         nobody = users.unknown_user(self.identity, self.vocabulary.schema.width, hash_key(""), fields.ticks_per_second)
         return next(iter(found.values()), nobody)
@@ -223,7 +225,7 @@ class Personalizer:
         fields, merged = self.vocabulary.fields, dict(old)
         for name, rows in events.items():
             if name not in old:
-                raise ValueError(f"Events of {name!r}, who is not among the users: encode them.")
+                raise ValueError(f"There are events of {name!r}, but no such user: encode these events first.")
             self._check(old[name])
             read = self._read(rows)
             found = list(self._users(read, range(len(read.timelines)), None).values())
@@ -282,7 +284,7 @@ class Personalizer:
             the task `next_item`.
         """
         if RANKING not in self.tasks:
-            raise ValueError(f"This model was not trained to name the next item, but {', '.join(self.tasks)}.")
+            raise ValueError(f"This model cannot recommend: it was trained for {', '.join(self.tasks)}, and not for next_item.")
         if candidates is not None:
             allow, k = candidates, len(set(candidates))
         if k < 1:
@@ -388,7 +390,8 @@ class Personalizer:
 
         Raises:
           ValueError: a setting is out of range, the numbers of prompts and users differ, a user is of another model, the model was
-            not trained for the task, or not exactly one of prompt, task and chat is given.
+            not trained for the task, a field of the task is missing, the LLM has no chat template, or not exactly one of prompt,
+            task and chat is given.
         """
         texts = [""] * len(prompts)
         for pieces in self._written(prompts, list(those or [None] * len(prompts)), settings):
@@ -448,7 +451,7 @@ class Personalizer:
         """
         self._check(user)
         if self.predictor.config.resampler is None:
-            raise ValueError("This model has no resampler: its user tokens are the events themselves, one for each.")
+            raise ValueError("This model has no resampler: each event is a user token of its own, and nothing attends to it.")
         (_, rows, padded), *_ = length_batches(np.array([batch.read_events(self.predictor, user)]), 1, self.predictor.bucket)
         events, lengths = batch.histories(self.predictor, [user], padded)
         weights = self.predictor.attended(events, lengths)[0][: lengths[0]]
@@ -505,7 +508,7 @@ class Personalizer:
 
     def _check(self, user: User) -> None:
         if not isinstance(user, User):
-            raise ValueError(f"{type(user).__name__} is no user: encode their events first.")
+            raise ValueError(f"{type(user).__name__} is no user: pass a User, such as encode returns.")
         if user.model != self.identity:
             raise ValueError(
                 f"This user was encoded by the model {user.model}, and this one is {self.identity}: encode their events again."

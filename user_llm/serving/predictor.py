@@ -85,7 +85,7 @@ class Predictor:
       templates: how each task is asked, by the task's name.
       max_events: how many of a history's latest events the encoder reads; 0 for a model without an encoder.
       batch_size: the number of users that are answered together.
-      beams: the width of the beam search for the likeliest of given texts. There must be at least as many texts.
+      beams: the width of the beam search for the likeliest of given texts; at most the number of these texts.
       after_instruction: whether a soft prompt stands after the tokens that all prompts of a task start with; otherwise it stands
         before them.
       ranks: whether the item head has been trained to rank items. Without it the next item is found by writing titles.

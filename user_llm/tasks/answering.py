@@ -96,7 +96,7 @@ class Asking:
         return rank_targets(score, self.timelines, self.split, part, limit=limit, **self.sizes)
 
     def rank_written(self, task: str, part: str, limit: int | None) -> Ranks:
-        """Return the ranks of the targets among the titles that beam search finds; a target that it does not find has no rank.
+        """Return the ranks of the targets among the titles that beam search finds. A target that it does not find is a miss.
 
         Args:
           part: the part of the split, `validation` or `test`.

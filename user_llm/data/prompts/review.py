@@ -77,7 +77,9 @@ class ReviewExamples:
         )
 
     def check_room(self) -> None:
-        """Check that the longest question leaves room for its target. It is about one of the longest titles, with a rating of two digits.
+        """Check that the longest question leaves room for its target.
+
+        The longest question is about an item with one of the longest titles, and has a rating of two digits.
 
         Raises:
           ValueError: the question and the target have more than `max_tokens` tokens.
