@@ -1,4 +1,4 @@
-"""User-LLM: a decoder LLM that answers for a user whose events were encoded once into a handful of vectors (arXiv 2402.13598).
+"""User-LLM (arXiv 2402.13598): an LLM that answers for a user. An encoder turns the user's events into a few vectors, once.
 
     import user_llm
 
@@ -6,7 +6,7 @@
     user = model.encode(events)
     model.recommend(user, k=10)
 
-Importing the package imports nothing else; jax comes with the first name that is used.
+`import user_llm` alone imports no jax. The first use of a name, such as `user_llm.load`, imports the module that defines it.
 """
 
 import importlib

@@ -1,6 +1,7 @@
 """Encode all users of event files: `python -m user_llm.encode --model=RUN/user_llm/model --events=FILES --out=STATES`.
 
-STATES gets Parquet files of the columns user, state (bytes of `user_llm.User`), events, unknown and last_time.
+The command writes Parquet files to STATES, one row a user. The columns are user (the id), state (the bytes of a `user_llm.User`),
+events (their number), unknown (the number of events whose item the model does not know) and last_time (seconds since 1970).
 """
 
 from user_llm.serving import command

@@ -1,7 +1,7 @@
 """Write a trained model for other programs: `python -m user_llm.export --model=RUN/user_llm/model --out=DIR`.
 
-DIR is a model directory like the one it comes from, and holds the whole LLM, adapters merged: `transformers` and all that load its
-checkpoints read DIR, and `user_llm.load` does. With --push=ORGANISATION/NAME it is uploaded to the hub besides.
+DIR becomes a model directory that holds the whole LLM, with adapters merged into its weights. `user_llm.load` reads it, and so does
+`transformers` and every other program that reads Hugging Face checkpoints. --push=ORGANISATION/NAME also uploads DIR to the hub.
 """
 
 import sys
@@ -17,16 +17,19 @@ from user_llm.serving.settings import read_settings
 
 _MODEL = flags.DEFINE_string("model", None, "Model directory, such as RUN/user_llm/model.")
 _OUT = flags.DEFINE_string("out", None, "Directory to write to, which must not exist.")
-_LLM = flags.DEFINE_string("llm", "", "Where the LLM is that the model names; empty for what it is called there.")
+_LLM = flags.DEFINE_string("llm", "", "Directory or hub name of the LLM, if the model only names its LLM; empty for that name.")
 _PUSH = flags.DEFINE_string("push", "", "Name on the hub to upload DIR to, as ORGANISATION/NAME; HF_TOKEN must allow it.")
-_PRIVATE = flags.DEFINE_bool("private", True, "Whether what --push makes is seen by its organisation alone.")
+_PRIVATE = flags.DEFINE_bool("private", True, "Whether a repository that --push creates is private.")
 
 
 def export(model: Path, out: Path, *, llm: str = "") -> None:
-    """Write a model with its whole LLM to `out`.
+    """Write a model with its whole LLM to the directory `out`.
+
+    Args:
+      llm: the directory or the hub name of the LLM that the model names; empty for the name in the model.
 
     Raises:
-      ValueError: a directory that exists, or no model.
+      ValueError: `out` exists, or `model` is not a model directory.
     """
     if out.exists():
         raise ValueError(f"{out} exists: choose another directory.")
@@ -36,10 +39,15 @@ def export(model: Path, out: Path, *, llm: str = "") -> None:
 def push(directory: Path, name: str, *, private: bool = True) -> None:
     """Upload a model directory to the hub.
 
-    The hub's own settings hold: HF_TOKEN for who uploads, HF_ENDPOINT for a mirror.
+    The repository is created if it does not exist. Files of an older model in it are deleted. The environment variables of the hub's
+    library apply: HF_TOKEN is the account that uploads, HF_ENDPOINT is the address of a mirror.
+
+    Args:
+      name: the repository, as ORGANISATION/NAME.
+      private: whether a repository that is created here is private.
 
     Raises:
-      ValueError: no model, a name that is none, or what the hub refuses.
+      ValueError: `directory` is not a model directory, `name` is not a name on the hub, or the hub refuses the upload.
     """
     if not is_hub_name(name):
         raise ValueError(f"--push={name}: name it as ORGANISATION/NAME.")
@@ -55,7 +63,7 @@ def push(directory: Path, name: str, *, private: bool = True) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Export, and end a user's mistake in one sentence."""
+    """Run the command. A mistake of the caller ends in one sentence."""
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}")
     out = Path(str(_OUT.value))

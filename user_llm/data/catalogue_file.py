@@ -1,6 +1,7 @@
-"""The catalogue of a model as a Parquet file: one row an item, in the order of the items' numbers from 1.
+"""The catalogue of a model as a Parquet file, with one row for each item in the order of the items' numbers from 1.
 
-The columns are `id`, `title`, one list of names for each bag (such as `genres`), and `events`, the item's events in training.
+The columns are `id`, `title`, one list of names for each bag (such as `genres`), and `events`, the number of the item's events in
+training.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,13 +30,13 @@ def _columns(bags: Mapping[str, object]) -> pa.Schema:
 
 
 def write_catalogue(path: epath.PathLike, catalogue: Catalogue, counts: Int[np.ndarray, " I+1"]) -> None:
-    """Write a catalogue.
+    """Write a catalogue to a Parquet file.
 
     Args:
-      counts: events of each item in training; the first is of PAD.
+      counts: the number of training events of each item; index 0 is PAD.
 
     Raises:
-      ValueError: a bag that is called `id`, `title` or `events`.
+      ValueError: a bag has the name `id`, `title` or `events`.
     """
     bags = {
         name: [[catalogue.vocab[name][number] for number in row if number] for row in numbers[1:].tolist()]
@@ -49,14 +50,14 @@ def write_catalogue(path: epath.PathLike, catalogue: Catalogue, counts: Int[np.n
 def read_catalogue(
     path: epath.PathLike, schema: Schema, names: Mapping[str, Sequence[str]]
 ) -> tuple[Catalogue, Int[np.ndarray, " I+1"]]:
-    """Return the catalogue of a file, and the events of each item in training.
+    """Return the catalogue of a file, and the number of training events of each item.
 
     Args:
       names: the names of each bag's ids, from 1, as `vocabulary.schema_and_names` returns them.
 
     Raises:
-      ValueError: no Parquet file of these columns, another number of items than the schema has, an id or title that is missing
-        or there twice, a name that is not among `names`, or a count below 0.
+      ValueError: the file is not a Parquet file of these columns; the number of items is not that of the schema; an id or a title
+        is missing or there twice; a name is not among `names`; or a count is below 0.
     """
     table = _table(path, names)
     if len(table) != schema.num_items:
@@ -84,7 +85,7 @@ def _table(path: epath.PathLike, bags: Mapping[str, object]) -> pa.Table:
         raise ValueError(f"{path} has not one column {', '.join(map(repr, missing))}, but {', '.join(there)}; {REMEDY}.")
     try:
         table = file.read(wanted.names, use_threads=False).select(wanted.names).cast(wanted)
-        table.validate(full=True)  # texts are UTF-8
+        table.validate(full=True)  # this checks that texts are UTF-8
     except (pa.ArrowException, OSError, ValueError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())[:160]}; {REMEDY}.") from None
     for name in wanted.names:
@@ -104,7 +105,16 @@ def _refuse_repeated(path: epath.PathLike, column: str, values: Sequence[str]) -
 def _bag(
     path: epath.PathLike, name: str, rows: Sequence[Sequence[str]], known: Sequence[str], schema: Schema
 ) -> Int[np.ndarray, "V W"]:
-    """Return the ids of the names of a bag, of as many columns as the schema's feature or else the longest row has."""
+    """Return the ids of a bag, one row for each item, padded with 0.
+
+    The number of columns W is that of the bag's feature in the schema. If the bag is not a feature, it is the length of the longest
+    row.
+
+    Args:
+      name: the name of the bag.
+      rows: the names in the bag of each item.
+      known: the names of the ids, from 1.
+    """
     ids = {value: number for number, value in enumerate(known, 1)}
     longest = max(max(map(len, rows), default=0), 1)
     width = schema[name].width if name in schema.names else longest

@@ -1,4 +1,7 @@
-"""The one place that reads rows by declared columns: what does not fit is said by file and row, or leaves the row out."""
+"""Reading rows by their declared columns. All readers of events use this module.
+
+A value that does not fit its column either ends the reading, with a message that names file and row, or leaves its row out.
+"""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -18,10 +21,10 @@ def check_names(place: Any, there: Sequence[str], wanted: Sequence[str], needed:
     """Refuse a table without the columns that it needs, or with two of one name.
 
     Args:
-      place: what a message calls the table.
-      there: the names of its columns; none if they are not known.
-      wanted: the names that are read.
-      needed: those of them that must be there.
+      place: the table's name in a message, such as the path of its file.
+      there: the names of the table's columns; empty if they are not known.
+      wanted: the names of the columns that are read.
+      needed: the names among `wanted` that the table must have.
 
     Raises:
       ValueError: a column is missing, or is there twice.
@@ -34,9 +37,10 @@ def check_names(place: Any, there: Sequence[str], wanted: Sequence[str], needed:
 
 
 class Rows:
-    """The rows of a piece, read column by column. What is wrong with a row is noted, and `settle` says it.
+    """The rows of a piece of events, which are read column by column.
 
-    Every method that reads a column takes its name, and raises a ValueError where the column's type can never be what is read.
+    The methods `ids`, `texts`, `names`, `numbers` and `times` each read the column that `name` names. They raise a ValueError if the
+    type of the whole column is wrong. They only note a row whose value is wrong. `settle` then refuses such rows or leaves them out.
     """
 
     def __init__(self, piece: Piece):
@@ -47,43 +51,50 @@ class Rows:
         return len(self.piece.rows)
 
     def ids(self, name: str, kind: str) -> pa.Array:
-        """Return ids, which must be there; `kind` is what a message calls them."""
+        """Return a column of ids. An id must not be missing. `kind` is the word for an id in a message, such as "user"."""
         found, bad = self._read(name, kind, columns.text)
         self.refuse(bad | columns.missing(found), name, kind)
         return found
 
     def texts(self, name: str, kind: str = "text") -> pa.Array:
-        """Return texts, empty where there are none."""
+        """Return a column of texts; a missing text is the empty one."""
         found, bad = self._read(name, kind, columns.text)
         self.refuse(bad, name, kind)
         return found.fill_null("")
 
     def names(self, name: str) -> pa.Array:
-        """Return lists of names, empty where there are none."""
+        """Return a column of lists of names; a missing list is the empty one."""
         found, bad = self._read(name, "category", columns.names)
         self.refuse(bad, name, "category")
         return found
 
     def numbers(self, name: str, more: str = "") -> pa.Array:
-        """Return float64 numbers, null where they are missing; `more` ends a message."""
+        """Return a column of float64 numbers, null where a number is missing; `more` is added to the end of a message."""
         found, bad = self._read(name, "number", columns.number)
         self.refuse(bad, name, "number", more)
         return found
 
     def times(self, name: str, *, order: bool, compact: bool) -> times.Times:
-        """Return times, or with `order` numbers that order events; see `times.read`."""
+        """Return a column of times, or with `order` a column of numbers that order events; see `times.read`."""
         kind = "order" if order else "time"
         found = self._read(name, kind, lambda column: times.read(column, order=order, compact=compact))
         self.refuse(found.bad, name, kind)
         return found
 
     def refuse(self, bad: Bad, name: str, kind: str, more: str = "") -> None:
-        """Note rows in which a column is not what it is declared to be."""
+        """Note the rows, given as a mask, in which a column holds a value that does not fit it."""
         if bad.any():
             self._faults.append((bad, name, kind, more))
 
     def settle(self, bad_rows: BadRows) -> pa.Array | None:
-        """Refuse the first bad row, or leave all of them out: return which rows remain, None for all."""
+        """Refuse the first bad row, or leave all bad rows out.
+
+        Returns:
+          A mask of the rows that remain; None if all rows remain.
+
+        Raises:
+          ValueError: a row is bad, and `bad_rows` says to refuse it.
+        """
         if not self._faults:
             return None
         bad = np.any([mask for mask, *_ in self._faults], axis=0)
@@ -102,7 +113,7 @@ class Rows:
             return read(pa.nulls(len(self)) if column is None else column)
         except WrongType as error:
             raise ValueError(
-                f"{self.piece.file}: column {name!r} is of type {error}, which is no {kind}: name another column, or cast it."
+                f"{self.piece.file}: column {name!r} is of type {error}, which is no {kind}: name another column, or cast this one."
             ) from None
 
 

@@ -1,7 +1,7 @@
-"""The rules by which raw columns become ids: which column holds what, and how its values are read.
+"""`Fields`: which raw column holds the user, the item, the time and so on, and how the values of each column are read.
 
-A reader of raw files declares its columns as `Fields`. What only the whole dataset tells (the unit of its times, the edges of its
-numbers) is added when timelines are opened. A model stores the result, so that serving reads events as training did.
+A reader of raw files declares its columns as `Fields`. Some settings can be known only from the whole dataset, such as the unit of
+its times; they are added when timelines are opened. A model stores the result, so that serving reads events as training did.
 """
 
 import dataclasses
@@ -17,21 +17,21 @@ from user_llm.common.records import misfit, text, true_or_false, whole_number
 from user_llm.data import times
 
 TIES = ("hashed", "file")
-RESOLUTIONS = (1, 1000, 1_000_000, 1_000_000_000)  # ticks per second that times have
+RESOLUTIONS = (1, 1000, 1_000_000, 1_000_000_000)  # the possible numbers of ticks in a second
 
 
 @dataclasses.dataclass(frozen=True)
 class Number:
-    """A column of numbers, which become levels: the level of a number is 1 + the count of the edges below it.
+    """A column of numbers, each of which becomes a level: 1 + the number of edges that are below it.
 
     Attributes:
-      column: name of the raw column.
-      edges: numbers in ascending order.
-      missing: level of a missing number; 0 where no number may be missing.
-      allowed: the only numbers that the column may hold; empty for any.
+      column: the name of the raw column.
+      edges: the numbers that separate levels, ascending.
+      missing: the level of a missing number; 0 if no number may be missing.
+      allowed: the only numbers that the column may hold; empty if it may hold any number.
 
     Raises:
-      ValueError: edges in another order, or a level below 0.
+      ValueError: the edges do not ascend, or `missing` is below 0.
     """
 
     column: str
@@ -47,7 +47,7 @@ class Number:
 
     @classmethod
     def of_scale(cls, column: str, numbers: Iterable[float]) -> "Number":
-        """Return a column whose numbers are those of a scale: each has a level, and none may be missing."""
+        """Return a column that holds the numbers of a scale, such as 1 to 5 stars. Each has its own level; none may be missing."""
         allowed = tuple(map(float, numbers))
         return cls(column, allowed[:-1], allowed=allowed)
 
@@ -57,12 +57,16 @@ class Number:
         return max(len(self.edges) + 1, self.missing)
 
     def levels(self, numbers: pa.Array) -> Int[np.ndarray, " n"]:
-        """Return the levels of numbers, which are null where they are missing."""
+        """Return the level of each number; null is a missing number."""
         levels = 1 + np.searchsorted(self.edges, numbers.fill_null(0).to_numpy(zero_copy_only=False))
         return np.where(_missing(numbers), self.missing, levels).astype(np.int32)
 
     def refused(self, numbers: pa.Array, *, needed: bool) -> Bool[np.ndarray, " n"]:
-        """Say which numbers may not stand in this column: those that are not allowed, and with `needed` missing ones."""
+        """Return a mask of the values that this column may not hold.
+
+        Args:
+          needed: whether missing numbers are among them.
+        """
         none = _missing(numbers)
         values = numbers.fill_null(0).to_numpy(zero_copy_only=False)
         outside = ~np.isin(values, self.allowed) if self.allowed else np.zeros(len(values), bool)
@@ -78,7 +82,7 @@ class Text:
     """A column of texts.
 
     Attributes:
-      column: name of the raw column.
+      column: the name of the raw column.
       html: whether HTML in the texts is turned into plain text (`raw.clean`).
     """
 
@@ -88,21 +92,21 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Fields:
-    """Which raw column holds what, and how it is read.
+    """Which raw column holds what, and how its values are read.
 
     Attributes:
-      user, item: columns of ids.
-      time: column of times, or of numbers that only order a user's events.
-      timed: whether `time` holds times.
-      unit: what a plain number in the column of times counts, one of `times.UNITS` or `times.COMPACT`. A reader may leave it
-        empty where the whole dataset decides.
-      ticks_per_second: how fine times are kept. Of orders it is how fine one of them is kept.
-      numbers: columns of numbers, by the feature that each becomes.
-      texts: columns of texts, by the feature that each becomes.
-      ties, seed: how events at the same time are ordered (`timelines.order_events`).
+      user, item: the columns of user ids and item ids.
+      time: the column of times, or of orders: numbers that say only which of a user's events come first.
+      timed: whether `time` holds times; otherwise it holds orders.
+      unit: the unit of a plain number in the column of times, one of `times.UNITS` or `times.COMPACT`. It is empty until it is
+        known, where a reader leaves the decision to the whole dataset.
+      ticks_per_second: the resolution to which times are rounded down. Orders are rounded down to 1 / `ticks_per_second`.
+      numbers: the columns of numbers, by the name of the feature that each becomes.
+      texts: the columns of texts, by the name of the feature that each becomes.
+      ties, seed: how events at the same time are ordered; see `timelines.order_events`.
 
     Raises:
-      ValueError: an unknown unit, resolution or order of ties.
+      ValueError: the unit, the resolution, the order of ties or the seed is not one of those allowed.
     """
 
     user: str = "user"
@@ -133,21 +137,21 @@ class Fields:
         return list(dict.fromkeys([self.user, self.item, self.time, *numbers, *texts]))
 
     def only_numbers(self) -> set[str]:
-        """Return the columns of which the numbers count and not how they are spelled."""
+        """Return the columns whose values are read as numbers alone, so that 4 and 4.0 are the same."""
         spelled = {self.user, self.item, self.time, *(one.column for one in self.texts.values())}
         return {number.column for number in self.numbers.values()} - spelled
 
     def to_json(self) -> dict[str, Any]:
-        """Return what `from_json` reads."""
+        """Return the fields as a JSON value, which `from_json` reads."""
         lists = lambda pairs: {key: list(value) if isinstance(value, tuple) else value for key, value in pairs}  # noqa: E731
         return dataclasses.asdict(self, dict_factory=lists)
 
     @classmethod
     def from_json(cls, value: Any) -> "Fields":
-        """Return the fields of a value of JSON.
+        """Return the fields from the value that `to_json` returned.
 
         Raises:
-          ValueError: a part is missing, or is not what it must be.
+          ValueError: a part is missing or of a wrong type.
         """
         if wrong := misfit(value, FORM):
             raise ValueError(f"fields: {wrong}")
@@ -157,7 +161,7 @@ class Fields:
 
 
 def _of_form(kind: type, form: Mapping[str, Any], value: Mapping[str, Any]) -> Any:
-    """Return a dataclass whose attributes are the keys of a form."""
+    """Return a dataclass of this kind; `value` holds its attributes, which are the keys of `form`."""
     return kind(**{key: tuple(map(float, value[key])) if isinstance(value[key], list) else value[key] for key in form})
 
 
@@ -169,7 +173,7 @@ def _members(values: Mapping[str, Any], form: Any) -> list[tuple[str, Any]]:
 
 
 def finite_number(value: Any) -> bool:
-    """Return whether a value is a number that a float64 holds."""
+    """Return whether a value is a finite number within the range of float64."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 

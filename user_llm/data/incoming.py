@@ -1,6 +1,6 @@
-"""Events as a caller has them: a list of dicts, a table of pandas, polars or Arrow, or files; in pieces of columns.
+"""Events as a caller has them (a list of dicts, a pandas, polars or Arrow table, or files), cut into pieces of columns.
 
-Neither pandas nor polars is needed: their tables are read through Arrow's C stream.
+pandas and polars need not be installed. Their tables are read by Arrow.
 """
 
 import datetime
@@ -20,23 +20,24 @@ from user_llm.data.event_tables import Piece
 from user_llm.data.raw import ROWS, BadRows
 from user_llm.data.values import shown
 
-PLAIN = (str, int, float, bool, type(None), list, tuple, dict)  # types of values that `columns.py` knows
-LIST, TABLE = epath.Path("The list of events"), epath.Path("The table of events")  # in the place of a file
+PLAIN = (str, int, float, bool, type(None), list, tuple, dict)  # the types of values that `columns.py` reads
+LIST, TABLE = epath.Path("The list of events"), epath.Path("The table of events")  # in messages, in the place of a file's path
 
 
 def event_pieces(
     events: Any, wanted: Sequence[str], *, needed: Sequence[str], numbers: Collection[str], bad_rows: BadRows
 ) -> tuple[set[str], Iterator[Piece]]:
-    """Return the names of the wanted columns that events have, and the events in pieces.
+    """Return the names of the wanted columns that the events have, and an iterator over the events in pieces.
 
     Args:
-      events: a list of dicts; a table with `__arrow_c_stream__`, or of pandas; or the path of a file, a folder or a glob.
-      wanted: names of columns.
-      needed: those of them that must be there.
-      numbers: those of them of which the numbers count and not how they are spelled.
+      events: a list of dicts; a pandas table, or any table that Arrow can read; or the path of a file, a folder or a glob.
+      wanted: the names of the columns to read.
+      needed: the names among `wanted` that the events must have.
+      numbers: the names among `wanted` whose values are read as numbers alone, so that 4 and 4.0 are the same.
+      bad_rows: what happens to rows that cannot be read.
 
     Raises:
-      ValueError: events of another kind, a column that is missing or there twice, or a file that cannot be read.
+      ValueError: the events are of another type, a column is missing or there twice, or a file cannot be read.
     """
     if isinstance(events, str | os.PathLike):
         return _of_files(os.fspath(events), wanted, needed, numbers, bad_rows)
@@ -77,7 +78,7 @@ def _of_dicts(events: Sequence[Any], wanted: Sequence[str], needed: Sequence[str
 
 
 def _plain(value: Any) -> Any:
-    """Return a value of a dict as JSON would have it: dates as ISO 8601, numbers of any type as Python's or as spelled."""
+    """Return a value in a type that JSON has: a date as ISO 8601 text, a NumPy number as a Python number, a decimal as text."""
     if type(value) in PLAIN:
         return value
     if isinstance(value, np.datetime64):
@@ -85,16 +86,16 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, bytes):
-        return value.decode(errors="surrogateescape")  # what is no UTF-8 is refused as text
-    if isinstance(value, datetime.date):  # a datetime is one too
+        return value.decode(errors="surrogateescape")  # bytes that are not UTF-8 stay invalid, and are refused later
+    if isinstance(value, datetime.date):  # a datetime is a date too
         return value.isoformat()
-    if type(value).__name__ == "NAType":  # what pandas has for nothing
+    if type(value).__name__ == "NAType":  # the missing value of pandas
         return None
     return str(value) if isinstance(value, decimal.Decimal) else value
 
 
 def _arrow(events: Any) -> pa.Table | list[dict]:
-    """Return a table as Arrow's, or as dicts where a column of pandas mixes types."""
+    """Return a table as an Arrow table; a pandas table with a column of mixed types as a list of dicts."""
     of_pandas = type(events).__module__.split(".")[0] == "pandas" and hasattr(events, "columns")
     if not (of_pandas or hasattr(events, "__arrow_c_stream__") or hasattr(events, "__arrow_c_array__")):
         kind = type(events).__name__

@@ -1,7 +1,7 @@
-"""The rules by which raw events become ids, stored with a model so that serving and training cannot drift apart.
+"""The rules by which raw events become ids. A model stores them, so that serving reads events exactly as training did.
 
-A vocabulary holds the schema, the catalogue and the fields of the timelines that a model was trained on. It makes `Timelines` of
-events that were not among them, and so `Timelines.features` is the only maker of features.
+A vocabulary holds the schema, the catalogue and the fields of the timelines that a model was trained on. It turns other events
+into `Timelines` too. `Timelines.features` is therefore the only code that makes features.
 """
 
 import dataclasses
@@ -25,15 +25,15 @@ from user_llm.data.schema import Feature, Schema
 from user_llm.data.timelines import GAP_BUCKETS, Catalogue, Timelines, hash_key, order_events
 
 REMEDY = "mend the row or leave it out"
-WIDEST = 1 << 16  # columns of an event's features, more than any schema has
+WIDEST = 1 << 16  # the most features that an event may have, more than any real schema has
 
 
 class Read(NamedTuple):
-    """Users that were read.
+    """The events of users, read by a vocabulary.
 
     Attributes:
-      timelines: their events in order. A user has no events if no item of theirs is known.
-      unknown: how many events of each user are left out because their item is not in the catalogue.
+      timelines: the events of each user in order. A user whose items are all unknown is there, without events.
+      unknown: for each user, the number of events that are left out because their item is not in the catalogue.
     """
 
     timelines: Timelines
@@ -45,11 +45,13 @@ class Vocabulary:
     """The rules by which raw events become ids.
 
     Attributes:
-      name: of the dataset.
-      fields: the columns of raw events and how they are read.
+      name: the name of the dataset.
+      schema: the features of an event.
+      catalogue: the items.
+      fields: the columns of raw events, and how each is read.
 
     Raises:
-      ValueError: the parts do not fit one another.
+      ValueError: the parts do not fit each other.
     """
 
     name: str
@@ -63,29 +65,34 @@ class Vocabulary:
 
     @classmethod
     def of(cls, timelines: Timelines) -> "Vocabulary":
-        """Return the rules by which timelines were made."""
+        """Return the rules by which the given timelines were made."""
         return cls(timelines.name, timelines.schema, timelines.catalogue, timelines.fields)
 
     def read(self, events: Any) -> Read:
-        """Return the timelines of the users of events, in the order in which users first occur.
+        """Return the timelines of users, in the order in which the users first occur in `events`.
 
-        Each event is read as in training: the same user, item and exact time count once, ties are broken by the same hash.
+        Events are read as in training. Events of the same user, item and exact time count as one. Events of one user at the same
+        time are ordered by the same hash.
 
         Args:
-          events: a list of dicts, a table of pandas, polars or Arrow, or the path of a file, a folder or a glob, with the columns
-            that `fields` names. Columns of numbers and texts that may be missing need not be there. Without the column of users
-            all events are of one user, whose id is "". Times are numbers of the unit, dates or both.
+          events: a list of dicts; a pandas, polars or Arrow table; or the path of a file, a folder or a glob. The columns are those
+            that `fields` names. A column of numbers or texts may be absent where its values may be missing. If the column of users
+            is absent, all events are of one user, whose id is "". A time is a number in the unit of `fields`, or a date.
 
         Raises:
-          ValueError: a column is missing, or a row holds what cannot be read.
+          ValueError: a column is missing, or a row holds a value that cannot be read.
         """
         return self.gather(pa.Table.from_batches(self.batches(events), self.columns))
 
     def batches(self, events: Any, bad_rows: BadRows | None = None) -> Iterator[pa.RecordBatch]:
-        """Yield events in pieces of `columns`, read but neither sorted nor looked up; see `read`.
+        """Yield events in batches with the columns `columns`. Values are read; events are not sorted, and items not looked up.
 
         Args:
-          bad_rows: what becomes of rows that cannot be read; the first is refused if it is None.
+          events: as in `read`.
+          bad_rows: what happens to rows that cannot be read. If it is not given, the first such row is an error.
+
+        Raises:
+          ValueError: as in `read`.
         """
         fields, bad_rows = self.fields, bad_rows or BadRows(remedy=REMEDY)
         needed = [fields.item, fields.time, *(fields.numbers[name].column for name in self._needed)]
@@ -95,7 +102,7 @@ class Vocabulary:
                 yield self._batch(piece, fields.user in there, bad_rows)
 
     def gather(self, table: pa.Table) -> Read:
-        """Return the timelines of the users of events that `batches` has read, in any order."""
+        """Return the timelines of users; `table` holds the rows of `batches`, in any order."""
         users, items = (table[name].combine_chunks().dictionary_encode() for name in ("user", "item"))
         keys = users.dictionary.to_pylist()
         user, whole, fraction = users.indices.to_numpy(), table["whole"].to_numpy(), table["fraction"].to_numpy()
@@ -105,7 +112,7 @@ class Vocabulary:
         unknown = np.bincount(user[kept[item[kept] == 0]], minlength=len(keys))
         kept = kept[item[kept] > 0]
         user, item, ticks = user[kept], item[kept], table["ticks"].to_numpy()[kept]
-        # The ticks of orders are rounded, and so events are sorted by the exact orders.
+        # Ticks of orders are rounded. Events are therefore sorted by the exact orders.
         time = ticks if self.fields.timed else _ranks(whole[kept], fraction[kept])
         hashed = np.array([hash_key(key) for key in keys], np.uint64)[user]
         order = order_events(user, hashed, item, time, ties=self.fields.ties, seed=self.fields.seed)
@@ -131,10 +138,10 @@ class Vocabulary:
         return Read(timelines, unknown)
 
     def encode(self, events: Any) -> Int[np.ndarray, "E A"]:
-        """Return the features of one user's events in order; see `read`.
+        """Return the features of one user's events in order, one row of features for each event; see `read`.
 
         Raises:
-          ValueError: a row that cannot be read, or events of several users.
+          ValueError: a column is missing, a row cannot be read, or the events are of several users.
         """
         timelines = self.read(events).timelines
         if len(timelines) > 1:
@@ -143,17 +150,17 @@ class Vocabulary:
         return timelines.features(np.arange(len(timelines.item)))
 
     def to_json(self) -> dict[str, Any]:
-        """Return what `from_json` reads beside the catalogue, which `catalogue_file.py` writes."""
+        """Return the vocabulary as a JSON value without its catalogue, which `catalogue_file.py` writes."""
         names = {bag: values[1:] for bag, values in self.catalogue.vocab.items()}
         features = [dataclasses.asdict(feature) for feature in self.schema]
         return {"name": self.name, "schema": features, "names": names, "fields": self.fields.to_json()}
 
     @classmethod
     def from_json(cls, value: Any, catalogue: Catalogue) -> "Vocabulary":
-        """Return the vocabulary that `to_json` described.
+        """Return the vocabulary from the value that `to_json` returned, and its catalogue.
 
         Raises:
-          ValueError: a part is missing or is not what it must be, or the catalogue is another one.
+          ValueError: a part is missing or of a wrong type, or the catalogue does not belong to this vocabulary.
         """
         schema, names = schema_and_names(value)
         if names != {bag: values[1:] for bag, values in catalogue.vocab.items()}:
@@ -161,7 +168,7 @@ class Vocabulary:
         return cls(value["name"], schema, catalogue, Fields.from_json(value["fields"]))
 
     def _misfit(self) -> str:
-        """Say which parts do not fit one another; nothing if all do."""
+        """Return a message that says which parts do not fit each other; the empty string if all parts fit."""
         catalogue, fields = self.catalogue, self.fields
         if self.schema.num_items != len(catalogue.keys) - 1:
             return f"the schema has {self.schema.num_items} items and the catalogue {len(catalogue.keys) - 1}"
@@ -192,7 +199,7 @@ class Vocabulary:
 
     @functools.cached_property
     def _needed(self) -> set[str]:
-        """The numbers that no event may lack: those that are features and have no level for a missing one."""
+        """The columns of numbers that every event must have: they are features, and have no level for a missing number."""
         return {name for name, number in self.fields.numbers.items() if not number.missing and name in self.schema.names}
 
     @functools.cached_property
@@ -201,16 +208,20 @@ class Vocabulary:
 
     @property
     def columns(self) -> pa.Schema:
-        """The columns of the batches that are read."""
+        """The columns of the batches that `batches` yields."""
         columns = {"user": pa.string(), "item": pa.string(), **dict.fromkeys(("whole", "fraction", "ticks"), pa.int64())}
         columns |= {f"level_{n}": pa.int32() for n in range(len(self.fields.numbers))}
         return pa.schema(columns | {f"text_{n}": pa.string() for n in range(len(self.fields.texts))})
 
     def _batch(self, piece: Piece, has_user: bool, bad_rows: BadRows) -> pa.RecordBatch:
-        """Return the columns of a piece, read."""
+        """Return the values of a piece of events, read and checked.
+
+        Args:
+          has_user: whether the events have the column of users.
+        """
         fields, rows = self.fields, Rows(piece)
         user = rows.ids(fields.user, "user") if has_user else rows.texts(fields.user, "user")
-        if not has_user:  # A file of JSON lines is taken to have the columns that its first lines name.
+        if not has_user:  # Only the first lines of a JSON lines file say which columns it has: a later line may name a user.
             named = pc.not_equal(user, "").to_numpy(zero_copy_only=False)
             rows.refuse(named, fields.user, "user", ", while the first events name none")
         item = rows.ids(fields.item, "item")
@@ -235,14 +246,14 @@ class Vocabulary:
 
 
 def _first_of_each(*columns: np.ndarray) -> Int[np.ndarray, " k"]:
-    """Return the first row of each combination of values, in the order of rows."""
+    """Return the number of the first row of each different combination of values, ascending."""
     order = np.lexsort((np.arange(len(columns[0])), *columns))
     differs = np.any([np.diff(column[order]) != 0 for column in columns], axis=0)
     return np.sort(order[np.insert(differs, 0, True)]) if len(order) else order
 
 
 def _ranks(whole: Int[np.ndarray, " n"], fraction: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-    """Return whole numbers that sort as the numbers of these parts do, and are equal where these are."""
+    """Return the rank of each number `whole + fraction`: equal numbers have equal ranks."""
     return np.unique(np.stack([whole, fraction], axis=1), axis=0, return_inverse=True)[1].reshape(-1)
 
 
@@ -257,10 +268,10 @@ KINDS = ("item", "categorical", "multi", "ordinal", "time", "text")
 
 
 def schema_and_names(value: Any) -> tuple[Schema, dict[str, list[str]]]:
-    """Return the schema that `Vocabulary.to_json` described, and the names of each bag's ids, from 1.
+    """Return two parts of the value that `Vocabulary.to_json` returned: the schema, and the names of each bag's ids from 1.
 
     Raises:
-      ValueError: a part is missing, or is not what it must be.
+      ValueError: a part is missing or of a wrong type.
     """
     if wrong := misfit(value, FORM):
         raise ValueError(f"The vocabulary: {wrong}.")

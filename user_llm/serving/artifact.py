@@ -1,13 +1,15 @@
-"""The model directory: all that it takes to use a trained model, readable and checked, of which nothing runs when it is loaded.
+"""The model directory, which holds everything that is needed to use a trained model. No code is run from it.
 
-    README.md               what people should know of the model
+    README.md               the model card
     user_llm.json           format, identity, sizes, rules by which raw events become ids, prompts, checksums of the other files
-    user_llm.safetensors    the user's side: encoder, resampler, ways into the LLM, item head
+    user_llm.safetensors    everything but the LLM: encoder, resampler, what links user tokens to the LLM, item head
     catalogue.parquet       the items in the order of their numbers
-    config.json, model*.safetensors, tokenizer*, ...            the LLM as Hugging Face has it, where it was trained or is exported
-    adapter_config.json, adapter_model.safetensors              or its adapters, in peft's layout
+    tokenizer*, ...         the tokenizer, in Hugging Face's layout
+    config.json, model*.safetensors                    the LLM in Hugging Face's layout, if its weights were trained or are exported
+    adapter_config.json, adapter_model.safetensors     the adapters of the LLM in peft's layout, if it has adapters
 
-Where the LLM came as it is, the directory names it, with the checksums of its files, and does not hold it.
+If the LLM's own weights are those of an existing checkpoint, the directory does not hold them. It names the checkpoint and holds
+the checksums of its files.
 """
 
 import dataclasses
@@ -60,21 +62,21 @@ from user_llm.serving.settings import (
 )  # fmt: skip
 
 CATALOGUE = "catalogue.parquet"
-PATTERNS = (*pretrained.PATTERNS, "*.parquet", "README.md")  # of the files of a model directory
+PATTERNS = (*pretrained.PATTERNS, "*.parquet", "README.md")  # globs that match the files of a model directory
 
 
 @dataclasses.dataclass(frozen=True)
 class Making:
-    """How a model came about, of which its directory keeps what is of use.
+    """What `save` needs to know about how a model was made.
 
     Attributes:
-      base: the LLM that it was made from, None for one that was trained from scratch.
-      touched: whether the LLM's own weights were trained, so that they must be written.
-      source: the directory of that LLM, or of its tokenizer alone.
-      sharding: rules by which the parameters lie on several devices.
-      dtype: of the parameters in computation.
-      counts: each item's events in training.
-      facts: for the model card: `dataset`, `users`, `events`, `items`, `command`, `phase`, `rows` of results, ...
+      base: the checkpoint that the LLM was made from; None if the LLM was trained from scratch.
+      touched: whether the LLM's own weights differ from those of `base`, so that they must be written.
+      source: the directory of that checkpoint; for an LLM that was trained from scratch, the directory of its tokenizer.
+      sharding: the rules by which the parameters are divided among devices.
+      dtype: the type of the parameters in computation.
+      counts: the number of training events of each item; index 0 is PAD.
+      facts: what the model card says: `dataset`, `users`, `events`, `items`, `command`, `phase`, `rows` of results and so on.
     """
 
     base: Base | None
@@ -87,12 +89,13 @@ class Making:
 
 
 def save(directory: Path, model: Personalizer, made: Making, *, whole: bool = False) -> Personalizer:
-    """Write a model to a directory, which appears once it is complete and takes the place of an older one; return it with its identity.
+    """Write a model to a directory, and return the model with its identity.
 
-    Of several processes all call it, and the first one writes.
+    The directory appears when it is complete. It replaces a directory that was there before. In a run of several processes every
+    process must call this function; only the first process writes, and the others return the model as it was given.
 
     Args:
-      whole: write the LLM even where it could be named, adapters merged.
+      whole: whether to write the whole LLM, with adapters merged into its weights, even where the LLM could only be named.
     """
     predictor = model.predictor
     config = predictor.config
@@ -136,15 +139,15 @@ def _settings(model: Personalizer, made: Making) -> dict[str, Any]:
 
 
 def load(directory: Path, *, llm: str = "", mesh: Mesh | None = None, dtype: DTypeLike | None = None) -> Personalizer:
-    """Return the model of a directory, which is checked as a whole before anything is computed.
+    """Load the model of a directory. All its files are checked first.
 
     Args:
-      llm: where the LLM is that the directory names; empty for what it is called there.
-      mesh: the devices; the first one if not given.
-      dtype: of the parameters in computation; as in training if not given.
+      llm: the directory or the hub name of the LLM that the model directory names; empty for the name in the model directory.
+      mesh: the devices to compute on; jax's first device if it is not given.
+      dtype: the type of the parameters in computation; that of the training if it is not given.
 
     Raises:
-      ValueError: what is missing, altered or of an unknown version, in one sentence.
+      ValueError: a file is missing, altered or of an unknown format, or the parts of the model do not fit each other.
     """
     _, settings = read_settings(directory)
     file, config = directory / FILE, settings.model
@@ -171,10 +174,10 @@ def load(directory: Path, *, llm: str = "", mesh: Mesh | None = None, dtype: DTy
 
 
 def _check_sizes(settings: Settings, schema: Schema) -> None:
-    """See that the parts of a model fit one another.
+    """Check that the sizes of the model, its catalogue and its limits fit each other.
 
     Raises:
-      ValueError: two that do not.
+      ValueError: two of them do not fit each other.
     """
     config, events = settings.model, settings.limits.max_events
     encoder = config.encoder
@@ -196,7 +199,7 @@ def _abstract(config: UserLLMConfig) -> tuple[nnx.GraphDef, Params]:
     """Return the structure of a model and the shapes of its parameters.
 
     Raises:
-      ValueError: sizes that no model has.
+      ValueError: no model can have these sizes.
     """
     try:
         return trees.abstract(lambda: UserLLM(config, rngs=nnx.Rngs(params=0)))
@@ -205,10 +208,10 @@ def _abstract(config: UserLLMConfig) -> tuple[nnx.GraphDef, Params]:
 
 
 def _rules(settings: Settings, shapes: Params) -> trees.Rules:
-    """Return the rules by which each parameter lies on several devices.
+    """Return the rules by which the parameters are divided among devices, one rule for each parameter.
 
     Raises:
-      ValueError: a parameter without a rule, or one that names an axis twice.
+      ValueError: a parameter has no rule, or a rule names a mesh axis twice.
     """
     for path in trees.flatten(shapes):
         if path not in settings.sharding:
@@ -220,10 +223,10 @@ def _rules(settings: Settings, shapes: Params) -> trees.Rules:
 
 
 def _dtype(dtype: DTypeLike) -> Any:
-    """Return the type of parameters in computation.
+    """Return the type of the parameters in computation.
 
     Raises:
-      ValueError: it is no type of floating-point numbers.
+      ValueError: it is not a floating-point type.
     """
     try:
         found = jnp.dtype(dtype)
@@ -235,9 +238,10 @@ def _dtype(dtype: DTypeLike) -> Any:
 
 
 def export(directory: Path, out: Path, *, llm: str = "") -> None:
-    """Write the model of a directory to another one, with the whole LLM, adapters merged, for what loads Hugging Face's checkpoints.
+    """Copy a model directory to `out` with the whole LLM in it, for programs that load Hugging Face checkpoints.
 
-    It is the same model, of the same identity: users that one of the two has encoded are users of the other.
+    Adapters are merged into the LLM's weights. The copy has the same identity: a user that one of the two models encoded can be
+    used with the other. A directory at `out` is replaced.
 
     Raises:
       ValueError: as in `load`.
@@ -251,14 +255,18 @@ def export(directory: Path, out: Path, *, llm: str = "") -> None:
 
 
 def _params(directory: Path, settings: Settings, shapes: Params, where: Params, llm: str, dtype: Any) -> Params:
-    """Return the parameters in their shardings.
+    """Return the parameters, placed on their devices.
+
+    Args:
+      shapes: the shape of each parameter.
+      where: the sharding of each parameter.
 
     Raises:
-      ValueError: an LLM of another architecture, or parameters of other shapes.
+      ValueError: the LLM is of another architecture than the model says, or a parameter has another shape.
     """
     source = directory if settings.llm is None else _base(settings.llm, llm)
     config, bare = settings.model.decoder, decoder_config(source)
-    # What says how it is computed, and not what, is ours to choose.
+    # These settings say how the LLM is computed and not what it computes, so that they may differ.
     same = dataclasses.replace(
         config, cross=None, unroll=bare.unroll, remat=bare.remat,
         block=dataclasses.replace(config.block, lora=None, dropout=0.0, attention_kernel=bare.block.attention_kernel),
@@ -275,10 +283,13 @@ def _params(directory: Path, settings: Settings, shapes: Params, where: Params, 
 
 
 def _base(base: Base, llm: str) -> Path:
-    """Return the directory of the LLM that a model belongs on.
+    """Return the directory of the LLM that a model directory names.
+
+    Args:
+      llm: where to look for it; empty for the name in the model directory.
 
     Raises:
-      ValueError: it is not to be had, or another one.
+      ValueError: the LLM cannot be found or downloaded, or its files are not those that the model was trained with.
     """
     try:
         found = find_checkpoint(llm or base.checkpoint)

@@ -1,4 +1,7 @@
-"""Stored users as the arrays that a predictor takes: in few different numbers and lengths, so that few programs are compiled."""
+"""Stored users as the arrays that a predictor takes.
+
+Batches have one of few sizes and histories one of few lengths, because each shape compiles a program of its own.
+"""
 
 from collections.abc import Sequence
 
@@ -13,19 +16,23 @@ from user_llm.serving.user import User
 
 
 def rows(predictor: Predictor, count: int) -> int:
-    """Return how many rows a batch for so many users has: a power of 2, at most the model's batch."""
+    """Return the number of rows of a batch for `count` users: the next power of 2, but at most the model's batch size."""
     return min(1 << max(count - 1, 0).bit_length(), predictor.batch_size)
 
 
 def read_events(predictor: Predictor, user: User) -> int:
-    """Return how many of a user's events the encoder reads."""
+    """Return how many of a user's events the encoder reads; they are the latest ones."""
     return min(len(user.events), max(predictor.max_events, 1))
 
 
 def histories(
     predictor: Predictor, those: Sequence[User], padded: int
 ) -> tuple[Int[np.ndarray, "B E A"], Int[np.ndarray, " B"]]:
-    """Return the events of users that the encoder reads, right-padded to `padded` events, and how many they are."""
+    """Return the events that the encoder reads, one row a user, and the number of real events in each row.
+
+    Args:
+      padded: the number of events to which each row is right-padded with zeros.
+    """
     lengths = np.array([read_events(predictor, user) for user in those], np.int64)
     events = np.zeros((len(those), padded, those[0].events.shape[1]), np.int32)
     for row, user in enumerate(those):
@@ -34,7 +41,11 @@ def histories(
 
 
 def present(predictor: Predictor, those: Sequence[User | None]) -> decoder_users.User | None:
-    """Return what the decoder reads of users; of None, nothing. None for a model without an encoder."""
+    """Return what the decoder reads of users; None for a model without an encoder.
+
+    Args:
+      those: the user of each row. A row without a user (None) gives the decoder nothing to read, as a user without events does.
+    """
     encoder, resampler = predictor.config.encoder, predictor.config.resampler
     if encoder is None:
         return None

@@ -1,9 +1,10 @@
-"""All users of event files larger than memory: encoded, or with recommendations, into Parquet.
+"""Encode, or recommend items to, all users of event files that are larger than memory; the results are Parquet files.
 
-    event files -> parts by the user's hash, on disk -> each part: users by users -> OUT/part-00012-of-00064.parquet
+    event files -> one file of events per part, on disk -> some users of a part at a time -> OUT/part-00012-of-00064.parquet
 
-A part is written whole or not at all, and those that are there are not computed again: a run that was killed goes on with the same
-command. Several processes share the parts (`share`), each with what it reads of its own on its own disk.
+A hash of the user's id chooses the user's part, so that all events of a user are in one part. A part's Parquet file appears when
+it is complete. The same command, given again after a run was killed, computes the missing parts only. Several processes can divide
+the parts among them (`Share`). Each of them reads all event files, and stores the events of its own parts in OUT while it works.
 """
 
 import dataclasses
@@ -32,26 +33,26 @@ from user_llm.data.raw import BadRows
 from user_llm.data.vocabulary import REMEDY, Vocabulary
 from user_llm.serving.tables import Encode, Recommend
 
-BYTES = 32 << 20  # of event files, for each part
-MOST_PARTS = 512  # files that are written side by side
-USERS = 2048  # at a time: of them all are in memory
+BYTES = 32 << 20  # bytes of event files for each part
+MOST_PARTS = 512  # the most parts, each of which is an open file while events are read
+USERS = 2048  # users that are encoded at a time; the results of all of them are in memory together
 FACTS = "made_of.json"
 SCRATCH = "scratch"
 
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """The parts that a process computes: every `count`-th one, from `index` on."""
+    """The parts that one of `count` processes computes: numbers `index`, `index` + `count`, `index` + 2 `count` and so on."""
 
     index: int = 0
     count: int = 1
 
     @classmethod
     def of(cls, spelled: str) -> "Share":
-        """Return the share that is spelled as INDEX/COUNT.
+        """Return the share that a text such as "0/4" (INDEX/COUNT) names.
 
         Raises:
-          ValueError: another spelling, or an index that is not below the count.
+          ValueError: the text is of another form, or INDEX is not below COUNT.
         """
         index, _, count = spelled.partition("/")
         if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
@@ -60,15 +61,20 @@ class Share:
 
 
 def run(function: Encode | Recommend, events: str, out: Path, *, share: Share | None = None, skip_bad: bool = False) -> int:
-    """Apply a function of users to all users of event files, and return of how many there are rows in OUT afterwards.
+    """Apply a function to all users of event files, and write the results to a folder.
 
     Args:
-      events: a file, a folder or a glob, in the columns that the model names.
-      out: a folder for the parts.
-      skip_bad: leave rows out that cannot be read, and say how many.
+      function: what is computed for each user: `Encode` or `Recommend`.
+      events: a file, a folder or a glob of events, which have the columns of the training data.
+      out: the folder to write to; it is made if it is missing.
+      share: the parts that this process computes; all of them if it is not given.
+      skip_bad: whether rows that cannot be read are left out and counted in the log. Otherwise the first one is an error.
+
+    Returns:
+      The number of users who have rows in this share's parts.
 
     Raises:
-      ValueError: a row that cannot be read, or a folder that holds results of something else.
+      ValueError: a row cannot be read, or the folder holds results of another model, command, setting or set of events.
     """
     share, vocabulary = share or Share(), function.model.vocabulary
     files, _ = find_files(events)
@@ -102,10 +108,10 @@ def _path(out: Path, part: int, parts: int) -> Path:
 
 
 def _settle(out: Path, function: Encode | Recommend, events: list, parts: int) -> None:
-    """Note of what the parts in a folder are made.
+    """Write to OUT which model, command, settings and events its parts are made from; check it where it is written already.
 
     Raises:
-      ValueError: they are made of something else.
+      ValueError: the parts in OUT are made from something else.
     """
     digest = hashlib.sha256(json.dumps([events, parts, function.settings]).encode()).hexdigest()[:16]
     facts = {"model": function.model.identity, "function": type(function).__name__, "of": digest}
@@ -123,7 +129,7 @@ def _settle(out: Path, function: Encode | Recommend, events: list, parts: int) -
 def _parted(
     vocabulary: Vocabulary, events: str, scratch: Path, wanted: set[int], parts: int, bad_rows: BadRows, progress: tqdm
 ) -> dict[int, int]:
-    """Write the events of each wanted part to a file, and return how many it has."""
+    """Write the events of each wanted part to a file, and return the number of events by part."""
     sizes = dict.fromkeys(wanted, 0)
     schema = vocabulary.columns
     with ExitStack() as stack:
@@ -148,7 +154,7 @@ def _parted(
 
 
 def _compute(function: Encode | Recommend, vocabulary: Vocabulary, source: Path, target: Path, progress: tqdm) -> None:
-    """Write the results of a part's users, whole."""
+    """Write a part's results to `target`, which appears when it is complete, and delete the part's events at `source`."""
     with pa.memory_map(str(source)) as file:
         read = vocabulary.gather(pa.ipc.open_file(file).read_all())
     unfinished = target.with_suffix(".unfinished")
@@ -171,13 +177,22 @@ def _slices(count: int) -> Iterator[range]:
 
 
 def forget(states: str | Path, user: str) -> int:
-    """Remove a user from Parquet files that `run` wrote, by writing those anew that hold the user; return how many rows there were.
+    """Delete all rows of one user from the Parquet files that `user_llm.encode` or `user_llm.recommend` wrote.
+
+        user_llm.forget("STATES", "u1")   # 1
+
+    Each file that holds the user is replaced by a copy without the user. The event files and the weights of the model are not
+    changed.
 
     Args:
-      states: a file, or a folder of them.
+      states: a Parquet file, or the folder that the command wrote.
+      user: the user's id, a text as in the column `user`.
+
+    Returns:
+      The number of rows that were deleted; 0 if the user is in none of the files.
 
     Raises:
-      ValueError: no Parquet files there.
+      ValueError: there is no such file, or the folder holds no Parquet files.
     """
     path = Path(states)
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]

@@ -1,4 +1,4 @@
-"""The model card: the README.md of a model directory, for people and for the hub."""
+"""The model card: the README.md of a model directory, which people and the hub read."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from user_llm.models.pretrained import is_hub_name
 
 
 def card(settings: Mapping[str, Any]) -> str:
-    """Return the model card of what `user_llm.json` says."""
+    """Return the text of the model card, made from the content of `user_llm.json`."""
     facts = {key: printable(value) if isinstance(value, str) else value for key, value in settings["facts"].items()}
     llm, license_of_llm = facts.get("llm"), facts.get("license")
     base = llm or "a small LLM, trained from scratch on the catalogue"
@@ -20,7 +20,7 @@ def card(settings: Mapping[str, Any]) -> str:
         f"An LLM that answers for a user whose events it has encoded ([User-LLM](https://arxiv.org/abs/2402.13598)): {base}.", "",
         "```python", "import user_llm", "", 'model = user_llm.load("THIS DIRECTORY")', "user = model.encode(events)", "model.recommend(user, k=10)", "```", "",
         f"Trained on {facts['dataset']}: {facts['users']:,} users, {facts['events']:,} events in training, {facts['items']:,} items. "
-        "Their parameters hold no user; what they have learned of all users together cannot be taken out again.", "",
+        "No parameter belongs to one user. What all users together have taught the parameters cannot be removed again.", "",
         f"Events have the columns {', '.join(map(printable, facts['columns']))}.", "",
         "| task | method | metric | value | 95% interval | n |", "|---|---|---|---|---|---|", *map(_row, facts["rows"]), "",
         f"Licence of the LLM: {license_of_llm or 'see where it comes from'}. Identity: `{settings['identity']}`. Command: `{facts['command']}`.", "",

@@ -1,4 +1,4 @@
-"""What the commands over all users of event files share: `python -m user_llm.encode` and `python -m user_llm.recommend`."""
+"""The flags and the main function that `python -m user_llm.encode` and `python -m user_llm.recommend` share."""
 
 import sys
 from collections.abc import Callable
@@ -14,15 +14,21 @@ from user_llm.serving.personalizer import Personalizer
 from user_llm.serving.tables import Encode, Recommend
 
 _MODEL = flags.DEFINE_string("model", None, "Model directory, such as RUN/user_llm/model, or a model's name on the hub.")
-_EVENTS = flags.DEFINE_string("events", None, "A file, a folder or a glob of events, in the columns that the model names.")
-_OUT = flags.DEFINE_string("out", None, "Folder for Parquet files; the same command goes on where it was stopped.")
-_LLM = flags.DEFINE_string("llm", "", "Where the LLM is that the model names; empty for what it is called there.")
-_SHARE = flags.DEFINE_string("share", "0/1", "Which share of the users this process takes, as INDEX/COUNT.")
-_BAD_ROWS = flags.DEFINE_enum("bad_rows", "refuse", ["refuse", "skip"], "Refuse rows that cannot be read, or leave them out.")
+_EVENTS = flags.DEFINE_string("events", None, "A file, a folder or a glob of events with the columns of the training data.")
+_OUT = flags.DEFINE_string("out", None, "Folder for Parquet files; the same command, given again, continues.")
+_LLM = flags.DEFINE_string("llm", "", "Directory or hub name of the LLM, if the model only names its LLM; empty for that name.")
+_SHARE = flags.DEFINE_string("share", "0/1", "The share of users of this process, as INDEX/COUNT: 0/4 is the first of four.")
+_BAD_ROWS = flags.DEFINE_enum(
+    "bad_rows", "refuse", ["refuse", "skip"], "Refuse stops at a row that cannot be read; skip leaves it out."
+)
 
 
 def run(make: Callable[[Personalizer], Encode | Recommend]) -> None:
-    """Run a command, and end a user's mistake in one sentence."""
+    """Run a command: load the model, then write the results of all users to --out. A mistake of the caller ends in one sentence.
+
+    Args:
+      make: from the loaded model to the function that is applied to its users.
+    """
 
     def main(argv: list[str]) -> None:
         set_up_log()

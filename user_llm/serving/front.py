@@ -1,4 +1,4 @@
-"""`user_llm.load`: a model by its directory, or by its name on the hub."""
+"""`user_llm.load`, which loads a model from a directory or from the hub."""
 
 import os
 from collections.abc import Sequence
@@ -22,17 +22,24 @@ def load(
     mesh: Mesh | Sequence[int] | None = None,
     dtype: Any = None,
 ) -> Personalizer:
-    """Return a trained model.
+    """Load a trained model.
+
+        model = user_llm.load("runs/quickstart/user_llm/model")
+        model = user_llm.load("organisation/name", device="cpu", dtype="float32")
 
     Args:
-      model: a model directory, such as RUN/user_llm/model, or the name of one on the hub, which is downloaded once.
-      llm: where the LLM is that the directory names and does not hold; empty for what it is called there.
-      device: a jax device, or the name of a kind such as "cpu"; the first there is if not given.
-      mesh: several devices instead: a jax mesh, or the sizes (data, fsdp, tensor) of one over all devices.
-      dtype: of the parameters in computation, such as "bfloat16"; as in training if not given.
+      model: a model directory, such as RUN/user_llm/model, or the name of a model on the hub. A model of the hub is downloaded once.
+      llm: the directory or the hub name of the LLM. It is needed only where the model directory names its LLM, does not hold it, and
+        the LLM is no longer where that name says.
+      device: the device to compute on: a jax device, or the name of a platform such as "cpu". If it is not given, it is the first
+        device of jax.
+      mesh: several devices to compute on: a jax mesh, or the sizes (data, fsdp, tensor) of a mesh over all devices. `device` is
+        ignored where `mesh` is given.
+      dtype: the type of the parameters in computation: "float32", "bfloat16" or "float16". If it is not given, it is the type of
+        the training.
 
     Raises:
-      ValueError: no such model, or what is wrong with it, in one sentence.
+      ValueError: there is no such model, or a file of it is missing, altered or of an unknown format.
     """
     if mesh is None:
         one = jax.devices(device)[0] if isinstance(device, str) or device is None else device

@@ -1,10 +1,11 @@
-"""A trained model that knows itself: events in, and recommendations, texts, scores and explanations out.
+"""The trained model as a library: raw events go in; recommendations, texts, scores and explanations come out.
 
     model = user_llm.load("runs/x/user_llm/model")
-    user = model.encode(events)              # once; stored, and updated event by event
+    user = model.encode(events)              # once for each user; a user can be stored, and updated with later events
     model.recommend(user, k=10)
 
-It needs no run and no dataset. Everything goes the way of `predictor.py`, which evaluation inside a run goes too.
+A `Personalizer` needs neither the training run nor its dataset. It answers through `predictor.py`, and evaluation inside a
+training run answers through the same code.
 """
 
 import dataclasses
@@ -39,7 +40,14 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Item(NamedTuple):
-    """An item of a ranking: the publisher's id, the title, and the score, by which items of one ranking are compared."""
+    """An item of a ranking.
+
+    Attributes:
+      id: the item's id in the training data.
+      title: the item's title.
+      score: a higher score is a better item. Only scores of one ranking can be compared. They are logits of the item head; a model
+        without a trained item head gives the log-probability of writing the title.
+    """
 
     id: str
     title: str
@@ -47,7 +55,14 @@ class Item(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """An event of a user: the item's id and title, how many events ago it was, and by how much the user tokens look at it."""
+    """An event of a user, with the attention that it gets.
+
+    Attributes:
+      id: the item's id in the training data.
+      title: the item's title.
+      events_ago: how many events ago the event was; the latest event has 1.
+      weight: the attention that the user tokens pay to the event, from 0 to 1. The weights of a user's events sum to at most 1.
+    """
 
     id: str
     title: str
@@ -56,7 +71,7 @@ class Seen(NamedTuple):
 
 
 def on_mesh(method: F) -> F:
-    """Run a method on its model's mesh."""
+    """Return a method that runs on the devices of its model's mesh."""
 
     @functools.wraps(method)
     def run(self: "Personalizer", *args: Any, **settings: Any) -> Any:
@@ -68,15 +83,16 @@ def on_mesh(method: F) -> F:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Personalizer:
-    """A User-LLM with all that it takes to use it.
+    """A trained User-LLM that takes raw events; `user_llm.load` returns one.
 
     Attributes:
-      identity: hash of all that computes; a `User` is of one model.
-      vocabulary: by which raw events become ids, and the items.
-      lines, tokenizer: of prompts.
-      names: of tasks whose answer is one of several names, such as `favorite`, these names by their numbers.
-      leading: the tokens of a free text in front of a soft prompt.
-      facts: what the model directory says of the training, for people to read.
+      identity: hash of everything that changes an answer (weights, rules, prompts). A `User` can be used only with the model
+        whose identity it carries.
+      predictor: the parameters, and the compiled programs that use them.
+      vocabulary: the rules by which raw events become ids, and the catalogue of items.
+      lines: the pieces that prompts are made of: the titles as tokens, and the user's history as text.
+      names: the possible answers of each task that chooses among names, such as `favorite`: {task: {number: name}}.
+      facts: what the model directory says about the training, for people to read.
     """
 
     identity: str
@@ -93,12 +109,12 @@ class Personalizer:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """What the model has been trained to answer."""
+        """The names of the tasks that the model was trained for, such as `next_item`."""
         return tuple(self.predictor.templates)
 
     @property
     def keep(self) -> int | None:
-        """How many of a user's last events are kept; None for all, of which a summary is made."""
+        """How many of the latest events a `User` keeps. None means all events, because prompts hold a summary of all of them."""
         lines = self.lines
         if lines.text_items and lines.kind == "summary":
             return None
@@ -106,73 +122,110 @@ class Personalizer:
 
     @functools.cached_property
     def numbers(self) -> dict[str, int]:
-        """The number of each item, by its id."""
+        """The number of each item in the catalogue, by the item's id in the training data."""
         return {key: number for number, key in enumerate(self.vocabulary.catalogue.keys) if number}
 
     @functools.cached_property
     def writer(self) -> Writer:
-        """What of the model writes."""
+        """The part of the model that writes text."""
         return Writer(self.predictor, self.lines, self.names)
 
     @functools.cached_property
     def titles(self) -> Trie:
-        """All titles, for items that are found by writing them."""
+        """All titles in one trie: a model without a trained item head ranks items by beam search over this trie."""
         return Trie.build(self.lines.titles_as_targets())
 
     def encode(self, events: Any) -> User:
-        """Return a user, of whom nothing need be known but events.
+        """Encode one user's events; the user need not have been in the training data.
+
+            user = model.encode([{"movieId": 12, "rating": 4.0, "timestamp": 1_700_000_000}])
 
         Args:
-          events: a list of dicts, a pandas, polars or Arrow table, or a file, with the columns that `vocabulary.fields` names, in any
-            order. Events of items that the model does not know are left out, counted in `User.unknown`, and warned of.
+          events: a list of dicts; a pandas, polars or Arrow table; or the path of a file, a folder or a glob. Events have the column
+            names and the units of the training data (`model.vocabulary.fields`). They may come in any order. The column of user
+            ids may be absent.
+
+        Returns:
+          The user, with user tokens computed. An event whose item the model does not know is left out; such events are counted in
+          `User.unknown`, and a warning is logged. Without any events the result is a user with no user tokens.
 
         Raises:
-          ValueError: an event that cannot be read, or events of several users.
+          ValueError: a column is missing, an event cannot be read, or the events are of several users.
         """
         found = self.encode_many(events)
         if len(found) > 1:
-            raise ValueError(f"These are events of {len(found)} users: pass them to encode_many, or those of one user.")
+            raise ValueError(
+                f"These are events of {len(found)} users: pass them to encode_many, or pass the events of one user."
+            )
         fields = self.vocabulary.fields
         nobody = users.unknown_user(self.identity, self.vocabulary.schema.width, hash_key(""), fields.ticks_per_second)
         return next(iter(found.values()), nobody)
 
     def encode_many(self, events: Any) -> dict[str, User]:
-        """Return the users of a table or file by their ids; `encode` says of what it may consist.
+        """Encode all users of a table or file.
+
+            users = model.encode_many("events.parquet")   # {"u1": User, "u2": User}
+
+        Args:
+          events: as in `encode`, with the column of user ids. Without this column all events are of one user, whose id is "".
+
+        Returns:
+          The users by their ids, in the order in which the ids first occur.
 
         Raises:
-          ValueError: an event that cannot be read.
+          ValueError: a column is missing, or an event cannot be read.
         """
         read = self._read(events)
         return self.encode_read(read, range(len(read.timelines)))
 
     @on_mesh
     def encode_read(self, read: Read, numbers: Iterable[int]) -> dict[str, User]:
-        """Return some of the users whose events the vocabulary has read, by their ids."""
+        """Encode some of the users whose events `Vocabulary.read` or `Vocabulary.gather` has read.
+
+        Args:
+          numbers: the places of the wanted users in `read.timelines.user_keys`.
+
+        Returns:
+          The users by their ids, in the order of `numbers`.
+        """
         found = self._users(read, numbers, self.keep)
         return dict(zip(found, self._encoded(list(found.values())), strict=True))
 
     def update(self, user: User, events: Any) -> User:
-        """Return a user with further events, as `encode` of all events returns it.
+        """Return a user with further events added, as if `encode` had been given all events at once.
 
-        Events that came already (the same item at the same time) change nothing, so that an update may be repeated. An event that
-        is older than the oldest one that a user keeps is counted, and no more: the encoder would not have read it.
+            user = model.update(user, [{"movieId": 31, "rating": 5.0, "timestamp": 1_700_172_800}])
+
+        The given user is not changed. An event that the user keeps already (the same item at the same time) is not added again. A
+        user keeps only the latest events; an event older than those is added to `User.count` and `User.seen` alone, because the
+        encoder does not read it.
+
+        Args:
+          events: as in `encode`.
 
         Raises:
-          ValueError: a user of another model, an event that cannot be read, or events of several users.
+          ValueError: the user is of another model, a column is missing, an event cannot be read, or the events are of several users.
         """
         return self.update_many({"": user}, {"": events})[""]
 
     @on_mesh
     def update_many(self, old: Mapping[str, User], events: Mapping[str, Any]) -> dict[str, User]:
-        """Return users with further events, those of each by the user's name.
+        """Return users with further events added; see `update`.
+
+        Args:
+          old: the users, by any names that the caller gives them.
+          events: the further events of each user, by the same names. A user without further events may be absent here.
+
+        Returns:
+          All users of `old` by their names, those with further events encoded again.
 
         Raises:
-          ValueError: as in `update`, or events of a name that is not among the users.
+          ValueError: as in `update`, or a name in `events` is not in `old`.
         """
         fields, merged = self.vocabulary.fields, dict(old)
         for name, rows in events.items():
             if name not in old:
-                raise ValueError(f"Events of {name!r}, who is not among the users: encode them.")
+                raise ValueError(f"There are events of {name!r}, but no such user: encode these events first.")
             self._check(old[name])
             read = self._read(rows)
             found = list(self._users(read, range(len(read.timelines)), None).values())
@@ -186,7 +239,17 @@ class Personalizer:
         return merged | dict(zip(changed, self._encoded(list(changed.values())), strict=True))
 
     def recommend(self, user: User, k: int = 10, **choice: Any) -> list[Item]:
-        """Return the `k` items that a user is likeliest to want next, best first; `choice` as in `recommend_many`."""
+        """Return the `k` items that a user is likeliest to want next, best first.
+
+            model.recommend(user, k=3, seen=False, deny=["12"])
+
+        Args:
+          k: the number of items.
+          choice: `seen`, `allow`, `deny` and `candidates`, as in `recommend_many`, which also says when fewer items are returned.
+
+        Raises:
+          ValueError: as in `recommend_many`.
+        """
         return self.recommend_many([user], k, **choice)[0]
 
     @on_mesh
@@ -202,17 +265,26 @@ class Personalizer:
     ) -> list[list[Item]]:
         """Return each user's `k` likeliest next items, best first.
 
+        A ranking has fewer than `k` items where fewer are left after `seen`, `allow` and `deny`. A model without a trained item
+        head finds only the items whose titles its beam search writes; the filters apply after that search.
+
         Args:
-          seen: whether items of the history may be among them.
-          allow: ids of the only items that may be; None for all.
-          deny: ids of items that may not.
-          candidates: ids to be ranked: all of them are returned, whatever `k` is.
+          those: the users.
+          k: the number of items for each user.
+          seen: whether items that the user has had may be recommended.
+          allow: ids of the items that may be recommended; None allows all items.
+          deny: ids of items that must not be recommended.
+          candidates: ids of items to rank. It takes the place of `allow`, and `k` becomes the number of these ids.
+
+        Returns:
+          One ranking for each user, in the order of `those`.
 
         Raises:
-          ValueError: a user of another model, an id that no item has, or a model that was not trained to name the next item.
+          ValueError: a user is of another model, an id is not that of an item, `k` is below 1, or the model was not trained for
+            the task `next_item`.
         """
         if RANKING not in self.tasks:
-            raise ValueError(f"This model was not trained to name the next item, but {', '.join(self.tasks)}.")
+            raise ValueError(f"This model cannot recommend: it was trained for {', '.join(self.tasks)}, and not for next_item.")
         if candidates is not None:
             allow, k = candidates, len(set(candidates))
         if k < 1:
@@ -229,7 +301,11 @@ class Personalizer:
         return ranked
 
     def _scores(self, prompts: list[Ids], user: decoder_users.User | None, k: int) -> Float[np.ndarray, "B V"]:
-        """Return a score of every item, -inf for none: of the item head or, where none is trained, of the titles that are written."""
+        """Return the scores of all items of the catalogue, PAD included, for each prompt.
+
+        A trained item head scores every item. Without one, beam search scores the items whose titles it writes, and all other
+        items have -inf.
+        """
         known = len(self.vocabulary.catalogue.titles)
         if self.predictor.ranks:
             return meshes.fetch(self.predictor.score(RANKING, prompts, user))[:, :known]
@@ -239,7 +315,7 @@ class Personalizer:
         return found
 
     def _allowed(self, allow: Collection[str] | None, deny: Collection[str]) -> Bool[np.ndarray, " V"]:
-        """Return which items may be recommended; PAD may not."""
+        """Return a mask over the catalogue: True where an item may be recommended. PAD (number 0) is False."""
         allowed = np.full(len(self.vocabulary.catalogue.keys), allow is None)
         allowed[self._numbered(allow or ())] = True
         allowed[self._numbered(deny)] = False
@@ -260,12 +336,23 @@ class Personalizer:
         return [Item(catalogue.keys[n], catalogue.titles[n], float(scores[n])) for n in order if scores[n] > -np.inf]
 
     def generate(self, prompt: str | None = None, user: User | None = None, *, stream: bool = False, **settings: Any) -> Any:
-        """Write a text; `settings` as in `generate_many`.
+        r"""Write one text.
+
+            model.generate("The next film this user watches:\n", user, max_tokens=20)
+            model.generate(user=user, task="favorite")
+            model.generate(user=user, chat=[{"role": "user", "content": "What should I watch?"}])
 
         Args:
-          prompt: a text to go on from, as it is; without one, name a `task` or a `chat`.
-          user: who the text is for; None for the bare LLM.
-          stream: return an iterator of pieces, as they are written, in place of the text.
+          prompt: the text to continue. Leave it out where `task` or `chat` is given.
+          user: the user whom the text is for; None for the LLM without a user.
+          stream: whether to return an iterator over pieces of the text, which come as they are written.
+          settings: further arguments of `generate_many`, such as `max_tokens`.
+
+        Returns:
+          The text without the prompt, or with `stream` an iterator over its pieces.
+
+        Raises:
+          ValueError: as in `generate_many`.
         """
         pieces = self._written([prompt], [user], settings)
         if stream:
@@ -275,19 +362,36 @@ class Personalizer:
     def generate_many(
         self, prompts: Sequence[str | None], those: Sequence[User | None] | None = None, **settings: Any
     ) -> list[str]:
-        """Write a text behind each prompt, for its user.
+        r"""Write a text after each prompt, for the user of that prompt. All prompts are answered as one batch.
+
+            model.generate_many(["The next film:\n"] * 2, [one, other], max_tokens=20)
+            model.generate_many([None] * 2, [one, other], task="review", fields={"title": "Heat (1995)", "rating": 5})
 
         Args:
-          those: a user, or None, for each prompt.
-          task: one that the model was trained for, in place of a prompt; `fields` are what its question names, such as `title`.
-          chat: messages such as {"role": "user", "content": "Hello"}, in place of a prompt, by the LLM's own template.
-          max_tokens: the most tokens that are written.
-          temperature, top_k, top_p, min_p: as in `Sampling`; greedy at 0.
-          seed: of what is drawn.
-          stop: texts at which writing stops, besides the LLM's own stop tokens; they are not part of the text.
+          prompts: the texts to continue; None for each where `task` or `chat` is given.
+          those: a user for each prompt, or None for the LLM without a user. If it is not given, no prompt has a user.
+          task: a task of `model.tasks`, which is asked in place of a prompt.
+          fields: the values that the question of `task` names, such as {"title": "Heat (1995)"}.
+          chat: one conversation, which is asked for every user in place of a prompt: messages such as
+            {"role": "user", "content": "Hello"}. The LLM's own chat template formats it.
+          max_tokens: the most tokens that are written after a prompt. If it is not given, a task with a question (such as `review`)
+            has a limit of its own, and everything else has 128.
+          temperature: 0 always takes the likeliest token; a positive number draws tokens at that temperature.
+          top_k, top_p, min_p: filters of the tokens that may be drawn; see `user_llm.models.sampling.Sampling`.
+          seed: seed of the random draws; row n uses `seed` + n.
+          stop: a list of texts. Writing ends where one of them occurs, and that text is not returned. The LLM's own stop tokens end
+            writing too.
+
+        A task whose answer is one of several names, such as `favorite`, returns the likeliest name; it ignores the arguments from
+        `max_tokens` on.
+
+        Returns:
+          One text for each prompt, without the prompt.
 
         Raises:
-          ValueError: settings that do not fit, a user of another model, or a task that the model was not trained for.
+          ValueError: a setting is out of range, the numbers of prompts and users differ, a user is of another model, the model was
+            not trained for the task, a field of the task is missing, the LLM has no chat template, or not exactly one of prompt,
+            task and chat is given.
         """
         texts = [""] * len(prompts)
         for pieces in self._written(prompts, list(those or [None] * len(prompts)), settings):
@@ -304,13 +408,20 @@ class Personalizer:
 
     @on_mesh
     def score(self, prompt: str, texts: Sequence[str], user: User | None = None) -> Float[np.ndarray, " n"]:
-        """Return the log-probability of each text behind a prompt: the sum over its tokens, whatever their number.
+        r"""Return the log-probability of each text as the continuation of a prompt.
+
+            model.score("The next film this user watches:\n", ["Heat (1995)\n", "Alien (1979)\n"], user)   # [-9.1, -12.4]
+
+        A log-probability is the natural logarithm, summed over the tokens of the text. It is not divided by the number of tokens, so
+        longer texts tend to score lower.
 
         Args:
-          user: who is asked; None for the bare LLM.
+          prompt: the text before each of `texts`.
+          texts: a list of texts. End each with "\n" to score that it ends there.
+          user: the user for whom the texts are scored; None for the LLM without a user.
 
         Raises:
-          ValueError: an empty text, or a user of another model.
+          ValueError: the prompt has no tokens, a text is empty, no text is given, or the user is of another model.
         """
         if user is not None:
             self._check(user)
@@ -324,17 +435,23 @@ class Personalizer:
 
     @on_mesh
     def explain(self, user: User, k: int | None = None) -> list[Seen]:
-        """Return the events that the encoder read, those first that the user tokens look at most.
+        """Return the events that the encoder read, ordered by how much attention the user tokens pay to them.
 
-        The weights are the resampler's attention to each event, the mean over user tokens, heads and layers; they tell where
-        it looked, and not what an event changed.
+            model.explain(user, 2)   # [Seen(id="31", title="Heat (1995)", events_ago=1, weight=0.6), ...]
+
+        A weight is the attention to an event in the last layer of the resampler, averaged over user tokens and heads. It says where
+        the resampler looked; it does not say how an event changed an answer.
+
+        Args:
+          k: the number of events; None for all.
 
         Raises:
-          ValueError: a user of another model, or a model without a resampler, whose user tokens are the events.
+          ValueError: the user is of another model, or the model has no resampler. Without a resampler each event is a user token of
+            its own, and nothing attends to it.
         """
         self._check(user)
         if self.predictor.config.resampler is None:
-            raise ValueError("This model has no resampler: its user tokens are the events themselves, one for each.")
+            raise ValueError("This model has no resampler: each event is a user token of its own, and nothing attends to it.")
         (_, rows, padded), *_ = length_batches(np.array([batch.read_events(self.predictor, user)]), 1, self.predictor.bucket)
         events, lengths = batch.histories(self.predictor, [user], padded)
         weights = self.predictor.attended(events, lengths)[0][: lengths[0]]
@@ -343,14 +460,14 @@ class Personalizer:
         return [Seen(catalogue.keys[read[n]], catalogue.titles[read[n]], len(read) - int(n), float(weights[n])) for n in order]
 
     def _read(self, events: Any) -> Read:
-        """Return what the vocabulary reads of events, and warn of those that it left out."""
+        """Return the events as timelines, and log how many events were left out."""
         read = self.vocabulary.read(events)
         if left_out := int(np.sum(read.unknown)):
             logging.warning("%d events are left out: the model does not know their items.", left_out)
         return read
 
     def _users(self, read: Read, numbers: Iterable[int], keep: int | None) -> dict[str, User]:
-        """Return users of whom nothing is encoded yet, by their ids."""
+        """Return users by their ids, with events but without user tokens."""
         timelines = read.timelines
         per_second, model = self.vocabulary.fields.ticks_per_second, self.identity
         return {
@@ -362,7 +479,7 @@ class Personalizer:
         }  # fmt: skip
 
     def _encoded(self, those: list[User]) -> list[User]:
-        """Return users with their user tokens."""
+        """Return the same users with their user tokens computed."""
         out = list(those)
         if not self.predictor.max_events:
             return out
@@ -376,7 +493,12 @@ class Personalizer:
         return out
 
     def _batches(self, those: Sequence[User]) -> Iterator[tuple[np.ndarray, list[User], decoder_users.User | None]]:
-        """Yield the places of some users in `those`, a batch of them, the last one again and again, and what the decoder reads of it."""
+        """Yield `those` in batches of users with similar numbers of tokens.
+
+        Yields:
+          The places of a batch's users in `those`; the users, with the last one repeated until the batch is full; and what the
+          decoder reads of them.
+        """
         for user in those:
             self._check(user)
         lengths = np.array([len(user.tokens) for user in those], np.int64)
@@ -386,7 +508,7 @@ class Personalizer:
 
     def _check(self, user: User) -> None:
         if not isinstance(user, User):
-            raise ValueError(f"{type(user).__name__} is no user: encode their events first.")
+            raise ValueError(f"{type(user).__name__} is no user: pass a User, such as encode returns.")
         if user.model != self.identity:
             raise ValueError(
                 f"This user was encoded by the model {user.model}, and this one is {self.identity}: encode their events again."

@@ -1,10 +1,13 @@
-"""Answers of a User-LLM to batches of prompts and users: the one way from a history to an answer, in a run's evaluation and outside.
+"""How a User-LLM answers batches of prompts for users. Evaluation inside a run and use outside it both go this way.
 
     events -> user tokens -> what the decoder reads of users ┐
     prompts ----------------------------------------------------> scores of all items | the likeliest of given texts | a new text
 
-A `Predictor` holds parameters and sizes, and no dataset: whose events and prompts it is given is the caller's affair. Its programs
-are compiled for few shapes, as histories and prompts are padded to one of few lengths.
+A `Predictor` holds parameters and sizes. It holds no dataset: the caller gives it events and prompts. Histories and prompts are
+padded to one of few lengths, so that few programs are compiled.
+
+Axis letters: B rows of a batch, E events, A features of an event, T tokens, V items of the catalogue, D width of the decoder,
+X tokens of the text and the soft prompt together.
 """
 
 import dataclasses
@@ -36,14 +39,14 @@ Decoding = tuple[nnx.GraphDef, Params]
 
 @functools.partial(jax.jit, static_argnums=0)
 def encode_users(graphdef: nnx.GraphDef, params: Params, events: Int[Array, "B E A"], lengths: Int[Array, " B"]) -> UserTokens:
-    """Return the user tokens of whole histories."""
+    """Return the user tokens of right-padded histories; `lengths` counts the real events of each."""
     model = trees.merge(graphdef, params)
     return model.user_tokens(model.encode(events, lengths[:, None]))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def present_users(graphdef: nnx.GraphDef, params: Params, tokens: UserTokens) -> User:
-    """Return what the decoder reads of users."""
+    """Return what the decoder reads of users: keys and values for cross-attention, a soft prompt, or both."""
     return trees.merge(graphdef, params).from_tokens(tokens)
 
 
@@ -51,7 +54,11 @@ def present_users(graphdef: nnx.GraphDef, params: Params, tokens: UserTokens) ->
 def score_catalogue(
     graphdef: nnx.GraphDef, params: Params, text: Array, lengths: Array, user: User | None = None, leading: int = 0
 ) -> Float[Array, "B V"]:
-    """Score all items at the end of each right-padded prompt."""
+    """Return the item head's scores of all items at the last token of each right-padded prompt.
+
+    Args:
+      leading: the number of a prompt's tokens that stand before the soft prompt.
+    """
     model = trees.merge(graphdef, params)
     hidden = model.hidden(text, lengths, user=user, leading=leading)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
@@ -62,7 +69,7 @@ def score_catalogue(
 def attended_events(
     graphdef: nnx.GraphDef, params: Params, events: Int[Array, "B E A"], lengths: Int[Array, " B"]
 ) -> Float[Array, "B E"]:
-    """Return by how much the user tokens of whole histories see each event."""
+    """Return the attention of the user tokens to each event of right-padded histories, averaged over the user tokens."""
     model = trees.merge(graphdef, params)
     return model.attended(model.encode(events, lengths[:, None]))
 
@@ -72,15 +79,19 @@ class Predictor:
     """A User-LLM that answers.
 
     Attributes:
-      graphdef, params: of a `UserLLM`.
-      templates: of each task, how it is asked.
-      max_events: of a history, the last ones that the encoder reads; 0 for a model that reads text alone.
-      batch_size: users that are answered together.
-      beams: of the search for the likeliest of given texts, at most as many as there are texts.
-      after_instruction: whether a soft prompt stands behind what all prompts start with, or in front of it.
-      ranks: whether the item head has been trained to rank items; without it the next item is found by writing titles alone.
-      pad_whole: whether all histories are padded to `max_events` and all prompts to their task's `max_tokens`, so that one program
-        serves every batch, and not to one of several lengths: for accelerators, where compiling takes longer than padding.
+      config: the sizes of the model.
+      graphdef, params: the structure and the parameters of a `UserLLM`.
+      mesh: the devices that the parameters are on.
+      templates: how each task is asked, by the task's name.
+      max_events: how many of a history's latest events the encoder reads; 0 for a model without an encoder.
+      batch_size: the number of users that are answered together.
+      beams: the width of the beam search for the likeliest of given texts; at most the number of these texts.
+      after_instruction: whether a soft prompt stands after the tokens that all prompts of a task start with; otherwise it stands
+        before them.
+      ranks: whether the item head has been trained to rank items. Without it the next item is found by writing titles.
+      pad_whole: whether every history is padded to `max_events` and every prompt to its task's `max_tokens`. One program then
+        serves every batch, which pays on accelerators, where compiling takes longer than computing the padding. Otherwise lengths
+        are rounded up to one of several.
     """
 
     config: UserLLMConfig
@@ -101,37 +112,37 @@ class Predictor:
 
     @property
     def bucket(self) -> int:
-        """Of how many events the padded length of a history is a multiple."""
+        """The number of events that the padded length of a history is a multiple of."""
         return max(self.max_events, 1) if self.pad_whole else BUCKET
 
     def leading(self, task: str) -> int:
-        """Return how many tokens of a task's prompts stand in front of a soft prompt."""
+        """Return how many tokens of a task's prompts stand before a soft prompt."""
         return self.templates[task].shared_tokens if self.after_instruction else 0
 
     def encode(self, events: Int[np.ndarray, "B E A"], lengths: Int[np.ndarray, " B"]) -> UserTokens | None:
-        """Return the user tokens of right-padded histories, None without an encoder."""
+        """Return the user tokens of right-padded histories; None if the model has no encoder."""
         if not self.max_events:
             return None
         return encode_users(self.graphdef, self.params, *meshes.put_rows((events, lengths), self.mesh))
 
     def present(self, tokens: UserTokens | None) -> User | None:
-        """Return what the decoder reads of users."""
+        """Return what the decoder reads of users, made from their user tokens; None for None."""
         return None if tokens is None else present_users(self.graphdef, self.params, tokens)
 
     def users(self, events: Int[np.ndarray, "B E A"], lengths: Int[np.ndarray, " B"]) -> User | None:
-        """Return what the decoder reads of users with these histories, None without an encoder."""
+        """Return what the decoder reads of users with these histories; None if the model has no encoder."""
         return self.present(self.encode(events, lengths))
 
     def attended(self, events: Int[np.ndarray, "B E A"], lengths: Int[np.ndarray, " B"]) -> Float[np.ndarray, "B E"]:
-        """Return by how much each history's user tokens see each event.
+        """Return the attention of each history's user tokens to each of its events.
 
         Raises:
-          ValueError: a model without a resampler.
+          ValueError: the model has no resampler.
         """
         return meshes.fetch(attended_events(self.graphdef, self.params, *meshes.put_rows((events, lengths), self.mesh)))
 
     def padded(self, task: str, prompts: Sequence[Ids]) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
-        """Return a task's prompts right-padded to one of few widths, and their lengths."""
+        """Return a task's prompts right-padded to one of few widths, and the number of tokens of each prompt."""
         template = self.templates[task]
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         longest, alike = int(lengths.max()), not template.lines.text_items and lengths.min() == lengths.max()
@@ -140,13 +151,18 @@ class Predictor:
         return meshes.put_rows((pad_rows(prompts, width), lengths), self.mesh)
 
     def score(self, task: str, prompts: Sequence[Ids], user: User | None) -> Float[Array, "B V"]:
-        """Score all items by the item head at the end of a task's prompts."""
+        """Return the item head's score of every item after each prompt of a task."""
         return score_catalogue(self.graphdef, self.params, *self.padded(task, prompts), user, self.leading(task))
 
     def decoding(
         self, text: Int[Array, "B T"], lengths: Int[Array, " B"], user: User | None, leading: int
     ) -> tuple[Decoding, Float[Array, "B X D"], Int[Array, " B"], UserKV | None]:
-        """Return the decoder, and right-padded prompts as embeddings, their lengths and their users' K/V, for generation."""
+        """Return what generation starts from.
+
+        Returns:
+          The decoder; the prompts as right-padded embeddings, soft prompts included; the length of each; and the keys and values
+          of the users for cross-attention, None for a model without it.
+        """
         decoder = trees.split(trees.merge(self.graphdef, self.params).decoder)
         inputs, sizes = embed_prompts(*decoder, text, lengths, user=user, leading=leading)
         return decoder, inputs, sizes, user and user.kv
@@ -154,12 +170,16 @@ class Predictor:
     def choose(
         self, task: str, prompts: Sequence[Ids], user: User | None, trie: Trie, beams: int
     ) -> tuple[Int[np.ndarray, "B beams"], Float[np.ndarray, "B beams"]]:
-        """Return the ids of the likeliest texts of a trie, best first, and their log-probs; id 0 at -inf if there are too few."""
+        """Return the likeliest texts of a trie after each prompt, best first.
+
+        Returns:
+          The ids of the texts and their log-probabilities. Where fewer than `beams` texts are found, the rest has id 0 and -inf.
+        """
         decoder, inputs, sizes, kv = self.decoding(*self.padded(task, prompts), user, self.leading(task))
         return meshes.fetch(beam_search(*decoder, inputs, sizes, trie, beams=beams, user=kv))
 
     def write(self, task: str, prompts: Sequence[Ids], user: User | None, max_tokens: int) -> list[str]:
-        """Write an answer to each prompt, greedily, one line."""
+        """Return an answer of one line to each prompt. Each token is the likeliest one."""
         lines = self.templates[task].lines
         decoder, inputs, sizes, kv = self.decoding(*self.padded(task, prompts), user, self.leading(task))
         found = generate(
@@ -168,7 +188,10 @@ class Predictor:
         return [lines.tokenizer.decode(row).strip() for row in found.rows()]
 
     def programs(self, params: Params) -> dict[str, Program]:
-        """Return what answering compiles for the longest prompts, on shapes alone; beam search, which takes a catalogue's titles, is left out."""
+        """Return the programs that answering the longest prompts compiles, by name.
+
+        Only shapes are needed, no parameters. Beam search is left out, because its program depends on the catalogue's titles.
+        """
         rows, user = self.batch_size, None
         ints = lambda *shape: meshes.rows_like(jax.ShapeDtypeStruct(shape, jnp.int32), self.mesh)  # noqa: E731
         found: dict[str, Program] = {}

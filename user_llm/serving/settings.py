@@ -1,6 +1,6 @@
-"""What `user_llm.json` of a model directory says: its keys, their types, its seal, and which files of the directory are read.
+"""The file `user_llm.json` of a model directory: its keys, their types, its checksum (the seal), and the files that it lists.
 
-Anybody may have written the file, so that each key is read by its type; the first that does not fit is named.
+Anybody may have written the file. Therefore the type of each key is checked, and an error names the first key that does not fit.
 """
 
 import dataclasses
@@ -25,11 +25,11 @@ from user_llm.models.user_llm import UserLLMConfig
 FORMAT = 1
 FILE = "user_llm.json"
 AGAIN = "get the model directory again"
-# What a model is: two models that differ in nothing else answer alike, and a user of one is a user of the other.
+# The keys that the identity of a model is made of. Two models that are equal in these answer alike, and can share users.
 COMPUTES = ("model", "vocabulary", "lines", "prompts", "names", "dtype")
 LIMITS_THAT_COMPUTE = ("max_events", "beams", "after_instruction", "ranks")
 
-MOST = 1 << 20  # of events, tokens and rows that arrays are padded to: more would fill any memory
+MOST = 1 << 20  # the most events, tokens and rows that arrays may be padded to: more would fill any memory
 Size = Annotated[int, Must(f"from 1 to {MOST}", lambda n: 1 <= n <= MOST)]
 SizeOrZero = Annotated[int, Must(f"from 0 to {MOST}", lambda n: 0 <= n <= MOST)]
 Axis = Literal["data", "fsdp", "tensor"]
@@ -37,11 +37,11 @@ Axis = Literal["data", "fsdp", "tensor"]
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """An LLM as it came.
+    """The checkpoint of an LLM, which is stored outside the model directory.
 
     Attributes:
-      checkpoint: its name on the hub, or its directory.
-      files: the content hashes of its weights and settings, and of its tokenizer's files, by name.
+      checkpoint: the checkpoint's name on the hub, or its directory.
+      files: the content hashes of the LLM's weights, settings and tokenizer, by file name.
     """
 
     checkpoint: Text
@@ -91,7 +91,7 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A result on the model card; a value that is no finite number is None."""
+    """A result on the model card; `value` is None where it is not a finite number."""
 
     task: str
     method: str
@@ -103,7 +103,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What a model card tells of the training."""
+    """What a model card says about the training."""
 
     dataset: str
     users: CountOrZero
@@ -122,14 +122,14 @@ class Settings:
     """The keys of `user_llm.json`.
 
     Attributes:
-      identity: hash of all that computes.
-      seal: hash of all other keys.
-      vocabulary: what `Vocabulary.from_json` reads.
-      prompts: how each task is asked: its `kind` and the arguments of that template.
-      names: the names that an answer is one of, by their numbers, of each task that has such.
-      sharding: the mesh axes of each parameter's dimensions, by its path.
-      files: SHA-256 of each file that is read.
-      llm: the LLM that the directory names and does not hold.
+      identity: hash of everything that changes an answer; see `identity`.
+      seal: hash of all other keys, by which an altered file is found.
+      vocabulary: the vocabulary, as `Vocabulary.from_json` reads it.
+      prompts: how each task is asked: the `kind` of its template, and the arguments of that template.
+      names: the possible answers of each task that chooses among names: {task: {number: name}}.
+      sharding: the mesh axes of each parameter's dimensions, by the parameter's path.
+      files: the SHA-256 of each file of the directory that is read.
+      llm: the LLM that the directory names; None if the directory holds its LLM.
     """
 
     format: Count
@@ -152,15 +152,18 @@ KINDS: dict[str, tuple[Any, Any]] = {"next_item": (NextItem, NextItemSettings), 
 
 
 def kind_of(template: Template) -> str:
-    """Return what a template's kind is called."""
+    """Return the name of a template's kind, a key of KINDS."""
     return next(kind for kind, (of, _) in KINDS.items() if type(template) is of)
 
 
 def template(lines: Lines, task: str, settings: Any) -> Template:
     """Return the template of a task.
 
+    Args:
+      settings: an entry of `Settings.prompts`.
+
     Raises:
-      ValueError: an unknown kind, or arguments that it does not take.
+      ValueError: the kind is unknown, or an argument is missing, of another type or not one of this kind.
     """
     kind = settings.get("kind") if isinstance(settings, dict) else None
     if not isinstance(kind, str) or kind not in KINDS:
@@ -171,10 +174,10 @@ def template(lines: Lines, task: str, settings: Any) -> Template:
 
 
 def numbered(task: str, names: Mapping[str, str]) -> dict[int, str]:
-    """Return the names of a task's answers by their numbers.
+    """Return the names of a task's answers with their numbers as int; JSON holds the numbers as text.
 
     Raises:
-      ValueError: no names, or a number that is none.
+      ValueError: there are no names, or a number is not a whole number from 1.
     """
     for number in names or [""]:
         if not (number.isascii() and number.isdecimal() and positive_whole_number(len(number) < 10 and int(number))):
@@ -183,21 +186,21 @@ def numbered(task: str, names: Mapping[str, str]) -> dict[int, str]:
 
 
 def digest(value: Any) -> str:
-    """Return a short hash of a value of JSON."""
+    """Return a hash of a JSON value: 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def identity(settings: Mapping[str, Any]) -> str:
-    """Return the hash of all that computes. Neither where an LLM lies nor what the card tells is of it."""
+    """Return the hash of everything that changes an answer. Where the LLM is stored and what the model card says do not count."""
     limits = {name: settings["limits"][name] for name in LIMITS_THAT_COMPUTE}
     llm = settings["llm"] and settings["llm"]["files"]
-    # The adapters' settings repeat those of the model, and say where the LLM lies.
+    # The adapters' settings repeat those of the model, and also say where the LLM is stored, which must not count.
     files = {name: checksum for name, checksum in settings["files"].items() if name != "adapter_config.json"}
     return digest({name: settings[name] for name in COMPUTES} | {"files": files, "limits": limits, "llm": llm})
 
 
 def plain(value: Any) -> Any:
-    """Return a value as JSON holds it: tuples become lists, and numbers that JSON does not know None."""
+    """Return a value as JSON can hold it: tuples become lists; infinities and NaN become None."""
     if isinstance(value, Mapping):
         return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -206,15 +209,19 @@ def plain(value: Any) -> Any:
 
 
 def write_settings(directory: Path, settings: Mapping[str, Any]) -> None:
-    """Write `user_llm.json`, sealed."""
+    """Write `user_llm.json` with its seal."""
     (directory / FILE).write_text(json.dumps(dict(settings) | {"seal": digest(settings)}, indent=1))
 
 
 def read_settings(directory: Path) -> tuple[dict[str, Any], Settings]:
-    """Return what `user_llm.json` says, as it stands there and read, once it and all files that are read are as they were written.
+    """Read `user_llm.json`, and check that it and the files that it lists are unaltered.
+
+    Returns:
+      The content of the file as a dict, and the same content as `Settings`.
 
     Raises:
-      ValueError: the first thing that is not.
+      ValueError: a file is missing or altered, the format is unknown, a key does not fit its type, or the directory holds a
+        further file that loading would read.
     """
     file = directory / FILE
     if not file.exists():
@@ -232,7 +239,7 @@ def read_settings(directory: Path) -> tuple[dict[str, Any], Settings]:
 
 
 def _check_files(directory: Path, files: Mapping[str, str]) -> None:
-    """See that the listed files are as they were written, and that no other file would be read."""
+    """Check that the listed files are unaltered, and that the directory holds no other file that loading would read."""
     for name, wanted in files.items():
         file = directory / path_part(name, f"{directory / FILE}: the file")
         if not file.exists():
@@ -247,10 +254,10 @@ def _check_files(directory: Path, files: Mapping[str, str]) -> None:
 
 @contextmanager
 def reading(file: Path) -> Iterator[None]:
-    """Put the file in front of what is wrong in it.
+    """Add the file's name, and a remedy, to the message of a ValueError that the block raises.
 
     Raises:
-      ValueError: the same with its longer message.
+      ValueError: the block's error with the longer message.
     """
     try:
         yield

@@ -1,10 +1,11 @@
-"""Many users at a time, from Arrow table to Arrow table: what engines of data call on their workers.
+"""Functions from Arrow table to Arrow table, which data engines call on their workers to encode many users or recommend to them.
 
     Ray      dataset.groupby("user").map_groups(Recommend, batch_format="pyarrow", fn_constructor_args=["DIR"], concurrency=2)
     Spark    frame.groupBy("user").applyInArrow(Recommend("DIR"), "user string, rank int, item string, title string, score float")
     Beam     grouped | beam.Map(Recommend("DIR"))
 
-A call must be given all events of its users. The model is loaded at the first call, so that an object may be sent to workers.
+Each call must be given all events of its users. The model is loaded at the first call. An object that is made of a directory or
+a hub name can therefore be sent to workers before anything is loaded.
 """
 
 import functools
@@ -32,11 +33,11 @@ RANKINGS = pa.schema(
 
 
 class _Loads:
-    """A function of tables that has a model.
+    """A function of tables that has a model, which it loads at its first use.
 
     Args:
-      model: a model, its directory, or its name on the hub.
-      settings: of `user_llm.load`.
+      model: a `Personalizer`, a model directory, or the name of a model on the hub.
+      settings: further arguments of `user_llm.load`, such as `device`.
     """
 
     def __init__(self, model: Any, **settings: Any):
@@ -44,12 +45,12 @@ class _Loads:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the results depend on besides the model and the events."""
+        """The settings that change the results, besides the model and the events."""
         return {}
 
     @functools.cached_property
     def model(self) -> Personalizer:
-        """The model, loaded when it is first asked for."""
+        """The model. It is loaded at the first access."""
         return self._given if isinstance(self._given, Personalizer) else load(self._given, **self._settings)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -57,20 +58,27 @@ class _Loads:
 
 
 class Encode(_Loads):
-    """From events, in the columns that the model names, to a state for each user: STATES."""
+    """Encode the users of a table of events.
+
+        states = Encode("runs/quickstart/user_llm/model")(events)
+
+    The events have the columns of the training data. The result has one row a user, with the columns STATES: `user`, `state` (the
+    bytes of a `User`), `events` (their number), `unknown` (the number of events left out because the model does not know their
+    item) and `last_time` (seconds since 1970 of the latest event, or its order where the training data has no times).
+    """
 
     schema = STATES
 
     def __call__(self, events: pa.Table) -> pa.Table:
-        """Return the states of the users of a table.
+        """Return a state for each user of a table of events.
 
         Raises:
-          ValueError: an event that cannot be read.
+          ValueError: a column is missing, or an event cannot be read.
         """
         return self.of_users(self.model.encode_many(events))
 
     def of_users(self, those: Mapping[str, User]) -> pa.Table:
-        """Return the states of users by their ids."""
+        """Return the table of states for users that are given by their ids."""
         found = list(those.values())
         columns = [
             list(those),
@@ -83,11 +91,19 @@ class Encode(_Loads):
 
 
 class Recommend(_Loads):
-    """From events, or from STATES, to the likeliest next items of each user: RANKINGS.
+    """Recommend items to the users of a table.
+
+        rankings = Recommend("runs/quickstart/user_llm/model", k=20)(events)
+
+    The table holds events with the columns of the training data, or states as `Encode` returns them. A table with a column `state`
+    is taken for states. The result has one row for each recommended item, with the columns RANKINGS: `user`, `rank` (from 1),
+    `item` (its id), `title` and `score` (higher is better).
 
     Args:
-      k: items for each user.
-      seen: whether items of the history may be among them.
+      model: as in `Encode`.
+      k: the number of items for each user.
+      seen: whether items that the user has had may be recommended.
+      settings: further arguments of `user_llm.load`, such as `device`.
     """
 
     schema = RANKINGS
@@ -101,14 +117,14 @@ class Recommend(_Loads):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the results depend on besides the model and the events."""
+        """The settings that change the results, besides the model and the events."""
         return {"k": self._k, "seen": self._seen}
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Return the rankings of the users of a table.
+        """Return a ranking for each user of a table of events or states.
 
         Raises:
-          ValueError: an event that cannot be read, or a state of another model.
+          ValueError: a column is missing, an event cannot be read, or a state is damaged or of another model.
         """
         if "state" in table.column_names:
             states = zip(table["user"].to_pylist(), table["state"].to_pylist(), strict=True)
@@ -116,7 +132,7 @@ class Recommend(_Loads):
         return self.of_users(self.model.encode_many(table))
 
     def of_users(self, those: Mapping[str, User]) -> pa.Table:
-        """Return the rankings of users by their ids."""
+        """Return the table of rankings for users that are given by their ids."""
         ranked = self.model.recommend_many(list(those.values()), self._k, seen=self._seen)
         rows = [
             (user, rank, *item)

@@ -1,9 +1,11 @@
-"""A user as it is stored: user tokens, and of the history what an update, a recommendation and an explanation need.
+"""A user as an application stores it: the user tokens, and the part of the history that later calls need.
 
     USERLLM1 | length of the header | header (JSON) | arrays, compressed | CRC-32 of all before it
 
-In bytes, user tokens are 8-bit whole numbers with a scale for each token (the largest absolute value over 127). Nothing in them runs
-when they are read.
+The bytes hold user tokens as 8-bit whole numbers and a scale for each token (its largest absolute value divided by 127). Reading
+the bytes runs no code from them.
+
+Axis letters: M user tokens, U width of a user token, E kept events, A features of an event, S different items of all events.
 """
 
 import dataclasses
@@ -19,7 +21,7 @@ from user_llm.data.schema import Schema
 from user_llm.data.timelines import Timelines, order_events, time_gap_bucket
 
 MAGIC = b"USERLLM1"
-MAX_BYTES = 1 << 28  # of the arrays of a user
+MAX_BYTES = 1 << 28  # the most bytes that a user's arrays may have uncompressed
 ARRAYS = {"tokens": "i1", "scales": "<f4", "events": "<i4", "ticks": "<i8", "seen": "<i4"}
 HEADER = {
     "model": text, "key": anything, "count": whole_number, "unknown": whole_number, "before": anything,
@@ -29,19 +31,21 @@ HEADER = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class User:
-    """A user of one model.
+    """A user, encoded by one model. It is immutable: `Personalizer.update` returns another `User`.
+
+    A user keeps its latest events (`Personalizer.keep` says how many), because an update encodes them again.
 
     Attributes:
-      model: identity of the model; no other can read the tokens.
-      tokens: the user tokens, none for a user without events.
-      events: features of the last events, oldest first.
-      ticks: the times of these events, in the model's ticks, or their orders.
-      before: the tick of the event before them; None if there is none.
-      seen: the different items of all events, in order.
-      count: all events, those that are not kept included.
-      unknown: events that were left out because the model does not know their item.
-      key: what ties between events of one time are broken by.
-      ticks_per_second: how many ticks a second has, or an order.
+      model: the identity of the model that encoded the user; no other model can use the tokens.
+      tokens: the user tokens; there are none for a user without events.
+      events: the features of the kept events, oldest first.
+      ticks: the time of each kept event in ticks. Where the training data has orders instead of times, these are the orders.
+      before: the tick of the event before the kept ones; None if there is no such event.
+      seen: the numbers of the different items of all events, ascending.
+      count: the number of all events, those that are no longer kept included.
+      unknown: the number of events that were left out because the model does not know their item.
+      key: a number that stands for the user's id in the hash that orders events of the same time.
+      ticks_per_second: the number of ticks in a second, or in one step of an order.
     """
 
     model: str
@@ -57,16 +61,21 @@ class User:
 
     @property
     def items(self) -> Int[np.ndarray, " E"]:
-        """The items of the last events, oldest first."""
+        """The item numbers of the kept events, oldest first."""
         return self.events[:, 0]
 
     @property
     def last_time(self) -> float | None:
-        """When the last event was, in seconds since 1970, or its order; None without events."""
+        """The time of the latest event in seconds since 1970, or its order; None without events."""
         return float(self.ticks[-1]) / self.ticks_per_second if len(self.ticks) else None
 
     def to_bytes(self) -> bytes:
-        """Return the user as bytes, its tokens rounded to 8 bits."""
+        """Return the user as bytes, to be stored.
+
+            User.from_bytes(user.to_bytes())
+
+        The user tokens are rounded to 8 bits; everything else is exact.
+        """
         scales = np.maximum(np.abs(self.tokens).max(axis=1, initial=0), 1e-30).astype(np.float32) / 127
         arrays = {
             "tokens": np.rint(self.tokens / scales[:, None]), "scales": scales, "events": self.events.T, "ticks": _steps(self.ticks),
@@ -83,10 +92,10 @@ class User:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "User":
-        """Return the user that `to_bytes` made bytes of.
+        """Return the user from the bytes that `to_bytes` returned.
 
         Raises:
-          ValueError: bytes that are cut off, altered, or of something else.
+          ValueError: the bytes are cut off, altered or not those of a user.
         """
         try:
             header, arrays = _unpack(bytes(data))
@@ -101,12 +110,15 @@ class User:
 
 
 def _steps(numbers: np.ndarray) -> np.ndarray:
-    """Return the first number and the differences of neighbours, which `np.cumsum` undoes: small numbers compress well."""
+    """Return the first number and then the differences of neighbours. They are small, and so compress well; `np.cumsum` undoes this."""
     return np.diff(numbers, prepend=numbers.dtype.type(0))
 
 
 def _planes(array: np.ndarray) -> bytes:
-    """Return the first bytes of all numbers, then the second ones, and so on: those of small numbers are zeros side by side."""
+    """Return the lowest byte of every number, then the next byte of every number, and so on.
+
+    The high bytes of small numbers are zeros, which compress well side by side.
+    """
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).reshape(-1, array.dtype.itemsize).T.tobytes()
 
 
@@ -152,10 +164,12 @@ def _unpack(data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 def from_timeline(
     timelines: Timelines, user: int, *, keep: int | None, model: str, key: int, unknown: int, ticks_per_second: int
 ) -> User:
-    """Return a user of whom nothing is encoded yet.
+    """Return a user with the events of a timeline but without user tokens.
 
     Args:
-      keep: the last events that are kept; None for all.
+      user: the place of the user in the timelines.
+      keep: the number of latest events that the user keeps; None for all.
+      model, key, unknown, ticks_per_second: attributes of the `User`.
     """
     first, last = int(timelines.offsets[user]), int(timelines.offsets[user + 1])
     start = first if keep is None else max(last - keep, first)
@@ -169,10 +183,14 @@ def from_timeline(
 
 
 def joined(user: User, more: User, schema: Schema, *, keep: int | None, ties: str, seed: int) -> User:
-    """Return a user with the events of another one too, as if all had come together; of its tokens nothing is left.
+    """Return a user with the events of `more` added, as if all events had come together. The result has no user tokens.
 
-    An event of `more` that is kept already (the same item at the same time) counts once. Events older than all that are kept
-    add to `count` and `seen` alone once as many as are kept are newer.
+    An event of `more` that `user` keeps already (the same item at the same tick) is not added. An event that is older than the
+    latest `keep` events is not kept; it only adds to `count` and `seen`.
+
+    Args:
+      keep: the number of latest events that the result keeps; None for all.
+      ties, seed: how events of the same tick are ordered; see `order_events`.
     """
     events, ticks = np.concatenate([user.events, more.events]), np.concatenate([user.ticks, more.ticks])
     item = events[:, 0]
@@ -199,7 +217,12 @@ def joined(user: User, more: User, schema: Schema, *, keep: int | None, ties: st
 
 
 def unknown_user(model: str, width: int, key: int, ticks_per_second: int) -> User:
-    """Return a user without events, whose events would have `width` columns."""
+    """Return a user without events.
+
+    Args:
+      width: the number of features of an event.
+      model, key, ticks_per_second: attributes of the `User`.
+    """
     none = np.zeros(0, np.int64)
     return User(
         model=model, tokens=np.zeros((0, 0), np.float32), events=np.zeros((0, width), np.int32), ticks=none, before=None,

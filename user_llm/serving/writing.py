@@ -1,4 +1,4 @@
-"""Texts behind prompts: free ones, those of the tasks that a model was trained for, and conversations; whole or in pieces."""
+"""Text generation for users: after a free prompt, for a task that the model was trained for, or in a conversation."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,16 +19,16 @@ from user_llm.serving import batch
 from user_llm.serving.predictor import Predictor
 from user_llm.serving.user import User
 
-CHUNK = 8  # tokens of a piece
-MAX_TOKENS = 128  # of a text whose length nobody names
+CHUNK = 8  # tokens of each row between two pieces of a stream
+MAX_TOKENS = 128  # the most tokens of a text where the caller names no limit
 
 
 @dataclasses.dataclass(frozen=True)
 class Writer:
-    """What of a model writes.
+    """The part of a `Personalizer` that writes text.
 
     Attributes:
-      names: of tasks whose answer is one of several names, such as `favorite`, these names by their numbers.
+      names: the possible answers of each task that chooses among names, such as `favorite`: {task: {number: name}}.
     """
 
     predictor: Predictor
@@ -56,7 +56,10 @@ class Writer:
         seed: int = 0,
         stop: Sequence[str] = (),
     ) -> Iterator[list[str]]:
-        """Yield pieces of each prompt's text; arguments and errors as in `Personalizer.generate_many`."""
+        """Yield lists that hold the next piece of each prompt's text; a piece may be empty.
+
+        The arguments and errors are those of `Personalizer.generate_many`.
+        """
         if len(prompts) != len(those):
             raise ValueError(f"{len(prompts)} prompts for {len(those)} users: give a user, or None, for each.")
         sampling = Sampling(temperature, top_k, top_p, min_p)
@@ -89,7 +92,11 @@ class Writer:
         fields: Mapping[str, Any],
         chat: Sequence[Mapping[str, Any]] | None,
     ) -> Ids:
-        """Return the tokens of a prompt, a task or a conversation."""
+        """Return the token ids of a prompt, of a task's prompt or of a conversation.
+
+        Raises:
+          ValueError: not exactly one of the three is given, or the prompt has no tokens.
+        """
         if (prompt is not None) + (template is not None) + (chat is not None) != 1:
             raise ValueError("Give one of a prompt, a task and a chat.")
         if template is not None:
@@ -101,12 +108,15 @@ class Writer:
         return row
 
     def padded(self, rows: Sequence[Ids]) -> tuple[Array, Array]:
-        """Return tokens right-padded to one of few widths, and their lengths."""
+        """Return rows of tokens right-padded to a common width, and the length of each row.
+
+        The width is one of few, so that few programs are compiled.
+        """
         lengths = np.array([len(row) for row in rows], np.int32)
         return meshes.put_rows((pad_rows(rows, bucket(int(lengths.max()))), lengths), self.predictor.mesh)
 
     def _named(self, task: str, rows: Sequence[Ids], those: Sequence[User | None]) -> list[str]:
-        """Return the likeliest of a task's names for each row."""
+        """Return, for each row, the name that is the likeliest answer to the task."""
         names = self.names[task]
         trie = Trie.build({number: self.lines.line(name).tolist() for number, name in names.items()})
         with jax.set_mesh(self.predictor.mesh):
@@ -126,7 +136,15 @@ class Writer:
         stop_ids: Sequence[int],
         stop: tuple[str, ...],
     ) -> Iterator[list[str]]:
-        """Yield pieces of text. A piece ends where a character does, and never within a text at which writing stops."""
+        """Yield lists that hold the next piece of each row's text.
+
+        A piece ends at the end of a character. It never ends with the beginning of a stop text.
+
+        Args:
+          leading: the number of each row's tokens that stand before a soft prompt.
+          stop_ids: tokens that end a row.
+          stop: texts that end a row.
+        """
         texts = [_Text(self.tokenizer, frozenset(stop_ids), stop) for _ in rows]
         with jax.set_mesh(self.predictor.mesh):
             decoder, inputs, sizes, kv = self.predictor.decoding(
@@ -147,12 +165,14 @@ class Writer:
 
 @dataclasses.dataclass
 class _Text:
-    """A text that is being written.
+    """A text while it is being written.
 
     Attributes:
-      tokens: of it, up to now.
-      said: what has been handed out of it.
-      open: False once a text at which writing stops has come.
+      stop_ids: tokens that end the text; they are not part of it.
+      stop: texts that end the text; they are not part of it.
+      tokens: all tokens written so far.
+      said: the part of the text that has been returned to the caller.
+      open: False once a stop text has been written.
     """
 
     tokenizer: Tokenizer
@@ -163,7 +183,13 @@ class _Text:
     open: bool = True
 
     def more(self, tokens: Sequence[int], *, ended: bool) -> str:
-        """Return what further tokens add to the text. Half a character, and what may become a stop text, waits until more has come."""
+        """Return what further tokens add to the text.
+
+        An incomplete character is held back until its other tokens come. So is the beginning of what may become a stop text.
+
+        Args:
+          ended: whether these tokens are the last ones; nothing is held back then.
+        """
         if not self.open:
             return ""
         self.tokens += [token for token in tokens if token not in self.stop_ids]
@@ -178,6 +204,6 @@ class _Text:
         return added
 
     def _waiting(self, text: str) -> int:
-        """Return how many of the last characters may be the beginning of a stop text."""
+        """Return the number of characters at the end of the text that may be the beginning of a stop text."""
         sizes = range(1, max(map(len, self.stop), default=0))
         return max((size for size in sizes if any(stop.startswith(text[-size:]) for stop in self.stop)), default=0)

@@ -1,4 +1,4 @@
-"""What a finished contextualization leaves for use: its model directory, `RUN/PHASE/model`."""
+"""How a finished phase that trains the LLM with user tokens writes its model directory, `RUN/PHASE/model`."""
 
 import re
 import shlex
@@ -25,23 +25,23 @@ from user_llm.tasks.answering import Asking
 from user_llm.tasks.context import Context
 
 FOLDER = "model"
-DRAWS = 1000  # of an interval on a model card
+DRAWS = 1000  # bootstrap samples for an interval on a model card
 
 
 def personalizer(asking: Asking) -> Personalizer:
-    """Return the model that answers, as one that needs no dataset."""
+    """Return the model of `asking` as a `Personalizer`, which needs no dataset. Its identity is empty until it is saved."""
     lines = next(iter(asking.examples.values())).template.lines
     names = {task: class_names(of) for task, of in asking.examples.items() if isinstance(of, FavoriteExamples)}
     return Personalizer("", asking.predictor, Vocabulary.of(asking.timelines), lines, names)
 
 
 def class_names(examples: FavoriteExamples) -> dict[int, str]:
-    """Return the names that an answer is one of, by their numbers."""
+    """Return the names that are possible answers, by their numbers."""
     return {number: examples.asked.labels.names[number] for number in examples.names}
 
 
 def card_rows(task: str, method: str, measured: Measured) -> list[dict]:
-    """Return the lines of a model card's table: each metric with its interval."""
+    """Return the rows of a model card's table: each metric with its 95% interval."""
     table = np.stack(list(measured.values.values()), axis=1)
     spans = intervals(resampled_means(table, measured.users, draws=DRAWS))
     return [
@@ -51,11 +51,13 @@ def card_rows(task: str, method: str, measured: Measured) -> list[dict]:
 
 
 def leave(context: Context, name: str, load: trees.Rules, asking: Asking, rows: list[dict]) -> None:
-    """Write the model directory of a phase; of several processes all call it.
+    """Write the model directory of a phase. In a run of several processes every process must call this function.
 
     Args:
-      load: where each parameter came from.
-      rows: of the model card.
+      name: the name of the phase.
+      load: the rules that say where each parameter was loaded from.
+      asking: the model and the dataset that it was trained on.
+      rows: the rows of the model card's table.
     """
     config = context.config
     phase, checkpoint = config[name], config.llm.checkpoint
@@ -85,7 +87,12 @@ def leave(context: Context, name: str, load: trees.Rules, asking: Asking, rows: 
 
 
 def touched(config: ConfigDict, name: str, sources: trees.Params) -> bool:
-    """Return whether a phase has trained weights of its LLM, or has them from elsewhere than the checkpoint."""
+    """Return whether the LLM's own weights may differ from the checkpoint: the phase trained them, or loaded them from elsewhere.
+
+    Args:
+      name: the name of the phase.
+      sources: where each parameter was loaded from.
+    """
     trains = trees.flatten(trees.match(config.strategies[config[name].strategy].trainable, sources))
     return any(
         is_bare_llm(path) and (trains[path] or source != "checkpoint") for path, source in trees.flatten(sources).items()
@@ -93,7 +100,7 @@ def touched(config: ConfigDict, name: str, sources: trees.Params) -> bool:
 
 
 def licence(directory: Path) -> str:
-    """Return the licence that the model card of an LLM names, empty if there is none."""
+    """Return the licence that the model card in an LLM's directory names; the empty string if it names none."""
     page = directory / "README.md"
     found = re.search(r"^license: *(\S+)", page.read_text(errors="replace")[:10_000], re.MULTILINE) if page.is_file() else None
     return found[1] if found else ""

@@ -1,1 +1,1 @@
-"""What the LLM is asked, a file per task: prompt, target, and at which events it can be asked."""
+"""What the LLM is asked, one file for each task: the prompt, the target, and at which events the task can be asked."""

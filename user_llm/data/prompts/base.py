@@ -1,13 +1,17 @@
-r"""What the prompts of all tasks share: lines of token ids, a user's history as text, and the templates that put them together.
+r"""What the prompts of all tasks share: lines of token ids, a user's history as text, and templates that join them to prompts.
 
     <instruction> \n <line of history> \n ... <line of history> \n <question> \n <target> \n
 
-Every line ends in the end token, one newline; instruction, history and question may each be absent. The token before a target is
-the *answer position*: from there an item is ranked or the target is written. With no events as text this is the prompt of
-User-LLM; with the last 10 or 50 titles it is the text-prompt baseline; with both, the paper's hybrid.
+Every line ends in the end token, which is one newline. The instruction, the history and the question may each be absent. The
+*answer position* is the last token before a target: from there an item is ranked or the target is written.
 
-A *template* knows no dataset: it makes a prompt of the item ids of a history, whoever's it is. *Examples* know a dataset: where in
-it a task can be asked, and what the answer is.
+The prompt of User-LLM has no history as text, because the user tokens stand for the history. The text-prompt baseline has the last
+10 or 50 titles as text and no user tokens. The paper's hybrid has both.
+
+A *template* makes a prompt from the item ids of any history, and needs no dataset. *Examples* belong to a dataset: they say where
+in it a task can be asked, and what the answer is.
+
+Axis letters: T tokens of a row, E events of a history, P answer positions of a row, B rows of a batch, n any number.
 """
 
 import dataclasses
@@ -23,17 +27,17 @@ from user_llm.data.timelines import Catalogue
 from user_llm.data.tokenizer import Tokenizer
 
 Ids = Int[np.ndarray, "T"]
-Items = Int[np.ndarray, "E"]  # item ids of a history, oldest first
+Items = Int[np.ndarray, "E"]  # the item ids of a history, oldest first
 
 
 @dataclasses.dataclass(frozen=True)
 class TextRow:
-    """One tokenised row.
+    """A prompt and its target as tokens: one row of training text.
 
     Attributes:
-      ids: the tokens, unpadded.
-      answers: the answer positions.
-      items: the item to rank at each of them; 0 where the target is text alone.
+      ids: the token ids, without padding.
+      answers: the answer positions, as indices into `ids`.
+      items: the item id to rank at each answer position; 0 where the target is only text.
     """
 
     ids: Ids
@@ -42,13 +46,14 @@ class TextRow:
 
 
 class Template(Protocol):
-    """How a task's prompts are put together.
+    """What makes the prompts of a task.
 
     Attributes:
-      fields: what a prompt holds besides the history, such as `title`.
-      max_tokens: the most tokens of a prompt and its target.
-      shared_tokens: how many tokens all prompts start with, the answer position left out.
-      settings: what the template was made of besides its `lines`.
+      settings: the arguments that the template was made with, without `lines`.
+      lines: titles and histories as lines of token ids.
+      fields: the names of the values that a prompt holds besides the history, such as `title`.
+      max_tokens: the most tokens of a prompt and its target together.
+      shared_tokens: the number of tokens that all prompts start with. The answer position is not counted.
     """
 
     @property
@@ -67,14 +72,17 @@ class Template(Protocol):
     def shared_tokens(self) -> int: ...
 
     def prompt(self, items: Items, **fields: object) -> Ids:
-        """Return the prompt about a user who has had these items, oldest first, up to its answer position."""
+        """Return the prompt for a user with this history, up to and including the answer position."""
 
 
 class Examples(Protocol):
-    """Where in a dataset a task can be asked. An `end` is a number of events: the history is all of the user's events before it.
+    """The questions of a task about the users of a dataset.
+
+    A question is named by a user and an `end`, which is an index into the user's events. Its history is the events before `end`.
 
     Attributes:
-      ranks: whether the target is an item, to be ranked too.
+      ranks: whether the target is an item. Such an item is ranked by the item head, besides being written.
+      template: what makes the prompts.
     """
 
     ranks: bool
@@ -83,28 +91,35 @@ class Examples(Protocol):
     def template(self) -> Template: ...
 
     def row(self, user: int, end: int) -> TextRow | None:
-        """Return the training row with its target, or None where the task has none."""
+        """Return the prompt at `end` with its target, for training; None if there is no target."""
 
     def stretch(self, user: int, start: int, end: int, rng: np.random.Generator) -> TextRow | None:
-        """Return a training row out of the events [start, end] of a user whom no encoder shows."""
+        """Return a training row from the events `start` to `end`, both included, for a model without an encoder."""
 
     def prompt(self, user: int, end: int) -> Ids:
-        """Return the row up to its answer position."""
+        """Return the prompt at `end`, up to and including the answer position."""
 
     def answer(self, user: int, end: int) -> str:
-        """Return what is wanted."""
+        """Return the target at `end` as text."""
 
     def targets(self, part: str) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-        """Return the (users, ends) of a part of the split (`validation`, `test`) that have a target."""
+        """Return the users and the ends of the questions with a target in a part of the split (`validation` or `test`)."""
 
 
 class Lines:
-    """Text as lines of token ids: titles, encoded once, and a user's history.
+    """Titles and histories as lines of token ids.
 
     Args:
-      max_title_tokens: longer titles are cut in prompts and training targets, never in the ranking trie.
-      history: how events stand as text: `titles`, or `summary`, one line of prose.
-      text_items: the most recent events that do; 0 for none. A summary names these, and counts all.
+      max_title_tokens: the most tokens of a title in prompts and training targets; longer titles are cut. Titles in the trie that
+        ranks items are never cut.
+      history: how a history is written as text: `titles` is one line for each event, `summary` is one line for the whole history.
+      text_items: how many of the latest events are written as text; 0 for none. A summary names these events and counts all events.
+
+    Attributes:
+      end_id: the end token of a line.
+      start: the tokens that every prompt begins with: the BOS token, or nothing.
+      titles: the tokens of every item's title, without the end token.
+      title_lines: every item's title as a line.
     """
 
     def __init__(self, tokenizer: Tokenizer, catalogue: Catalogue, *, max_title_tokens: int, history: str, text_items: int):
@@ -112,7 +127,7 @@ class Lines:
             raise ValueError(f"Unknown kind of history {history!r}: choose titles or summary.")
         self.tokenizer, self.catalogue = tokenizer, catalogue
         self.max_title_tokens, self.kind, self.text_items = max_title_tokens, history, text_items
-        # Encoded apart and joined, so that a title has the same tokens wherever it stands.
+        # Lines are encoded one by one and then joined, so that a title has the same tokens wherever it stands.
         ends = tokenizer.encode("\n")
         if not ends:
             raise ValueError("The tokenizer has no token for the end of a line.")
@@ -122,7 +137,7 @@ class Lines:
         self.title_lines = [np.array([*title[:max_title_tokens], self.end_id], np.int32) for title in self.titles]
 
     def line(self, text: str, most: int | None = None) -> Ids:
-        """Return a text's first `most` tokens and the end token; nothing for no text."""
+        """Return the first `most` tokens of a text, and the end token; an empty array for an empty text."""
         ids = self.tokenizer.encode(text)[:most] if text else []
         return np.array([*ids, self.end_id] if ids else [], np.int32)
 
@@ -131,15 +146,15 @@ class Lines:
         return self.title_lines[item]
 
     def titles_as_targets(self) -> dict[int, list[int]]:
-        """Return the whole title of every item id, with its end token."""
+        """Return the tokens of every item's whole title, with the end token, by item id."""
         return {item: [*self.titles[item].tolist(), self.end_id] for item in range(1, len(self.titles))}
 
     def first(self, end: int) -> int:
-        """Return the place of the oldest of `end` events that text is made of; those before it need not be read."""
+        """Return the index of the oldest event that the text of a history of `end` events needs."""
         return 0 if self.text_items and self.kind == "summary" else max(end - self.text_items, 0)
 
     def history(self, items: Items) -> list[Ids]:
-        """Return the lines of a history: its last titles, or a summary of all of it."""
+        """Return a history as lines: the titles of its latest events, or a summary of the whole history."""
         if not self.text_items or not len(items):
             return []
         if self.kind == "summary":
@@ -147,7 +162,7 @@ class Lines:
         return [self.title(item) for item in items[-self.text_items :]]
 
     def summary(self, items: Items) -> str:
-        """Return a history as prose: how many events, of which categories, seen most often, and the last ones."""
+        """Return a summary of a history: the number of events, the most frequent categories and items, and the latest titles."""
         catalogue = self.catalogue
         parts = [f"{len(items)} events"]
         for name, bag in sorted(catalogue.multi.items()):
@@ -163,7 +178,7 @@ class Lines:
 
 
 def fitting(lines: Sequence[Ids], budget: int) -> int:
-    """Return how many of the oldest lines must be left out for the rest to fit `budget` tokens."""
+    """Return the number of oldest lines to leave out, so that the other lines have at most `budget` tokens."""
     drop, total = 0, sum(map(len, lines))
     while total > budget:
         total -= len(lines[drop])
@@ -172,14 +187,18 @@ def fitting(lines: Sequence[Ids], budget: int) -> int:
 
 
 class Question:
-    """Prompts that ask for a text: of a class, or of what the user will write.
+    """A template whose target is a text, such as the name of a class or a review.
 
     Args:
-      question: may hold {names}, which are the template's `fields`.
-      max_target_tokens: longer targets are cut.
+      lines: titles and histories as lines of token ids.
+      instruction: the first line of every prompt; may be empty.
+      question: the last line of every prompt; may be empty. It may hold names in braces, such as {title}, which become the
+        template's `fields`.
+      max_tokens: the most tokens of a prompt and its target together.
+      max_target_tokens: the most tokens of a target; longer targets are cut.
 
     Raises:
-      ValueError: neither an instruction nor a question, or braces around anything but a name.
+      ValueError: the instruction and the question are both empty, or braces hold anything but a name.
     """
 
     def __init__(self, lines: Lines, *, instruction: str, question: str, max_tokens: int, max_target_tokens: int):
@@ -189,7 +208,7 @@ class Question:
             instruction=instruction, question=question, max_tokens=max_tokens, max_target_tokens=max_target_tokens
         )
         holes = [hole for _, *hole in string.Formatter().parse(question) if hole[0] is not None]
-        # A hole such as {title.x} or {title:>999999999} would compute.
+        # Braces such as {title.x} or {title:>999999999} are refused: the first reads an attribute, the second fills memory.
         for field, form, conversion in holes:
             if not str(field).isidentifier() or form or conversion:
                 raise ValueError(f"The question {question!r} has braces around {field!r}: a name alone may stand there.")
@@ -200,17 +219,17 @@ class Question:
             raise ValueError("A prompt needs an instruction or a question: both are empty.")
 
     def ask(self, **fields: object) -> Ids:
-        """Return the question as a line; a long title in it is cut."""
+        """Return the question as a line, with the values of its fields. A title that is too long is cut."""
         if "title" in fields:
             title = self.lines.tokenizer.encode(str(fields["title"]))[: self.lines.max_title_tokens]
             fields["title"] = self.lines.tokenizer.decode(title)
         return self.lines.line(self.question.format(**fields) if self.fields else self.question)
 
     def room(self, question: Ids) -> int:
-        """Return how many tokens of history fit beside a question and its target.
+        """Return the number of tokens that are left for the history beside the instruction, a question and its target.
 
         Raises:
-          ValueError: not even these two fit.
+          ValueError: even without a history the tokens are more than `max_tokens`.
         """
         budget = self.max_tokens - len(self.instruction) - len(question) - self.max_target_tokens - 1
         if budget < 0:
@@ -221,13 +240,13 @@ class Question:
         return budget
 
     def prompt(self, items: Items, **fields: object) -> Ids:
-        """Return the prompt, without the oldest lines of history where it would leave no room for the target."""
+        """Return the prompt. The oldest lines of the history are left out, so that the target fits into `max_tokens`."""
         question, history = self.ask(**fields), self.lines.history(items)
         kept = history[fitting(history, self.room(question)) :]
         return np.concatenate([self.instruction, *kept, question]).astype(np.int32)
 
     def row(self, items: Items, target: str, **fields: object) -> TextRow | None:
-        """Return the prompt with its target, None for an empty one."""
+        """Return the prompt with its target; None if the target is empty."""
         ids = self.lines.line(target, self.max_target_tokens)
         if not len(ids):
             return None
@@ -236,7 +255,7 @@ class Question:
 
 
 def pad_rows(rows: Sequence[Ids], length: int, count: int | None = None) -> Int[np.ndarray, "B T"]:
-    """Right-pad rows with 0 to `length`, and with rows of 0 to `count` rows."""
+    """Return rows right-padded with 0 to `length` tokens. Rows of zeros are added until there are `count` rows."""
     out = np.zeros((len(rows) if count is None else count, length), np.int32)
     for i, row in enumerate(rows):
         out[i, : len(row)] = row

@@ -1,7 +1,8 @@
-"""Favourite genre or category, of the history or of the events after it.
+"""The tasks that ask for a user's favourite genre or category, in the history or in the events after it.
 
-`OfHistory`'s label can be counted from the history by construction; `OfFuture`'s cannot, and is the honest one. The history of
-a test user ends where the split ends training, so that no phase has seen the events that make the label.
+The label of `OfHistory` can be counted from the history, so that the task is easy. The label of `OfFuture` cannot, and is
+therefore the fairer test of a model. For `OfFuture` the history of a test user ends where training ends: no phase of training has
+seen the events that the label is counted from.
 """
 
 import dataclasses
@@ -16,14 +17,17 @@ from user_llm.data.timelines import Timelines
 
 
 class Labels:
-    """The classes of a dataset's items.
+    """The classes of a dataset's items, such as their genres.
 
     Args:
       feature: the bag of the catalogue that holds an item's classes, such as `genres`.
-      whole: take an item's whole bag as one class ("Comedy|Romance", a category path), not each of its members.
+      whole: whether an item's whole bag is one class ("Comedy|Romance", or a category path). Otherwise each member is a class.
 
     Attributes:
-      names: of the classes; 0 is none.
+      names: the name of each class by its number; number 0 means no class.
+
+    Raises:
+      ValueError: the catalogue has no bag of this name.
     """
 
     def __init__(self, timelines: Timelines, *, feature: str, whole: bool):
@@ -36,14 +40,17 @@ class Labels:
         self.timelines = timelines
         bags, vocab = catalogue.multi[feature], catalogue.vocab[feature]
         if whole:
-            found, inverse = np.unique(bags, axis=0, return_inverse=True)  # PAD's empty bag sorts first
+            found, inverse = np.unique(bags, axis=0, return_inverse=True)  # the empty bag of PAD sorts first
             self.names = ["|".join(vocab[i] for i in bag if i) for bag in found]
             self._of_item = inverse.reshape(-1, 1)
         else:
             self.names, self._of_item = vocab, bags
 
     def favorite(self, user: int, start: int, stop: int) -> int:
-        """Return the most frequent class among events [start, stop) of a user, ties by the most recent, then by name; 0 for none."""
+        """Return the most frequent class among the events `start` to `stop` - 1 of a user; 0 if they have no class.
+
+        Of equally frequent classes the one that occurred last wins; of those in the same event the one with the lowest number wins.
+        """
         classes = self._of_item[self.timelines.items(user, start, stop)]
         event, column = np.nonzero(classes)
         if not len(event):
@@ -51,23 +58,23 @@ class Labels:
         found = classes[event, column]
         counts = np.bincount(found)
         last = np.zeros(len(counts), np.int64)
-        last[found] = event  # in order, so that the last one stays
+        last[found] = event  # events ascend, so that the last one stays
         return int(np.argmax(counts * len(classes) + np.where(counts > 0, last, 0)))
 
 
 @dataclasses.dataclass(frozen=True)
 class OfHistory:
-    """Which class is the favourite of the events before an end, and of whom it is asked."""
+    """The question for the favourite class of the events before an end."""
 
     labels: Labels
     split: Split
 
     def label(self, user: int, end: int) -> int:
-        """Return the class to name, 0 for none."""
+        """Return the number of the class to name; 0 if there is none."""
         return self.labels.favorite(user, 0, end)
 
     def targets(self, part: str) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-        """Return the (users, ends) of a part of the split that have a label."""
+        """Return the users and the ends of a part of the split that have a label."""
         return self._labelled(*self.split.targets[part])
 
     def _labelled(self, users: np.ndarray, ends: np.ndarray):
@@ -76,18 +83,20 @@ class OfHistory:
 
 
 class OfFuture(OfHistory):
-    """Which class is the favourite of the events after an end: in training of those that train, at its end of those withheld.
+    """The question for the favourite class of the events after an end.
 
-    A fifth of the users validates and the others test, since both parts need all that is withheld.
+    In training these are the training events from `end` on. In evaluation `end` is where training ends, and these are all events
+    that training has not seen. Validation and test would need the same events of a user, so they use different users: a fifth of
+    the users is for validation, the others are for test.
     """
 
     def label(self, user: int, end: int) -> int:
-        """Return the class to name, 0 for none."""
+        """Return the number of the class to name; 0 if there is none."""
         stop = int(self.split.train_stop[user])
         return self.labels.favorite(user, end, stop if end < stop else int(self.labels.timelines.lengths[user]))
 
     def targets(self, part: str) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-        """Return the (users, ends) of a part of the split that have a label."""
+        """Return the users and the ends of a part of the split that have a label."""
         stops = self.split.train_stop
         users = np.flatnonzero((stops > 0) & (stops < self.labels.timelines.lengths))
         validates = np.random.default_rng(0).random(len(stops)) < 0.2
@@ -96,7 +105,7 @@ class OfFuture(OfHistory):
 
 
 class FavoriteExamples:
-    """The name of a class, at every end of a timeline that has one."""
+    """Examples whose target is the name of the favourite class, at every end where there is one."""
 
     ranks = False
 
@@ -104,11 +113,11 @@ class FavoriteExamples:
         self.template, self.asked, self.timelines = template, asked, asked.labels.timelines
 
     def row(self, user: int, end: int) -> TextRow | None:
-        """Return the prompt with the class's name."""
+        """Return the prompt with the class's name; None if there is no class."""
         return self.template.row(self._history(user, end), self.answer(user, end))
 
     def stretch(self, user: int, start: int, end: int, rng: np.random.Generator) -> TextRow | None:
-        """Return the row of a random end after `start`."""
+        """Return the row of a random end from `start` + 1 to `end`."""
         return self.row(user, int(rng.integers(start + 1, end + 1)))
 
     def prompt(self, user: int, end: int) -> Ids:
@@ -116,26 +125,26 @@ class FavoriteExamples:
         return self.template.prompt(self._history(user, end))
 
     def _history(self, user: int, end: int) -> Items:
-        """Return the events before `end` that the prompt is made of."""
+        """Return the items before `end` that the prompt needs."""
         return self.timelines.items(user, self.template.lines.first(end), end)
 
     def answer(self, user: int, end: int) -> str:
-        """Return the class's name, empty for none."""
+        """Return the class's name; the empty string if there is no class."""
         return self.asked.labels.names[self.asked.label(user, end)]
 
     def targets(self, part: str) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-        """Return the (users, ends) of a part of the split that have a favourite."""
+        """Return the users and the ends of a part of the split that have a favourite."""
         return self.asked.targets(part)
 
     @functools.cached_property
     def names(self) -> dict[int, list[int]]:
-        """Every class's name as a line."""
+        """The tokens of every class's name as a line, by the class's number."""
         return {i: self.template.lines.line(name).tolist() for i, name in enumerate(self.asked.labels.names) if name}
 
     def check_room(self) -> None:
-        """See that the question leaves room for its target.
+        """Check that the question leaves room for its target.
 
         Raises:
-          ValueError: it does not.
+          ValueError: the question and the target have more than `max_tokens` tokens.
         """
         self.template.room(self.template.ask())

@@ -1,7 +1,7 @@
-"""Next item: the target is the title of the event at the end of the history.
+"""The task that asks for the next item: the target is the title of the event after the history.
 
-As text, titles are history and targets at once: a row without an encoder predicts every title after its first, as a causal
-decoder learns from all of them at the cost of one.
+For a model without an encoder, the titles of a row are history and targets at once. Such a row has every title after the first as a
+target, because a causal decoder learns from all of them at the cost of one.
 """
 
 import itertools
@@ -16,10 +16,15 @@ from user_llm.data.timelines import Timelines
 
 
 class NextItem:
-    """Prompts that ask for the next item: rows of at most `max_tokens` tokens, without the oldest lines where they would be longer.
+    """A template that asks for the next item.
+
+    Args:
+      lines: titles and histories as lines of token ids.
+      instruction: the first line of every prompt.
+      max_tokens: the most tokens of a prompt and its targets together. The oldest lines of a longer row are left out.
 
     Raises:
-      ValueError: an instruction that is empty, or that leaves no room for a title.
+      ValueError: the instruction is empty, or leaves no room for a title.
     """
 
     fields = ()
@@ -36,11 +41,11 @@ class NextItem:
             )
 
     def prompt(self, items: Items, **fields: object) -> Ids:
-        """Return the prompt that ends at the answer position after the history."""
+        """Return the prompt for a history, up to and including the answer position."""
         return self.row(self.lines.history(items), ()).ids
 
     def row(self, history: list[Ids], targets: Sequence[int] | np.ndarray) -> TextRow:
-        """Return the row of a history's lines in which these items are to be predicted one after another."""
+        """Return the row of a history, given as lines, and of target items that are predicted one after another."""
         pieces = [*history, *(self.lines.title(item) for item in targets)]
         drop = fitting(pieces, self.max_tokens - len(self.instruction))
         pieces = pieces[drop:]
@@ -53,7 +58,7 @@ class NextItem:
 
 
 class NextItemExamples:
-    """Every event of a timeline as what is to be predicted from the events before it."""
+    """Examples whose target is an event: it is predicted from the events before it."""
 
     ranks = True
 
@@ -61,12 +66,12 @@ class NextItemExamples:
         self.template, self.timelines, self.split = template, timelines, split
 
     def row(self, user: int, end: int) -> TextRow | None:
-        """Return the row in which the event at `end` is to be predicted."""
+        """Return the row whose target is the event at `end`."""
         history = self.template.lines.history(self._history(user, end))
         return self.template.row(history, self.timelines.items(user, end, end + 1))
 
     def stretch(self, user: int, start: int, end: int, rng: np.random.Generator) -> TextRow | None:
-        """Return the row in which all events after `start` are to be predicted; with a summary, the last one."""
+        """Return the row whose targets are the events `start` + 1 to `end`; with a summary, the event at `end` alone."""
         if self.template.lines.kind != "titles":
             return self.row(user, end)
         items = self.timelines.items(user, start, end + 1)
@@ -77,7 +82,7 @@ class NextItemExamples:
         return self.template.prompt(self._history(user, end))
 
     def _history(self, user: int, end: int) -> Items:
-        """Return the events before `end` that the prompt is made of."""
+        """Return the items before `end` that the prompt needs."""
         return self.timelines.items(user, self.template.lines.first(end), end)
 
     def answer(self, user: int, end: int) -> str:
@@ -85,5 +90,5 @@ class NextItemExamples:
         return self.timelines.catalogue.titles[self.timelines.items(user, end, end + 1)[0]]
 
     def targets(self, part: str) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-        """Return the (users, ends) of a part of the split."""
+        """Return the users and the ends of a part of the split."""
         return self.split.targets[part]

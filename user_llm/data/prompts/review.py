@@ -1,4 +1,4 @@
-"""Review: given the product and the rating, write what this user wrote about it."""
+"""The task that asks for a review: given an item and the user's rating of it, write what the user wrote about it."""
 
 import numpy as np
 from jaxtyping import Int
@@ -8,19 +8,20 @@ from user_llm.data.prompts.base import Ids, Items, Question, TextRow
 from user_llm.data.splits import Split
 from user_llm.data.timelines import Timelines
 
-# Titles cut to the same number of tokens differ in how they join the question: of so many the longest question is taken.
+# Titles that are cut to the same number of tokens still make questions of different lengths. The longest question is therefore
+# looked for among this many of the longest titles.
 LONG_TITLES = 100
-FIELDS = ("title", "rating")  # of the reviewed event, which a question may name
+FIELDS = ("title", "rating")  # what a question may name of the reviewed event
 
 
 class ReviewExamples:
-    """What users wrote, at every event with a text.
+    """Examples whose target is what a user wrote about an event.
 
     Args:
-      column: the text to write, `review` or `summary`.
+      column: the column of the texts to write, `review` or `summary`.
 
     Raises:
-      ValueError: a dataset without this text, or a question that names something else than FIELDS.
+      ValueError: the dataset has no such column of texts, or the question names a field that is not in FIELDS.
     """
 
     ranks = False
@@ -35,15 +36,15 @@ class ReviewExamples:
         self.column = timelines.columns[column]
 
     def row(self, user: int, end: int) -> TextRow | None:
-        """Return the prompt with what the user wrote about the event at `end`, None for nothing."""
+        """Return the prompt with what the user wrote about the event at `end`; None if the user wrote nothing."""
         return self.template.row(self._history(user, end), self.answer(user, end), **self._about(user, end))
 
     def stretch(self, user: int, start: int, end: int, rng: np.random.Generator) -> TextRow | None:
-        """Return the row of a random end after `start`."""
+        """Return the row of a random end from `start` + 1 to `end`; None if the user wrote nothing about that event."""
         return self.row(user, int(rng.integers(start + 1, end + 1)))
 
     def prompt(self, user: int, end: int) -> Ids:
-        """Return the prompt about the event at `end`, after the events before it."""
+        """Return the prompt that asks about the event at `end`, with the events before it as history."""
         return self.template.prompt(self._history(user, end), **self._about(user, end))
 
     def _about(self, user: int, end: int) -> dict[str, object]:
@@ -51,35 +52,37 @@ class ReviewExamples:
         return self.fields(self.timelines.item[event], self.timelines.columns["rating"][event])
 
     def fields(self, item: int, rating: int) -> dict[str, object]:
-        """Return what the question says of an item and what it was rated."""
+        """Return the values of the question's fields for an item and its rating."""
         return {"title": self.timelines.catalogue.titles[item], "rating": rating}
 
     def _history(self, user: int, end: int) -> Items:
-        """Return the events before `end` that the prompt is made of."""
+        """Return the items before `end` that the prompt needs."""
         return self.timelines.items(user, self.template.lines.first(end), end)
 
     def answer(self, user: int, end: int) -> str:
-        """Return what the user wrote."""
+        """Return what the user wrote about the event at `end`."""
         return str(self.column[self.timelines.offsets[user] + end])
 
     def targets(self, part: str) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-        """Return the (users, ends) of a part of the split where something was written."""
+        """Return the users and the ends of a part of the split at which the user wrote something."""
         users, ends = self.split.targets[part]
         chosen = filled(self.column, self.timelines.offsets[users] + ends)
         return users[chosen], ends[chosen]
 
     def trains(self) -> bool:
-        """Return whether anybody wrote anything in training."""
+        """Return whether any training event has a text."""
         starts = self.timelines.offsets
         return any(
             (self.column[start : start + stop] != "").any() for start, stop in zip(starts, self.split.train_stop, strict=False)
         )
 
     def check_room(self) -> None:
-        """See that the longest question, about the items of the longest titles and rated with two digits, leaves room for its target.
+        """Check that the longest question leaves room for its target.
+
+        The longest question is about an item with one of the longest titles, and has a rating of two digits.
 
         Raises:
-          ValueError: it does not.
+          ValueError: the question and the target have more than `max_tokens` tokens.
         """
         titles = self.template.lines.titles
         items = sorted(range(1, len(titles)), key=lambda item: len(titles[item]), reverse=True)[:LONG_TITLES]
