@@ -147,9 +147,18 @@ def test_a_user_is_forgotten_by_writing_the_files_anew(known, events, tmp_path):
     before = {row["user"]: row for row in read(out)}
     assert user_llm.forget(out, "u3") == 1 and user_llm.forget(out, "u3") == 0
     assert {row["user"]: row for row in read(out)} == {key: row for key, row in before.items() if key != "u3"}
+    assert pq.read_table(out).num_rows == 4  # a folder that readers of Parquet take as it is
     assert all(b"u3" not in file.read_bytes() for file in out.iterdir() if file.is_file())
     with pytest.raises(ValueError, match="no Parquet files of users"):
         user_llm.forget(tmp_path / "nothing", "u3")
+    (out / "scratch-0-of-2").mkdir()  # as a killed run leaves it
+    (out / "scratch-0-of-2" / "1.arrow").write_bytes(b"u1")
+    (out / "part-1.unfinished").write_bytes(b"u1")
+    assert user_llm.forget(out, "u1") == 1
+    assert all(b"u1" not in file.read_bytes() for file in out.rglob("*") if file.is_file())
+    pq.write_table(pa.table({"id": [1]}), out / "other.parquet")
+    with pytest.raises(ValueError, match="no column 'user'"):
+        user_llm.forget(out, "u2")
 
 
 def test_a_function_of_tables_travels_to_workers(known):
@@ -159,6 +168,8 @@ def test_a_function_of_tables_travels_to_workers(known):
         found = function(rows)
         assert found.schema == schema == function.schema and set(found["user"].to_pylist()) == {"u1", "u2"}
         assert pickle.loads(pickle.dumps(function))(rows).select(["user"]) == found.select(["user"])
+        with pytest.raises(TypeError, match="name its directory"):
+            pickle.dumps(type(function)(function.model))
         assert function(rows.slice(0, 0)).num_rows == 0
 
 

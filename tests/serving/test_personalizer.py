@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+import user_llm
 from user_llm.common import trees
 from user_llm.models.generate import generate
 from user_llm.serving import batch as batching
@@ -76,6 +77,15 @@ def test_a_text_is_what_the_decoder_writes_whole_or_in_pieces(made, model):
         assert not np.array_equal(model.score("Next:", ["Film"], user), model.score("Next:", ["Film"]))
 
 
+def test_many_texts_are_written_in_batches(made, model):
+    users = [model.encode(made.rows(user)) for user in (0, 1, 2, 3, 4, 0)]  # more than a batch
+    one_by_one = [model.generate("Next:", user, max_tokens=6) for user in users]
+    assert model.generate_many(["Next:"] * 6, users, max_tokens=6) == one_by_one
+    assert model.generate_many([]) == []
+    drawn = model.generate_many(["Next:"] * 6, users, max_tokens=6, temperature=1.0, seed=3)
+    assert drawn == [model.generate("Next:", user, max_tokens=6, temperature=1.0, seed=3 + n) for n, user in enumerate(users)]
+
+
 def test_writing_stops_at_a_text(model):
     text = model.generate("Next:", max_tokens=24)
     for start in (0, 3, len(text) - 2):
@@ -101,6 +111,10 @@ def test_what_may_be_recommended_is_said_by_ids(made, model):
         item.id for item in model.recommend(user, 100) if item.id in ("10", "20")
     ]
     assert "10" not in {item.id for item in model.recommend(user, 100, deny=["10"])}
+    assert model.recommend(user, candidates=[]) == [] == model.recommend(user, allow=np.array([], str))
+    last = [item.id for item in model.recommend(user, 100)][-2:]
+    assert {item.id for item in model.recommend(user, candidates=last)} == set(last)  # whatever their ranks are
+    assert len(model.recommend(user, 3, seen=False)) == 3
     top = model.recommend(user, 1)[0]
     assert top.title == dict(zip(made.timelines.catalogue.keys, made.timelines.catalogue.titles, strict=True))[top.id]
 
@@ -155,6 +169,12 @@ def test_what_does_not_fit_is_one_sentence(made, model):
         (lambda: model.recommend(user, 0), "k=0 must be at least 1"),
         (lambda: model.recommend(user, deny=["7777"]), "No item has the id '7777'"),
         (lambda: model.recommend(user, allow="10"), "'10' is one id: pass a list"),
+        (lambda: model.recommend(user, allow=["10"], candidates=["10"]), "candidates or allow"),
+        (lambda: model.explain(user, 0), "k=0 must be at least 1"),
+        (lambda: model.update(user, made.rows(2)), "events are of another user"),
+        (lambda: model.generate("x", stop="END"), "pass a list of texts"),
+        (lambda: model.generate("x", stop=[""]), "pass a list of texts"),
+        (lambda: model.score("x", "abc"), "'abc' is one text: pass a list"),
         (lambda: model.encode(made.rows(0) + made.rows(1)), "events of 2 users"),
         (lambda: model.update(user, made.rows(0) + made.rows(1)), "events of 2 users"),
         (lambda: model.encode([{"item": "10"}]), "timestamp"),
@@ -171,9 +191,31 @@ def test_what_does_not_fit_is_one_sentence(made, model):
             call()
 
 
-def test_one_device_and_eight_answer_alike(make_model):
-    import user_llm
+def test_a_model_in_another_type_is_another_model(make_model):
+    made = make_model("cross")
+    user = user_llm.load(made.directory).encode(made.rows(1))
+    half = user_llm.load(made.directory, dtype="bfloat16")
+    with pytest.raises(ValueError, match="encode their events again"):
+        half.recommend(user)
+    assert len(half.recommend(half.encode(made.rows(1)), 3)) == 3
+    assert user_llm.load(made.directory, dtype="float32").identity == user.model
 
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"device": "no such"}, "device='no such'"),
+        ({"mesh": (1, 1)}, r"mesh=\(1, 1\): name the sizes of data, fsdp, tensor"),
+        ({"mesh": (3, 1, 1)}, "does not fit 8 devices"),
+        ({"mesh": (8, 1, 1), "device": "cpu"}, "device or mesh, and not both"),
+    ],
+)
+def test_devices_that_are_not_there_are_refused(make_model, settings, message):
+    with pytest.raises(ValueError, match=message):
+        user_llm.load(make_model("cross").directory, **settings)
+
+
+def test_one_device_and_eight_answer_alike(make_model):
     made = make_model("cross")
     one, eight = user_llm.load(made.directory), user_llm.load(made.directory, mesh=(2, 2, 2))
     assert len(jax.devices()) == 8 and eight.predictor.mesh.size == 8

@@ -168,9 +168,12 @@ def load(directory: Path, *, llm: str = "", mesh: Mesh | None = None, dtype: DTy
         graphdef, shapes = _abstract(config)
         mesh = mesh or meshes.make_mesh(1, 1, 1, devices=jax.devices()[:1])
         where = meshes.shardings(_rules(settings, shapes), shapes, mesh)
-    params = _params(directory, settings, shapes, where, llm, _dtype(dtype or settings.dtype))
+    computed = _dtype(dtype or settings.dtype)
+    params = _params(directory, settings, shapes, where, llm, computed)
+    # In another type it computes something else, and so it is another model.
+    identity_of = settings.identity if computed == _dtype(settings.dtype) else f"{settings.identity}-{computed}"
     predictor = Predictor(config, graphdef, params, mesh, templates, **dataclasses.asdict(settings.limits))
-    return Personalizer(settings.identity, predictor, vocabulary, lines, names, dataclasses.asdict(settings.facts))
+    return Personalizer(identity_of, predictor, vocabulary, lines, names, dataclasses.asdict(settings.facts))
 
 
 def _check_sizes(settings: Settings, schema: Schema) -> None:

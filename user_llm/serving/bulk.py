@@ -34,9 +34,9 @@ from user_llm.data.vocabulary import REMEDY, Vocabulary
 from user_llm.serving.tables import Encode, Recommend
 
 BYTES = 32 << 20  # bytes of event files for each part
-MOST_PARTS = 512  # the most parts, each of which is an open file while events are read
+MOST_PARTS = 200  # the most parts, each of which is an open file while events are read
 USERS = 2048  # users that are encoded at a time; the results of all of them are in memory together
-FACTS = "made_of.json"
+FACTS = "_made_of.json"  # readers of a folder of Parquet files leave out what begins so
 SCRATCH = "scratch"
 
 
@@ -84,10 +84,11 @@ def run(function: Encode | Recommend, events: str, out: Path, *, share: Share | 
     out.mkdir(parents=True, exist_ok=True)
     _settle(out, function, [content_hashes(files), skip_bad], parts)
     mine = range(share.index, parts, share.count)
-    missing = [part for part in mine if not _path(out, part, parts).exists()]
     scratch = out / f"{SCRATCH}-{share.index}-of-{share.count}"
-    with lock(scratch):
-        if missing:
+    with lock(out / f".{scratch.name}"):  # another process with the same share waits, and finds all parts there
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        if missing := [part for part in mine if not _path(out, part, parts).exists()]:
             with tqdm(unit=" events", unit_scale=True, desc="reading", mininterval=1) as progress:
                 sizes = _parted(
                     vocabulary, events, scratch, set(missing), parts, BadRows(skip=skip_bad, remedy=REMEDY), progress
@@ -96,7 +97,7 @@ def run(function: Encode | Recommend, events: str, out: Path, *, share: Share | 
                 progress.set_description("computing")
                 for part in missing:
                     _compute(function, vocabulary, scratch / f"{part}.arrow", _path(out, part, parts), progress)
-    shutil.rmtree(scratch)
+        shutil.rmtree(scratch)
     return sum(
         len(np.unique(pq.read_table(_path(out, part, parts), columns=["user"])["user"].to_numpy(zero_copy_only=False)))
         for part in mine
@@ -181,25 +182,30 @@ def forget(states: str | Path, user: str) -> int:
 
         user_llm.forget("STATES", "u1")   # 1
 
-    Each file that holds the user is replaced by a copy without the user. The event files and the weights of the model are not
-    changed.
+    Each file that holds the user is replaced by a copy without the user. What a killed run has left in the folder (events in parts,
+    and unfinished files) is deleted, as it may hold the user. Call it while no run writes to the folder. The event files and the weights of the
+    model are not changed.
 
     Args:
       states: a Parquet file, or the folder that the command wrote.
-      user: the user's id, a text as in the column `user`.
+      user: the user's id, as in the column `user`.
 
     Returns:
       The number of rows that were deleted; 0 if the user is in none of the files.
 
     Raises:
-      ValueError: there is no such file, or the folder holds no Parquet files.
+      ValueError: there is no such file, the folder holds no Parquet files, or one without the column `user`.
     """
     path = Path(states)
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):
         raise ValueError(f"{states} holds no Parquet files of users: name the folder that encode or recommend wrote.")
-    removed = 0
+    for left in [*path.glob(f"{SCRATCH}-*"), *path.glob("*.unfinished")] if path.is_dir() else []:
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    removed, user = 0, str(user)
     for file in files:
+        if "user" not in pq.ParquetFile(file).schema_arrow.names:
+            raise ValueError(f"{file} has no column 'user': name what encode or recommend wrote.")
         here = sum(part["user"].to_pylist().count(user) for part in pq.ParquetFile(file).iter_batches(columns=["user"]))
         if not here:
             continue

@@ -32,19 +32,36 @@ def load(
       llm: the directory or the hub name of the LLM. It is needed only where the model directory names its LLM, does not hold it, and
         the LLM is no longer where that name says.
       device: the device to compute on: a jax device, or the name of a platform such as "cpu". If it is not given, it is the first
-        device of jax.
-      mesh: several devices to compute on: a jax mesh, or the sizes (data, fsdp, tensor) of a mesh over all devices. `device` is
-        ignored where `mesh` is given.
+        device of jax. Give `device` or `mesh`, and not both.
+      mesh: several devices to compute on: a jax mesh, or the sizes (data, fsdp, tensor) of a mesh over all devices.
       dtype: the type of the parameters in computation: "float32", "bfloat16" or "float16". If it is not given, it is the type of
         the training.
 
     Raises:
-      ValueError: there is no such model, or a file of it is missing, altered or of an unknown format.
+      ValueError: there is no such model or device, the mesh does not fit the devices, or a file of the model is missing, altered or
+        of an unknown format.
     """
+    if mesh is not None and device is not None:
+        raise ValueError("Give device or mesh, and not both.")
     if mesh is None:
-        one = jax.devices(device)[0] if isinstance(device, str) or device is None else device
-        mesh = meshes.make_mesh(1, 1, 1, devices=[one])
+        mesh = meshes.make_mesh(1, 1, 1, devices=[_device(device)])
     elif not isinstance(mesh, Mesh):
+        if len(mesh) != len(meshes.AXES):
+            raise ValueError(f"mesh={tuple(mesh)}: name the sizes of {', '.join(meshes.AXES)}.")
         mesh = meshes.make_mesh(*mesh)
     directory = Path(model) if Path(model).exists() else find_checkpoint(model, artifact.PATTERNS)
     return artifact.load(directory, llm=str(llm), mesh=mesh, dtype=dtype)
+
+
+def _device(device: jax.Device | str | None) -> jax.Device:
+    """Return a device, or the first one of a platform.
+
+    Raises:
+      ValueError: there is none of this platform.
+    """
+    if not isinstance(device, str | None):
+        return device
+    try:
+        return jax.devices(device)[0]
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r}: {str(error).splitlines()[0]}") from error

@@ -34,7 +34,6 @@ from user_llm.serving.user import User
 from user_llm.serving.writing import Writer
 
 RANKING = "next_item"
-CHUNK = 8  # tokens of a piece of a stream
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -232,8 +231,9 @@ class Personalizer:
             if len(found) > 1:
                 raise ValueError(f"These are events of {len(found)} users: update one user by events of that user alone.")
             for more in found:
+                user = self._same(old[name], more)
                 merged[name] = users.joined(
-                    old[name], more, self.vocabulary.schema, keep=self.keep, ties=fields.ties, seed=fields.seed
+                    user, more, self.vocabulary.schema, keep=self.keep, ties=fields.ties, seed=fields.seed
                 )
         changed = {name: merged[name] for name in events}
         return merged | dict(zip(changed, self._encoded(list(changed.values())), strict=True))
@@ -265,8 +265,7 @@ class Personalizer:
     ) -> list[list[Item]]:
         """Return each user's `k` likeliest next items, best first.
 
-        A ranking has fewer than `k` items where fewer are left after `seen`, `allow` and `deny`. A model without a trained item
-        head finds only the items whose titles its beam search writes; the filters apply after that search.
+        A ranking has fewer than `k` items where fewer are left after `seen`, `allow` and `deny`.
 
         Args:
           those: the users.
@@ -274,42 +273,53 @@ class Personalizer:
           seen: whether items that the user has had may be recommended.
           allow: ids of the items that may be recommended; None allows all items.
           deny: ids of items that must not be recommended.
-          candidates: ids of items to rank. It takes the place of `allow`, and `k` becomes the number of these ids.
+          candidates: ids of items to rank, in place of `allow`: all of them are returned, whatever `k` is.
 
         Returns:
           One ranking for each user, in the order of `those`.
 
         Raises:
-          ValueError: a user is of another model, an id is not that of an item, `k` is below 1, or the model was not trained for
-            the task `next_item`.
+          ValueError: a user is of another model, an id is not that of an item, `k` is below 1, both `allow` and `candidates` are
+            given, or the model was not trained for the task `next_item`.
         """
         if RANKING not in self.tasks:
             raise ValueError(f"This model cannot recommend: it was trained for {', '.join(self.tasks)}, and not for next_item.")
-        if candidates is not None:
-            allow, k = candidates, len(set(candidates))
+        if candidates is not None and allow is not None:
+            raise ValueError("Give candidates or allow, and not both.")
         if k < 1:
             raise ValueError(f"k={k} must be at least 1.")
-        allowed = self._allowed(allow, deny)
+        allowed = self._allowed(allow if candidates is None else candidates, deny)
+        k = k if candidates is None else int(allowed.sum())
         ranked: list[list[Item]] = [[] for _ in those]
+        if not allowed.any():
+            return ranked
         for indices, chosen, user in self._batches(those):
             prompts = [self.predictor.templates[RANKING].prompt(one.items) for one in chosen]
-            for index, one, scores in zip(indices, chosen, self._scores(prompts, user, k), strict=False):
+            found = k if seen else k + max(len(one.seen) for one in chosen)
+            for index, one, scores in zip(indices, chosen, self._scores(prompts, user, allowed, found), strict=False):
                 scores = np.where(allowed, scores, -np.inf)
                 if not seen:
                     scores[one.seen] = -np.inf
                 ranked[index] = self._best(scores, k)
         return ranked
 
-    def _scores(self, prompts: list[Ids], user: decoder_users.User | None, k: int) -> Float[np.ndarray, "B V"]:
+    def _scores(
+        self, prompts: list[Ids], user: decoder_users.User | None, allowed: Bool[np.ndarray, " V"], k: int
+    ) -> Float[np.ndarray, "B V"]:
         """Return the scores of all items of the catalogue, PAD included, for each prompt.
 
-        A trained item head scores every item. Without one, beam search scores the items whose titles it writes, and all other
-        items have -inf.
+        A trained item head scores every item. Without one, beam search among the titles of the allowed items scores the `k` whose
+        titles it writes, and all other items have -inf.
         """
         known = len(self.vocabulary.catalogue.titles)
         if self.predictor.ranks:
             return meshes.fetch(self.predictor.score(RANKING, prompts, user))[:, :known]
-        items, scores = self.predictor.choose(RANKING, prompts, user, self.titles, max(k, self.predictor.beams))
+        trie, count = self.titles, int(allowed.sum())
+        if count < known - 1:
+            titles = self.lines.titles_as_targets()
+            trie = Trie.build({number: titles[number] for number in np.flatnonzero(allowed).tolist()})
+        beams = min(max(k, self.predictor.beams), count)
+        items, scores = self.predictor.choose(RANKING, prompts, user, trie, beams)
         found = np.full((len(prompts), known), -np.inf, np.float32)
         np.put_along_axis(found, items, scores, axis=1)
         return found
@@ -317,7 +327,7 @@ class Personalizer:
     def _allowed(self, allow: Collection[str] | None, deny: Collection[str]) -> Bool[np.ndarray, " V"]:
         """Return a mask over the catalogue: True where an item may be recommended. PAD (number 0) is False."""
         allowed = np.full(len(self.vocabulary.catalogue.keys), allow is None)
-        allowed[self._numbered(allow or ())] = True
+        allowed[self._numbered(() if allow is None else allow)] = True
         allowed[self._numbered(deny)] = False
         allowed[0] = False
         return allowed
@@ -325,9 +335,10 @@ class Personalizer:
     def _numbered(self, ids: Collection[str]) -> list[int]:
         if isinstance(ids, str):
             raise ValueError(f"{ids!r} is one id: pass a list of ids.")
-        found = [self.numbers.get(str(one)) for one in ids]
+        spelled = [str(one) for one in ids]
+        found = [self.numbers.get(one) for one in spelled]
         if None in found:
-            raise ValueError(f"No item has the id {list(ids)[found.index(None)]!r}: ids are those of the training data.")
+            raise ValueError(f"No item has the id {spelled[found.index(None)]!r}: ids are those of the training data.")
         return [number for number in found if number]
 
     def _best(self, scores: Float[np.ndarray, " V"], k: int) -> list[Item]:
@@ -362,7 +373,7 @@ class Personalizer:
     def generate_many(
         self, prompts: Sequence[str | None], those: Sequence[User | None] | None = None, **settings: Any
     ) -> list[str]:
-        r"""Write a text after each prompt, for the user of that prompt. All prompts are answered as one batch.
+        r"""Write a text after each prompt, for the user of that prompt.
 
             model.generate_many(["The next film:\n"] * 2, [one, other], max_tokens=20)
             model.generate_many([None] * 2, [one, other], task="review", fields={"title": "Heat (1995)", "rating": 5})
@@ -393,9 +404,15 @@ class Personalizer:
             not trained for the task, a field of the task is missing, the LLM has no chat template, or not exactly one of prompt,
             task and chat is given.
         """
-        texts = [""] * len(prompts)
-        for pieces in self._written(prompts, list(those or [None] * len(prompts)), settings):
-            texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+        users_of = [None] * len(prompts) if those is None else list(those)
+        if len(prompts) != len(users_of):
+            raise ValueError(f"{len(prompts)} prompts for {len(users_of)} users: give a user, or None, for each.")
+        size, seed = self.predictor.batch_size, settings.pop("seed", 0)
+        texts: list[str] = []
+        for first in range(0, len(prompts), size):
+            chosen, of_chosen = prompts[first : first + size], users_of[first : first + size]
+            pieces = self._written(chosen, of_chosen, settings | {"seed": seed + first})
+            texts += ["".join(parts) for parts in zip(*pieces, strict=True)]
         return texts
 
     def _written(
@@ -425,9 +442,11 @@ class Personalizer:
         """
         if user is not None:
             self._check(user)
+        if isinstance(texts, str):
+            raise ValueError(f"{texts!r} is one text: pass a list of texts.")
         row = self.writer.row(prompt, user, None, {}, None)
         ids = [self.tokenizer.encode(text) for text in texts]
-        leading = len(self.lines.start)
+        leading = self.writer.leading([row])
         decoder, inputs, sizes, kv = self.predictor.decoding(
             *self.writer.padded([row]), batch.present(self.predictor, [user]), leading
         )
@@ -446,10 +465,12 @@ class Personalizer:
           k: the number of events; None for all.
 
         Raises:
-          ValueError: the user is of another model, or the model has no resampler. Without a resampler each event is a user token of
+          ValueError: the user is of another model, `k` is below 1, or the model has no resampler. Without a resampler each event is a user token of
             its own, and nothing attends to it.
         """
         self._check(user)
+        if k is not None and k < 1:
+            raise ValueError(f"k={k} must be at least 1.")
         if self.predictor.config.resampler is None:
             raise ValueError("This model has no resampler: each event is a user token of its own, and nothing attends to it.")
         (_, rows, padded), *_ = length_batches(np.array([batch.read_events(self.predictor, user)]), 1, self.predictor.bucket)
@@ -505,6 +526,22 @@ class Personalizer:
         for indices, rows, _ in length_batches(lengths, batch.rows(self.predictor, len(those))):
             chosen = [those[row] for row in rows]
             yield indices, chosen, batch.present(self.predictor, chosen)
+
+    @staticmethod
+    def _same(user: User, more: User) -> User:
+        """Return the user to whom further events belong, as the column of user ids names them, if it is there.
+
+        Raises:
+          ValueError: the events are of another user.
+        """
+        nobody = hash_key("")
+        if nobody in (user.key, more.key):
+            return dataclasses.replace(user, key=more.key) if user.count == 0 else user
+        if user.key != more.key:
+            raise ValueError(
+                "These events are of another user, by their column of user ids: update each user by their own events."
+            )
+        return user
 
     def _check(self, user: User) -> None:
         if not isinstance(user, User):

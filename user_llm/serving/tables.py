@@ -2,7 +2,7 @@
 
     Ray      dataset.groupby("user").map_groups(Recommend, batch_format="pyarrow", fn_constructor_args=["DIR"], concurrency=2)
     Spark    frame.groupBy("user").applyInArrow(Recommend("DIR"), "user string, rank int, item string, title string, score float")
-    Beam     grouped | beam.Map(Recommend("DIR"))
+    Beam     tables | beam.Map(Recommend("DIR"))      # a collection of Arrow tables
 
 Each call must be given all events of its users. The model is loaded at the first call. An object that is made of a directory or
 a hub name can therefore be sent to workers before anything is loaded.
@@ -54,6 +54,8 @@ class _Loads:
         return self._given if isinstance(self._given, Personalizer) else load(self._given, **self._settings)
 
     def __getstate__(self) -> dict[str, Any]:
+        if isinstance(self._given, Personalizer):
+            raise TypeError("A loaded model does not travel to workers: name its directory instead.")
         return {"_given": self._given, "_settings": self._settings}
 
 
@@ -126,7 +128,7 @@ class Recommend(_Loads):
         Raises:
           ValueError: a column is missing, an event cannot be read, or a state is damaged or of another model.
         """
-        if "state" in table.column_names:
+        if "state" in table.column_names and self.model.vocabulary.fields.item not in table.column_names:
             states = zip(table["user"].to_pylist(), table["state"].to_pylist(), strict=True)
             return self.of_users({user: User.from_bytes(state) for user, state in states})
         return self.of_users(self.model.encode_many(table))

@@ -185,21 +185,18 @@ def from_timeline(
 def joined(user: User, more: User, schema: Schema, *, keep: int | None, ties: str, seed: int) -> User:
     """Return a user with the events of `more` added, as if all events had come together. The result has no user tokens.
 
-    An event of `more` that `user` keeps already (the same item at the same tick) is not added. An event that is older than the
+    An event of `more` that `user` keeps already (the same item at the same tick) is not added, as often as it may come. An event that is older than the
     latest `keep` events is not kept; it only adds to `count` and `seen`.
 
     Args:
       keep: the number of latest events that the result keeps; None for all.
       ties, seed: how events of the same tick are ordered; see `order_events`.
     """
-    events, ticks = np.concatenate([user.events, more.events]), np.concatenate([user.ticks, more.ticks])
-    item = events[:, 0]
-    pairs = np.stack([item.astype(np.int64), ticks], axis=1)
-    _, first = np.unique(pairs, axis=0, return_index=True)
-    fresh = np.sort(first)
-    twice = len(pairs) - len(fresh)
-    none = np.zeros(len(fresh), np.int64)
-    order = fresh[order_events(none, np.full(len(fresh), user.key, np.uint64), item[fresh], ticks[fresh], ties=ties, seed=seed)]
+    kept = set(zip(user.items.tolist(), user.ticks.tolist(), strict=True))
+    fresh = np.array([pair not in kept for pair in zip(more.items.tolist(), more.ticks.tolist(), strict=True)], bool)
+    events, ticks = np.concatenate([user.events, more.events[fresh]]), np.concatenate([user.ticks, more.ticks[fresh]])
+    none, keys = np.zeros(len(ticks), np.int64), np.full(len(ticks), user.key, np.uint64)
+    order = order_events(none, keys, events[:, 0], ticks, ties=ties, seed=seed)
     drop = 0 if keep is None else max(len(order) - keep, 0)
     events, ticks = events[order], ticks[order]
     older = [tick for tick in (user.before, more.before) if tick is not None] + ([int(ticks[drop - 1])] if drop else [])
@@ -211,7 +208,7 @@ def joined(user: User, more: User, schema: Schema, *, keep: int | None, ties: st
             events[:, schema.columns(feature.name).start] = time_gap_bucket(gaps)
     return dataclasses.replace(
         user, tokens=np.zeros((0, 0), np.float32), events=events, ticks=ticks, before=before,
-        seen=np.union1d(user.seen, more.seen).astype(np.int32), count=user.count + more.count - twice,
+        seen=np.union1d(user.seen, more.seen).astype(np.int32), count=user.count + more.count - int((~fresh).sum()),
         unknown=user.unknown + more.unknown,
     )  # fmt: skip
 

@@ -60,19 +60,29 @@ class Writer:
 
         The arguments and errors are those of `Personalizer.generate_many`.
         """
-        if len(prompts) != len(those):
-            raise ValueError(f"{len(prompts)} prompts for {len(those)} users: give a user, or None, for each.")
+        if isinstance(stop, str) or not all(stop):
+            raise ValueError(f"stop={stop!r}: pass a list of texts that are not empty.")
         sampling = Sampling(temperature, top_k, top_p, min_p)
         template = self._template(task, fields) if task else None
         rows = [self.row(prompt, user, template, fields or {}, chat) for prompt, user in zip(prompts, those, strict=True)]
         if task in self.names:
             return iter([self._named(task, rows, those)])
+        # A batch has one of few numbers of rows; those that fill it up are left out of what is yielded.
+        spare = batch.rows(self.predictor, len(rows)) - len(rows)
+        count, rows, those = len(rows), [*rows, *[rows[-1]] * spare], [*those, *[those[-1]] * spare]
         if isinstance(template, Question):
             max_tokens, stops = max_tokens or template.max_target_tokens, [self.lines.end_id]
         else:
             max_tokens, stops = max_tokens or MAX_TOKENS, [self.lines.end_id] if task else list(self.tokenizer.stop_ids)
-        leading = self.predictor.leading(task) if task else len(self.lines.start)
-        return self._stream(rows, those, leading, max_tokens, sampling, seed, stops, tuple(stop))
+        leading = self.predictor.leading(task) if task else self.leading(rows)
+        pieces = self._stream(rows, those, leading, max_tokens, sampling, seed, stops, tuple(stop))
+        return (texts[:count] for texts in pieces)
+
+    def leading(self, rows: Sequence[Ids]) -> int:
+        """Return how many tokens of free texts or conversations stand before a soft prompt: the start token, where all begin with it."""
+        start = self.lines.start
+        begins = all(np.array_equal(row[: len(start)], start) for row in rows)
+        return len(start) if self.predictor.after_instruction and begins else 0
 
     def _template(self, task: str, fields: Mapping[str, Any] | None) -> Template:
         if task not in self.predictor.templates:

@@ -82,6 +82,8 @@ def leave(context: Context, name: str, load: trees.Rules, asking: Asking, rows: 
     if is_first() and is_remote(context.workdir):
         target = context.workdir / name / FOLDER
         target.mkdir(parents=True, exist_ok=True)
+        for left in target.iterdir():  # of a model that was left here before
+            left.unlink()
         for file in sorted((home / FOLDER).iterdir()):
             epath.Path(file).copy(target / file.name, overwrite=True)
 

@@ -223,7 +223,7 @@ class Question:
         if "title" in fields:
             title = self.lines.tokenizer.encode(str(fields["title"]))[: self.lines.max_title_tokens]
             fields["title"] = self.lines.tokenizer.decode(title)
-        return self.lines.line(self.question.format(**fields) if self.fields else self.question)
+        return self.lines.line(self.question.format(**fields))
 
     def room(self, question: Ids) -> int:
         """Return the number of tokens that are left for the history beside the instruction, a question and its target.

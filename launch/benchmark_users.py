@@ -1,0 +1,114 @@
+"""How fast a model encodes many users or recommends to them, in how much memory, beside what its FLOPs allow.
+
+    python launch/benchmark_users.py --model=RUN/user_llm/model --users=100000 --events=200 --within=DIR
+
+Writes that many users' events, drawn from the model's own items, to a Parquet file below DIR, and runs the command in a process of its
+own. "FLOPs allow" is the time that the encoder's and the resampler's products take at the rate at which this machine multiplies
+matrices, measured in the same run.
+"""
+
+import argparse
+import json
+import pathlib
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+import user_llm
+from user_llm.evals.cost import encoder_flops, resampler_flops
+from user_llm.serving.personalizer import Personalizer
+
+USERS = 10_000  # that are written at a time
+SIZE = 1024  # of the matrices that are multiplied
+
+
+def write_events(path: pathlib.Path, model: Personalizer, users: int, events: int, seed: int = 0) -> None:
+    """Write the events of users in turn, of items drawn evenly from the model's catalogue."""
+    fields, rng = model.vocabulary.fields, np.random.default_rng(seed)
+    keys = np.array(model.vocabulary.catalogue.keys[1:])
+    writer = None
+    for first in range(0, users, USERS):
+        count = min(USERS, users - first)
+        columns = {
+            fields.user: np.repeat(np.arange(first, first + count), events).astype(str),
+            fields.item: keys[rng.integers(len(keys), size=count * events)],
+            fields.time: np.tile(np.arange(events) * 3600 + 1_600_000_000, count),
+        }
+        for number in fields.numbers.values():
+            values = number.allowed or (1.0, 2.0, 3.0)
+            columns[number.column] = np.array(values)[rng.integers(len(values), size=count * events)]
+        table = pa.table(columns)
+        writer = writer or pq.ParquetWriter(path, table.schema)
+        writer.write_table(table)
+    if writer:
+        writer.close()
+
+
+def flops_per_second() -> float:
+    """Return how many operations a second this machine multiplies matrices of float32 with."""
+    product = jax.jit(lambda a: a @ a)
+    a = jnp.ones((SIZE, SIZE), jnp.float32)
+    product(a).block_until_ready()
+    best = np.inf
+    for _ in range(20):
+        start = time.perf_counter()
+        product(a).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * SIZE**3 / best
+
+
+def main() -> None:
+    """Write, run, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--command", default="encode", choices=["encode", "recommend"])
+    parser.add_argument("--users", type=int, default=100_000)
+    parser.add_argument("--events", type=int, default=200)
+    parser.add_argument("--within", default=None, help="where the events and results are written")
+    args = parser.parse_args()
+    start = time.perf_counter()
+    model = user_llm.load(args.model)
+    loaded = time.perf_counter() - start
+    config = model.predictor.config
+    if config.encoder is None or config.resampler is None:
+        parser.error("the model needs an encoder and a resampler")
+    flops = encoder_flops(config.encoder, args.events) + resampler_flops(config.resampler, args.events)
+    with tempfile.TemporaryDirectory(dir=args.within) as folder:
+        events = pathlib.Path(folder) / "events.parquet"
+        write_events(events, model, args.users, args.events)
+        command = [
+            sys.executable,
+            "-m",
+            f"user_llm.{args.command}",
+            f"--model={args.model}",
+            f"--events={events}",
+            f"--out={folder}/out",
+        ]
+        start = time.perf_counter()
+        subprocess.run(command, check=True)
+        seconds = time.perf_counter() - start
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+        states = sum(file.stat().st_size for file in (pathlib.Path(folder) / "out").glob("*.parquet"))
+    rate = flops_per_second()
+    print(
+        json.dumps(
+            {
+                "command": args.command, "users": args.users, "events": args.events, "load_s": round(loaded, 2), "seconds": round(seconds, 1),
+                "users_per_s": round(args.users / seconds, 1), "users_per_s_flops_allow": round(rate / flops, 1),
+                "share": round(args.users / seconds * flops / rate, 3), "peak_gib": round(peak / 2**30, 2),
+                "bytes_per_user": round(states / args.users), "events_file_mb": round(events.stat().st_size / 1e6) if events.exists() else None,
+            }
+        )
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
