@@ -170,7 +170,7 @@ def test_what_a_contextualized_llm_answers_with_compiles_for_eight_chips():
     phases = "--config.phases=('pretrain_encoder','user_llm')"
     done = _compile_only("--topology=v5e:2x4", "--nokernels", phases, config="movielens_xattn")
     assert done.returncode == 0, done.stderr
-    programs = ["user_llm", *(f"user_llm: {name}" for name in ("encode", "score", "prefill", "decode"))]
+    programs = ["user_llm", *(f"user_llm: {name}" for name in ("encode", "present", "score", "prefill", "decode"))]
     rows = _rows(done)
     assert list(rows)[2:] == programs and {rows[name][2] for name in programs} == {"yes"}
 
@@ -205,7 +205,7 @@ def test_the_programs_of_evaluation_run_as_they_are_described(tmp_path, mesh_of)
                 found[f"{name}: {what}"] = program(*jax.tree.map(_filled, arguments))
     assert list(found) == [
         "pretrain_encoder: score",
-        *(f"user_llm: {name}" for name in ("encode", "score", "prefill", "decode")),
+        *(f"user_llm: {name}" for name in ("encode", "present", "score", "prefill", "decode")),
     ]
     items = context.timelines.schema.num_items
     for name in ("pretrain_encoder: score", "user_llm: score"):
