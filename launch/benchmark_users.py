@@ -104,7 +104,7 @@ def main() -> None:
                 "command": args.command, "users": args.users, "events": args.events, "load_s": round(loaded, 2), "seconds": round(seconds, 1),
                 "users_per_s": round(args.users / seconds, 1), "users_per_s_flops_allow": round(rate / flops, 1),
                 "share": round(args.users / seconds * flops / rate, 3), "peak_gib": round(peak / 2**30, 2),
-                "bytes_per_user": round(states / args.users), "events_file_mb": round(events.stat().st_size / 1e6) if events.exists() else None,
+                "bytes_per_user": round(states / args.users),
             }
         )
     )  # fmt: skip
