@@ -50,9 +50,10 @@ def prompt_sizes(config: ConfigDict, timelines: Timelines, split: Split, tokeniz
         return NextItem(lines, instruction=asked.next_item.instruction, max_tokens=sys.maxsize)
 
     bare, text = prompts("user_llm", 0), prompts("text_prompt_50", int(timelines.lengths.max()))
-    start = len(text.prompt(0, 0))
-    shown = sum(len(text.prompt(user, length)) - start for user, length in enumerate(timelines.lengths.tolist()))
-    return cost.PromptSizes(len(bare.prompt(0, 0)), start, shown / len(timelines.item))
+    start = len(text.instruction)
+    histories = (timelines.items(user, 0, length) for user, length in enumerate(timelines.lengths.tolist()))
+    shown = sum(len(text.prompt(items)) - start for items in histories)
+    return cost.PromptSizes(len(bare.instruction), start, shown / len(timelines.item))
 
 
 def set_up(args: argparse.Namespace, workdir: epath.Path) -> tuple[UserLLMConfig, cost.PromptSizes, dict]:
