@@ -27,7 +27,6 @@ from ml_collections import ConfigDict  # noqa: E402
 from configs import movielens_xattn  # noqa: E402
 from user_llm.data.prompts.base import Lines  # noqa: E402
 from user_llm.data.prompts.next_item import NextItem  # noqa: E402
-from user_llm.data.splits import Split  # noqa: E402
 from user_llm.data.timelines import Timelines  # noqa: E402
 from user_llm.data.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 from user_llm.evals import cost, cost_compiled  # noqa: E402
@@ -39,7 +38,7 @@ from user_llm.tasks import contextualize  # noqa: E402
 from user_llm.tasks.context import open_context  # noqa: E402
 
 
-def prompt_sizes(config: ConfigDict, timelines: Timelines, split: Split, tokenizer: Tokenizer) -> cost.PromptSizes:
+def prompt_sizes(config: ConfigDict, timelines: Timelines, tokenizer: Tokenizer) -> cost.PromptSizes:
     """Measure prompts on whole timelines, none of them cut."""
 
     def prompts(phase: str, text_items: int) -> NextItem:
@@ -73,7 +72,7 @@ def set_up(args: argparse.Namespace, workdir: epath.Path) -> tuple[UserLLMConfig
         "size": args.size, "dataset": context.timelines.name, "vocabulary": tokenizer.vocab_size, "padded": args.padded,
         "backend": jax.default_backend(),
     }  # fmt: skip
-    return model, prompt_sizes(config, context.timelines, context.split, tokenizer), facts
+    return model, prompt_sizes(config, context.timelines, tokenizer), facts
 
 
 def measure(args: argparse.Namespace, model: UserLLMConfig, rows: list[cost.Row]) -> tuple[dict, dict, dict]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from user_llm.common.files import sha256
-from user_llm.models.pretrained import checkpoint_files
+from user_llm.models.pretrained import checkpoint_hashes
 from user_llm.serving import artifact
 from user_llm.serving.settings import write_settings
 
@@ -17,7 +17,7 @@ FACTS = {"dataset": "toy", "users": 5, "events": 20, "items": 9, "columns": ["it
 
 def making(llm: Path, **changes: Any) -> artifact.Making:
     """Return how a model with adapters came about, whose LLM is named."""
-    base = artifact.Base(str(llm), checkpoint_files(llm))
+    base = artifact.Base(str(llm), checkpoint_hashes(llm))
     return artifact.Making(base, False, llm, ((".*", ()),), "float32", np.arange(10), FACTS, **changes)
 
 

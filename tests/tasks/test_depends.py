@@ -287,10 +287,10 @@ def test_files_of_a_checkpoint_are_those_that_are_read(tmp_path):
         "tokenizer_config.json",
     ):
         (tmp_path / name).write_text(name)
-    before = pretrained.checkpoint_files(tmp_path, tmp_path)
+    before = pretrained.checkpoint_hashes(tmp_path, tmp_path)
     assert sorted(before) == [
         "checkpoint/config.json", "checkpoint/model-1.safetensors", "checkpoint/model.safetensors.index.json",
         "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json",
     ]  # fmt: skip
     (tmp_path / "README.md").write_text("")
-    assert pretrained.checkpoint_files(tmp_path, tmp_path) == before
+    assert pretrained.checkpoint_hashes(tmp_path, tmp_path) == before

@@ -73,7 +73,7 @@ def find_checkpoint(name: str | os.PathLike, patterns: Sequence[str] = PATTERNS)
         raise ValueError(f"Cannot download {name} ({reason}): download it elsewhere and name its directory.") from error
 
 
-def checkpoint_files(directory: Path, folder: Path | None = None) -> dict[str, str]:
+def checkpoint_hashes(directory: Path, folder: Path | None = None) -> dict[str, str]:
     """Return the content hashes of the files of an open LLM that are read, as `checkpoint/...` and `tokenizer/...`.
 
     Args:
@@ -83,12 +83,12 @@ def checkpoint_files(directory: Path, folder: Path | None = None) -> dict[str, s
         path for path in sorted(directory.iterdir()) if re.fullmatch(r"config\.json|.*\.safetensors(\.index\.json)?", path.name)
     ]
     hashes = content_hashes(weights, folder)
-    return {f"checkpoint/{path.name}": digest for path, digest in zip(weights, hashes, strict=True)} | tokenizer_files(
+    return {f"checkpoint/{path.name}": digest for path, digest in zip(weights, hashes, strict=True)} | tokenizer_hashes(
         directory
     )
 
 
-def tokenizer_files(directory: Path) -> dict[str, str]:
+def tokenizer_hashes(directory: Path) -> dict[str, str]:
     """Return the content hashes of the files of a tokenizer, as `tokenizer/...`."""
     names = [name for name in TOKENIZER if (directory / name).exists()]
     if TOKENIZER[0] not in names:  # one that transformers reads, from whichever of its files

@@ -39,7 +39,7 @@ from user_llm.data.tokenizer import load_tokenizer
 from user_llm.data.vocabulary import Vocabulary, schema_and_names
 from user_llm.models import export as formats
 from user_llm.models import pretrained
-from user_llm.models.pretrained import checkpoint_files, decoder_config, find_checkpoint, load_decoder
+from user_llm.models.pretrained import checkpoint_hashes, decoder_config, find_checkpoint, load_decoder
 from user_llm.models.user_llm import UserLLM, UserLLMConfig
 from user_llm.serving.card import card
 from user_llm.serving.personalizer import Personalizer
@@ -298,7 +298,7 @@ def _base(base: Base, llm: str) -> Path:
         found = find_checkpoint(llm or base.checkpoint)
     except ValueError as error:
         raise ValueError(f"This model belongs on the LLM {base.checkpoint}: {error} Or say where it is by llm=...") from error
-    there = checkpoint_files(found)
+    there = checkpoint_hashes(found)
     for name in sorted(there.keys() | base.files):
         if name.startswith("checkpoint/") and there.get(name) != base.files.get(name):
             file = name.removeprefix("checkpoint/")

@@ -232,11 +232,11 @@ def text_files(config: ConfigDict) -> dict[str, str]:
 def llm_files(config: ConfigDict, context: Context) -> dict[str, str]:
     """Return the content hashes of the LLM and its tokenizer; none for a run whose phases read no text."""
     if config.llm.checkpoint:
-        return pretrained.checkpoint_files(context.checkpoint, context.local)
+        return pretrained.checkpoint_hashes(context.checkpoint, context.local)
     if not needs_tokenizer(config):
         return {}
     context.tokenizer()  # made if it is missing
-    return pretrained.tokenizer_files(context.local / TOKENIZER)
+    return pretrained.tokenizer_hashes(context.local / TOKENIZER)
 
 
 def _settle_run(workdir: epath.Path, wanted: Identity, accept: bool) -> None:

@@ -64,7 +64,7 @@ def leave(context: Context, name: str, load: trees.Rules, asking: Asking, rows: 
     base, source = None, Path(context.local) / "tokenizer"
     if checkpoint:
         source = context.checkpoint
-        base = artifact.Base(checkpoint, pretrained.checkpoint_files(source, context.local))
+        base = artifact.Base(checkpoint, pretrained.checkpoint_hashes(source, context.local))
     model = personalizer(asking)
     timelines, split = asking.timelines, asking.split
     facts: dict[str, Any] = {
