@@ -4,14 +4,14 @@
 
 PATH is a Parquet, CSV or JSONL file, a folder or a glob; `--config.data.columns.user=...`, `.item`, `.time` or `.order`, `.title`,
 `.categories`, `.numbers` and `.texts` say which column holds what, and `--config.data.name` what the report calls it.
-`:small` is for 2 CPU cores, `:synthetic` needs no data, and the default is for one TPU host: `configs/datasets.py` has the sizes, and names open LLMs that stand in for the small one (`:gemma3_270m`, ...).
+`:small` is for 2 CPU cores, `:synthetic` needs no data, and the default is for one TPU host: `user_llm/config/experiments.py` has the sizes, and names open LLMs that stand in for the small one (`:gemma3_270m`, ...).
 """
 
 from ml_collections import ConfigDict
 
-from configs import datasets
+from user_llm.config import experiments
 
 
 def get_config(variant: str = "full") -> ConfigDict:
-    """Return the config of a variant of `datasets.experiment`."""
-    return datasets.experiment("events", "xattn", variant)
+    """Return the config of a variant of `experiments.experiment`."""
+    return experiments.experiment("events", "xattn", variant)

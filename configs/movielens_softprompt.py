@@ -3,14 +3,14 @@
     python -m user_llm.main --config=configs/movielens_softprompt.py:small --config.data.dir=DIR --workdir=runs/movielens_softprompt
 
 DIR is a directory or zip of any MovieLens release, or a release's name, such as ml-20m, to download it.
-`:small` is for 2 CPU cores, `:synthetic` needs no data, and the default is for one TPU host: `configs/datasets.py` has the sizes.
+`:small` is for 2 CPU cores, `:synthetic` needs no data, and the default is for one TPU host: `user_llm/config/experiments.py` has the sizes.
 """
 
 from ml_collections import ConfigDict
 
-from configs import datasets
+from user_llm.config import experiments
 
 
 def get_config(variant: str = "full") -> ConfigDict:
-    """Return the config of a variant of `datasets.experiment`."""
-    return datasets.experiment("movielens", "softprompt", variant)
+    """Return the config of a variant of `experiments.experiment`."""
+    return experiments.experiment("movielens", "softprompt", variant)

@@ -8,11 +8,11 @@ same LLM, ranks the full catalogue with each, and writes runs/quickstart/report.
 
 from ml_collections import ConfigDict
 
-from configs import datasets
+from user_llm.config import experiments
 
 
 def get_config() -> ConfigDict:
     """Return the config."""
-    config = datasets.experiment("movielens", "xattn", "synthetic")
+    config = experiments.experiment("movielens", "xattn", "synthetic")
     config.user_llm.prompts.next_item.instruction = "The next film this user watches:"
     return config

@@ -95,7 +95,7 @@ def open_part(config: ConfigDict, part: str, workdir: pathlib.Path):
 
     from user_llm.ahead.stand_in import stand_in_context
     from user_llm.common import mesh as meshes
-    from user_llm.tasks.builders import BUILDERS
+    from user_llm.phases.builders import BUILDERS
 
     phase, strategy = PARTS[part]
     config[phase].strategy = strategy

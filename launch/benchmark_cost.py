@@ -34,8 +34,8 @@ from user_llm.models.families import config_from_settings  # noqa: E402
 from user_llm.models.prefill import bucket  # noqa: E402
 from user_llm.models.user_llm import UserLLMConfig  # noqa: E402
 from user_llm.report.costs import cost_table  # noqa: E402
-from user_llm.tasks import contextualize  # noqa: E402
-from user_llm.tasks.context import open_context  # noqa: E402
+from user_llm.phases import contextualize  # noqa: E402
+from user_llm.phases.context import open_context  # noqa: E402
 
 
 def prompt_sizes(config: ConfigDict, timelines: Timelines, tokenizer: Tokenizer) -> cost.PromptSizes:

@@ -25,8 +25,8 @@ def ours(data: str, steps: int) -> dict:
     from train_speed import time_training
 
     from configs import movielens_encoder
-    from user_llm.tasks import pretrain_encoder
-    from user_llm.tasks.context import open_context
+    from user_llm.phases import pretrain_encoder
+    from user_llm.phases.context import open_context
     from user_llm.training.loop import LoopConfig
 
     config = movielens_encoder.get_config("small")

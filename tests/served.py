@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 import user_llm
 from user_llm.evals.measured import load_measured
 from user_llm.serving.personalizer import Personalizer
-from user_llm.tasks.context import load_data
+from user_llm.phases.context import load_data
 
 
 def raw_rows(folder: Path, needed: list[str]) -> list[dict]:

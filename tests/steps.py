@@ -19,8 +19,8 @@ from tiny_quickstart import tiny_config
 
 from user_llm.common import distributed
 from user_llm.common import mesh as meshes
-from user_llm.tasks.builders import BUILDERS
-from user_llm.tasks.context import Context, load_data
+from user_llm.phases.builders import BUILDERS
+from user_llm.phases.context import Context, load_data
 from user_llm.training.loop import LoopConfig, initial_state, settle_steps
 
 STEPS = 5

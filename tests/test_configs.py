@@ -23,9 +23,9 @@ from user_llm.data.splits import make_split
 from user_llm.models.decoder import Decoder
 from user_llm.models.families import config_from_settings
 from user_llm.models.user_llm import UserLLM
-from user_llm.tasks.builders import BUILDERS
-from user_llm.tasks.context import Context
-from user_llm.tasks.contextualize import model_config
+from user_llm.phases.builders import BUILDERS
+from user_llm.phases.context import Context
+from user_llm.phases.contextualize import model_config
 from user_llm.training.loop import LoopConfig
 from user_llm.training.optimizer import learning_rate_schedule, make_optimizer, partition_trainable
 

@@ -110,9 +110,9 @@ def test_every_file_has_a_floor():
         ("user_llm.nn.losses", "from user_llm.models.decoder import Decoder", True),  # above
         ("user_llm.nn.losses", "from .attention import attention", True),
         ("user_llm.training.loop", "import user_llm.evals.ranking", True),
-        ("user_llm.tasks.context", "from user_llm import main", True),
+        ("user_llm.phases.context", "from user_llm import main", True),
         ("user_llm.main", "from configs import common", True),
-        ("user_llm.nn.losses", "def f():\n    from user_llm.tasks import context", True),  # however deep
+        ("user_llm.nn.losses", "def f():\n    from user_llm.phases import context", True),  # however deep
         ("user_llm.nn.losses", "from user_llm.nn.attention import attention\nfrom user_llm.common import trees", False),
         ("user_llm.main", "from user_llm.report.build import write_report\nfrom user_llm import export", False),
     ],

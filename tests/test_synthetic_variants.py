@@ -10,7 +10,7 @@ from etils import epath
 from configs import datasets
 from user_llm import main
 from user_llm.common.metrics import read_metrics
-from user_llm.tasks.answering import MEASURES
+from user_llm.phases.answering import MEASURES
 
 sys.path.insert(0, str(Path(__file__).parent))
 

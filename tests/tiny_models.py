@@ -28,7 +28,7 @@ from user_llm.nn.transformer import BlockConfig
 from user_llm.serving import artifact
 from user_llm.serving.personalizer import Personalizer
 from user_llm.serving.predictor import Predictor
-from user_llm.tasks.answering import Asking
+from user_llm.phases.answering import Asking
 
 EVENTS = 6  # that an encoder reads
 BLOCK = BlockConfig(width=12, heads=2, kv_heads=2, head_dim=6, mlp_width=16)

@@ -11,7 +11,7 @@ from tiny_quickstart import tiny_config
 from user_llm import main
 from user_llm.data import synthetic_files
 from user_llm.evals.popularity import popularity_ranks
-from user_llm.tasks import pretrain_encoder
+from user_llm.phases import pretrain_encoder
 from user_llm.training import loop
 
 

@@ -19,7 +19,7 @@ from user_llm.ahead.flops import count_flops
 from user_llm.ahead.stand_in import grow, stand_in_context
 from user_llm.common import mesh as meshes
 from user_llm.common import trees
-from user_llm.tasks.builders import BUILDERS
+from user_llm.phases.builders import BUILDERS
 from user_llm.training.loop import LoopConfig, abstract_state, initial_state, settle_steps
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -23,7 +23,7 @@ from user_llm.models.user_encoder import OBJECTIVES
 from user_llm.nn.kernels import KERNELS
 from user_llm.nn.mlp import ACTIVATIONS
 from user_llm.nn.transformer import REMAT
-from user_llm.tasks.builders import BUILDERS
+from user_llm.phases.builders import BUILDERS
 from user_llm.training.loop import LoopConfig
 from user_llm.training.optimizer import OptimizerConfig
 

@@ -19,7 +19,7 @@ from user_llm.data.splits import leave_last_out
 from user_llm.data.synthetic import optimal_ranks, sample_histories
 from user_llm.data.synthetic_reviews import ADJECTIVES, write_reviews
 from user_llm.data.synthetic_words import PRODUCTS
-from user_llm.tasks.context import find_data
+from user_llm.phases.context import find_data
 
 SIZES = {"num_users": 120, "num_items": 96, "events_per_user": 24}
 TINY = {"num_users": 5, "num_items": 40, "events_per_user": 8}

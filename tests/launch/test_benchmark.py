@@ -27,8 +27,8 @@ from user_llm.models.export import save_decoder
 from user_llm.models.families import config_from_settings
 from user_llm.models.user_encoder import UserEncoder
 from user_llm.models.user_llm import UserLLM
-from user_llm.tasks.contextualize import contextual_loss, model_config
-from user_llm.tasks.pretrain_encoder import EncoderLoss, encoder_config
+from user_llm.phases.contextualize import contextual_loss, model_config
+from user_llm.phases.pretrain_encoder import EncoderLoss, encoder_config
 from user_llm.training.loop import LoopConfig, abstract_state, settle_steps
 
 ITEMS, EVENTS = 20, 9

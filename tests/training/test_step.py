@@ -13,7 +13,7 @@ from user_llm.common import trees
 from user_llm.data.schema import Feature, Schema
 from user_llm.models.user_encoder import UserEncoder, UserEncoderConfig
 from user_llm.nn.transformer import BlockConfig
-from user_llm.tasks.pretrain_encoder import EncoderLoss
+from user_llm.phases.pretrain_encoder import EncoderLoss
 from user_llm.training.optimizer import OptimizerConfig, init_optimizer, make_optimizer, partition_trainable
 from user_llm.training.step import TrainState, cast, check_memory, make_train_step
 from user_llm.training.task import Task

@@ -24,7 +24,7 @@ from user_llm.common import mesh as meshes
 from user_llm.data.pipeline import packed_text
 from user_llm.data.streams import Streams
 from user_llm.nn.layers import dropout
-from user_llm.tasks.context import Context
+from user_llm.phases.context import Context
 from user_llm.training import loop
 from user_llm.training.loop import LoopConfig
 from user_llm.training.optimizer import OptimizerConfig

@@ -23,11 +23,12 @@ from user_llm.ahead.assigned import assign
 from user_llm.ahead.chips import Chip, find_topology
 from user_llm.ahead.collectives import Collective, collectives
 from user_llm.ahead.flops import count_flops
-from user_llm.ahead.stand_in import stand_in_context
+from user_llm.ahead.stand_in import stand_in_run
 from user_llm.common import mesh as meshes
+from user_llm.config.check import check as check_config
+from user_llm.phases.builders import BUILDERS
+from user_llm.phases.run import Run
 from user_llm.report import markdown
-from user_llm.tasks.builders import BUILDERS
-from user_llm.tasks.context import Context
 from user_llm.training.loop import LoopConfig, abstract_params, abstract_state, settle_steps
 from user_llm.training.step import cast
 from user_llm.training.task import Task
@@ -134,34 +135,35 @@ def check(
     """
     jax.config.update("jax_platforms", "cpu")  # libtpu is there, a TPU is not
     chip, devices = find_topology(topology)
-    mesh = meshes.make_mesh(**config.mesh, devices=devices)
-    context = stand_in_context(config, mesh, workdir)
+    read = check_config(config)
+    run, data = stand_in_run(read, meshes.make_mesh(**vars(read.mesh), devices=devices), workdir)
     found = []
-    for name in phases or config.phases:
-        if config[name].task == "pretrain_lm" and config.llm.checkpoint:
+    for name in phases or read.phases:
+        kind = read.sections[name].task
+        if kind == "pretrain_lm" and read.llm.checkpoint:
             continue
-        task = BUILDERS[config[name].task](context.config, name, context)
+        task = BUILDERS[kind](name, run, data)
         if "train" in parts:
-            found.append(check_train(task, name, context, chip, kernels))
+            found.append(check_train(task, name, run, chip, kernels))
         if "evaluation" in parts:
-            found += check_programs(task, name, context, chip, kernels)
+            found += check_programs(task, name, run, chip, kernels)
     return found
 
 
-def check_train(task: Task, name: str, context: Context, chip: Chip, kernels: bool) -> Checked:
+def check_train(task: Task, name: str, run: Run, chip: Chip, kernels: bool) -> Checked:
     """Compile the train step of a phase."""
-    loop = settle_steps(LoopConfig(**context.config[name].loop), task)
-    optimizer = context.optimizer_config(name)
-    state, step = abstract_state(task, loop, optimizer, context.mesh, context.seed)
-    return _compile(step, (state, abstract_batch(task, context.mesh)), name, context, chip, kernels)
+    loop = settle_steps(LoopConfig(**vars(run.config.sections[name].loop)), task)
+    optimizer = run.optimizer_config(name)
+    state, step = abstract_state(task, loop, optimizer, run.mesh, run.seed)
+    return _compile(step, (state, abstract_batch(task, run.mesh)), name, run, chip, kernels)
 
 
-def check_programs(task: Task, name: str, context: Context, chip: Chip, kernels: bool) -> list[Checked]:
+def check_programs(task: Task, name: str, run: Run, chip: Chip, kernels: bool) -> list[Checked]:
     """Compile what evaluation of a phase computes, of parameters in the phase's `loop.dtype`."""
-    loop = LoopConfig(**context.config[name].loop)
-    params = cast(abstract_params(task, loop, context.mesh), jnp.dtype(loop.dtype))
+    loop = LoopConfig(**vars(run.config.sections[name].loop))
+    params = cast(abstract_params(task, loop, run.mesh), jnp.dtype(loop.dtype))
     return [
-        dataclasses.replace(_compile(*program, f"{name}: {what}", context, chip, kernels, turns=1), updates=False)
+        dataclasses.replace(_compile(*program, f"{name}: {what}", run, chip, kernels, turns=1), updates=False)
         for what, program in task.programs(params).items()
     ]
 
@@ -191,12 +193,12 @@ def _compile(
     program: jax.stages.Wrapped,
     arguments: tuple,
     phase: str,
-    context: Context,
+    run: Run,
     chip: Chip,
     kernels: bool,
     turns: int | None = None,
 ) -> Checked:
-    per_chip, mesh = chip.devices, context.mesh
+    per_chip, mesh = chip.devices, run.mesh
     with jax.set_mesh(mesh):  # only here: nothing can be computed on devices that are but described
         traced = program.trace(*arguments)
     flops = count_flops(traced.jaxpr.jaxpr, turns) / mesh.size * per_chip
@@ -205,7 +207,7 @@ def _compile(
         return Checked(phase, chip, given, 0.0, flops, ())  # more needs no compiler
     logging.info("%s: compiling for %d devices", phase, mesh.size)
     try:
-        memory, text = assign(traced.lower(), context.workdir, kernels)
+        memory, text = assign(traced.lower(), run.workdir, kernels)
     except jax.errors.JaxRuntimeError as error:
         used = USED.search(str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or used is None:

@@ -12,20 +12,24 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from user_llm.common.files import local_folder, make_once
+from user_llm.config.reader import Config
+from user_llm.data.dataset import Dataset, open_dataset
 from user_llm.data.schema import Schema
 from user_llm.data.splits import make_split
 from user_llm.data.timelines import Timelines
 from user_llm.data.tokenizer import train_bpe
-from user_llm.tasks.context import Context, catalogue_lines, load_data
+from user_llm.phases.llm import catalogue_lines, sentences
+from user_llm.phases.run import Run
 
 WORLD = {"num_users": 64, "num_items": 240, "events_per_user": 60}
 TOKENS = 8192  # of the tokenizer that stands in for an open LLM's
 
 
-def stand_in_context(config: ConfigDict, mesh: Mesh, workdir: epath.Path, *, world: Mapping[str, int] | None = None) -> Context:
+def stand_in_run(
+    config: Config, mesh: Mesh, workdir: epath.Path, *, world: Mapping[str, int] | None = None
+) -> tuple[Run, Dataset]:
     """Open a run of `config` on what there is, and on stand-ins for the rest.
 
     Args:
@@ -34,23 +38,21 @@ def stand_in_context(config: ConfigDict, mesh: Mesh, workdir: epath.Path, *, wor
     Raises:
       ValueError: data or an LLM that are neither here nor known by their sizes.
     """
-    config = config.copy_and_resolve_references()
     grown = not config.data.dir and config.data.source != "synthetic"
     if grown:
-        config.data.synthetic.update(layout=config.data.source, **(world or WORLD))
-        config.data.source = "synthetic"
-    timelines, split = load_data(config, workdir)
+        synthetic = {"layout": config.data.source, **(world or WORLD)}
+        config = config.but(data={"source": "synthetic", "synthetic": synthetic})
+    data = open_dataset(config, workdir)
     if grown:
-        timelines = grow(timelines, config.data.catalogue_items)
-        split = make_split(timelines, config.data.split, withhold=config.data.withhold)
+        timelines = grow(data.timelines, config.data.catalogue_items)
+        data = Dataset(timelines, make_split(timelines, config.data.split, withhold=config.data.withhold), data.files)
     if config.llm.checkpoint and not Path(config.llm.checkpoint).is_dir():
         if not config.llm.published:
             raise ValueError(
                 f"The sizes of {config.llm.checkpoint} are not known here: name its directory by --config.llm.checkpoint=."
             )
-        config.llm.checkpoint = str(_empty_checkpoint(config, timelines, workdir))
-    facts = {"dataset": timelines.name, "seed": config.seed, "split": split.name, "config_hash": ""}
-    return Context(config, timelines, split, mesh, workdir, facts)
+        config = config.but(llm={"checkpoint": str(_empty_checkpoint(config, data.timelines, workdir))})
+    return Run(config, workdir, mesh), data
 
 
 def grow(timelines: Timelines, num_items: int) -> Timelines:
@@ -72,20 +74,15 @@ def grow(timelines: Timelines, num_items: int) -> Timelines:
     )
 
 
-def _empty_checkpoint(config: ConfigDict, timelines: Timelines, workdir: epath.Path) -> Path:
+def _empty_checkpoint(config: Config, timelines: Timelines, workdir: epath.Path) -> Path:
     """Return the published settings of an open LLM and a tokenizer of this world, written once: a checkpoint without weights."""
     published = config.llm.published
 
     def write(directory: Path) -> None:
-        texts = catalogue_lines(timelines)[:10_000] + 1000 * _sentences(config)  # so often that their words are tokens
-        train_bpe(texts, min(published.vocab_size, TOKENS), directory)
-        (directory / "config.json").write_text(json.dumps(published.to_dict()))
+        texts = catalogue_lines(timelines)[:10_000] + 1000 * sorted(
+            set(sentences(config))
+        )  # so often that their words are tokens
+        train_bpe(texts, min(published["vocab_size"], TOKENS), directory)
+        (directory / "config.json").write_text(json.dumps(published))
 
     return make_once(local_folder(workdir) / "llm", write)
-
-
-def _sentences(config: ConfigDict) -> list[str]:
-    """Return what the prompts of all phases say, which an open LLM's tokenizer writes in about a token a word."""
-    prompts = [config[phase].prompts for phase in config.phases if "prompts" in config[phase]]
-    tasks = [task for asked in prompts for task in asked.values() if isinstance(task, ConfigDict)]
-    return sorted({task[key] for task in tasks for key in ("instruction", "question") if task.get(key)})

@@ -8,7 +8,7 @@ which was touched less than SETTLED_S before it was read is read again the next 
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -40,6 +40,24 @@ def content_hashes(paths: Sequence[epath.PathLike], folder: Path | None = None) 
     if folder is not None and is_first():
         _remember(folder, [name for name in names if name in _known])
     return hashes
+
+
+def data_hashes(files: Iterable[epath.PathLike], folder: Path) -> dict[str, str]:
+    """Return the content hashes of a dataset's files by their names below the folder that they share, as `data/...`.
+
+    Args:
+      folder: as in `content_hashes`.
+    """
+    paths = list(files)
+    return dict(zip(_names(paths), content_hashes(paths, folder), strict=True))
+
+
+def _names(paths: list[epath.PathLike]) -> list[str]:
+    texts = [os.fspath(path) for path in paths]
+    if len(set(map(os.path.basename, texts))) == len(texts):
+        return [f"data/{os.path.basename(text)}" for text in texts]
+    shared = os.path.commonpath(texts)
+    return [f"data/{os.path.relpath(text, shared)}" for text in texts]
 
 
 def _content_hash(name: str) -> str:

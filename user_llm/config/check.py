@@ -1,41 +1,57 @@
 """Is a config one that can run? All that can be told from the config alone: each value by itself, then those that depend on others.
 
-What takes data, a tokenizer or devices to tell is checked where the phases are built (`tasks/early.py`).
+What takes data, a tokenizer or devices to tell is checked where the phases are built (`phases/early.py`).
 """
 
-import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from user_llm.config.phases import Contextualize, Phase, PretrainEncoder
-from user_llm.config.reader import either, fault, near_miss, read_config
-from user_llm.config.records import Block, Encoder, Run
+from user_llm.config.phases import TASKS, Contextualize, Phase, PretrainEncoder
+from user_llm.config.reader import Config, changed, either, fault, near_miss, read_config
+from user_llm.config.records import Block, Encoder
+from user_llm.config.values import ENCODERS, SOURCES
 
 
-def check(config: ConfigDict) -> None:
-    """Read a config, of all its phases, and see that the settings of those that run fit each other.
+def check(
+    config: ConfigDict,
+    *,
+    tasks: Mapping[str, type] = TASKS,
+    sources: Collection[str] = SOURCES,
+    encoders: Collection[str] = ENCODERS,
+) -> Config:
+    """Read a config, and see that the settings of what runs fit each other.
+
+    Args:
+      tasks: the settings of each task that prompts may name, by the task's name.
+      sources, encoders: what `data.source` and `encoder.kind` may be.
 
     Raises:
       ValueError: the first key that is unknown or missing, or whose value is not of its type, in its range or among its choices.
     """
-    run, phases = read_config(config)
-    for key, value, why in conflicts(run, phases):
+    read = read_config(config, tasks)
+    for key, value, why in conflicts(read, sources, encoders):
         raise fault(key, value, why)
+    return read
 
 
-def conflicts(run: Run, phases: Mapping[str, Phase]) -> Iterator[tuple[str, Any, str]]:
+def conflicts(run: Config, sources: Collection[str], encoders: Collection[str]) -> Iterator[tuple[str, Any, str]]:
     """Yield key, value and reason of the settings that do not fit others, of the run and of the phases that run."""
+    phases = run.sections
+    for key, value, choices in (("data.source", run.data.source, sources), ("encoder.kind", run.encoder.kind, encoders)):
+        if value not in choices:
+            yield key, value, f"choose {either(list(choices))}{near_miss(value, choices)}"
     if not run.phases:
-        yield "phases", run.phases, f"name one or more of {', '.join(sorted(phases))}"
+        yield "phases", run.phases, f"name one or more of {', '.join(sorted({*phases, *run.variants}))}"
+    known = sorted({*phases, *run.variants})
     for place, name in enumerate(run.phases):
         if name not in phases:
             yield (
                 "phases",
                 run.phases,
-                f"there is no phase {name}; choose from {', '.join(sorted(phases))}{near_miss(name, phases)}",
+                f"there is no phase {name}; choose from {', '.join(known)}{near_miss(name, known)}",
             )
         if name in run.phases[:place]:
             yield "phases", run.phases, f"{name} stands there twice"
@@ -46,8 +62,7 @@ def conflicts(run: Run, phases: Mapping[str, Phase]) -> Iterator[tuple[str, Any,
     if len(axes) > 1:
         yield list(axes)[1], -1, f"only one axis can take what the others leave, and {list(axes)[0]} does"
     for name in run.phases:
-        phase = phases[name]
-        for key, value, why in _phase_conflicts(run, phases, phase):
+        for key, value, why in _phase_conflicts(run, phases, phases[name]):
             yield f"{name}.{key}", value, why
 
 
@@ -56,7 +71,7 @@ def _blocks(section: str, block: Block) -> Iterator[tuple[str, Any, str]]:
         yield f"{section}.block.kv_heads", block.kv_heads, f"it must divide the {block.heads} heads"
 
 
-def _phase_conflicts(run: Run, phases: Mapping[str, Phase], phase: Phase) -> Iterator[tuple[str, Any, str]]:
+def _phase_conflicts(run: Config, phases: Mapping[str, Phase], phase: Phase) -> Iterator[tuple[str, Any, str]]:
     """Yield the same of a phase, keys without its name."""
     loop, optimizer, (key, rows) = phase.loop, phase.optimizer, phase.rows
     if phase.strategy not in run.strategies:
@@ -79,13 +94,7 @@ def _phase_conflicts(run: Run, phases: Mapping[str, Phase], phase: Phase) -> Ite
         yield from _contextual_conflicts(run, phases, phase)
 
 
-def changed(record: Any, changes: Mapping[str, Any]) -> Any:
-    """Return a record with some fields, or fields of its records, changed."""
-    parts = {name: changed(getattr(record, name), new) if isinstance(new, dict) else new for name, new in changes.items()}
-    return dataclasses.replace(record, **parts)
-
-
-def _encoder_conflicts(run: Run, phase: PretrainEncoder) -> Iterator[tuple[str, Any, str]]:
+def _encoder_conflicts(run: Config, phase: PretrainEncoder) -> Iterator[tuple[str, Any, str]]:
     encoder, batch, weights = changed(run.encoder, phase.encoder), phase.batch, phase.loss.head_weights
     yield from _blocks("encoder", encoder.block)
     if batch.row_length < batch.window:
@@ -105,7 +114,7 @@ def _encoder_conflicts(run: Run, phase: PretrainEncoder) -> Iterator[tuple[str, 
             yield key, events, f"an encoder of learned positions reads at most encoder.max_events, {encoder.max_events}"
 
 
-def _contextual_conflicts(run: Run, phases: Mapping[str, Phase], phase: Contextualize) -> Iterator[tuple[str, Any, str]]:
+def _contextual_conflicts(run: Config, phases: Mapping[str, Phase], phase: Contextualize) -> Iterator[tuple[str, Any, str]]:
     encoders = {name: other for name, other in phases.items() if isinstance(other, PretrainEncoder)}
     if phase.encoder not in encoders:
         yield (
@@ -114,10 +123,10 @@ def _contextual_conflicts(run: Run, phases: Mapping[str, Phase], phase: Contextu
             (f"choose a phase that pretrains an encoder: {either(sorted(encoders))}{near_miss(phase.encoder, encoders)}"),
         )
         return
-    encoder = changed(run.encoder, encoders[phase.encoder].encoder)
-    tasks = {name: task for name, task in vars(phase.prompts).items() if name != "max_title_tokens"}
-    if not any(task.weight for task in tasks.values()):
-        yield "prompts.next_item.weight", 0.0, f"one of {', '.join(tasks)} needs a weight above 0"
+    encoder = run.encoder_of(phase.encoder)
+    if not phase.prompts.asked:
+        tasks = list(phase.prompts.tasks)
+        yield f"prompts.{tasks[0]}.weight", 0.0, f"one of {', '.join(tasks)} needs a weight above 0"
     if encoder.positions == "learned" and phase.examples.max_events > encoder.max_events:
         yield (
             "examples.max_events",
@@ -129,7 +138,7 @@ def _contextual_conflicts(run: Run, phases: Mapping[str, Phase], phase: Contextu
     crosses = phase.examples.max_events and phase.injection != "soft_prompt"
     if crosses and not run.llm.checkpoint and phase.cross.every > run.llm.num_layers:
         yield "cross.every", phase.cross.every, f"the LLM has llm.num_layers={run.llm.num_layers} layers"
-    if not phase.loss.catalogue and not phase.eval.generate_users and phase.prompts.next_item.weight:
+    if not phase.loss.catalogue and not phase.eval.generate_users and "next_item" in phase.prompts.asked:
         why = "with loss.catalogue=0 no item head is trained, and titles must be written: set it to 1 or more"
         yield "eval.generate_users", phase.eval.generate_users, why
     for number, (_, source) in enumerate(phase.load):
@@ -141,7 +150,7 @@ def _contextual_conflicts(run: Run, phases: Mapping[str, Phase], phase: Contextu
             )
 
 
-def _scratch_conflicts(run: Run, phase: Contextualize, encoder: Encoder) -> Iterator[tuple[str, Any, str]]:
+def _scratch_conflicts(run: Config, phase: Contextualize, encoder: Encoder) -> Iterator[tuple[str, Any, str]]:
     """Yield what an encoder that starts from scratch rules out."""
     if phase.loss.align:
         yield "loss.align", phase.loss.align, "an encoder from scratch teaches nothing: set it to 0"

@@ -4,6 +4,7 @@ Every record has the form of what the function of its name in `configs/common.py
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from user_llm.config.records import Encoder
@@ -13,7 +14,6 @@ from user_llm.config.values import (
     CountOrZero,
     Injection,
     Moment,
-    Names,
     Positive,
     Probability,
     Regex,
@@ -58,22 +58,18 @@ class Loop:
     sharding: tuple[tuple[Regex, tuple[Literal["data", "fsdp", "tensor"] | None, ...]], ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class Like:
-    """The phase that this one follows, and the keys that are its own."""
-
-    phase: Text
-    changed: Names
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Phase:
-    """What all phases have."""
+    """What all phases have.
 
+    Attributes:
+      task: what the phase does: `pretrain_lm`, `pretrain_encoder` or `contextualize`.
+    """
+
+    task: str
     strategy: Text
     optimizer: Optimizer
     loop: Loop
-    like: Like | None = None
 
     @property
     def rows(self) -> tuple[str, int]:
@@ -204,13 +200,25 @@ class Review(Question):
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """The tasks of a phase."""
+    """What a phase asks the LLM.
+
+    Attributes:
+      max_title_tokens: the most tokens of a title in prompts and training targets.
+      tasks: the settings of each task that the section names, by the task's name. They have at least a `weight`, the share of
+        batches in training, 0 for a task that is not asked; and `text`, the weight of the loss of its target's tokens.
+    """
 
     max_title_tokens: Count
-    next_item: NextItem
-    favorite: Question
-    favorite_future: Question
-    review: Review
+    tasks: Mapping[str, Any]
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """The tasks that are asked, in the order of the section; a phase monitors the first."""
+        return {name: settings for name, settings in self.tasks.items() if settings.weight}
+
+
+# The settings of each task, by its name. Callers of `user_llm.run` may give further ones.
+TASKS: dict[str, type] = {"next_item": NextItem, "favorite": Question, "favorite_future": Question, "review": Review}
 
 
 @dataclasses.dataclass(frozen=True)

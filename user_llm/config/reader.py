@@ -1,7 +1,8 @@
-"""From a config to its records, one key at a time; the first that does not fit is named."""
+"""From a config to its records, one key at a time; the first that does not fit is named. Here alone a `ConfigDict` is read."""
 
 import dataclasses
 import difflib
+import json
 import math
 import typing
 from collections.abc import Mapping, Sequence
@@ -9,9 +10,10 @@ from typing import Annotated, Any, TypeVar
 
 from ml_collections import ConfigDict
 
-from user_llm.config.phases import PHASES, Phase
-from user_llm.config.records import Run
-from user_llm.config.values import CHANGES
+from user_llm.config import variants
+from user_llm.config.phases import PHASES, TASKS, Contextualize, Phase, PretrainEncoder, Prompts
+from user_llm.config.records import Encoder, Shared
+from user_llm.config.values import CHANGES, Count
 
 R = TypeVar("R")
 
@@ -20,21 +22,69 @@ LARGEST = 2**31 - 1
 TYPES = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
 
 
-def read_config(config: Mapping[str, Any]) -> tuple[Run, dict[str, Phase]]:
-    """Return the records of a config: of the run, and of each phase by its name.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(Shared):
+    """All that a config says, typed.
+
+    Attributes:
+      sections: the settings of each phase that the config describes, by the phase's name, whether it runs or not. Variants that
+        no phase of the run needs have none.
+      said: the same as JSON has it: what identities are made of, and what config.json holds.
+    """
+
+    sections: Mapping[str, Phase]
+    said: Mapping[str, Any]
+
+    def but(self, **changes: Mapping[str, Any]) -> "Config":
+        """Return the same config with some keys of shared sections changed, such as `data={"source": "synthetic"}`."""
+        said = {name: variants.changed(self.said[name], new) for name, new in changes.items()}
+        return dataclasses.replace(changed(self, changes), said={**self.said, **said})
+
+    def encoder_of(self, phase: str) -> Encoder:
+        """Return the section `encoder` as a phase that pretrains an encoder changes it."""
+        pretrains = self.sections[phase]
+        assert isinstance(pretrains, PretrainEncoder)
+        return changed(self.encoder, pretrains.encoder)
+
+    def contextual(self, phase: str) -> Contextualize:
+        """Return the settings of a phase that contextualizes the LLM."""
+        section = self.sections[phase]
+        assert isinstance(section, Contextualize)
+        return section
+
+
+def changed(record: Any, changes: Mapping[str, Any]) -> Any:
+    """Return a record with some fields, or fields of its records, changed."""
+    parts = {
+        name: changed(getattr(record, name), new)
+        if isinstance(new, dict) and dataclasses.is_dataclass(getattr(record, name))
+        else new
+        for name, new in changes.items()
+    }
+    return dataclasses.replace(record, **parts)
+
+
+def read_config(config: Mapping[str, Any] | ConfigDict, tasks: Mapping[str, type] = TASKS) -> Config:
+    """Return the records of a config.
+
+    Args:
+      tasks: the settings of each task that prompts may name, by the task's name.
 
     Raises:
       ValueError: see `check`.
     """
-    sections = {name: value for name, value in config.items() if isinstance(value, Mapping | ConfigDict) and "task" in value}
-    run = _read(Run, {name: value for name, value in config.items() if name not in sections}, "")
+    values = variants.with_variants(
+        config.copy_and_resolve_references().to_dict() if isinstance(config, ConfigDict) else dict(config)
+    )
+    reader = Reader(tasks)
+    sections = {name: value for name, value in values.items() if isinstance(value, Mapping) and "task" in value}
+    shared = reader.read(Shared, {name: value for name, value in values.items() if name not in sections}, "")
     phases = {}
-    # Phases that follow another come after it: what is wrong with both is wrong with that one.
-    for name, section in sorted(sections.items(), key=lambda pair: "like" in pair[1]):
+    for name, section in sections.items():
         if section["task"] not in PHASES:
             raise fault(f"{name}.task", section["task"], f"choose {either(list(PHASES))}{near_miss(section['task'], PHASES)}")
-        phases[name] = _read(PHASES[section["task"]], section, name)
-    return run, phases
+        phases[name] = reader.read(PHASES[section["task"]], section, name)
+    return Config(**vars(shared), sections=phases, said=json.loads(json.dumps(values)))
 
 
 def read_record(record: type[R], value: Any, key: str) -> R:
@@ -46,35 +96,99 @@ def read_record(record: type[R], value: Any, key: str) -> R:
     Raises:
       ValueError: the first key that does not fit, named.
     """
-    return _read(record, value, key)
+    return Reader({}).read(record, value, key)
 
 
-def _read(annotation: object, value: Any, key: str) -> Any:
-    """Return a value as its annotation reads it: sections as records, lists as tuples."""
-    hint: Any = annotation
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Annotated:
-        base, *marks = parts
-        if marks[0] == CHANGES:
-            return _read_section(marks[1], value, key, partial=True)
-        read = _read(base, value, key)
-        for must in marks:
-            if not must.holds(read):
-                raise fault(key, value, f"it must be {must.words}")
-        return read
-    if type(None) in parts and (rest := _without_none(parts)) in TYPES:
-        return None if value is None else _read(rest, value, key)
-    if dataclasses.is_dataclass(annotation):
-        return hint(**_read_section(hint, value, key))
-    if origin is tuple:
-        return _read_tuple(parts, value, key)
-    if origin is dict:
-        return {name: _read(parts[1], entry, f"{key}.{name}") for name, entry in _mapping(value, key).items()}
-    if hint is Any:
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """Reads values by annotations.
+
+    Attributes:
+      tasks: the settings of each task that a section of `Prompts` may name.
+    """
+
+    tasks: Mapping[str, type]
+
+    def read(self, annotation: object, value: Any, key: str) -> Any:
+        """Return a value as its annotation reads it: sections as records, lists as tuples."""
+        hint: Any = annotation
+        origin, parts = typing.get_origin(hint), typing.get_args(hint)
+        if origin is Annotated:
+            base, *marks = parts
+            if marks[0] == CHANGES:
+                return self._section(marks[1], value, key, partial=True)
+            read = self.read(base, value, key)
+            for must in marks:
+                if not must.holds(read):
+                    raise fault(key, value, f"it must be {must.words}")
+            return read
+        if type(None) in parts and (rest := _without_none(parts)) in TYPES:
+            return None if value is None else self.read(rest, value, key)
+        if hint is Prompts:
+            return self._prompts(value, key)
+        if dataclasses.is_dataclass(annotation):
+            return hint(**self._section(hint, value, key))
+        if origin is tuple:
+            return self._tuple(parts, value, key)
+        if origin is dict:
+            return {name: self.read(parts[1], entry, f"{key}.{name}") for name, entry in _mapping(value, key).items()}
+        if hint is Any:
+            return value
+        if hint in TYPES:
+            return _read_plain(hint, value, key)
+        return self._choice(hint, value, key)
+
+    def _prompts(self, value: Any, key: str) -> Prompts:
+        """Return a section whose keys are `max_title_tokens` and the names of tasks; the tasks come in the order of `tasks`."""
+        section = _mapping(value, key)
+        for name in section.keys() - {"max_title_tokens"} - self.tasks.keys():
+            raise ValueError(f"The config has no key {key}.{name}{near_miss(name, self.tasks)}.")
+        if "max_title_tokens" not in section:
+            raise ValueError(f"The config lacks the key {key}.max_title_tokens.")
+        if len(section) == 1:
+            raise ValueError(f"{key} names no task: add one of {', '.join(self.tasks)}.")
+        most = self.read(Count, section.pop("max_title_tokens"), f"{key}.max_title_tokens")
+        asked = [name for name in self.tasks if name in section]
+        return Prompts(most, {name: self.read(self.tasks[name], section[name], f"{key}.{name}") for name in asked})
+
+    def _choice(self, hint: Any, value: Any, key: str) -> Any:
+        """Return a value that is one of several: a literal, None, or a record where None stands for its absence."""
+        options = [option for part in (typing.get_args(hint) or (hint,)) for option in (typing.get_args(part) or (part,))]
+        records = [option for option in options if dataclasses.is_dataclass(option)]
+        if records and value is not None:
+            return self.read(records[0], value, key)
+        choices = [None if option is type(None) else option for option in options]
+        if not any(type(value) is type(choice) and value == choice for choice in choices):
+            raise fault(key, value, f"choose {either(choices)}{near_miss(value, choices)}")
         return value
-    if hint in TYPES:
-        return _read_plain(hint, value, key)
-    return _read_choice(hint, value, key)
+
+    def _tuple(self, parts: tuple, value: Any, key: str) -> tuple:
+        many = parts[-1] is Ellipsis
+        if not isinstance(value, tuple | list):
+            raise fault(key, value, "it must be a tuple, written as ('a', 'b'), or ('a',) for one")
+        if not many and len(value) != len(parts):
+            raise fault(key, value, f"it must have {len(parts)} entries")
+        hints = parts[:1] * len(value) if many else parts
+        return tuple(
+            self.read(hint, entry, f"{key}[{number}]") for number, (hint, entry) in enumerate(zip(hints, value, strict=True))
+        )
+
+    def _section(self, record: Any, value: Any, key: str, *, partial: bool = False) -> dict[str, Any]:
+        """Return the fields of a section; `partial`, sections in it too, need not have all of them."""
+        section, hints = _mapping(value, key), typing.get_type_hints(record, include_extras=True)
+        dotted = lambda name: f"{key}.{name}" if key else name  # noqa: E731
+        for name in section:
+            if name not in hints:
+                raise ValueError(f"The config has no key {dotted(name)}{near_miss(name, hints)}.")
+        for field in dataclasses.fields(record):
+            if field.name not in section and field.default is dataclasses.MISSING and not partial:
+                raise ValueError(f"The config lacks the key {dotted(field.name)}.")
+        return {
+            name: self._section(hints[name], entry, dotted(name), partial=True)
+            if partial and dataclasses.is_dataclass(hints[name])
+            else self.read(hints[name], entry, dotted(name))
+            for name, entry in section.items()
+        }
 
 
 def _without_none(parts: tuple) -> Any:
@@ -93,46 +207,6 @@ def _read_plain(hint: Any, value: Any, key: str) -> Any:
     if hint is int and abs(value) > LARGEST:
         raise fault(key, value, f"it must be a whole number of at most {LARGEST}")
     return value
-
-
-def _read_choice(hint: Any, value: Any, key: str) -> Any:
-    """Return a value that is one of several: a literal, None, or a record where None stands for its absence."""
-    options = [option for part in (typing.get_args(hint) or (hint,)) for option in (typing.get_args(part) or (part,))]
-    records = [option for option in options if dataclasses.is_dataclass(option)]
-    if records and value is not None:
-        return _read(records[0], value, key)
-    choices = [None if option is type(None) else option for option in options]
-    if not any(type(value) is type(choice) and value == choice for choice in choices):
-        raise fault(key, value, f"choose {either(choices)}{near_miss(value, choices)}")
-    return value
-
-
-def _read_tuple(parts: tuple, value: Any, key: str) -> tuple:
-    many = parts[-1] is Ellipsis
-    if not isinstance(value, tuple | list):
-        raise fault(key, value, "it must be a tuple, written as ('a', 'b'), or ('a',) for one")
-    if not many and len(value) != len(parts):
-        raise fault(key, value, f"it must have {len(parts)} entries")
-    hints = parts[:1] * len(value) if many else parts
-    return tuple(_read(hint, entry, f"{key}[{number}]") for number, (hint, entry) in enumerate(zip(hints, value, strict=True)))
-
-
-def _read_section(record: Any, value: Any, key: str, *, partial: bool = False) -> dict[str, Any]:
-    """Return the fields of a section; `partial`, sections in it too, need not have all of them."""
-    section, hints = _mapping(value, key), typing.get_type_hints(record, include_extras=True)
-    dotted = lambda name: f"{key}.{name}" if key else name  # noqa: E731
-    for name in section:
-        if name not in hints:
-            raise ValueError(f"The config has no key {dotted(name)}{near_miss(name, hints)}.")
-    for field in dataclasses.fields(record):
-        if field.name not in section and field.default is dataclasses.MISSING and not partial:
-            raise ValueError(f"The config lacks the key {dotted(field.name)}.")
-    return {
-        name: _read_section(hints[name], entry, dotted(name), partial=True)
-        if partial and dataclasses.is_dataclass(hints[name])
-        else _read(hints[name], entry, dotted(name))
-        for name, entry in section.items()
-    }
 
 
 def _mapping(value: Any, key: str) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from user_llm.config.values import (
     Regex,
     Remat,
     Share,
-    Source,
     Text,
 )
 
@@ -72,9 +71,13 @@ class Synthetic:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Where the events come from and how they are split."""
+    """Where the events come from and how they are split.
 
-    source: Source
+    Attributes:
+      source: one of `values.SOURCES`, or the name of a dataset that the caller of `user_llm.run` gives.
+    """
+
+    source: Text
     streams: CountOrZero
     dir: str
     category: str
@@ -118,8 +121,16 @@ class Block:
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """The user encoder."""
+    """The user encoder.
 
+    Attributes:
+      kind: `transformer`, or the name of an encoder that the caller of `user_llm.run` gives. Such an encoder takes `features` and
+        `options` alone.
+      options: the settings of an encoder of the caller's.
+    """
+
+    kind: Text
+    options: dict[str, Any]
     objective: Objective
     features: Names
     feature_width: Count
@@ -166,11 +177,28 @@ class Strategy:
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """All of a config but its phases."""
+class Variant:
+    """A phase that differs in a few keys from another one, `like`; it exists in a run that names it.
+
+    Attributes:
+      changes: the keys that differ, nested as in a section.
+    """
+
+    like: Text
+    changes: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """All of a config but the sections of its phases.
+
+    Attributes:
+      phases: the phases that run, in order: names of sections or of variants.
+    """
 
     seed: CountOrZero
     phases: Names
+    variants: dict[str, Variant]
     reuse: str
     strategies: dict[str, Strategy]
     lora: LoRA

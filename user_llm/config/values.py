@@ -45,7 +45,9 @@ Moment = Literal["float32", "bfloat16"]
 Objective = Literal["autoregressive", "masked", "dual"]
 Remat = Literal["none", "dots", "full"]
 Seat = Literal["after_attention", "before_block"]
-Source = Literal["movielens", "amazon", "google_local", "events", "synthetic"]
+
+SOURCES = ("movielens", "amazon", "google_local", "events", "synthetic")  # of data.source
+ENCODERS = ("transformer",)  # of encoder.kind
 
 # `Annotated[dict, CHANGES, Encoder]` is a part of the section Encoder: the keys that a phase changes.
 CHANGES = "changes"

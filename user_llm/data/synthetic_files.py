@@ -15,6 +15,7 @@ import dataclasses
 import gzip
 import json
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -24,7 +25,7 @@ from user_llm.data.synthetic_reviews import write_reviews
 from user_llm.data.synthetic_words import FILMS, PLACES, PRODUCTS, Domain
 
 NAME = "Synthetic"  # the category of Amazon Review, the state of Google Local
-COLUMNS = {  # of the layout events, as `event_files` is told
+COLUMNS: dict[str, Any] = {  # of the layout events, as `event_files` is told
     "user": "user_id", "item": "item_id", "time": "timestamp", "title": "title", "categories": ("genre",), "numbers": ("rating",),
 }  # fmt: skip
 SILENT = 0.2  # share of the visits to places that are rated without a word

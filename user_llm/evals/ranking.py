@@ -83,6 +83,10 @@ def ranking_values(ranks: Float[np.ndarray, " n"]) -> dict[str, Float[np.ndarray
     return {**recalls, "ndcg@10": np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0.0), "mrr": 1 / ranks}
 
 
+# The names of the metrics of a ranking, whatever is ranked.
+RANKING = (*ranking_values(np.ones(1)), *(f"{name}/unseen" for name in ranking_values(np.ones(1))))
+
+
 def result_rows(
     metrics: Mapping[str, float],
     n: int,

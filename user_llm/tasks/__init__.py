@@ -1,1 +1,0 @@
-"""What is trained: `build(config, ...)` of each module returns a `Task`."""

@@ -1,83 +1,113 @@
-"""From a phase's config to the prompts of its tasks."""
+"""`Asking`: an LLM with user tokens that is asked about the users of a dataset, whatever the task."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Iterator, Mapping
 
-from ml_collections import ConfigDict
+import numpy as np
+from jaxtyping import Array, Float, Int
 
-from user_llm.common.errors import naming
-from user_llm.data.pipeline import ExampleConfig
-from user_llm.data.prompts.base import Examples, Lines, Question
-from user_llm.data.prompts.favorite import FavoriteExamples, Labels, OfFuture, OfHistory
-from user_llm.data.prompts.next_item import NextItem, NextItemExamples
-from user_llm.data.prompts.review import ReviewExamples
-from user_llm.evals.counting import favorite_baselines
-from user_llm.evals.popularity import popularity_ranks, recent_popularity_ranks
-from user_llm.tasks.context import Context
-
-# Each from (lines, context, the task's template).
-TASKS: dict[str, Callable[..., Examples]] = {
-    "next_item": lambda lines, context, template: NextItemExamples(
-        NextItem(lines, **template), context.timelines, context.split
-    ),
-    "favorite": lambda lines, context, template: FavoriteExamples(Question(lines, **template), favorites(context, "favorite")),
-    "favorite_future": lambda lines, context, template: FavoriteExamples(
-        Question(lines, **template), favorites(context, "favorite_future")
-    ),
-    "review": lambda lines, context, template: review(lines, context, **template),
-}
+from user_llm.data.dataset import Dataset
+from user_llm.data.pipeline import HistoryBatch, history_batches
+from user_llm.data.prompts.base import Examples, Ids
+from user_llm.evals.evaluator import rank_listed, rank_targets
+from user_llm.evals.ranking import Ranks
+from user_llm.models.trie import Trie
+from user_llm.models.user import User
+from user_llm.serving.predictor import Predictor
 
 
-FAVORITES = {"favorite": OfHistory, "favorite_future": OfFuture}
+@dataclasses.dataclass(frozen=True)
+class Asking:
+    """A model together with the dataset that it is asked about.
 
+    A question is named by a user and an `end`: the user's events before `end` are the history.
 
-def favorites(context: Context, task: str) -> OfHistory:
-    """Return what the favourite is of, and among which classes.
-
-    Raises:
-      ValueError: items without classes.
+    Attributes:
+      predictor: the model.
+      data: the dataset.
+      examples: the questions of each task, by the task's name.
     """
-    return FAVORITES[task](Labels(context.timelines, **context.config.labels), context.split)
 
+    predictor: Predictor
+    data: Dataset
+    examples: dict[str, Examples]
 
-def review(lines: Lines, context: Context, *, column: str, **template) -> ReviewExamples:
-    """Return what users wrote in a column of texts."""
-    return ReviewExamples(Question(lines, **template), context.timelines, context.split, column=column)
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The settings by which histories are put into batches."""
+        p = self.predictor
+        return {"max_events": max(p.max_events, 1), "batch_size": p.batch_size, "bucket": p.bucket}
 
+    def of(self, predictor: Predictor) -> "Asking":
+        """Return the same dataset and questions with another model."""
+        return dataclasses.replace(self, predictor=predictor)
 
-def baseline_rows(context: Context) -> list[dict]:
-    """Return the result rows of what needs no model: of the next item popularity, of all time and of 7 days, of favourites counting and the majority class."""
-    ranks = popularity_ranks(context.timelines, context.split, "test")
-    rows = context.record("baselines", "next_item", "popularity", ranks.measured())
-    if "timestamp" in context.timelines.columns:
-        recent = recent_popularity_ranks(context.timelines, context.split, "test", days=7)
-        rows += context.record("baselines", "next_item", "popularity_7d", recent.measured())
-    config = context.config
-    asked = {task for name in config.phases if "prompts" in config[name] for task in asked_tasks(config[name])}
-    for task in FAVORITES:
-        if task in asked:
-            for method, measured in favorite_baselines(favorites(context, task)).items():
-                rows += context.record("baselines", task, method, measured)
-    return rows
+    def batches(self, users: np.ndarray, ends: np.ndarray, **sizes: int) -> Iterator[tuple[np.ndarray, HistoryBatch]]:
+        """Yield batches of histories, each with the indices of its rows in `users`; `sizes` replace those of `self.sizes`."""
+        return history_batches(self.data.timelines, users, ends, **self.sizes | sizes)
 
+    def prompts(self, task: str, batch: HistoryBatch) -> list[Ids]:
+        """Return the prompt of a task for each row of a batch."""
+        asked = self.examples[task]
+        return [asked.prompt(int(user), int(end)) for user, end in zip(batch.users, batch.positions, strict=True)]
 
-def asked_tasks(phase: ConfigDict) -> list[str]:
-    """Return the tasks of a phase, the one that it monitors first."""
-    return [task for task in TASKS if phase.prompts[task].weight]
+    def users(self, batch: HistoryBatch) -> User | None:
+        """Return what the decoder reads of a batch's users; None if the model has no encoder."""
+        return self.predictor.users(batch.events, batch.lengths)
 
+    def test_users(self, count: int) -> User | None:
+        """Return what the decoder reads of the first `count` test users. They are repeated if there are fewer."""
+        users, ends = (np.resize(part, count) for part in self.data.split.targets["test"])
+        [(_, batch)] = self.batches(users, ends, batch_size=count)
+        return self.users(batch)
 
-def build_examples(phase: ConfigDict, context: Context, examples: ExampleConfig) -> dict[str, Examples]:
-    """Return the examples of each task of a phase.
+    def score(self, task: str, batch: HistoryBatch) -> Float[Array, "B V"]:
+        """Return the item head's score of every item for each row of a batch."""
+        return self.predictor.score(task, self.prompts(task, batch), self.users(batch))
 
-    Raises:
-      ValueError: a task that this dataset has not what it takes for, or a template that does not fit.
-    """
-    lines = Lines(
-        context.tokenizer(), context.timelines.catalogue, max_title_tokens=phase.prompts.max_title_tokens,
-        history=examples.history, text_items=examples.text_items,
-    )  # fmt: skip
-    template = lambda task: {key: value for key, value in phase.prompts[task].items() if key not in ("weight", "text")}  # noqa: E731
-    found = {}
-    for task in asked_tasks(phase):
-        with naming(f"prompts.{task}"):
-            found[task] = TASKS[task](lines, context, template(task))
-    return found
+    def choose(self, task: str, batch: HistoryBatch, trie: Trie, beams: int) -> Int[np.ndarray, "B beams"]:
+        """Return the ids of the likeliest texts of a trie for each row of a batch, best first."""
+        return self.predictor.choose(task, self.prompts(task, batch), self.users(batch), trie, beams)[0]
+
+    def rank(self, task: str, part: str, limit: int | None) -> Ranks:
+        """Return the ranks of the targets among all items, by the scores of the item head.
+
+        Args:
+          part: the part of the split, `validation` or `test`.
+          limit: the most targets; None for all.
+        """
+        score = lambda batch: self.score(task, batch)  # noqa: E731
+        return rank_targets(score, self.data.timelines, self.data.split, part, limit=limit, **self.sizes)
+
+    def rank_written(self, task: str, part: str, limit: int | None) -> Ranks:
+        """Return the ranks of the targets among the titles that beam search finds. A target that it does not find is a miss.
+
+        Args:
+          part: the part of the split, `validation` or `test`.
+          limit: the most targets; None for all.
+        """
+        trie = Trie.build(self.examples[task].template.lines.titles_as_targets())
+        propose = lambda batch: self.choose(task, batch, trie, self.predictor.beams)  # noqa: E731
+        return rank_listed(propose, self.data.timelines, self.data.split, part, limit=limit, **self.sizes)
+
+    def choose_name(
+        self, task: str, names: Mapping[int, list[int]], users: np.ndarray, ends: np.ndarray
+    ) -> Int[np.ndarray, " n"]:
+        """Return the number of the likeliest name for each history.
+
+        Args:
+          names: the tokens of each name, with the end token, by the name's number.
+        """
+        trie, best = Trie.build(names), np.zeros(len(users), np.int64)
+        for indices, batch in self.batches(users, ends):
+            best[indices] = self.choose(task, batch, trie, min(len(names), self.predictor.beams))[: batch.count, 0]
+        return best
+
+    def write(self, task: str, max_tokens: int, users: np.ndarray, ends: np.ndarray) -> list[str]:
+        """Return an answer of one line, at most `max_tokens` long, for each history. Each token is the likeliest one."""
+        out = [""] * len(users)
+        for indices, batch in self.batches(users, ends):
+            texts = self.predictor.write(task, self.prompts(task, batch), self.users(batch), max_tokens)
+            for index, text in zip(indices, texts, strict=False):
+                out[index] = text
+        return out

@@ -218,6 +218,14 @@ class Question:
         if not (instruction or question):
             raise ValueError("A prompt needs an instruction or a question: both are empty.")
 
+    @classmethod
+    def of(cls, lines: Lines, settings: Any) -> "Question":
+        """Return the template that a task's settings describe; they have the other arguments as attributes."""
+        return cls(
+            lines, instruction=settings.instruction, question=settings.question, max_tokens=settings.max_tokens,
+            max_target_tokens=settings.max_target_tokens,
+        )  # fmt: skip
+
     def ask(self, **fields: object) -> Ids:
         """Return the question as a line, with the values of its fields. A title that is too long is cut."""
         if "title" in fields:

@@ -1,4 +1,4 @@
-"""The task that asks for the next item: the target is the title of the event after the history.
+"""The template that asks for the next item: the target is the title of the event after the history.
 
 For a model without an encoder, the titles of a row are history and targets at once. Such a row has every title after the first as a
 target, because a causal decoder learns from all of them at the cost of one.
@@ -8,11 +8,8 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int
 
 from user_llm.data.prompts.base import Ids, Items, Lines, TextRow, fitting
-from user_llm.data.splits import Split
-from user_llm.data.timelines import Timelines
 
 
 class NextItem:
@@ -55,40 +52,3 @@ class NextItem:
         ids = np.concatenate([self.instruction, *pieces], dtype=np.int32)
         items = np.asarray(targets, np.int32)[len(targets) - (len(pieces) - first) :]
         return TextRow(ids, np.array(before[first:], np.int32), items)
-
-
-class NextItemExamples:
-    """Examples whose target is an event: it is predicted from the events before it."""
-
-    ranks = True
-
-    def __init__(self, template: NextItem, timelines: Timelines, split: Split):
-        self.template, self.timelines, self.split = template, timelines, split
-
-    def row(self, user: int, end: int) -> TextRow | None:
-        """Return the row whose target is the event at `end`."""
-        history = self.template.lines.history(self._history(user, end))
-        return self.template.row(history, self.timelines.items(user, end, end + 1))
-
-    def stretch(self, user: int, start: int, end: int, rng: np.random.Generator) -> TextRow | None:
-        """Return the row whose targets are the events `start` + 1 to `end`; with a summary, the event at `end` alone."""
-        if self.template.lines.kind != "titles":
-            return self.row(user, end)
-        items = self.timelines.items(user, start, end + 1)
-        return self.template.row([self.template.lines.title(items[0])], items[1:])
-
-    def prompt(self, user: int, end: int) -> Ids:
-        """Return the prompt about the events before `end`."""
-        return self.template.prompt(self._history(user, end))
-
-    def _history(self, user: int, end: int) -> Items:
-        """Return the items before `end` that the prompt needs."""
-        return self.timelines.items(user, self.template.lines.first(end), end)
-
-    def answer(self, user: int, end: int) -> str:
-        """Return the title of the event at `end`."""
-        return self.timelines.catalogue.titles[self.timelines.items(user, end, end + 1)[0]]
-
-    def targets(self, part: str) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-        """Return the users and the ends of a part of the split."""
-        return self.split.targets[part]

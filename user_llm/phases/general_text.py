@@ -19,13 +19,15 @@ from user_llm.common import mesh as meshes
 from user_llm.common import trees
 from user_llm.common.files import write_json
 from user_llm.common.trees import Params
+from user_llm.data.dataset import Dataset
 from user_llm.data.tokenizer import Tokenizer
 from user_llm.evals.ranking import result_rows
 from user_llm.models import pretrained
 from user_llm.models.decoder import Decoder
 from user_llm.models.user import User, hidden_states
-from user_llm.tasks.context import Context
-from user_llm.tasks.pretrain_lm import text_loss
+from user_llm.phases.llm import decoder_config, tokenizer
+from user_llm.phases.pretrain_lm import text_loss
+from user_llm.phases.run import Run
 from user_llm.training import loop
 from user_llm.training.task import Batch
 
@@ -66,29 +68,29 @@ def perplexity(graphdef: nnx.GraphDef, params: Params, batch: Batch, user: User 
     return jnp.exp(text_loss(decoder, rows, batch["next"].reshape(-1), jnp.ones(len(rows)), CHUNK))
 
 
-def untouched(context: Context) -> list[dict]:
+def untouched(run: Run, data: Dataset) -> list[dict]:
     """Return the result row of the LLM as it came, measured once per run."""
-    directory = context.workdir / "llm"
+    directory = run.workdir / "llm"
     if not loop.is_finished(directory):
-        batch = read_windows(context.tokenizer(), **context.config.general_text)
-        model = context.decoder_config(context.tokenizer().vocab_size)
+        batch = read_windows(tokenizer(run, data), **vars(run.config.general_text))
+        model = decoder_config(run, tokenizer(run, data).vocab_size)
         graphdef, shapes = trees.abstract(lambda: Decoder(model, rngs=nnx.Rngs(params=0)))
-        rules = context.config[context.config.phases[-1]].loop.sharding
-        params = pretrained.load_decoder(context.checkpoint, model, shardings=meshes.shardings(rules, shapes, context.mesh))
+        rules = run.config.sections[run.config.phases[-1]].loop.sharding
+        params = pretrained.load_decoder(run.checkpoint, model, shardings=meshes.shardings(rules, shapes, run.mesh))
         found = {"perplexity": float(perplexity(graphdef, params, batch))}
-        rows = result_rows(found, batch["next"].size, **context.row_facts, task="general_text", method="llm")
+        rows = result_rows(found, batch["next"].size, **run.row_facts("llm", data), task="general_text", method="llm")
         write_json(directory / loop.RESULTS, rows)
         return rows
     return loop.read_rows(directory)
 
 
 def tuned(
-    context: Context, method: str, graphdef: nnx.GraphDef, params: Params, users: Callable[[int], User | None]
+    name: str, run: Run, data: Dataset, method: str, graphdef: nnx.GraphDef, params: Params, users: Callable[[int], User | None]
 ) -> list[dict]:
-    """Return the result rows of a contextualized decoder; `users` returns so many users, or None without an encoder."""
-    batch = read_windows(context.tokenizer(), **context.config.general_text)
+    """Return the result rows of the decoder of phase `name`; `users` returns so many users, or None without an encoder."""
+    batch = read_windows(tokenizer(run, data), **vars(run.config.general_text))
     found = {"perplexity": float(perplexity(graphdef, params, batch))}
     user = users(len(batch["tokens"]))
     if user is not None:
         found["perplexity/with_user"] = float(perplexity(graphdef, params, batch, user))
-    return result_rows(found, batch["next"].size, **context.row_facts, task="general_text", method=method)
+    return result_rows(found, batch["next"].size, **run.row_facts(name, data), task="general_text", method=method)

@@ -4,7 +4,7 @@ A phase is built of shapes alone. Nothing is computed, and no parameters are rea
 before (`config/check.py`); here is what takes the data, the tokenizer, the devices, the checkpoint, or the other phases.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from absl import logging
 from etils import epath
@@ -14,19 +14,18 @@ from user_llm.common import trees
 from user_llm.common.checkpoint import saved_shapes
 from user_llm.common.errors import naming
 from user_llm.common.trees import Params
+from user_llm.data.dataset import Dataset
 from user_llm.models import pretrained
-from user_llm.tasks import general_text
-from user_llm.tasks.builders import BUILDERS
-from user_llm.tasks.context import Context
+from user_llm.phases import general_text, starting
+from user_llm.phases.builders import BUILDERS
+from user_llm.phases.llm import tokenizer
+from user_llm.phases.run import Run
 from user_llm.training.loop import LoopConfig, abstract_state, settle_steps
 from user_llm.training.task import Task
 
 
-def build_tasks(context: Context, of: Callable[[str], Context] | None = None) -> dict[str, Task]:
+def build_tasks(run: Run, data: Dataset) -> dict[str, Task]:
     """Build the tasks of all phases of a run, and see that each can run to its end.
-
-    Args:
-      of: returns the run as the phase of a name sees it; None for all alike.
 
     Returns:
       By phase, in the order in which they run; without `pretrain_lm` where an open LLM stands in for it.
@@ -34,22 +33,22 @@ def build_tasks(context: Context, of: Callable[[str], Context] | None = None) ->
     Raises:
       ValueError: the first phase that cannot, and why.
     """
-    config, tasks = context.config, dict[str, Task]()
+    config, tasks = run.config, dict[str, Task]()
     if config.llm.checkpoint:
-        pretrained.check_weights(context.checkpoint)
-        general_text.read_windows(context.tokenizer(), **config.general_text)
+        pretrained.check_weights(run.checkpoint)
+        general_text.read_windows(tokenizer(run, data), **vars(config.general_text))
     for name in config.phases:
-        if config[name].task == "pretrain_lm" and config.llm.checkpoint:
+        if config.sections[name].task == "pretrain_lm" and config.llm.checkpoint:
             logging.info("%s: left out, the LLM is %s", name, config.llm.checkpoint)
             continue
         with naming(name):
-            task = BUILDERS[config[name].task](config, name, of(name) if of else context)
-            check_task(task, context, tasks)
+            task = BUILDERS[config.sections[name].task](name, run, data)
+            check_task(task, run, tasks)
         tasks[name] = task
     return tasks
 
 
-def check_task(task: Task, context: Context, earlier: Mapping[str, Task]) -> None:
+def check_task(task: Task, run: Run, earlier: Mapping[str, Task]) -> None:
     """See that a phase can start, step, be monitored and be measured.
 
     Args:
@@ -58,36 +57,40 @@ def check_task(task: Task, context: Context, earlier: Mapping[str, Task]) -> Non
     Raises:
       ValueError: what it cannot do.
     """
-    phase = context.config[task.name]
-    loop = settle_steps(LoopConfig(**phase.loop), task)
+    phase = run.config.sections[task.name]
+    loop = settle_steps(LoopConfig(**vars(phase.loop)), task)
     if not task.steps_per_epoch:
         raise ValueError("no user has two events to train on: lower data.withhold, or take more data.")
     if loop.monitor not in task.metrics:
         raise ValueError(f"loop.monitor={loop.monitor!r}: choose one of {', '.join(task.metrics)}.")
-    key, rows = ("batch.rows", phase.batch.rows) if "batch" in phase else ("batch_size", phase.batch_size)
-    shards = meshes.row_shards(context.mesh)
+    key, rows = phase.rows
+    shards = meshes.row_shards(run.mesh)
     if rows % (loop.accumulation_steps * shards):
         raise ValueError(
             f"{key}={rows}: it must be a multiple of {loop.accumulation_steps * shards}, for {loop.accumulation_steps} "
             f"parts (loop.accumulation_steps) on {shards} devices (mesh.data x mesh.fsdp)."
         )
-    check_sources(task, context, earlier)
-    abstract_state(task, loop, context.optimizer_config(task.name), context.mesh, context.seed)
+    check_sources(task, run, earlier)
+    abstract_state(task, loop, run.optimizer_config(task.name), run.mesh, run.seed)
     task.check()
 
 
-def check_sources(task: Task, context: Context, earlier: Mapping[str, Task]) -> None:
+def check_sources(task: Task, run: Run, earlier: Mapping[str, Task]) -> None:
     """See that every parameter that starts from another phase has its like there.
 
     Raises:
       ValueError: a phase that neither runs before nor is finished, or whose parameters are others.
     """
     shapes = trees.flatten(task.shapes)
-    sources = trees.flatten(context.sources(task.load, task.shapes))
+    sources = trees.flatten(starting.sources(run, task.load, task.shapes))
     for source in sorted(set(sources.values()) - {"fresh", "checkpoint"}):
-        there = earlier[source].shapes if source in earlier else _finished_shapes(context.workdir / source)
+        there = earlier[source].shapes if source in earlier else _finished_shapes(run.workdir / source)
         if there is None:
-            instead = f", or set {task.name}.encoder_init=scratch" if source == context.config[task.name].get("encoder") else ""
+            instead = (
+                f", or set {task.name}.encoder_init=scratch"
+                if source == getattr(run.config.sections[task.name], "encoder", "")
+                else ""
+            )
             raise ValueError(
                 f"it starts from {source}, which does not run before it: put {source} before {task.name} in phases{instead}."
             )

@@ -10,16 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array
-from ml_collections import ConfigDict
 
 from user_llm.common import mesh as meshes
 from user_llm.common import trees
 from user_llm.common.trees import Params
+from user_llm.config.phases import PretrainLM
+from user_llm.data.dataset import Dataset
 from user_llm.data.pipeline import packed_text
 from user_llm.models.decoder import Decoder
 from user_llm.nn.losses import Whole, chunked_cross_entropy, whole_count
 from user_llm.nn.visibility import segment_mask
-from user_llm.tasks.context import Context
+from user_llm.phases.llm import corpus, decoder_config, tokenizer
+from user_llm.phases.run import Run
 from user_llm.training.task import Batch, Task
 
 
@@ -42,27 +44,27 @@ def lm_loss(
     return text_loss(decoder, rows, batch["next"].reshape(-1), weights, chunk, whole), {}
 
 
-def build(config: ConfigDict, name: str, context: Context) -> Task:
+def build(name: str, run: Run, data: Dataset) -> Task:
     """Build the task; a twentieth of the lines, chosen by seed, is held out for validation."""
-    phase = config[name]
-    tokenizer = context.tokenizer()
-    lines = tokenizer.encode_all(context.corpus())
+    phase, words = run.config.sections[name], tokenizer(run, data)
+    assert isinstance(phase, PretrainLM)
+    lines = words.encode_all(corpus(data, run.seed))
     if len(lines) < 2:
         raise ValueError(f"a catalogue of {len(lines)} titles is too small: one line trains and another validates.")
-    rng = np.random.default_rng(context.seed)
+    rng = np.random.default_rng(run.seed)
     held_out = rng.random(len(lines)) < 0.05
     held_out[int(rng.integers(len(lines)))] |= not held_out.any()
-    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    start = [] if words.bos_id is None else [words.bos_id]
     lines = [np.array([*start, *line], np.int32) for line in lines]
     train_lines, held_lines = (
         [line for line, out in zip(lines, held_out, strict=True) if out == part] for part in (False, True)
     )
-    model_config = context.decoder_config(tokenizer.vocab_size)
-    create = lambda: Decoder(model_config, rngs=nnx.Rngs(params=context.seed))  # noqa: E731
+    model_config = decoder_config(run, words.vocab_size)
+    create = lambda: Decoder(model_config, rngs=nnx.Rngs(params=run.seed))  # noqa: E731
     graphdef, shapes = trees.abstract(create)
 
     def stream(lines: list[np.ndarray], number: tuple[int, int], rows: int) -> grain.IterDataset:
-        return packed_text(lines, rows=rows, row_length=phase.batch.row_length, seed=context.seed, stream=number)
+        return packed_text(lines, rows=rows, row_length=phase.batch.row_length, seed=run.seed, stream=number)
 
     def loss(params: Params, batch: Batch, key: Array | None, whole: Whole | None = None):
         return lm_loss(trees.merge(graphdef, params), batch, key, phase.loss.chunk, whole)
@@ -70,8 +72,8 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
     validation_loss = jax.jit(lambda params, batch: loss(params, batch, None)[0])
 
     def evaluate(params: Params) -> dict[str, float]:
-        data = iter(stream(held_lines, (0, 1), phase.batch.rows))
-        batches = (meshes.put_rows(next(data), context.mesh) for _ in range(phase.eval.batches))
+        held = iter(stream(held_lines, (0, 1), phase.batch.rows))
+        batches = (meshes.put_rows(next(held), run.mesh) for _ in range(phase.eval.batches))
         losses = [float(validation_loss(params, batch)) for batch in batches]
         return {"loss": float(np.mean(losses)), "perplexity": float(np.exp(np.mean(losses)))}
 
@@ -82,7 +84,7 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
         init=lambda place: trees.init(create, place),
         loss=loss,
         counts=lambda batch: {"tokens": (batch["segments"] > 0).sum()},
-        train_data=context.streams(lambda number, rows: stream(train_lines, number, rows), phase.batch.rows),
+        train_data=run.streams(lambda number, rows: stream(train_lines, number, rows), phase.batch.rows),
         steps_per_epoch=sum(map(len, train_lines)) / (phase.batch.rows * phase.batch.row_length),
         work=trees.count(shapes) * phase.batch.rows * phase.batch.row_length,
         count_events=lambda batch: int((batch["segments"] > 0).sum()),

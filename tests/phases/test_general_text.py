@@ -12,7 +12,7 @@ from user_llm.models.decoder import Decoder, DecoderConfig
 from user_llm.models.user import SoftPrompt, User
 from user_llm.nn.cross_attention import CrossAttentionConfig, UserKV
 from user_llm.nn.transformer import BlockConfig
-from user_llm.tasks.general_text import perplexity, read_windows
+from user_llm.phases.general_text import perplexity, read_windows
 
 CONFIG = DecoderConfig(
     vocab_size=300, num_layers=2, block=BlockConfig(width=12, heads=2, kv_heads=2, head_dim=6, mlp_width=16),

@@ -3,15 +3,18 @@
 | variant | for |
 |---|---|
 | `full` | the paper's sets, one TPU host |
-| an open LLM by its name in `common.LLMS` | the same with that LLM in place of the small one that is trained from scratch |
+| an open LLM by its name in `defaults.LLMS` | the same with that LLM in place of the small one that is trained from scratch |
 | `gpu` | the same sets and an open LLM of some 100 million parameters, by `--config.llm.checkpoint`, on one GPU: minutes |
 | `small` | 2 CPU cores and the small real sets, by `--config.data.dir` |
 | `synthetic` | minutes on 2 CPU cores, no data: a generated world in the dataset's layout |
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
-from configs import common
+from user_llm.config import defaults
+from user_llm.config.variants import nested
 
 # A few thousand events, of five or ten a user: smaller batches, fewer steps.
 TINY = {
@@ -23,7 +26,7 @@ TINY = {
 
 # What sets the datasets apart: features of an event, lines of a prompt, classes of the favourites, which tasks besides the next item
 # one LLM learns, with their weights, and what the real set at hand for `small` asks for.
-DATASETS = {
+DATASETS: dict[str, dict[str, Any]] = {
     "movielens": {
         "items": 27_280,  # MovieLens-20M; as SeqLLM (arXiv 2608.03063, table 9) counts the paper's sets
         "features": ("item", "rating", "genres", "gap"),
@@ -74,7 +77,7 @@ METHODS = {
 
 # Further phases that every experiment has at hand, by `--config.phases`: changes of user_llm, whose names are those of their
 # methods; `experiment` adds those that take more to say. They share the encoder and the LLM of the phases before them in the same run.
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "user_llm_soft_prompt": {"injection": "soft_prompt"},
     "user_llm_both": {"injection": "both"},
     "user_llm_every_layer": {"cross.every": 1},
@@ -106,7 +109,7 @@ def experiment(dataset: str, method: str, variant: str) -> ConfigDict:
     Raises:
       ValueError: an unknown variant.
     """
-    facts, config = DATASETS[dataset], common.base()
+    facts, config = DATASETS[dataset], defaults.base()
     config.phases = METHODS[method]
     config.data.source = dataset
     config.encoder.features = facts["features"]
@@ -118,35 +121,35 @@ def experiment(dataset: str, method: str, variant: str) -> ConfigDict:
         small(config, facts)
     elif variant == "gpu":
         gpu(config, facts)
-    elif variant == "full" or variant in common.LLMS:
+    elif variant == "full" or variant in defaults.LLMS:
         full(config, facts)
-        if variant in common.LLMS:
-            config.llm.checkpoint, published = common.LLMS[variant]
+        if variant in defaults.LLMS:
+            config.llm.checkpoint, published = defaults.LLMS[variant]
             config.llm.published = ConfigDict(published)
             for name in ("user_llm", *TEXT_PROMPTS):
                 config[name].strategy = "lora"
-                config[name].optimizer.lr_multiplier = common.PRETRAINED_LEARNING_RATES
+                config[name].optimizer.lr_multiplier = defaults.PRETRAINED_LEARNING_RATES
     else:
         raise ValueError(
-            f"Unknown variant {variant!r}: choose full, gpu, small, synthetic or an open LLM: {', '.join(common.LLMS)}."
+            f"Unknown variant {variant!r}: choose full, gpu, small, synthetic or an open LLM: {', '.join(defaults.LLMS)}."
         )
     more = 1 + sum(facts["tasks"].values())  # so that the next item keeps its steps
     for name in ("user_llm", *TEXT_PROMPTS):
         for task, weight in facts["tasks"].items():
             config[name].prompts[task].weight = weight
         config[name].loop.total_steps = round(config[name].loop.total_steps * more)
-    variants = {name: ("user_llm", changes) for name, changes in VARIANTS.items()}
+    variants: dict[str, tuple[str, dict[str, Any]]] = {name: ("user_llm", changes) for name, changes in VARIANTS.items()}
     variants["bert4rec"] = "pretrain_encoder", {"encoder.objective": "masked"}
     variants["dual_encoder"] = "pretrain_encoder", {"encoder.objective": "dual", "loss.negatives": 0}
-    variants["user_llm_bert4rec"] = "user_llm", {"encoder": "bert4rec"} | common.with_bidirectional(config.user_llm)
+    variants["user_llm_bert4rec"] = "user_llm", {"encoder": "bert4rec"} | defaults.with_bidirectional(config.user_llm)
     variants["user_llm_dual"] = "user_llm", {"encoder": "dual_encoder"}
-    variants["user_llm_scratch"] = "user_llm", common.with_fresh_encoder(config.user_llm)
+    variants["user_llm_scratch"] = "user_llm", defaults.with_fresh_encoder(config.user_llm)
     asked = {f"prompts.next_item.{key}": config.text_prompt_10.prompts.next_item[key] for key in ("instruction", "max_tokens")}
     variants["hybrid_10"] = "user_llm", {"examples.text_items": 10} | asked
     variants["llm_text_prompt_10"] = "text_prompt_10", {"strategy": "none", "loss.catalogue": 0.0}
     variants["text_summary"] = "text_prompt_10", {"examples.history": "summary"}
     for name, (like, changes) in variants.items():
-        config[name] = common.varied(config, like, name, changes)
+        config.variants[name] = ConfigDict({"like": like, "changes": nested({"method": name} | changes)})
     if method == "softprompt":
         config.user_llm.update(injection="soft_prompt", method="user_llm_soft_prompt")
     return config
@@ -154,19 +157,19 @@ def experiment(dataset: str, method: str, variant: str) -> ConfigDict:
 
 def full(config: ConfigDict, facts: dict) -> None:
     """Fill in the sizes for the paper's sets; 6 encoder layers as in the paper (second-hand)."""
-    config.encoder.update(num_layers=6, unroll=False, block=common.block(256, 4, 768, dropout=0.1))
-    config.llm.update(vocab_size=8192, num_layers=12, unroll=False, block=common.block(512, 8, 1536, dropout=0.1))
+    config.encoder.update(num_layers=6, unroll=False, block=defaults.block(256, 4, 768, dropout=0.1))
+    config.llm.update(vocab_size=8192, num_layers=12, unroll=False, block=defaults.block(512, 8, 1536, dropout=0.1))
     batch = {"window": 200, "rows": 128, "row_length": 512}
-    config.pretrain_encoder = common.pretrain_encoder(total_steps=60_000, eval_steps=1000, batch=batch)
+    config.pretrain_encoder = defaults.pretrain_encoder(total_steps=60_000, eval_steps=1000, batch=batch)
     # Beyond 50,000 items the exact softmax, 6 x 256 FLOPs an item and event, would cost several times as much as the encoder.
     config.pretrain_encoder.loss.negatives = 8192 if facts["items"] > 50_000 else 0
-    config.pretrain_lm = common.pretrain_lm(total_steps=5000, eval_steps=500, batch={"rows": 64, "row_length": 512})
+    config.pretrain_lm = defaults.pretrain_lm(total_steps=5000, eval_steps=500, batch={"rows": 64, "row_length": 512})
     steps = {"total_steps": 50_000, "eval_steps": 1000}
-    asked = common.prompts(facts["next"], max_tokens=32)
-    config.user_llm = common.contextualize("user_llm", batch_size=64, prompts=asked, **steps)
+    asked = defaults.prompts(facts["next"], max_tokens=32)
+    config.user_llm = defaults.contextualize("user_llm", batch_size=64, prompts=asked, **steps)
     config.user_llm.eval.generate_users = 5000
-    config.text_prompt_10 = common.text_prompt(10, facts["past"], max_tokens=160, batch_size=512, **steps)
-    config.text_prompt_50 = common.text_prompt(50, facts["past"], max_tokens=640, batch_size=128, **steps)
+    config.text_prompt_10 = defaults.text_prompt(10, facts["past"], max_tokens=160, batch_size=512, **steps)
+    config.text_prompt_50 = defaults.text_prompt(50, facts["past"], max_tokens=640, batch_size=128, **steps)
     for name in ("pretrain_encoder", "pretrain_lm", "user_llm", *TEXT_PROMPTS):  # parameters and optimizers stay float32
         config[name].loop.dtype = "bfloat16"
 
@@ -174,16 +177,16 @@ def full(config: ConfigDict, facts: dict) -> None:
 def small(config: ConfigDict, facts: dict) -> None:
     """Fill in the sizes for 2 CPU cores and some 2,000 users."""
     # 12 passes over the training events of ml-latest-union, 3,000 a step.
-    optimizer = common.optimizer(2e-3, schedule="cosine")
-    config.pretrain_encoder = common.pretrain_encoder(total_steps=1200, eval_steps=100, optimizer=optimizer)
-    config.pretrain_lm = common.pretrain_lm(total_steps=400, eval_steps=200)
+    optimizer = defaults.optimizer(2e-3, schedule="cosine")
+    config.pretrain_encoder = defaults.pretrain_encoder(total_steps=1200, eval_steps=100, optimizer=optimizer)
+    config.pretrain_lm = defaults.pretrain_lm(total_steps=400, eval_steps=200)
     # The text prompts see more targets: 128, 16 x 10 and 4 x (about) 50 a step.
-    asked = common.prompts(facts["next"], max_tokens=24, max_title_tokens=18)
-    config.user_llm = common.contextualize("user_llm", total_steps=1000, eval_steps=200, prompts=asked)
+    asked = defaults.prompts(facts["next"], max_tokens=24, max_title_tokens=18)
+    config.user_llm = defaults.contextualize("user_llm", total_steps=1000, eval_steps=200, prompts=asked)
     config.user_llm.eval.generate_users = 500
     past = facts["past"]
-    config.text_prompt_10 = common.text_prompt(10, past, total_steps=1200, eval_steps=200, max_tokens=128, batch_size=16)
-    config.text_prompt_50 = common.text_prompt(50, past, total_steps=900, eval_steps=150, max_tokens=640, batch_size=4)
+    config.text_prompt_10 = defaults.text_prompt(10, past, total_steps=1200, eval_steps=200, max_tokens=128, batch_size=16)
+    config.text_prompt_50 = defaults.text_prompt(50, past, total_steps=900, eval_steps=150, max_tokens=640, batch_size=4)
     for name in ("user_llm", *TEXT_PROMPTS):
         config[name].optimizer.schedule = "cosine"
         config[name].eval.validation_users = 2000
@@ -204,7 +207,7 @@ def gpu(config: ConfigDict, facts: dict) -> None:
         phase = config[name]
         phase.batch_size, phase.loss.chunk = batch_size, 4096
         phase.prompts.max_title_tokens, phase.prompts.next_item.max_tokens = 24, tokens[name]
-        phase.optimizer.lr_multiplier = common.PRETRAINED_LEARNING_RATES
+        phase.optimizer.lr_multiplier = defaults.PRETRAINED_LEARNING_RATES
         phase.eval.update(pad_whole=True, batch_size=128, generate_users=500)
         phase.loop.update(total_steps=total_steps, eval_steps=400, save_steps=400, dtype="bfloat16")
     for name in TEXT_PROMPTS:
@@ -216,26 +219,26 @@ def synthetic(config: ConfigDict, dataset: str, facts: dict) -> None:
     """Fill in the sizes for the generated world."""
     config.data.source = "synthetic"
     config.data.synthetic.layout = dataset
-    config.encoder.update(max_events=64, block=common.block(64, 2, 128, dropout=0.1), dropout=0.1)
-    config.llm.update(vocab_size=768, num_layers=2, block=common.block(64, 2, 192, dropout=0.0))
-    optimizer = common.optimizer(3e-3, schedule="cosine", warmup_steps=30)
-    config.pretrain_encoder = common.pretrain_encoder(
+    config.encoder.update(max_events=64, block=defaults.block(64, 2, 128, dropout=0.1), dropout=0.1)
+    config.llm.update(vocab_size=768, num_layers=2, block=defaults.block(64, 2, 192, dropout=0.0))
+    optimizer = defaults.optimizer(3e-3, schedule="cosine", warmup_steps=30)
+    config.pretrain_encoder = defaults.pretrain_encoder(
         total_steps=400, eval_steps=200, batch={"window": 64, "rows": 48, "row_length": 64}, optimizer=optimizer
     )
-    config.pretrain_lm = common.pretrain_lm(total_steps=100, eval_steps=50)
+    config.pretrain_lm = defaults.pretrain_lm(total_steps=100, eval_steps=50)
     config.pretrain_lm.optimizer.warmup_steps = 30
-    config.user_llm = common.contextualize(
+    config.user_llm = defaults.contextualize(
         "user_llm", total_steps=240, eval_steps=120, batch_size=16,
         examples={"max_events": 64, "targets_per_history": 8, "text_items": 0, "history": "titles"},
-        prompts=common.prompts(facts["next"], max_tokens=24, max_title_tokens=12),
-        optimizer=optimizer | {"lr_multiplier": common.CONTEXTUAL_LEARNING_RATES},
+        prompts=defaults.prompts(facts["next"], max_tokens=24, max_title_tokens=12),
+        optimizer=optimizer | {"lr_multiplier": defaults.CONTEXTUAL_LEARNING_RATES},
     )  # fmt: skip
     config.user_llm.cross.every = 1
     config.user_llm.eval.generate_users = 200
     # All three see about 30,700 training targets: 240 x 128, 96 x 32 x 10, 96 x 8 x (about) 40.
-    steps = {"total_steps": 96, "eval_steps": 48, "optimizer": optimizer}
-    config.text_prompt_10 = common.text_prompt(10, facts["past"], max_tokens=128, batch_size=32, **steps)
-    config.text_prompt_50 = common.text_prompt(50, facts["past"], max_tokens=512, batch_size=8, **steps)
+    steps: dict[str, Any] = {"total_steps": 96, "eval_steps": 48, "optimizer": optimizer}
+    config.text_prompt_10 = defaults.text_prompt(10, facts["past"], max_tokens=128, batch_size=32, **steps)
+    config.text_prompt_50 = defaults.text_prompt(50, facts["past"], max_tokens=512, batch_size=8, **steps)
     for name in ("user_llm", *TEXT_PROMPTS):
         config[name].eval.validation_users = 200
         config[name].eval.review_users = 100

@@ -1,4 +1,4 @@
-"""The tasks that ask for a user's favourite genre or category, in the history or in the events after it.
+"""The tasks `favorite` and `favorite_future`, which ask for a user's favourite genre or category, in the history or in the events after it.
 
 The label of `OfHistory` can be counted from the history, so that the task is easy. The label of `OfFuture` cannot, and is
 therefore the fairer test of a model. For `OfFuture` the history of a test user ends where training ends: no phase of training has
@@ -11,9 +11,17 @@ import functools
 import numpy as np
 from jaxtyping import Int
 
-from user_llm.data.prompts.base import Ids, Items, Question, TextRow
+from user_llm.config import phases as settings
+from user_llm.config.phases import ContextualEval
+from user_llm.config.reader import Config
+from user_llm.data.dataset import Dataset
+from user_llm.data.prompts.base import Ids, Items, Lines, Question, TextRow
 from user_llm.data.splits import Split
 from user_llm.data.timelines import Timelines
+from user_llm.evals.measured import Measured
+from user_llm.models.trie import Trie
+from user_llm.tasks.asking import Asking
+from user_llm.tasks.task import Found, PromptTask
 
 
 class Labels:
@@ -148,3 +156,84 @@ class FavoriteExamples:
           ValueError: the question and the target have more than `max_tokens` tokens.
         """
         self.template.room(self.template.ask())
+
+
+def favorite_baselines(asked: OfHistory, part: str = "test") -> dict[str, Measured]:
+    """Return of each method its accuracy, 1 for each target whose class it names.
+
+    `counting` names the favourite of the history, which of the task `favorite` is the label itself. `majority` names the class
+    that is the favourite of most users' training events.
+
+    Raises:
+      ValueError: nobody has a label.
+    """
+    users, ends = asked.targets(part)
+    if not len(users):
+        raise ValueError(f"No user of the {part} part has a favourite: raise data.withhold, or ask no favourites.")
+    pairs = list(zip(users.tolist(), ends.tolist(), strict=True))
+    expected = np.array([asked.label(user, end) for user, end in pairs])
+    counted = np.array([asked.labels.favorite(user, 0, end) for user, end in pairs])
+    trained = [asked.labels.favorite(user, 0, int(stop)) for user, stop in enumerate(asked.split.train_stop)]
+    most = np.bincount([label for label in trained if label]).argmax()
+    correct = {"counting": counted == expected, "majority": expected == most}
+    return {method: Measured(users, ends, {"accuracy": named.astype(np.float64)}) for method, named in correct.items()}
+
+
+def check(asked: FavoriteExamples, sizes: ContextualEval) -> None:
+    """See that the names of classes can be told apart, and that a prompt has room for one.
+
+    Raises:
+      ValueError: they cannot, or it has not.
+    """
+    Trie.build(asked.names)
+    asked.check_room()
+
+
+def names(asked: FavoriteExamples) -> dict[int, str]:
+    """Return the names that are possible answers, by their numbers."""
+    return {number: asked.asked.labels.names[number] for number in asked.names}
+
+
+def best_classes(asking: Asking, name: str, users: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Return the number of the likeliest class for each history."""
+    return asking.choose_name(name, _examples(asking, name).names, users, ends)
+
+
+def measure(asking: Asking, name: str, part: str, limit: int | None, sizes: ContextualEval) -> list[Found]:
+    """Measure how often the likeliest class is the label."""
+    asked = _examples(asking, name)
+    users, ends = (array[:limit] for array in asked.targets(part))
+    best = best_classes(asking, name, users, ends)
+    labels = [asked.asked.label(int(user), int(end)) for user, end in zip(users, ends, strict=True)]
+    correct = (best == labels).astype(np.float64)
+    return [Found(Measured(users, ends, {"accuracy": correct}))]
+
+
+def show(asking: Asking, name: str, users: np.ndarray, ends: np.ndarray) -> list[str]:
+    """Return the name of the likeliest class."""
+    labels = _examples(asking, name).asked.labels
+    return [labels.names[i] for i in best_classes(asking, name, users, ends)]
+
+
+def _examples(asking: Asking, name: str) -> FavoriteExamples:
+    asked = asking.examples[name]
+    assert isinstance(asked, FavoriteExamples)
+    return asked
+
+
+def task(of: type[OfHistory]) -> PromptTask:
+    """Return the task that asks for the favourite class, of the history or of the future."""
+
+    def about(data: Dataset, config: Config) -> OfHistory:
+        return of(Labels(data.timelines, feature=config.labels.feature, whole=config.labels.whole), data.split)
+
+    def examples(lines: Lines, data: Dataset, asked: settings.Question, config: Config) -> FavoriteExamples:
+        return FavoriteExamples(Question.of(lines, asked), about(data, config))
+
+    return PromptTask(
+        settings.Question, ("accuracy",), examples, measure, show, check, names,
+        baselines=lambda data, config: favorite_baselines(about(data, config)),
+    )  # fmt: skip
+
+
+OF_HISTORY, OF_FUTURE = task(OfHistory), task(OfFuture)

@@ -1,21 +1,24 @@
 """What each phase of a run depends on, and what of it the run's directory already holds."""
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
 from etils import epath
-from ml_collections import ConfigDict
 
 from user_llm.common.distributed import agreed, barrier, gather
 from user_llm.common.hashes import content_hashes
 from user_llm.common.workdir import check_tree, path_part
+from user_llm.config.inputs import flat
+from user_llm.config.phases import Contextualize
+from user_llm.config.reader import Config
+from user_llm.config.variants import changed
+from user_llm.data.dataset import Dataset
 from user_llm.models import pretrained
-from user_llm.tasks import inputs
-from user_llm.tasks.context import Context
-from user_llm.tasks.pretrain_encoder import encoder_section
+from user_llm.phases import inputs
+from user_llm.phases.llm import tokenizer
+from user_llm.phases.run import Run
 from user_llm.training import phases
 from user_llm.training.identity import Identity, changed_inputs, changed_settings, listed, read_identity
 
@@ -25,7 +28,7 @@ ITEM_TABLE = ("encoder.features", "encoder.block.width")
 ANOTHER = "{} holds a run of another config ({}): choose another --workdir."
 
 
-def check_settings(config: ConfigDict, workdir: epath.Path) -> None:
+def check_settings(config: Config, workdir: epath.Path) -> None:
     """Refuse a directory of a run with another dataset, protocol or seed, before any data are read.
 
     Raises:
@@ -42,7 +45,7 @@ def check_settings(config: ConfigDict, workdir: epath.Path) -> None:
     agreed(check)
 
 
-def settle_run(config: ConfigDict, context: Context) -> dict[str, str]:
+def settle_run(run: Run, data: Dataset) -> dict[str, str]:
     """Decide what becomes of everything that the run's directory holds, carry it out, and return each phase's identity.
 
     Finished phases stay or are taken from the runs of `config.reuse`; phases whose settings changed are set aside.
@@ -51,18 +54,18 @@ def settle_run(config: ConfigDict, context: Context) -> dict[str, str]:
       ValueError: files that changed under what was trained on them, processes that read different files, a run to reuse that
         is not there, or a name that is no part of a path.
     """
-    data, workdir, accept = context.data_files, context.workdir, config.data.accept_changes
-    _same_everywhere(data)
+    config, workdir, accept = run.config, run.workdir, run.config.data.accept_changes
+    _same_everywhere(data.files)
     runs = other_runs(config.reuse)
 
     def settle_data() -> None:
-        _settle_run(workdir, inputs.run_identity(config, data), accept)
+        _settle_run(workdir, inputs.run_identity(config, data.files), accept)
         if needs_tokenizer(config):
-            _settle_tokenizer(context, runs)
+            _settle_tokenizer(run, data, runs)
 
     agreed(settle_data)
     barrier("the tokenizer is settled")
-    files = llm_files(config, context)
+    files = llm_files(run, data)
     _same_everywhere(files)
 
     def settle_phases() -> dict[str, str]:
@@ -72,7 +75,7 @@ def settle_run(config: ConfigDict, context: Context) -> dict[str, str]:
             parts[LLM] = phases.decide(workdir, LLM, wanted, runs=runs, accept=accept)
         for name in with_sources(config):
             built_on = {source: parts[source].identity.hash for source in sources(config, name)}
-            wanted = phase_identity(config, name, data, files, built_on)
+            wanted = phase_identity(config, name, data.files, files, built_on)
             parts[name] = phases.decide(workdir, name, wanted, runs=runs, accept=accept)
             if name not in config.phases and not (parts[name].stands or parts[name].source):
                 raise ValueError(
@@ -82,7 +85,7 @@ def settle_run(config: ConfigDict, context: Context) -> dict[str, str]:
             phases.settle(workdir, part)
         return {name: part.identity.hash for name, part in parts.items()}
 
-    return {BASELINES: inputs.run_identity(config, data).hash, **agreed(settle_phases)}
+    return {BASELINES: inputs.run_identity(config, data.files).hash, **agreed(settle_phases)}
 
 
 def other_runs(reuse: str) -> list[epath.Path]:
@@ -99,7 +102,7 @@ def other_runs(reuse: str) -> list[epath.Path]:
     return runs
 
 
-def with_sources(config: ConfigDict) -> list[str]:
+def with_sources(config: Config) -> list[str]:
     """Return the phases of a run and those whose parameters they start from, in an order in which each can be built.
 
     Raises:
@@ -116,36 +119,35 @@ def with_sources(config: ConfigDict) -> list[str]:
             order.append(name)
 
     for name in config.phases:
-        if not (config[name].task == "pretrain_lm" and config.llm.checkpoint):
+        if not (config.sections[name].task == "pretrain_lm" and config.llm.checkpoint):
             add(name)
     return order
 
 
-def sources(config: ConfigDict, name: str) -> list[str]:
+def sources(config: Config, name: str) -> list[str]:
     """Return the phases whose parameters a phase starts from.
 
     Raises:
-      ValueError: one that is no phase, or an encoder that no phase pretrains.
+      ValueError: one that is no phase.
     """
-    phase = config[name]
-    if phase.task != "contextualize":
+    phase = config.sections[name]
+    if not isinstance(phase, Contextualize):
         return []
-    encoder_section(config, phase.encoder)  # refuses what is no encoder
     encoder = [phase.encoder] if phase.examples.max_events and phase.encoder_init == "pretrained" else []
     kinds = ("fresh", "checkpoint", *(("pretrain_lm",) if config.llm.checkpoint else ()))
     loaded = [source for _, source in phase.load if source not in kinds]
-    if unknown := [source for source in loaded if "task" not in config.get(source, {})]:
+    if unknown := [source for source in loaded if source not in config.sections]:
         raise ValueError(f"{name}.load names {unknown[0]!r}, which is no phase.")
     return list(dict.fromkeys([*encoder, *loaded]))
 
 
-def needs_tokenizer(config: ConfigDict) -> bool:
+def needs_tokenizer(config: Config) -> bool:
     """Return whether a phase of a run reads text by a tokenizer that the run makes itself."""
-    return not config.llm.checkpoint and any(config[name].task != "pretrain_encoder" for name in config.phases)
+    return not config.llm.checkpoint and any(config.sections[name].task != "pretrain_encoder" for name in config.phases)
 
 
 def phase_identity(
-    config: ConfigDict, name: str, data: Mapping[str, str], llm: Mapping[str, str], built_on: Mapping[str, str]
+    config: Config, name: str, data: Mapping[str, str], llm: Mapping[str, str], built_on: Mapping[str, str]
 ) -> Identity:
     """Return the identity of a phase.
 
@@ -154,68 +156,68 @@ def phase_identity(
       built_on: identities of the phases that `sources` returns.
 
     Raises:
-      ValueError: the phase's name or its method's is no part of a path, or a strategy or an encoder that does not exist.
+      ValueError: the phase's name or its method's is no part of a path.
     """
-    phase = config[path_part(name, "The phase")]
+    phase, said = config.sections[path_part(name, "The phase")], config.said
     settings = {**inputs.run_identity(config, data).settings, **own_settings(config, name)}
     if phase.task == "pretrain_encoder":
-        return Identity(data, settings | inputs.flat(encoder_section(config, name), "encoder"))
+        return Identity(data, settings | flat(_encoder(config, name), "encoder"))
     files = {**data, **llm}
     if not config.llm.checkpoint:
-        small = inputs.flat(config.llm, "llm")
+        small = flat(said["llm"], "llm")
         settings |= {key: value for key, value in small.items() if key.startswith(SMALL_LLM)}
-    if phase.task == "contextualize":
+    if isinstance(phase, Contextualize):
         settings |= encoder_settings(config, name)
         if config.llm.checkpoint:
             files |= text_files(config)
             settings |= text_settings(config)
         if any(key.startswith(f"{name}.prompts.favorite") for key in settings):
-            settings |= inputs.flat(config.labels, "labels")
+            settings |= flat(said["labels"], "labels")
     return Identity(files, settings, built_on)
 
 
-def own_settings(config: ConfigDict, name: str) -> dict[str, Any]:
+def own_settings(config: Config, name: str) -> dict[str, Any]:
     """Return the settings of a phase's section and of its strategy.
 
     The strategy counts by what it trains, and the section's `encoder` by the settings of that encoder, not by their names; tasks of
     weight 0 count for nothing.
 
     Raises:
-      ValueError: a strategy that does not exist, or a method whose name is no part of a path.
+      ValueError: a method whose name is no part of a path.
     """
-    phase = config[name]
-    if phase.strategy not in config.strategies:
-        raise ValueError(f"Unknown strategy {phase.strategy!r} of {name}: choose one of {', '.join(config.strategies)}.")
-    strategy = config.strategies[phase.strategy]
-    section = json.loads(phase.to_json_best_effort())
-    for key in ("strategy", "encoder", "like"):
-        section.pop(key, None)
+    strategy = config.sections[name].strategy
+    section = {key: value for key, value in config.said[name].items() if key not in ("strategy", "encoder")}
     if "method" in section:
         path_part(section["method"].replace("/", "_"), f"{name}.method")
     if "prompts" in section:
         asked = section["prompts"].items()
         section["prompts"] = {task: of for task, of in asked if not isinstance(of, dict) or of.get("weight")}
-    settings = inputs.flat(section, name) | inputs.flat(strategy, f"{name}.strategy")
-    return settings | (inputs.flat(config.lora, "lora") if strategy.adapters else {})
+    settings = flat(section, name) | flat(config.said["strategies"][strategy], f"{name}.strategy")
+    return settings | (flat(config.said["lora"], "lora") if config.strategies[strategy].adapters else {})
 
 
-def encoder_settings(config: ConfigDict, name: str) -> dict[str, Any]:
+def encoder_settings(config: Config, name: str) -> dict[str, Any]:
     """Return the encoder's settings that a contextualization depends on; a text prompt has the item table's alone."""
-    phase = config[name]
-    settings = inputs.flat(encoder_section(config, phase.encoder), "encoder")
+    phase = config.contextual(name)
+    settings = flat(_encoder(config, phase.encoder), "encoder")
     if phase.examples.max_events:
         return settings
     return {key: settings[key] for key in ITEM_TABLE if key in settings}
 
 
-def text_settings(config: ConfigDict) -> dict[str, Any]:
+def _encoder(config: Config, phase: str) -> dict[str, Any]:
+    """Return the section `encoder` as a phase that pretrains an encoder changes it, as plain values."""
+    return changed(config.said["encoder"], config.said[phase]["encoder"])
+
+
+def text_settings(config: Config) -> dict[str, Any]:
     """Return how much of the general text is read."""
-    settings = inputs.flat(config.general_text, "general_text")
+    settings = flat(config.said["general_text"], "general_text")
     settings.pop("general_text.file", None)
     return settings
 
 
-def text_files(config: ConfigDict) -> dict[str, str]:
+def text_files(config: Config) -> dict[str, str]:
     """Return the content hash of the general text.
 
     Raises:
@@ -229,14 +231,14 @@ def text_files(config: ConfigDict) -> dict[str, str]:
     return {"general_text": content_hashes([config.general_text.file])[0]}
 
 
-def llm_files(config: ConfigDict, context: Context) -> dict[str, str]:
+def llm_files(run: Run, data: Dataset) -> dict[str, str]:
     """Return the content hashes of the LLM and its tokenizer; none for a run whose phases read no text."""
-    if config.llm.checkpoint:
-        return pretrained.checkpoint_hashes(context.checkpoint, context.local)
-    if not needs_tokenizer(config):
+    if run.config.llm.checkpoint:
+        return pretrained.checkpoint_hashes(run.checkpoint, run.local)
+    if not needs_tokenizer(run.config):
         return {}
-    context.tokenizer()  # made if it is missing
-    return pretrained.tokenizer_hashes(context.local / TOKENIZER)
+    tokenizer(run, data)  # made if it is missing
+    return pretrained.tokenizer_hashes(run.local / TOKENIZER)
 
 
 def _settle_run(workdir: epath.Path, wanted: Identity, accept: bool) -> None:
@@ -250,13 +252,13 @@ def _settle_run(workdir: epath.Path, wanted: Identity, accept: bool) -> None:
     wanted.write(workdir / BASELINES)
 
 
-def _settle_tokenizer(context: Context, runs: Sequence[epath.Path]) -> None:
+def _settle_tokenizer(run: Run, data: Dataset, runs: Sequence[epath.Path]) -> None:
     """Keep the tokenizer that the run made, take that of another run, or let it be made again where its settings changed."""
-    wanted = inputs.tokenizer_identity(context.config, context.data_files)
-    home = epath.Path(context.local)
+    wanted = inputs.tokenizer_identity(run.config, data.files)
+    home = epath.Path(run.local)
     made = lambda folder: (folder / "tokenizer.json").exists()  # noqa: E731
     part = phases.decide(home, TOKENIZER, wanted, runs=runs, accept=True, finished=made)
-    if part.stands and not _begun(context.workdir):  # nothing was trained with it
+    if part.stands and not _begun(run.workdir):  # nothing was trained with it
         source = phases.find_phase(home, TOKENIZER, wanted, runs, made)
         if part.accepted or source is not None:
             (home / TOKENIZER).rmtree()

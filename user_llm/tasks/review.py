@@ -1,12 +1,20 @@
-"""The task that asks for a review: given an item and the user's rating of it, write what the user wrote about it."""
+"""The task `review`: given an item and the user's rating of it, write what the user wrote about it."""
 
 import numpy as np
 from jaxtyping import Int
 
+from user_llm.config import phases as settings
+from user_llm.config.phases import ContextualEval
+from user_llm.config.reader import Config
+from user_llm.data.dataset import Dataset
 from user_llm.data.mapped import filled
-from user_llm.data.prompts.base import Ids, Items, Question, TextRow
+from user_llm.data.prompts.base import Ids, Items, Lines, Question, TextRow
 from user_llm.data.splits import Split
 from user_llm.data.timelines import Timelines
+from user_llm.evals.measured import Measured
+from user_llm.evals.rouge import ROUGES, rouge
+from user_llm.tasks.asking import Asking
+from user_llm.tasks.task import Found, PromptTask
 
 # Titles that are cut to the same number of tokens still make questions of different lengths. The longest question is therefore
 # looked for among this many of the longest titles.
@@ -87,3 +95,41 @@ class ReviewExamples:
         titles = self.template.lines.titles
         items = sorted(range(1, len(titles)), key=lambda item: len(titles[item]), reverse=True)[:LONG_TITLES]
         self.template.room(max((self.template.ask(**self.fields(item, 10)) for item in items), key=len))
+
+
+def examples(lines: Lines, data: Dataset, asked: settings.Review, config: Config) -> ReviewExamples:
+    """Return the questions for what users wrote in a column of texts."""
+    return ReviewExamples(Question.of(lines, asked), data.timelines, data.split, column=asked.column)
+
+
+def check(asked: ReviewExamples, sizes: ContextualEval) -> None:
+    """See that prompts have room for a review, and that there are reviews to train on.
+
+    Raises:
+      ValueError: they have not, or there are none.
+    """
+    asked.check_room()
+    if not asked.trains():
+        raise ValueError("nobody wrote anything in training: set its weight to 0 to leave the task out.")
+
+
+def measure(asking: Asking, name: str, part: str, limit: int | None, sizes: ContextualEval) -> list[Found]:
+    """Measure how similar the written texts are to those of the users, for at most `review_users` questions."""
+    asked = _examples(asking, name)
+    users, ends = (array[: min(limit or len(array), sizes.review_users)] for array in asked.targets(part))
+    targets = [asked.answer(int(user), int(end)) for user, end in zip(users, ends, strict=True)]
+    return [Found(Measured(users, ends, rouge(targets, show(asking, name, users, ends))))]
+
+
+def show(asking: Asking, name: str, users: np.ndarray, ends: np.ndarray) -> list[str]:
+    """Return what is written."""
+    return asking.write(name, _examples(asking, name).template.max_target_tokens, users, ends)
+
+
+def _examples(asking: Asking, name: str) -> ReviewExamples:
+    asked = asking.examples[name]
+    assert isinstance(asked, ReviewExamples)
+    return asked
+
+
+TASK = PromptTask(settings.Review, ROUGES, examples, measure, show, check)

@@ -3,41 +3,37 @@
 import re
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from etils import epath
-from ml_collections import ConfigDict
 
 from user_llm.common import trees
 from user_llm.common.distributed import is_first
 from user_llm.common.files import is_remote
-from user_llm.data.prompts.favorite import FavoriteExamples
 from user_llm.data.vocabulary import Vocabulary
 from user_llm.evals.bootstrap import intervals, resampled_means
 from user_llm.evals.measured import Measured
 from user_llm.models import pretrained
 from user_llm.models.export import is_bare_llm
+from user_llm.phases import starting
+from user_llm.phases.run import Run
 from user_llm.serving import artifact
 from user_llm.serving.personalizer import Personalizer
-from user_llm.tasks.answering import Asking
-from user_llm.tasks.context import Context
+from user_llm.tasks.asking import Asking
+from user_llm.tasks.task import PromptTask
 
 FOLDER = "model"
 DRAWS = 1000  # bootstrap samples for an interval on a model card
 
 
-def personalizer(asking: Asking) -> Personalizer:
+def personalizer(asking: Asking, tasks: Mapping[str, PromptTask]) -> Personalizer:
     """Return the model of `asking` as a `Personalizer`, which needs no dataset. Its identity is empty until it is saved."""
     lines = next(iter(asking.examples.values())).template.lines
-    names = {task: class_names(of) for task, of in asking.examples.items() if isinstance(of, FavoriteExamples)}
-    return Personalizer("", asking.predictor, Vocabulary.of(asking.timelines), lines, names)
-
-
-def class_names(examples: FavoriteExamples) -> dict[int, str]:
-    """Return the names that are possible answers, by their numbers."""
-    return {number: examples.asked.labels.names[number] for number in examples.names}
+    names = {task: dict(found) for task, of in asking.examples.items() if (found := tasks[task].names(of))}
+    return Personalizer("", asking.predictor, Vocabulary.of(asking.data.timelines), lines, names)
 
 
 def card_rows(task: str, method: str, measured: Measured) -> list[dict]:
@@ -50,7 +46,7 @@ def card_rows(task: str, method: str, measured: Measured) -> list[dict]:
     ]
 
 
-def leave(context: Context, name: str, load: trees.Rules, asking: Asking, rows: list[dict]) -> None:
+def leave(name: str, run: Run, load: trees.Rules, asking: Asking, rows: list[dict]) -> None:
     """Write the model directory of a phase. In a run of several processes every process must call this function.
 
     Args:
@@ -59,14 +55,13 @@ def leave(context: Context, name: str, load: trees.Rules, asking: Asking, rows: 
       asking: the model and the dataset that it was trained on.
       rows: the rows of the model card's table.
     """
-    config = context.config
-    phase, checkpoint = config[name], config.llm.checkpoint
-    base, source = None, Path(context.local) / "tokenizer"
+    phase, checkpoint = run.config.contextual(name), run.config.llm.checkpoint
+    base, source = None, Path(run.local) / "tokenizer"
     if checkpoint:
-        source = context.checkpoint
-        base = artifact.Base(checkpoint, pretrained.checkpoint_hashes(source, context.local))
-    model = personalizer(asking)
-    timelines, split = asking.timelines, asking.split
+        source = run.checkpoint
+        base = artifact.Base(checkpoint, pretrained.checkpoint_hashes(source, run.local))
+    model = personalizer(asking, run.kinds.tasks)
+    timelines, split = asking.data.timelines, asking.data.split
     facts: dict[str, Any] = {
         "dataset": timelines.name, "users": len(timelines), "events": int(split.train_stop.sum()),
         "items": timelines.schema.num_items, "columns": model.vocabulary.fields.columns(), "phase": name,
@@ -74,13 +69,13 @@ def leave(context: Context, name: str, load: trees.Rules, asking: Asking, rows: 
         "rows": rows,
     }  # fmt: skip
     made = artifact.Making(
-        base, touched(config, name, context.sources(load, asking.predictor.params)), source, phase.loop.sharding, phase.loop.dtype,
-        context.train_counts, facts,
+        base, touched(name, run, starting.sources(run, load, asking.predictor.params)), source, phase.loop.sharding, phase.loop.dtype,
+        asking.data.train_counts, facts,
     )  # fmt: skip
-    home = Path(context.local) / name
+    home = Path(run.local) / name
     artifact.save(home / FOLDER, model, made)
-    if is_first() and is_remote(context.workdir):
-        target = context.workdir / name / FOLDER
+    if is_first() and is_remote(run.workdir):
+        target = run.workdir / name / FOLDER
         target.mkdir(parents=True, exist_ok=True)
         for left in target.iterdir():  # of a model that was left here before
             left.unlink()
@@ -88,14 +83,14 @@ def leave(context: Context, name: str, load: trees.Rules, asking: Asking, rows: 
             epath.Path(file).copy(target / file.name, overwrite=True)
 
 
-def touched(config: ConfigDict, name: str, sources: trees.Params) -> bool:
+def touched(name: str, run: Run, sources: trees.Params) -> bool:
     """Return whether the LLM's own weights may differ from the checkpoint: the phase trained them, or loaded them from elsewhere.
 
     Args:
       name: the name of the phase.
       sources: where each parameter was loaded from.
     """
-    trains = trees.flatten(trees.match(config.strategies[config[name].strategy].trainable, sources))
+    trains = trees.flatten(trees.match(run.config.strategies[run.config.sections[name].strategy].trainable, sources))
     return any(
         is_bare_llm(path) and (trains[path] or source != "checkpoint") for path, source in trees.flatten(sources).items()
     )

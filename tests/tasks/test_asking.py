@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from user_llm.serving.predictor import Predictor
-from user_llm.tasks.answering import Asking
+from user_llm.phases.answering import Asking
 
 
 class Counting:

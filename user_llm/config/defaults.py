@@ -146,6 +146,8 @@ def base() -> ConfigDict:
         {
             "seed": 0,
             "phases": (),
+            # Phases by what they change of another one; they exist in a run whose `phases` name them.
+            "variants": {},
             # Workdirs of other runs, separated by commas: their finished phases that would come out the same here are taken over.
             "reuse": "",
             "strategies": STRATEGIES,
@@ -192,6 +194,8 @@ def base() -> ConfigDict:
             # Of the tasks favorite and favorite_future: the bag that holds an item's classes, and whether the whole bag is one.
             "labels": {"feature": "genres", "whole": False},
             "encoder": {
+                "kind": "transformer",  # or an encoder that the caller of user_llm.run gives, with its own options
+                "options": {},
                 "objective": "autoregressive",  # or masked (BERT4Rec), or dual
                 "features": ("item", "rating", "genres", "gap"),  # of an event; () for all
                 "feature_width": 32,
@@ -320,17 +324,6 @@ def text_prompt(items: int, past: str, *, total_steps: int, eval_steps: int, max
         prompts=prompts(past, max_tokens=max_tokens, history=past),
         **({"optimizer": optimizer(1e-3)} | changes),
     )
-
-
-def varied(config: ConfigDict, like: str, method: str, changes: dict) -> ConfigDict:
-    """Return the phase `like` as another method, with some of its keys (`resampler.num_latents`) changed.
-
-    What the command line says of the phase `like` holds for this one too, but for those keys (`main.follow`).
-    """
-    changed = config[like].copy_and_resolve_references()
-    changed.update_from_flattened_dict({"method": method} | changes)
-    changed.like = ConfigDict({"phase": like, "changed": ("method", *changes)})
-    return changed
 
 
 def with_bidirectional(phase: ConfigDict) -> dict:

@@ -18,9 +18,9 @@ from user_llm.common.checkpoint import save_params
 from user_llm.data.splits import make_split
 from user_llm.data.tokenizer import train_bpe
 from user_llm.models.families import config_from_settings, table
-from user_llm.tasks import context as contexts
-from user_llm.tasks import early, pretrain_lm
-from user_llm.tasks.context import open_context
+from user_llm.phases import context as contexts
+from user_llm.phases import early, pretrain_lm
+from user_llm.phases.context import open_context
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 

@@ -9,8 +9,8 @@ from etils import epath
 
 from user_llm.data.splits import make_split
 from user_llm.models import pretrained
-from user_llm.tasks import depends, inputs
-from user_llm.tasks.context import Context
+from user_llm.phases import depends, inputs
+from user_llm.phases.context import Context
 from user_llm.training.identity import read_identity
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -16,17 +16,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
-from ml_collections import ConfigDict
 
 from user_llm.common import mesh as meshes
 from user_llm.common import trees
 from user_llm.common.errors import naming
 from user_llm.common.trees import Params
+from user_llm.config.phases import PretrainEncoder
+from user_llm.config.records import Encoder
+from user_llm.data.dataset import Dataset
 from user_llm.data.pipeline import BUCKET, HistoryBatch, packed_windows
 from user_llm.data.schema import Schema
 from user_llm.data.splits import Split
 from user_llm.data.timelines import Timelines
 from user_llm.evals.evaluator import rank_targets
+from user_llm.evals.ranking import RANKING
 from user_llm.models.user_encoder import UserEncoder, UserEncoderConfig
 from user_llm.nn.losses import (
     Whole,
@@ -40,29 +43,18 @@ from user_llm.nn.losses import (
 from user_llm.nn.masking import choose_masked
 from user_llm.nn.transformer import BlockConfig
 from user_llm.nn.visibility import segment_mask
-from user_llm.tasks.answerable import RANKING
-from user_llm.tasks.context import Context
+from user_llm.phases.run import Run
 from user_llm.training.task import Batch, Program, Task
 
 
-def encoder_section(config: ConfigDict, phase: str) -> ConfigDict:
-    """Return the config's `encoder` section as the pretraining phase `phase` changes it."""
-    section = config.encoder.copy_and_resolve_references()
-    section.update(config[phase].encoder)
-    return section
-
-
-def encoder_source(config: ConfigDict, name: str) -> str:
-    """Return where phase `name` has its encoder's weights from: the phase that pretrains it, or `fresh`."""
-    return config[name].encoder if config[name].encoder_init == "pretrained" else "fresh"
-
-
-def encoder_config(config: ConfigDict, schema: Schema) -> UserEncoderConfig:
+def encoder_config(section: Encoder, schema: Schema) -> UserEncoderConfig:
     """Turn a config's `encoder` section into the model's own; features are chosen and ordered by `features`, () for all."""
-    chosen = Schema(tuple(schema[name] for name in config.features or schema.names))
-    block = BlockConfig(**config.block, attention_kernel=config.attention_kernel)
-    rest = {name: value for name, value in config.items() if name not in ("features", "block", "heads", "attention_kernel")}
-    return UserEncoderConfig(schema=chosen, block=block, heads=tuple(config.heads), **rest)
+    chosen = Schema(tuple(schema[name] for name in section.features or schema.names))
+    block = BlockConfig(**vars(section.block), attention_kernel=section.attention_kernel)
+    own = ("kind", "options", "features", "block", "attention_kernel")
+    return UserEncoderConfig(
+        schema=chosen, block=block, **{name: value for name, value in vars(section).items() if name not in own}
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,44 +169,44 @@ def check_targets(split: Split) -> None:
             raise ValueError(f"no user of the {part} part has a next item: change data.split, or take more data.")
 
 
-def build(config: ConfigDict, name: str, context: Context) -> Task:
+def build(name: str, run: Run, data: Dataset) -> Task:
     """Build the task of phase `name`."""
-    phase = config[name]
-    section = encoder_section(config, name)
+    phase = run.config.sections[name]
+    assert isinstance(phase, PretrainEncoder)
+    section = run.config.encoder_of(name)
     with naming("encoder"):
-        timelines = context.timelines.select(tuple(section.features))
-        model_config = encoder_config(section, timelines.schema)
-    split = context.split
+        data = data.select(section.features)
+        model_config = encoder_config(section, data.timelines.schema)
+    timelines, split = data.timelines, data.split
     catalogue = item_catalogue(timelines, model_config)
-    create = lambda: UserEncoder(model_config, catalogue=catalogue, rngs=nnx.Rngs(params=context.seed))  # noqa: E731
+    create = lambda: UserEncoder(model_config, catalogue=catalogue, rngs=nnx.Rngs(params=run.seed))  # noqa: E731
     graphdef, shapes = trees.abstract(create)
-    data = phase.batch
-    counts = context.train_counts
+    batch, counts = phase.batch, data.train_counts
     loss = EncoderLoss(
         log_q=negative_log_q(counts, model_config.table_rows),
         share=item_share(counts, model_config.table_rows),
-        **{**phase.loss, "head_weights": dict(phase.loss.head_weights)},
+        **vars(phase.loss),
     )
 
     def rank(params: Params, part: str, limit: int | None = None):
         def score(batch: HistoryBatch) -> Array:
-            return score_next(graphdef, params, *meshes.put_rows((batch.events, batch.lengths), context.mesh))
+            return score_next(graphdef, params, *meshes.put_rows((batch.events, batch.lengths), run.mesh))
 
         return rank_targets(
             score, timelines, split, part, max_events=phase.eval.max_events, limit=limit,
             bucket=phase.eval.max_events if phase.eval.pad_whole else BUCKET,
-            batch_size=meshes.even_rows(phase.eval.batch_size, context.mesh),
+            batch_size=meshes.even_rows(phase.eval.batch_size, run.mesh),
         )  # fmt: skip
 
     def programs(params: Params) -> dict[str, Program]:
-        rows = meshes.even_rows(phase.eval.batch_size, context.mesh)
+        rows = meshes.even_rows(phase.eval.batch_size, run.mesh)
         shapes = ((rows, phase.eval.max_events, timelines.schema.width), (rows,))
-        histories = meshes.rows_like([jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes], context.mesh)
+        histories = meshes.rows_like([jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes], run.mesh)
         return {"score": (score_next, (graphdef, params, *histories))}
 
     def results(params: Params) -> list[dict]:
         ranks = rank(params, "test")
-        return context.record(name, "next_item", phase.method, ranks.measured())
+        return run.record(name, data, "next_item", phase.method, ranks.measured())
 
     return Task(
         name=name,
@@ -224,15 +216,15 @@ def build(config: ConfigDict, name: str, context: Context) -> Task:
         loss=lambda params, batch, key, whole: loss(trees.merge(graphdef, params), batch, key, whole),
         # How many events a part of a batch hides is drawn there.
         counts=lambda batch: {"events": (batch["segments"] > 0).sum()} if model_config.causal else {},
-        train_data=context.streams(
+        train_data=run.streams(
             lambda stream, rows: packed_windows(
-                timelines, split.train_stop, window=data.window, rows=rows, row_length=data.row_length, seed=context.seed,
+                timelines, split.train_stop, window=batch.window, rows=rows, row_length=batch.row_length, seed=run.seed,
                 stream=stream,
             ),
-            data.rows,
+            batch.rows,
         ),
-        steps_per_epoch=np.maximum(split.train_stop - 1, 0).sum() / (data.rows * data.row_length),
-        work=trees.count(shapes) * data.rows * data.row_length,
+        steps_per_epoch=np.maximum(split.train_stop - 1, 0).sum() / (batch.rows * batch.row_length),
+        work=trees.count(shapes) * batch.rows * batch.row_length,
         count_events=lambda batch: int((batch["segments"] > 0).sum()),
         metrics=RANKING,
         check=lambda: check_targets(split),

@@ -22,7 +22,7 @@ from user_llm.evals.evaluator import rank_targets
 from user_llm.models.user_encoder import UserEncoder
 from user_llm.nn.masking import choose_masked
 from user_llm.nn.visibility import segment_mask
-from user_llm.tasks.pretrain_encoder import EncoderLoss, encoder_config, item_catalogue, negative_log_q, score_next
+from user_llm.phases.pretrain_encoder import EncoderLoss, encoder_config, item_catalogue, negative_log_q, score_next
 
 ROOT = Path(__file__).parents[2]
 # Of the optimal predictor's recall@10 with the history removed, on the quick start's world, after the quick start's 400 steps.

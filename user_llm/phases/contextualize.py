@@ -14,13 +14,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool
-from ml_collections import ConfigDict
 
 from user_llm.common import mesh as meshes
 from user_llm.common import trees
+from user_llm.common.errors import naming
 from user_llm.common.files import write_json
 from user_llm.common.trees import Params
+from user_llm.config.phases import Contextualize
+from user_llm.data.dataset import Dataset
 from user_llm.data.pipeline import ExampleConfig, Windows, contextual_examples
+from user_llm.data.prompts.base import Examples, Lines
 from user_llm.models.decoder import DecoderConfig
 from user_llm.models.user_encoder import Encoded
 from user_llm.models.user_llm import UserLLM, UserLLMConfig
@@ -28,28 +31,27 @@ from user_llm.nn.cross_attention import CrossAttentionConfig
 from user_llm.nn.lora import LoRAConfig
 from user_llm.nn.losses import Whole, chunked_cross_entropy, whole_count
 from user_llm.nn.resampler import ResamplerConfig
+from user_llm.phases import general_text, starting
+from user_llm.phases.leaving import card_rows, leave
+from user_llm.phases.llm import decoder_config, tokenizer
+from user_llm.phases.pretrain_encoder import encoder_config
+from user_llm.phases.pretrain_lm import text_loss
+from user_llm.phases.run import Run
+from user_llm.phases.samples import draw_samples
 from user_llm.serving.predictor import Predictor
-from user_llm.tasks import general_text
-from user_llm.tasks.answerable import METRICS, check_answers
-from user_llm.tasks.answering import MEASURES, Asking
-from user_llm.tasks.asking import build_examples
-from user_llm.tasks.context import Context
-from user_llm.tasks.leaving import card_rows, leave
-from user_llm.tasks.pretrain_encoder import encoder_config, encoder_section, encoder_source
-from user_llm.tasks.pretrain_lm import text_loss
-from user_llm.tasks.samples import draw_samples
+from user_llm.tasks.asking import Asking
 from user_llm.training.task import Batch, Task
 
 
-def model_config(config: ConfigDict, name: str, context: Context, base: DecoderConfig) -> UserLLMConfig:
+def model_config(name: str, run: Run, data: Dataset, base: DecoderConfig) -> UserLLMConfig:
     """Put the parts together: with an encoder if the phase encodes events, else for text prompts alone.
 
     The LLM gets adapters if the phase's strategy trains them.
     """
-    phase = config[name]
-    lora = LoRAConfig(**config.lora) if config.strategies[phase.strategy].adapters else None
+    config, phase = run.config, run.config.contextual(name)
+    lora = LoRAConfig(**vars(config.lora)) if config.strategies[phase.strategy].adapters else None
     base = dataclasses.replace(base, block=dataclasses.replace(base.block, lora=lora))
-    encoder = encoder_config(encoder_section(config, phase.encoder), context.timelines.schema)
+    encoder = encoder_config(config.encoder_of(phase.encoder), data.timelines.schema)
     shared: dict[str, Any] = {
         "num_items": encoder.schema.num_items,
         "table_rows": encoder.table_rows,
@@ -66,18 +68,18 @@ def model_config(config: ConfigDict, name: str, context: Context, base: DecoderC
     )
 
 
-def cross_config(phase: ConfigDict, user_width: int) -> CrossAttentionConfig | None:
+def cross_config(phase: Contextualize, user_width: int) -> CrossAttentionConfig | None:
     """Return the cross-attention of a phase that has it."""
     if phase.injection == "soft_prompt":
         return None
     buckets = phase.resampler.recency_buckets if phase.resampler.kind == "none" else 0
-    return CrossAttentionConfig(user_width=user_width, recency_buckets=buckets, **phase.cross)
+    return CrossAttentionConfig(user_width=user_width, recency_buckets=buckets, **vars(phase.cross))
 
 
-def resampler_config(phase: ConfigDict, input_width: int) -> ResamplerConfig | None:
+def resampler_config(phase: Contextualize, input_width: int) -> ResamplerConfig | None:
     """Return the resampler of a phase that has one."""
-    kind, sizes = phase.resampler.kind, {name: size for name, size in phase.resampler.items() if name != "kind"}
-    return None if kind == "none" else ResamplerConfig(input_width=input_width, **sizes)
+    sizes = {name: size for name, size in vars(phase.resampler).items() if name != "kind"}
+    return None if phase.resampler.kind == "none" else ResamplerConfig(input_width=input_width, **sizes)
 
 
 def contextual_loss(
@@ -165,81 +167,115 @@ def _work(shapes: Params, examples: ExampleConfig, max_tokens: int) -> float:
     return llm * ends * max_tokens + (trees.count(shapes) - llm) * examples.max_events
 
 
-def build(config: ConfigDict, name: str, context: Context) -> Task:
+def build_examples(name: str, run: Run, data: Dataset) -> dict[str, Examples]:
+    """Return the questions of each task that a phase asks; the phase monitors the first.
+
+    Raises:
+      ValueError: a task that this dataset has not what it takes for, or a template that does not fit.
+    """
+    phase = run.config.contextual(name)
+    lines = Lines(
+        tokenizer(run, data), data.timelines.catalogue, max_title_tokens=phase.prompts.max_title_tokens,
+        history=phase.examples.history, text_items=phase.examples.text_items,
+    )  # fmt: skip
+    found = {}
+    for task, settings in phase.prompts.asked.items():
+        with naming(f"prompts.{task}"):
+            found[task] = run.kinds.tasks[task].examples(lines, data, settings, run.config)
+    return found
+
+
+def encoder_source(phase: Contextualize) -> str:
+    """Return where a phase has its encoder's weights from: the phase that pretrains it, or `fresh`."""
+    return phase.encoder if phase.encoder_init == "pretrained" else "fresh"
+
+
+def check_answers(name: str, run: Run, asked: Mapping[str, Examples]) -> None:
+    """See that each task of a phase has whom to ask, that its prompts have room, and that its answers can be told apart.
+
+    Raises:
+      ValueError: what is wrong, beginning with the key of the task.
+    """
+    for number, (task, examples) in enumerate(asked.items()):
+        with naming(f"prompts.{task}"):
+            run.kinds.tasks[task].check(examples, run.config.contextual(name).eval)
+            for part in ("test", "validation") if number == 0 else ("test",):  # the first is monitored
+                if not len(examples.targets(part)[0]):
+                    raise ValueError(
+                        f"no user of the {part} part has what it asks for: set its weight to 0 to leave the task out."
+                    )
+
+
+def build(name: str, run: Run, data: Dataset) -> Task:
     """Build the task of phase `name`.
 
     Raises:
       ValueError: a task without what it needs in this dataset, or no task at all.
     """
-    phase = config[name]
-    timelines = context.timelines.select(tuple(encoder_section(config, phase.encoder).features))
-    context = dataclasses.replace(context, timelines=timelines)
-    examples = ExampleConfig(**phase.examples)
-    asked = build_examples(phase, context, examples)
-    full = model_config(config, name, context, context.decoder_config(context.tokenizer().vocab_size))
-    create = lambda: UserLLM(full, rngs=nnx.Rngs(params=context.seed))  # noqa: E731
+    phase, kinds = run.config.contextual(name), run.kinds.tasks
+    data = data.select(run.config.encoder_of(phase.encoder).features)
+    examples = ExampleConfig(**vars(phase.examples))
+    asked = build_examples(name, run, data)
+    full = model_config(name, run, data, decoder_config(run, tokenizer(run, data).vocab_size))
+    create = lambda: UserLLM(full, rngs=nnx.Rngs(params=run.seed))  # noqa: E731
     graphdef, shapes = trees.abstract(create)
-    load = ((r"^encoder/", encoder_source(config, name)), *phase.load) if examples.max_events else phase.load
+    load = ((r"^encoder/", encoder_source(phase)), *phase.load) if examples.max_events else phase.load
     monitored = next(iter(asked))
     predictor = Predictor(
-        full, graphdef, shapes, context.mesh, {task: of.template for task, of in asked.items()},
-        max_events=examples.max_events, batch_size=meshes.even_rows(phase.eval.batch_size, context.mesh), beams=phase.eval.beams,
+        full, graphdef, shapes, run.mesh, {task: of.template for task, of in asked.items()},
+        max_events=examples.max_events, batch_size=meshes.even_rows(phase.eval.batch_size, run.mesh), beams=phase.eval.beams,
         after_instruction=phase.soft_prompt.after_instruction, ranks=phase.loss.catalogue > 0, pad_whole=phase.eval.pad_whole,
     )  # fmt: skip
-    asking = Asking(predictor, timelines, context.split, asked)
+    asking = Asking(predictor, data, asked)
     leading = {task: predictor.leading(task) for task in asked}
 
     def evaluate(params: Params) -> dict[str, float]:
         """Return the metrics of the first task, which the phase monitors."""
-        answers = asking.of(predictor.of(params))
-        limit = phase.eval.validation_users
-        return MEASURES[monitored](answers, monitored, asked[monitored], "validation", limit, phase.eval)[0].measured.metrics
+        answers, limit = asking.of(predictor.of(params)), phase.eval.validation_users
+        return kinds[monitored].measure(answers, monitored, "validation", limit, phase.eval)[0].measured.metrics
 
     def results(params: Params) -> list[dict]:
         rows, card, answers = [], [], asking.of(predictor.of(params))
-        for task, of in asked.items():
-            for found in MEASURES[task](answers, task, of, "test", None, phase.eval):
+        for task in asked:
+            for found in kinds[task].measure(answers, task, "test", None, phase.eval):
                 method = phase.method + found.suffix
-                rows += context.record(name, task, method, found.measured)
+                rows += run.record(name, data, task, method, found.measured)
                 card += card_rows(task, method, found.measured)
-        write_json(context.workdir / name / "samples.json", draw_samples(answers, phase.method, phase.eval))
-        if config.llm.checkpoint:
+        samples = draw_samples(answers, kinds, phase.method, phase.eval.samples)
+        write_json(run.workdir / name / "samples.json", samples)
+        if run.config.llm.checkpoint:
             decoder = trees.split(trees.merge(graphdef, params).decoder)
-            rows += general_text.tuned(context, phase.method, *decoder, answers.test_users)
-        leave(context, name, load, answers, card)
+            rows += general_text.tuned(name, run, data, phase.method, *decoder, answers.test_users)
+        leave(name, run, load, answers, card)
         return rows
-
-    def check() -> None:
-        for task, of in asked.items():
-            check_answers(task, of, phase.eval, monitored=task == monitored)
 
     def stream(number: tuple[int, int], rows: int) -> grain.IterDataset:
         of_tasks = [
             contextual_examples(
-                timelines, context.split.train_stop, of, examples, batch_size=rows, seed=context.seed, stream=number,
-                task=task, text_weight=phase.prompts[task].text,
+                data.timelines, data.split.train_stop, of, examples, batch_size=rows, seed=run.seed, stream=number,
+                task=task, text_weight=phase.prompts.tasks[task].text,
             )
             for task, of in asked.items()
         ]  # fmt: skip
-        weights = [phase.prompts[task].weight for task in asked]
+        weights = [phase.prompts.tasks[task].weight for task in asked]
         return of_tasks[0] if len(of_tasks) == 1 else grain.IterDataset.mix(of_tasks, weights)
 
-    windows = Windows(context.split.train_stop, examples.window, context.seed)
+    windows = Windows(data.split.train_stop, examples.window, run.seed)
     return Task(
         name=name,
         shapes=shapes,
         load=load,
-        init=lambda place: context.init(create, load, place),
+        init=lambda place: starting.init(run, create, load, place),
         loss=lambda params, batch, key, whole: contextual_loss(
-            trees.merge(graphdef, params), batch, key, leading=leading, whole=whole, **phase.loss
+            trees.merge(graphdef, params), batch, key, leading=leading, whole=whole, **vars(phase.loss)
         ),
         counts=contextual_counts,
-        train_data=context.streams(stream, phase.batch_size),
+        train_data=run.streams(stream, phase.batch_size),
         steps_per_epoch=len(windows) / phase.batch_size,
         work=phase.batch_size * _work(shapes, examples, max(of.template.max_tokens for of in asked.values())),
         count_events=lambda batch: int((batch["answers"] > 0).sum()),
-        metrics=METRICS[monitored],
-        check=check,
+        metrics=kinds[monitored].metrics,
+        check=lambda: check_answers(name, run, asked),
         evaluate=evaluate,
         results=results,
         programs=predictor.programs,

@@ -1,0 +1,122 @@
+"""`user_llm.run`: run all phases of a config, those of your own datasets and tasks too.
+
+    raw files -> timelines -> split, audit -> phases (each: task -> loop -> result rows) -> results.json, report.md
+
+Finished phases are skipped and interrupted ones resumed, so the same call goes on where it was stopped.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+
+import jax
+from absl import logging
+from etils import epath
+from ml_collections import ConfigDict
+
+from user_llm.common import mesh as meshes
+from user_llm.common.distributed import is_first
+from user_llm.common.files import write_json
+from user_llm.common.terminal import show_results
+from user_llm.common.workdir import hold
+from user_llm.config.phases import Contextualize
+from user_llm.config.reader import Config
+from user_llm.data import audits
+from user_llm.data.dataset import Dataset, Source, open_dataset
+from user_llm.phases import depends, general_text
+from user_llm.phases.early import build_tasks
+from user_llm.phases.kinds import TASKS, Kinds
+from user_llm.phases.run import Run
+from user_llm.report.build import write_report
+from user_llm.tasks.task import PromptTask
+from user_llm.training import loop
+from user_llm.training.loop import LoopConfig, settle_steps
+from user_llm.training.pace import Pace
+
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
+
+
+def run(
+    config: ConfigDict,
+    workdir: str | os.PathLike,
+    *,
+    datasets: Mapping[str, Source] | None = None,
+    tasks: Mapping[str, PromptTask] | None = None,
+) -> list[dict]:
+    """Run all phases of a config, and return the result rows.
+
+        config = configs.quickstart.get_config()
+        config.data.source = "my_log"
+        user_llm.run(config, "runs/mine", datasets={"my_log": find})
+
+    Args:
+      config: as a config file returns it.
+      workdir: the directory of the run. Called again with the same config it goes on where it was stopped.
+      datasets: readers of datasets, by what `data.source` calls them: (the config's section `data`, a folder for downloads) -> `Raw`.
+      tasks: further tasks of the LLM, by what `prompts` calls them; see `PromptTask`.
+
+    Raises:
+      ValueError: a setting, data or a directory that does not fit, in one sentence.
+    """
+    kinds = Kinds(datasets or {}, TASKS | dict(tasks or {}))
+    read, directory = kinds.read(config), epath.Path(workdir)
+    with hold(directory):
+        depends.check_settings(read, directory)
+        data = open_dataset(read, directory, kinds.datasets)
+        begun = Run(read, directory, meshes.make_mesh(**vars(read.mesh)), kinds)
+        settled = begun.of(depends.settle_run(begun, data))
+        save_config(read, directory)
+        return run_phases(settled, data)
+
+
+def run_phases(run: Run, data: Dataset) -> list[dict]:
+    """Run the phases; the rows of each say its identity as their `config_hash`."""
+    config, workdir = run.config, run.workdir
+    audit = audits.audit(data.timelines, data.split)
+    with jax.set_mesh(run.mesh):
+        tasks = build_tasks(run, data)
+        write_json(workdir / "audit.json", audit)
+        rows = baseline_rows(run, data)
+        if config.llm.checkpoint:
+            rows += general_text.untouched(run, data)
+        settings = {name: settle_steps(LoopConfig(**vars(config.sections[name].loop)), task) for name, task in tasks.items()}
+        pace = Pace({name: task.work * settings[name].total_steps for name, task in tasks.items()})
+        for number, (name, task) in enumerate(tasks.items(), 1):
+            logging.info("Phase %d of %d: %s", number, len(tasks), name)
+            optimizer = run.optimizer_config(name)
+            rows += loop.run(task, settings[name], optimizer, run.mesh, workdir / name, config.seed, pace)[1]
+            write_json(workdir / "results.json", rows)  # so that what is finished can be reported whatever happens next
+    if is_first():
+        write_report(workdir)
+        show_results(rows, workdir / "report.html")
+    return rows
+
+
+def baseline_rows(run: Run, data: Dataset) -> list[dict]:
+    """Return the result rows of what needs no model: of the next item, and of each task that a phase of the run asks."""
+    phases = [phase for name in run.config.phases if isinstance(phase := run.config.sections[name], Contextualize)]
+    asked = {"next_item"}.union(*(phase.prompts.asked for phase in phases))
+    rows = []
+    for task in run.kinds.tasks:
+        if task in asked:
+            for method, measured in run.kinds.tasks[task].baselines(data, run.config).items():
+                rows += run.record(depends.BASELINES, data, task, method, measured)
+    return rows
+
+
+def hash_config(config: Config) -> str:
+    """Return the hash of a config; which of its phases run, and from where they are taken, is no part of it."""
+    kept = {key: value for key, value in config.said.items() if key not in ("phases", "reuse")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def save_config(config: Config, workdir: epath.Path) -> None:
+    """Write the run's config.json with versions and git hash."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    facts = {"config_hash": hash_config(config), "command": sys.argv, "git": git, "versions": versions, "config": config.said}
+    write_json(workdir / "config.json", facts)

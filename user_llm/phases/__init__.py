@@ -1,0 +1,1 @@
+"""What is trained: `build(config, ...)` of each module returns a `Task`."""

@@ -1,9 +1,0 @@
-"""What a phase of a run does: `config[phase].task` names one of BUILDERS, which are (config, phase, context) -> Task."""
-
-from user_llm.tasks import contextualize, pretrain_encoder, pretrain_lm
-
-BUILDERS = {
-    "pretrain_lm": pretrain_lm.build,
-    "pretrain_encoder": pretrain_encoder.build,
-    "contextualize": contextualize.build,
-}

@@ -1,0 +1,126 @@
+"""The task `next_item`: which item comes next? Every item of the catalogue is ranked.
+
+The item head ranks all items by one product. Where titles are written, beam search in a trie of all titles ranks those that it
+finds. Without a model, popularity ranks them: of all time, and of the seven days before.
+"""
+
+import numpy as np
+from jaxtyping import Int
+
+from user_llm.common import mesh as meshes
+from user_llm.config import phases as settings
+from user_llm.config.phases import ContextualEval
+from user_llm.config.reader import Config
+from user_llm.data.dataset import Dataset
+from user_llm.data.prompts.base import Ids, Items, Lines, TextRow
+from user_llm.data.prompts.next_item import NextItem
+from user_llm.data.splits import Split
+from user_llm.data.timelines import Timelines
+from user_llm.evals.measured import Measured
+from user_llm.evals.popularity import popularity_ranks, recent_popularity_ranks
+from user_llm.evals.ranking import RANKING
+from user_llm.models.trie import Trie
+from user_llm.tasks.asking import Asking
+from user_llm.tasks.task import Found, PromptTask
+
+SHOWN = 5  # items of a ranking
+
+
+class NextItemExamples:
+    """Examples whose target is an event: it is predicted from the events before it."""
+
+    ranks = True
+
+    def __init__(self, template: NextItem, timelines: Timelines, split: Split):
+        self.template, self.timelines, self.split = template, timelines, split
+
+    def row(self, user: int, end: int) -> TextRow | None:
+        """Return the row whose target is the event at `end`."""
+        history = self.template.lines.history(self._history(user, end))
+        return self.template.row(history, self.timelines.items(user, end, end + 1))
+
+    def stretch(self, user: int, start: int, end: int, rng: np.random.Generator) -> TextRow | None:
+        """Return the row whose targets are the events `start` + 1 to `end`; with a summary, the event at `end` alone."""
+        if self.template.lines.kind != "titles":
+            return self.row(user, end)
+        items = self.timelines.items(user, start, end + 1)
+        return self.template.row([self.template.lines.title(items[0])], items[1:])
+
+    def prompt(self, user: int, end: int) -> Ids:
+        """Return the prompt about the events before `end`."""
+        return self.template.prompt(self._history(user, end))
+
+    def _history(self, user: int, end: int) -> Items:
+        """Return the items before `end` that the prompt needs."""
+        return self.timelines.items(user, self.template.lines.first(end), end)
+
+    def answer(self, user: int, end: int) -> str:
+        """Return the title of the event at `end`."""
+        return self.timelines.catalogue.titles[self.timelines.items(user, end, end + 1)[0]]
+
+    def targets(self, part: str) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+        """Return the users and the ends of a part of the split."""
+        return self.split.targets[part]
+
+
+def examples(lines: Lines, data: Dataset, asked: settings.NextItem, config: Config) -> NextItemExamples:
+    """Return the questions for the next item."""
+    template = NextItem(lines, instruction=asked.instruction, max_tokens=asked.max_tokens)
+    return NextItemExamples(template, data.timelines, data.split)
+
+
+def check(asked: NextItemExamples, sizes: ContextualEval) -> None:
+    """See that titles which are to be written can be told apart.
+
+    Raises:
+      ValueError: two titles that are the same tokens.
+    """
+    if sizes.generate_users:
+        Trie.build(asked.template.lines.titles_as_targets())
+
+
+def measure(asking: Asking, name: str, part: str, limit: int | None, sizes: ContextualEval) -> list[Found]:
+    """Measure the ranks of next items.
+
+    The item head ranks them if it is trained. Beam search over titles ranks them in the test part, and in every part if the item
+    head is not trained.
+
+    Raises:
+      ValueError: the item head is not trained, and the settings write no titles.
+    """
+    ranks = asking.predictor.ranks
+    written = sizes.generate_users if part == "test" or not ranks else 0
+    if not (ranks or written):
+        raise ValueError("With loss.catalogue=0 no item head is trained, so titles must be written: set eval.generate_users.")
+    found = []
+    if ranks:
+        found.append(Found(asking.rank(name, part, limit).measured()))
+    if written:
+        found.append(Found(asking.rank_written(name, part, written).measured(), "/generate"))
+    return found
+
+
+def show(asking: Asking, name: str, users: np.ndarray, ends: np.ndarray) -> list[str]:
+    """Return the titles of the items that rank highest, by the item head or, where none is trained, by writing."""
+    titles, out = asking.data.timelines.catalogue.titles, [""] * len(users)
+    trie = None if asking.predictor.ranks else Trie.build(asking.examples[name].template.lines.titles_as_targets())
+    for indices, batch in asking.batches(users, ends):
+        if trie is None:
+            scores = meshes.fetch(asking.score(name, batch))
+            best = np.argsort(-scores, axis=1, kind="stable")
+        else:
+            best = asking.choose(name, batch, trie, asking.predictor.beams)
+        for index, row in zip(indices, best[:, :SHOWN], strict=False):
+            out[index] = "; ".join(titles[item] for item in row)
+    return out
+
+
+def baselines(data: Dataset, config: Config) -> dict[str, Measured]:
+    """Return the ranks by popularity: of all time, and, where events have times, of the seven days before."""
+    found = {"popularity": popularity_ranks(data.timelines, data.split, "test").measured()}
+    if "timestamp" in data.timelines.columns:
+        found["popularity_7d"] = recent_popularity_ranks(data.timelines, data.split, "test", days=7).measured()
+    return found
+
+
+TASK = PromptTask(settings.NextItem, RANKING, examples, measure, show, check, baselines=baselines)
