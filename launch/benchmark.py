@@ -33,7 +33,9 @@ sys.path.insert(0, str(HERE.parent))
 
 from ml_collections import ConfigDict  # noqa: E402
 
-from configs import common, movielens_xattn  # noqa: E402
+from configs import movielens_xattn  # noqa: E402
+from user_llm.config import defaults  # noqa: E402
+from user_llm.config.reader import Config  # noqa: E402
 
 # Part: phase and strategy.
 PARTS = {"encoder": ("pretrain_encoder", "all"), "full": ("user_llm", "full"), "lora": ("user_llm", "lora")}
@@ -54,13 +56,13 @@ def llama(width: int, layers: int, heads: int, mlp_width: int, vocab_size: int) 
 WORLD = {"num_users": 64, "num_items": 900, "events_per_user": 250}  # so that histories fill their window
 PRESETS = {
     "tiny": {  # seconds, to see that all of it runs
-        "data.catalogue_items": 1000, "encoder.block": common.block(32, 2, 64, dropout=0.0), "user_llm.batch_size": 2,
+        "data.catalogue_items": 1000, "encoder.block": defaults.block(32, 2, 64, dropout=0.0), "user_llm.batch_size": 2,
         "pretrain_encoder.batch.rows": 2, "user_llm.loss.chunk": 64, "llm.published": ConfigDict(llama(32, 2, 2, 64, 300)),
     },
     "small": {"data.catalogue_items": 10_000, "llm.published": ConfigDict(llama(128, 4, 4, 384, 2048))},
     "gpu": {
         "data.catalogue_items": 27_280, "encoder.num_layers": 8, "encoder.unroll": False, "llm.unroll": False,
-        "encoder.block": common.block(512, 8, 1536, dropout=0.0), "pretrain_encoder.loop.dtype": "bfloat16",
+        "encoder.block": defaults.block(512, 8, 1536, dropout=0.0), "pretrain_encoder.loop.dtype": "bfloat16",
         "pretrain_encoder.batch": ConfigDict({"window": 200, "rows": 8, "row_length": 2048}),
         "pretrain_encoder.loss.chunk": 2048, "user_llm.loss.chunk": 2048, "user_llm.loop.dtype": "bfloat16",
         # Rows of 512 tokens, most of which are the latest titles as text.
@@ -68,7 +70,7 @@ PRESETS = {
         "user_llm.prompts.next_item.max_tokens": 512,
         "user_llm.cross.heads": 16, "user_llm.cross.head_dim": 64,
         "user_llm.resampler.heads": 8, "user_llm.resampler.head_dim": 64, "user_llm.resampler.mlp_width": 1536,
-        "llm.published": ConfigDict(common.LLMS["qwen3_0_6b"][1]),
+        "llm.published": ConfigDict(defaults.LLMS["qwen3_0_6b"][1]),
     },
 }  # fmt: skip
 
@@ -77,7 +79,7 @@ def preset_config(name: str) -> ConfigDict:
     """Return the config of a preset; what the reference leaves out is off."""
     config = movielens_xattn.get_config("small")
     config.phases = ("pretrain_encoder", "user_llm")
-    plain = common.optimizer(1e-3, warmup_steps=0)
+    plain = defaults.optimizer(1e-3, warmup_steps=0)
     config.update_from_flattened_dict({
         "encoder.features": ("item",), "encoder.dropout": 0.0, "encoder.block.dropout": 0.0,
         "pretrain_encoder.optimizer": ConfigDict(plain), "user_llm.optimizer": ConfigDict(plain),
@@ -89,29 +91,31 @@ def preset_config(name: str) -> ConfigDict:
 
 
 def open_part(config: ConfigDict, part: str, workdir: pathlib.Path):
-    """Return the run's context, on stand-ins, and the task of a part."""
+    """Return the run and the dataset, of stand-ins, and the task of a part."""
     import jax
     from etils import epath
 
-    from user_llm.ahead.stand_in import stand_in_context
+    from user_llm.ahead.stand_in import stand_in_run
     from user_llm.common import mesh as meshes
+    from user_llm.config.reader import read_config
     from user_llm.phases.builders import BUILDERS
 
     phase, strategy = PARTS[part]
     config[phase].strategy = strategy
     mesh = meshes.make_mesh(devices=jax.devices()[:1])
-    context = stand_in_context(config, mesh, epath.Path(workdir), world=WORLD)
-    return context, BUILDERS[config[phase].task](context.config, phase, context)
+    run, data = stand_in_run(read_config(config), mesh, epath.Path(workdir), world=WORLD)
+    return run, data, BUILDERS[config[phase].task](phase, run, data)
 
 
-def model_sizes(config: ConfigDict, phase: str, items: int) -> dict:
+def model_sizes(config: Config, phase: str, items: int) -> dict:
     """Return what the reference is built from, as JSON."""
+    said, section, user_llm = config.said, config.sections[phase], config.contextual("user_llm")
     asked = ("learning_rate", "weight_decay", "clip_norm", "b1", "b2")
     return {
-        "items": items, "encoder": config.encoder.to_dict(), "llm": config.llm.published.to_dict(),
-        "cross": config.user_llm.cross.to_dict(), "resampler": config.user_llm.resampler.to_dict(), "lora": config.lora.to_dict(),
-        "strategy": config[phase].strategy, "dtype": config[phase].loop.dtype, "catalogue": config.user_llm.loss.catalogue,
-        "optimizer": {name: config[phase].optimizer[name] for name in asked},
+        "items": items, "encoder": said["encoder"], "llm": config.llm.published,
+        "cross": vars(user_llm.cross), "resampler": vars(user_llm.resampler), "lora": said["lora"],
+        "strategy": section.strategy, "dtype": section.loop.dtype, "catalogue": user_llm.loss.catalogue,
+        "optimizer": {name: getattr(section.optimizer, name) for name in asked},
     }  # fmt: skip
 
 
@@ -134,8 +138,7 @@ def make_batches(preset: str, parts: list[str], workdir: pathlib.Path) -> dict:
 
     found = {}
     for part in parts:
-        context, task = open_part(preset_config(preset), part, workdir)
-        config, phase = context.config, PARTS[part][0]
+        run, data, task = open_part(preset_config(preset), part, workdir)
         feed = iter(task.train_data)
         next(feed)  # the first fills the rows that are packed
         start, counts = time.monotonic(), []
@@ -145,7 +148,7 @@ def make_batches(preset: str, parts: list[str], workdir: pathlib.Path) -> dict:
             np.savez(workdir / f"{part}-{number}.npz", **trees.flatten(batch))
         means = {name: sum(count[name] for count in counts) / BATCHES for name in counts[0]}
         found[part] = {"step": means, "loader_events_per_s": BATCHES * means["events"] / (time.monotonic() - start)}
-        sizes = model_sizes(config, phase, context.timelines.schema.num_items)
+        sizes = model_sizes(run.config, PARTS[part][0], data.timelines.schema.num_items)
         (workdir / f"{part}.json").write_text(json.dumps(sizes))
     return found
 
@@ -160,12 +163,13 @@ def our_side(preset: str, part: str, workdir: pathlib.Path, steps: int, profile:
     from user_llm.common import trees
     from user_llm.training.loop import LoopConfig
 
-    context, task = open_part(preset_config(preset), part, workdir)
+    run, _, task = open_part(preset_config(preset), part, workdir)
     phase = PARTS[part][0]
+    section = run.config.sections[phase]
     batches = [trees.unflatten(dict(np.load(workdir / f"{part}-{number}.npz"))) for number in range(BATCHES)]
     return time_training(
-        task, LoopConfig(**context.config[phase].loop), context.optimizer_config(phase), context.mesh, itertools.cycle(batches),
-        seed=0, steps=steps, chunk=context.config[phase].loss.chunk, profile=profile and f"{profile}/{part}",
+        task, LoopConfig(**vars(section.loop)), run.optimizer_config(phase), run.mesh, itertools.cycle(batches),
+        seed=0, steps=steps, chunk=section.loss.chunk, profile=profile and f"{profile}/{part}",
     )  # fmt: skip
 
 

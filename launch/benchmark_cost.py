@@ -25,6 +25,9 @@ from etils import epath  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
 from configs import movielens_xattn  # noqa: E402
+from user_llm.common.mesh import make_mesh  # noqa: E402
+from user_llm.config.check import check  # noqa: E402
+from user_llm.data.dataset import open_dataset  # noqa: E402
 from user_llm.data.prompts.base import Lines  # noqa: E402
 from user_llm.data.prompts.next_item import NextItem  # noqa: E402
 from user_llm.data.timelines import Timelines  # noqa: E402
@@ -33,9 +36,9 @@ from user_llm.evals import cost, cost_compiled  # noqa: E402
 from user_llm.models.families import config_from_settings  # noqa: E402
 from user_llm.models.prefill import bucket  # noqa: E402
 from user_llm.models.user_llm import UserLLMConfig  # noqa: E402
+from user_llm.phases import contextualize, llm  # noqa: E402
+from user_llm.phases.run import Run  # noqa: E402
 from user_llm.report.costs import cost_table  # noqa: E402
-from user_llm.phases import contextualize  # noqa: E402
-from user_llm.phases.context import open_context  # noqa: E402
 
 
 def prompt_sizes(config: ConfigDict, timelines: Timelines, tokenizer: Tokenizer) -> cost.PromptSizes:
@@ -60,19 +63,20 @@ def set_up(args: argparse.Namespace, workdir: epath.Path) -> tuple[UserLLMConfig
     config = movielens_xattn.get_config(args.size)
     config.user_llm.strategy = "full"  # adapters are merged for serving
     config.data.update({"dir": args.data} if args.data else {"source": "synthetic"})
-    context = open_context(config, workdir, "")
-    if config.llm.checkpoint:
-        tokenizer = load_tokenizer(args.tokenizer or config.llm.checkpoint)
-        base = config_from_settings(config.llm.published.to_dict(), args.size)
+    read = check(config)
+    run, data = Run(read, workdir, make_mesh(**vars(read.mesh))), open_dataset(read, workdir)
+    if read.llm.checkpoint:
+        tokenizer = load_tokenizer(args.tokenizer or read.llm.checkpoint)
+        base = config_from_settings(read.llm.published, args.size)
     else:
-        tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else context.tokenizer()
-        base = context.decoder_config(tokenizer.vocab_size)
-    model = contextualize.model_config(config, "user_llm", context, base)
+        tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else llm.tokenizer(run, data)
+        base = llm.decoder_config(run, tokenizer.vocab_size)
+    model = contextualize.model_config("user_llm", run, data, base)
     facts = {
-        "size": args.size, "dataset": context.timelines.name, "vocabulary": tokenizer.vocab_size, "padded": args.padded,
+        "size": args.size, "dataset": data.name, "vocabulary": tokenizer.vocab_size, "padded": args.padded,
         "backend": jax.default_backend(),
     }  # fmt: skip
-    return model, prompt_sizes(config, context.timelines, tokenizer), facts
+    return model, prompt_sizes(config, data.timelines, tokenizer), facts
 
 
 def measure(args: argparse.Namespace, model: UserLLMConfig, rows: list[cost.Row]) -> tuple[dict, dict, dict]:

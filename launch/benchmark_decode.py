@@ -138,8 +138,8 @@ def half_side(preset: str) -> dict:
     from flax import nnx
     from ml_collections import ConfigDict
 
-    from configs.common import LLMS
     from user_llm.common import trees
+    from user_llm.config.defaults import LLMS
     from user_llm.models.decoder import Decoder
     from user_llm.models.families import config_from_settings
     from user_llm.models.generate import generate

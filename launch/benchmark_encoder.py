@@ -25,18 +25,22 @@ def ours(data: str, steps: int) -> dict:
     from train_speed import time_training
 
     from configs import movielens_encoder
+    from user_llm.common.mesh import make_mesh
+    from user_llm.config.check import check
+    from user_llm.data.dataset import open_dataset
     from user_llm.phases import pretrain_encoder
-    from user_llm.phases.context import open_context
+    from user_llm.phases.run import Run
     from user_llm.training.loop import LoopConfig
 
     config = movielens_encoder.get_config("small")
     config.data.dir = data
     with tempfile.TemporaryDirectory() as work:
-        context = open_context(config, epath.Path(work), "")
-        task = pretrain_encoder.build(config, "pretrain_encoder", context)
-        loop, optimizer = LoopConfig(**config.pretrain_encoder.loop), context.optimizer_config("pretrain_encoder")
+        read = check(config)
+        run = Run(read, epath.Path(work), make_mesh(**vars(read.mesh)))
+        task = pretrain_encoder.build("pretrain_encoder", run, open_dataset(read, run.workdir))
+        loop, optimizer = LoopConfig(**config.pretrain_encoder.loop), run.optimizer_config("pretrain_encoder")
         chunk = config.pretrain_encoder.loss.chunk
-        found = time_training(task, loop, optimizer, context.mesh, task.train_data, seed=0, steps=steps, chunk=chunk)
+        found = time_training(task, loop, optimizer, run.mesh, task.train_data, seed=0, steps=steps, chunk=chunk)
     return {"events_per_s": found["events_per_s"], "peak_gib": found["peak_bytes"] / 2**30}
 
 

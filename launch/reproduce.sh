@@ -3,7 +3,7 @@
 #
 #   launch/reproduce.sh TABLE [SIZE] [FLAG...]
 #
-# TABLE is text_prompts, encoders, strategies, injections, perceiver, lengths (configs/datasets.py: TABLES), all of these, or cost. SIZE
+# TABLE is text_prompts, encoders, strategies, injections, perceiver, lengths (user_llm/config/experiments.py: TABLES), all of these, or cost. SIZE
 # is a variant of the configs: full, small or synthetic. FLAGs go to every run: --config.data.dir=DIR names the data,
 # --config.user_llm.prompts.favorite.weight=1 adds a task. Of the environment: DATASET (movielens, amazon, google_local or events),
 # SEEDS ("0 1 2"), OUT (runs/TABLE) and PYTHON.
@@ -25,7 +25,7 @@ if [ "$table" = cost ]; then
 fi
 phases=$("$python" -c "
 import sys
-from configs.datasets import TABLES
+from user_llm.config.experiments import TABLES
 table = sys.argv[1]
 sys.exit(f'Unknown table {table!r}: choose cost, {\", \".join(TABLES)}.') if table not in TABLES else None
 print(('pretrain_encoder', 'pretrain_lm', *TABLES[table]))" "$table")

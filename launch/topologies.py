@@ -27,10 +27,10 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from configs.common import LLMS, STRATEGIES
 from user_llm.ahead import apart
 from user_llm.ahead.check import Checked, check
 from user_llm.ahead.chips import CHIPS
+from user_llm.config.defaults import LLMS, STRATEGIES
 from user_llm.report import markdown
 
 HERE = pathlib.Path(__file__).parent

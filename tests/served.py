@@ -13,9 +13,10 @@ from etils import epath
 from ml_collections import ConfigDict
 
 import user_llm
+from user_llm.config.check import check
+from user_llm.data.dataset import open_dataset
 from user_llm.evals.measured import load_measured
 from user_llm.serving.personalizer import Personalizer
-from user_llm.phases.context import load_data
 
 
 def raw_rows(folder: Path, needed: list[str]) -> list[dict]:
@@ -35,7 +36,9 @@ def raw_rows(folder: Path, needed: list[str]) -> list[dict]:
 
 def check_served(workdir: Path, config: ConfigDict, elsewhere: Path, phase: str = "user_llm") -> Personalizer:
     """See that a phase's model directory, moved away from its run and data, answers raw events as evaluation did; return the model."""
-    timelines, split = load_data(config, epath.Path(workdir))
+    read = check(config)
+    dataset = open_dataset(read, epath.Path(workdir))
+    timelines, split = dataset.timelines, dataset.split
     users, ends = split.targets["test"]
     keys = [timelines.user_keys[user] for user in users]
     targets = [
@@ -69,7 +72,7 @@ def check_served(workdir: Path, config: ConfigDict, elsewhere: Path, phase: str 
             histories[number], orders[number] = ordered[:end], ordered
             where.append(key)
         # Rankings, and what they are worth: exactly the run's.
-        ranks = next((of for name, of in measured.items() if name == f"next_item.{config[phase].method}"), None)
+        ranks = next((of for name, of in measured.items() if name == f"next_item.{read.contextual(phase).method}"), None)
         every = sorted(trained)
         together = model.encode_many([row for history in histories.values() for row in history])
         encoded = {number: together[where[number]] for number in histories}

@@ -19,21 +19,24 @@ from tiny_quickstart import tiny_config
 
 from user_llm.common import distributed
 from user_llm.common import mesh as meshes
+from user_llm.config.check import check
+from user_llm.data.dataset import Dataset, open_dataset
 from user_llm.phases.builders import BUILDERS
-from user_llm.phases.context import Context, load_data
+from user_llm.phases.run import Run
 from user_llm.training.loop import LoopConfig, initial_state, settle_steps
 
 STEPS = 5
 
 
-def losses(context: Context, name: str) -> list[float]:
+def losses(run: Run, dataset: Dataset, name: str) -> list[float]:
     """Train from drawn parameters; nothing is loaded."""
-    task = BUILDERS[context.config[name].task](context.config, name, context)
-    loop = settle_steps(LoopConfig(**context.config[name].loop), task)
-    state, step = initial_state(task, loop, context.optimizer_config(name), context.mesh, context.seed)
+    section = run.config.sections[name]
+    task = BUILDERS[section.task](name, run, dataset)
+    loop = settle_steps(LoopConfig(**vars(section.loop)), task)
+    state, step = initial_state(task, loop, run.optimizer_config(name), run.mesh, run.seed)
     data, found = iter(task.train_data), []
     for _ in range(STEPS):
-        state, scalars = step(state, meshes.put_batch(next(data), context.mesh))
+        state, scalars = step(state, meshes.put_batch(next(data), run.mesh))
         found.append(float(scalars["loss"]))
     return found
 
@@ -44,14 +47,15 @@ def main() -> None:
     config.data.streams = 2
     config.user_llm.encoder_init, config.user_llm.loss.align = "scratch", 0.0
     config.user_llm.load = ((r".*", "fresh"),)
-    timelines, split = load_data(config, workdir)
+    read = check(config)
+    dataset = open_dataset(read, workdir)
     found = {}
     for sizes in sys.argv[2:]:
         axes = [int(size) for size in sizes.split(",")]
         mesh = meshes.make_mesh(*axes, devices=jax.devices()[:1] if axes == [1, 1, 1] else None)
-        context = Context(config, timelines, split, mesh, workdir, {})
+        run = Run(read, workdir, mesh)
         with jax.set_mesh(mesh):
-            found[sizes] = {name: losses(context, name) for name in ("pretrain_encoder", "user_llm")}
+            found[sizes] = {name: losses(run, dataset, name) for name in ("pretrain_encoder", "user_llm")}
     print(json.dumps(found))
 
 

@@ -13,24 +13,28 @@ import pytest
 from etils import epath
 from flax import nnx
 
-from configs import datasets
-from configs.common import LLMS
 from user_llm.common import mesh as meshes
 from user_llm.common import trees
+from user_llm.config import experiments
 from user_llm.config.check import check
+from user_llm.config.defaults import LLMS
+from user_llm.config.reader import read_config
+from user_llm.data.dataset import Dataset
 from user_llm.data.schema import Feature, Schema
 from user_llm.data.splits import make_split
 from user_llm.models.decoder import Decoder
 from user_llm.models.families import config_from_settings
 from user_llm.models.user_llm import UserLLM
+from user_llm.phases import starting
 from user_llm.phases.builders import BUILDERS
-from user_llm.phases.context import Context
 from user_llm.phases.contextualize import model_config
+from user_llm.phases.llm import decoder_config
+from user_llm.phases.run import Run
 from user_llm.training.loop import LoopConfig
 from user_llm.training.optimizer import learning_rate_schedule, make_optimizer, partition_trainable
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted(path for path in ROOT.glob("configs/*.py") if path.stem not in ("common", "datasets"))
+FILES = sorted(ROOT.glob("configs/*.py"))
 # The rest differ from this in sizes and names.
 VARIANTS = ("full", "small", "synthetic", *LLMS)
 FAST = {("movielens_xattn", "small")}
@@ -43,8 +47,8 @@ def cases():
             marks = () if (path.stem, variant) in FAST else pytest.mark.slow
             yield pytest.param((path, variant, ()), marks=marks, id=f"{path.stem}:{variant}")
     path = ROOT / "configs" / "movielens_xattn.py"
-    for table in sorted(datasets.TABLES.keys() - {"all"}):
-        phases = [phase for phase in datasets.TABLES[table] if phase not in datasets.METHODS["xattn"]]
+    for table in sorted(experiments.TABLES.keys() - {"all"}):
+        phases = [phase for phase in experiments.TABLES[table] if phase not in experiments.METHODS["xattn"]]
         yield pytest.param((path, "small", ("pretrain_encoder", *phases)), marks=pytest.mark.slow, id=table)
 
 
@@ -71,6 +75,12 @@ def written(timelines):
     )
 
 
+def opened(config, timelines, mesh, workdir):
+    """The run of a config and its dataset."""
+    run = Run(read_config(config), epath.Path(workdir), mesh)
+    return run, Dataset(timelines, make_split(timelines, config.data.split))
+
+
 @pytest.fixture(params=cases())
 def context(request, tmp_path, make_timelines, mesh_of):
     """A run of the config on four users, who have all that any dataset has; batches are small, whatever the config says."""
@@ -78,19 +88,24 @@ def context(request, tmp_path, make_timelines, mesh_of):
     config = load(path, variant)
     config.phases = phases or config.phases
     for name in config.phases:
-        if "batch" in config[name]:
+        if name in config and "batch" in config[name]:
             config[name].batch.rows = 1  # many take long to fill
-        else:
+        elif name in config:
             config[name].batch_size = 2
+        elif config.variants[name].like == "pretrain_encoder":
+            config.pretrain_encoder.batch.rows = 1
+        else:
+            config[config.variants[name].like].batch_size = config.variants[name].changes.batch_size = 2
     timelines = written(make_timelines([list(range(1, 101))] * 4))
-    return Context(config, timelines, make_split(timelines, config.data.split), mesh_of(), epath.Path(tmp_path), {})
+    return opened(config, timelines, mesh_of(), tmp_path)
 
 
 def _shapes(context, name, monkeypatch):
     """The task of a phase, and the shapes of its parameters, without what earlier phases would have saved."""
+    run, data = context
     monkeypatch.setattr(trees, "init", lambda create, place, wanted=None: trees.abstract(create)[1])
-    monkeypatch.setattr(Context, "init", lambda self, create, rules, place: trees.init(create, place))
-    task = BUILDERS[context.config[name].task](context.config, name, context)
+    monkeypatch.setattr(starting, "init", lambda run, create, rules, place: trees.init(create, place))
+    task = BUILDERS[run.config.sections[name].task](name, run, data)
     return task, task.init(None)
 
 
@@ -102,14 +117,13 @@ def test_user_llm_takes_any_encoder(tmp_path, make_timelines, mesh_of, monkeypat
     config.encoder.num_layers = 1
     config.llm.num_layers = 2
     for name in names:
-        config[name].update_from_flattened_dict({"batch_size": 1, "examples.targets_per_history": 2})
-    timelines = make_timelines([list(range(1, 101))] * 4)
-    context = Context(config, timelines, make_split(timelines, config.data.split), mesh_of(), epath.Path(tmp_path), {})
+        config.variants[name].changes.update({"batch_size": 1, "examples": {"targets_per_history": 2}})
+    run, data = opened(config, make_timelines([list(range(1, 101))] * 4), mesh_of(), tmp_path)
     found = {}
-    monkeypatch.setattr(Context, "init", lambda self, create, rules, place: found.update(rules) or trees.abstract(create)[1])
+    monkeypatch.setattr(starting, "init", lambda run, create, rules, place: found.update(rules) or trees.abstract(create)[1])
     sources = {}
     for name in names:
-        task = BUILDERS["contextualize"](config, name, context)
+        task = BUILDERS["contextualize"](name, run, data)
         params, batch = task.init(None), next(iter(task.train_data))
         sources[name] = found[r"^encoder/"], {"mask_token", "tower"} & set(params["encoder"])
         assert jax.eval_shape(task.loss, params, batch, jax.random.key(0), None)[0].shape == ()
@@ -121,12 +135,11 @@ def test_user_llm_takes_any_encoder(tmp_path, make_timelines, mesh_of, monkeypat
 
 
 def test_rules_cover_every_parameter_and_losses_have_gradients(context, monkeypatch):
-    config = context.config
-    assert config.phases
-    for name in config.phases:
-        phase = config[name]
-        loop = LoopConfig(**phase.loop)
-        optimizer = context.optimizer_config(name)
+    run, _ = context
+    assert run.config.phases
+    for name in run.config.phases:
+        loop = LoopConfig(**vars(run.config.sections[name].loop))
+        optimizer = run.optimizer_config(name)
         task, params = _shapes(context, name, monkeypatch)
         for rules in (optimizer.decay, optimizer.lr_multiplier, optimizer.trainable, loop.sharding):
             trees.match(rules, params)
@@ -147,9 +160,10 @@ def test_rules_cover_every_parameter_and_losses_have_gradients(context, monkeypa
 
 def test_gates_norms_embeddings_and_latents_never_decay(context, monkeypatch):
     """Everything else does: the weights of products, stacked or not."""
-    for name in context.config.phases:
+    config = context[0].config
+    for name in config.phases:
         _, params = _shapes(context, name, monkeypatch)
-        decays = trees.flatten(trees.match(context.config[name].optimizer.decay, params))
+        decays = trees.flatten(trees.match(config.sections[name].optimizer.decay, params))
         product = re.compile(r"/(q|k|v|o|gate_proj|up|down)(/[ab])?$|(^|/)(project|item_head|head|attn_gate)$|(^|/)heads/")
         wrong = [path for path, decay in decays.items() if decay != bool(product.search(path))]
         assert not wrong
@@ -161,12 +175,14 @@ def test_every_key_of_every_variant_is_declared_and_fits(path):
     variants = VARIANTS if path.stem.endswith("xattn") else VARIANTS[:3]
     for variant in variants if "variant" in path.read_text() else (None,):
         config = load(path, variant)
-        for table in datasets.TABLES.values():
+        for table in experiments.TABLES.values():
             config.phases = tuple(dict.fromkeys((*config.phases, *table)))
         check(config)
 
 
-@pytest.mark.parametrize("section", ["", "data", "encoder.block", "user_llm.resampler", "bert4rec", "pretrain_lm.optimizer"])
+@pytest.mark.parametrize(
+    "section", ["", "data", "encoder.block", "user_llm.resampler", "variants.bert4rec", "pretrain_lm.optimizer"]
+)
 def test_a_key_that_nobody_declares_is_refused(section):
     config = load(ROOT / "configs" / "quickstart.py", None)
     place = functools.reduce(operator.getitem, section.split("."), config) if section else config
@@ -206,13 +222,12 @@ PUBLISHED = {
 def test_open_llms_have_their_published_sizes_and_rules_for_every_parameter(name, strategy, make_timelines, mesh_of, tmp_path):
     config = load(ROOT / "configs" / "movielens_xattn.py", name)
     timelines = make_timelines([list(range(1, 101))] * 4)
-    context = Context(config, timelines, make_split(timelines, config.data.split), mesh_of(), epath.Path(tmp_path), {})
     base = config_from_settings(config.llm.published.to_dict(), name)
     _, bare = trees.abstract(lambda: Decoder(base, rngs=nnx.Rngs(params=0)))
     assert trees.count(bare) == PUBLISHED[name]
 
     config.user_llm.strategy, config.user_llm.injection = strategy, "both"
-    full = model_config(config, "user_llm", context, base)
+    full = model_config("user_llm", *opened(config, timelines, mesh_of(), tmp_path), base)
     _, params = trees.abstract(lambda: UserLLM(full, rngs=nnx.Rngs(params=0)))
     chosen = config.strategies[strategy]
     phase = config.user_llm
@@ -241,10 +256,9 @@ INJECTED["both"] = INJECTED["cross_attention"] | INJECTED["soft_prompt"]
 @pytest.mark.parametrize("kind", ["perceiver", "none"])
 def test_injection_and_resampler_say_what_joins_the_parts(injection, kind, make_timelines, mesh_of, tmp_path):
     config = load(ROOT / "configs" / "movielens_xattn.py", "small")
-    timelines = make_timelines([list(range(1, 101))] * 4)
-    context = Context(config, timelines, make_split(timelines, config.data.split), mesh_of(), epath.Path(tmp_path), {})
     config.user_llm.injection, config.user_llm.resampler.kind = injection, kind
-    full = model_config(config, "user_llm", context, context.decoder_config(300))
+    run, data = opened(config, make_timelines([list(range(1, 101))] * 4), mesh_of(), tmp_path)
+    full = model_config("user_llm", run, data, decoder_config(run, 300))
     paths = set(trees.flatten(trees.abstract(lambda: UserLLM(full, rngs=nnx.Rngs(params=0)))[1]))
     assert paths & INJECTED["both"] == INJECTED[injection]
     assert ("resampler/latents" in paths) == (kind == "perceiver")

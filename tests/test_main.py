@@ -12,32 +12,15 @@ import pytest
 from absl.testing import flagsaver
 from etils import epath
 
-from configs import datasets
-from configs.common import LLMS
-from user_llm import main
+from user_llm import experiment, main
 from user_llm.config.check import check as check_config
+from user_llm.config.defaults import LLMS
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from tiny_quickstart import PHASES, TINY, environment, one_device, tiny_config
 
 ROOT = Path(__file__).parent.parent
-
-
-def test_phases_like_another_follow_its_flags_where_they_are_not_set_apart():
-    config = datasets.experiment("movielens", "xattn", "small")
-    flags = {"user_llm.batch_size": 4, "user_llm.examples.max_events": 30, "user_llm_dual.batch_size": 5}
-    config.update_from_flattened_dict(flags)
-    main.follow(config, flags)
-    names = ("user_llm_lora", "user_llm_dual", "user_llm_50_events", "user_llm_bert4rec", "text_summary")
-    found = {name: (config[name].batch_size, config[name].examples.max_events) for name in names}
-    assert found == {
-        "user_llm_lora": (4, 30),
-        "user_llm_dual": (5, 30),
-        "user_llm_50_events": (4, 50),
-        "user_llm_bert4rec": (32, 30),
-        "text_summary": (16, 0),
-    }
 
 
 def _start(workdir: Path) -> subprocess.Popen:
@@ -105,15 +88,14 @@ def test_another_config_in_the_same_workdir_is_refused(finished):
 
 def test_which_phases_run_is_no_part_of_a_config_and_those_that_it_lacks_are_refused(tmp_path):
     config = tiny_config()
-    config_hash = main.hash_config(config)
-    config.phases, config.reuse = (*config.phases, "text_prompt_50"), "runs/other"
-    main.save_config(config, epath.Path(tmp_path))
+    config_hash = experiment.hash_config(check_config(config))
+    config.phases, config.reuse = (*config.phases, "text_prompt_50", "user_llm_lora"), "runs/other"
+    experiment.save_config(check_config(config), epath.Path(tmp_path))
     facts = json.loads((tmp_path / "config.json").read_text())
-    assert main.hash_config(config) == facts["config_hash"] == config_hash
-    assert facts["config"]["phases"][-1] == "text_prompt_50"
-    check_config(config)
+    assert experiment.hash_config(check_config(config)) == facts["config_hash"] == config_hash
+    assert facts["config"]["phases"][-1] == "user_llm_lora" and facts["config"]["user_llm_lora"]["strategy"] == "lora"
     config.seed = 1
-    assert main.hash_config(config) != config_hash
+    assert experiment.hash_config(check_config(config)) != config_hash
     config.phases = (*config.phases, "pretrain_bert")
     with pytest.raises(ValueError, match=r"^phases=.*there is no phase pretrain_bert; choose from bert4rec, dual_encoder, "):
         main.run(config, epath.Path(tmp_path))

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from etils import epath
 
-from configs import datasets
 from user_llm import main
 from user_llm.common.metrics import read_metrics
-from user_llm.phases.answering import MEASURES
+from user_llm.config import experiments
+from user_llm.tasks.asking import MEASURES
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -22,7 +22,7 @@ from tiny_quickstart import one_device, tiny_config
 @pytest.mark.parametrize("name", ["amazon_xattn", "google_local_xattn", "events_xattn", "amazon_softprompt"])
 def test_synthetic_variants_run_and_measure_every_task(tmp_path, name):
     dataset, kind = name.rsplit("_", 1)
-    config = tiny_config(datasets.experiment(dataset, kind, "synthetic"))
+    config = tiny_config(experiments.experiment(dataset, kind, "synthetic"))
     config.phases = ("pretrain_encoder", "user_llm")  # the other phases are the quick start's (`test_main.py`)
     config.user_llm.load = ((r".*", "fresh"),)
     asked = {task for task in MEASURES if config.user_llm.prompts[task].weight}

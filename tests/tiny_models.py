@@ -10,10 +10,10 @@ import numpy as np
 from flax import nnx
 
 from user_llm.common import mesh as meshes
+from user_llm.data.dataset import Dataset
 from user_llm.data.fields import Fields, Number
 from user_llm.data.prompts.base import Lines, Question
-from user_llm.data.prompts.favorite import FavoriteExamples, Labels, OfHistory
-from user_llm.data.prompts.next_item import NextItem, NextItemExamples
+from user_llm.data.prompts.next_item import NextItem
 from user_llm.data.splits import leave_last_out
 from user_llm.data.timelines import Timelines
 from user_llm.data.tokenizer import train_bpe
@@ -28,7 +28,9 @@ from user_llm.nn.transformer import BlockConfig
 from user_llm.serving import artifact
 from user_llm.serving.personalizer import Personalizer
 from user_llm.serving.predictor import Predictor
-from user_llm.phases.answering import Asking
+from user_llm.tasks.asking import Asking
+from user_llm.tasks.favorite import FavoriteExamples, Labels, OfHistory
+from user_llm.tasks.next_item import NextItemExamples
 
 EVENTS = 6  # that an encoder reads
 BLOCK = BlockConfig(width=12, heads=2, kv_heads=2, head_dim=6, mlp_width=16)
@@ -55,7 +57,7 @@ class Made:
 
     @property
     def timelines(self) -> Timelines:
-        return self.asking.timelines
+        return self.asking.data.timelines
 
     def rows(self, user: int, stop: int | None = None, start: int = 0) -> list[dict[str, Any]]:
         """Return the raw events [start, stop) of a user, in the columns that the model names."""
@@ -132,7 +134,7 @@ def make_models(dataset: Timelines, drawn: Callable[..., Any], folder: Path) -> 
         how = artifact.Making(None, True, folder / "tokenizer", ((".*", ()),), "float32", np.arange(10), facts)
         directory = folder / variant.replace(", ", "-").replace(" ", "-") / "model"
         written = artifact.save(directory, model, how)
-        made[variant] = Made(directory, written, Asking(predictor, dataset, split, examples))
+        made[variant] = Made(directory, written, Asking(predictor, Dataset(dataset, split), examples))
         return made[variant]
 
     return make

@@ -8,7 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 from tiny_quickstart import tiny_config
 
-from user_llm import main
+from user_llm import experiment
 from user_llm.data import synthetic_files
 from user_llm.evals.popularity import popularity_ranks
 from user_llm.phases import pretrain_encoder
@@ -42,5 +42,5 @@ def untrained() -> Iterator[list[str]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "_train", train)
         patch.setattr(pretrain_encoder, "rank_targets", lambda score, *where, **sizes: popularity_ranks(*where))
-        patch.setattr(main, "write_report", lambda workdir: None)
+        patch.setattr(experiment, "write_report", lambda workdir: None)
         yield names

@@ -109,8 +109,8 @@ def baseline_rows(run: Run, data: Dataset) -> list[dict]:
 
 
 def hash_config(config: Config) -> str:
-    """Return the hash of a config; which of its phases run, and from where they are taken, is no part of it."""
-    kept = {key: value for key, value in config.said.items() if key not in ("phases", "reuse")}
+    """Return the hash of a config; which of its phases and variants run, and from where they are taken, is no part of it."""
+    kept = {key: value for key, value in config.said.items() if key not in ("phases", "reuse", *config.variants)}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -16,9 +16,10 @@ from user_llm.ahead.check import Checked, abstract_batch, bytes_read, describe
 from user_llm.ahead.chips import CHIPS, find_topology
 from user_llm.ahead.collectives import Collective
 from user_llm.ahead.flops import count_flops
-from user_llm.ahead.stand_in import grow, stand_in_context
+from user_llm.ahead.stand_in import grow, stand_in_run
 from user_llm.common import mesh as meshes
 from user_llm.common import trees
+from user_llm.config.reader import read_config
 from user_llm.phases.builders import BUILDERS
 from user_llm.training.loop import LoopConfig, abstract_state, initial_state, settle_steps
 
@@ -31,10 +32,10 @@ needs_libtpu = pytest.mark.skipif(find_spec("libtpu") is None, reason='libtpu is
 
 
 def _state_and_step(config, name, mesh, workdir):
-    context = stand_in_context(config, mesh, epath.Path(workdir))
-    task = BUILDERS[config[name].task](context.config, name, context)
-    loop = settle_steps(LoopConfig(**context.config[name].loop), task)
-    return task, loop, context, *abstract_state(task, loop, context.optimizer_config(name), mesh, 0)
+    run, data = stand_in_run(read_config(config), mesh, epath.Path(workdir))
+    task = BUILDERS[config[name].task](name, run, data)
+    loop = settle_steps(LoopConfig(**config[name].loop), task)
+    return task, loop, run, *abstract_state(task, loop, run.optimizer_config(name), mesh, 0)
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +78,8 @@ def test_flops_with_all_layers_computed_again_are_8_n_a_token(lm_flops):
 def test_what_is_compiled_is_what_is_run(tmp_path, mesh_of):
     """Shapes, dtypes and shardings of the abstract state are those of the state that training starts from."""
     config, mesh = tiny_config(), mesh_of(2, 2, 2)
-    task, loop, context, abstract, _ = _state_and_step(config, "pretrain_encoder", mesh, tmp_path)
-    state, _ = initial_state(task, loop, context.optimizer_config("pretrain_encoder"), mesh, 0)
+    task, loop, run, abstract, _ = _state_and_step(config, "pretrain_encoder", mesh, tmp_path)
+    state, _ = initial_state(task, loop, run.optimizer_config("pretrain_encoder"), mesh, 0)
     assert jax.tree.structure(abstract) == jax.tree.structure(state)
     for like, leaf in zip(jax.tree.leaves(abstract), jax.tree.leaves(state), strict=True):
         assert (like.shape, like.dtype) == (leaf.shape, leaf.dtype)
@@ -195,10 +196,10 @@ def test_the_programs_of_evaluation_run_as_they_are_described(tmp_path, mesh_of)
     """On arrays of the shapes and shardings that are compiled ahead; a step of decoding writes a token."""
     config, mesh = tiny_config(), mesh_of(2, 2, 2)
     config.phases = ("pretrain_encoder", "user_llm")
-    context = stand_in_context(config, mesh, epath.Path(tmp_path))
+    run, data = stand_in_run(read_config(config), mesh, epath.Path(tmp_path))
     found = {}
     for name in config.phases:
-        task = BUILDERS[config[name].task](context.config, name, context)
+        task = BUILDERS[config[name].task](name, run, data)
         params = meshes.placed(task.shapes, meshes.shardings(config[name].loop.sharding, task.shapes, mesh))
         for what, (program, arguments) in task.programs(params).items():
             with jax.set_mesh(mesh):
@@ -207,7 +208,7 @@ def test_the_programs_of_evaluation_run_as_they_are_described(tmp_path, mesh_of)
         "pretrain_encoder: score",
         *(f"user_llm: {name}" for name in ("encode", "present", "score", "prefill", "decode")),
     ]
-    items = context.timelines.schema.num_items
+    items = data.timelines.schema.num_items
     for name in ("pretrain_encoder: score", "user_llm: score"):
         assert np.isfinite(np.asarray(found[name])).sum(1).tolist() == [items] * len(found[name])
     assert int(found["user_llm: prefill"].step) == 1

@@ -6,16 +6,14 @@ import operator
 import typing
 
 import pytest
-from etils import epath
 from ml_collections import ConfigDict
 
-from configs import datasets
-from user_llm import main
-from user_llm.config import values
+from user_llm import experiment
+from user_llm.config import experiments, phases, values
 from user_llm.config.check import check
 from user_llm.config.phases import PHASES, Loop, Optimizer
 from user_llm.config.reader import read_config
-from user_llm.config.records import Encoder, Run
+from user_llm.config.records import Encoder, Shared
 from user_llm.data.pipeline import ExampleConfig
 from user_llm.data.synthetic_files import LAYOUTS
 from user_llm.data.tokenizer import MIN_BPE_VOCAB
@@ -24,10 +22,11 @@ from user_llm.nn.kernels import KERNELS
 from user_llm.nn.mlp import ACTIVATIONS
 from user_llm.nn.transformer import REMAT
 from user_llm.phases.builders import BUILDERS
+from user_llm.phases.kinds import TASKS
 from user_llm.training.loop import LoopConfig
 from user_llm.training.optimizer import OptimizerConfig
 
-DEFAULT = datasets.experiment("movielens", "xattn", "synthetic")
+DEFAULT = experiments.experiment("movielens", "xattn", "synthetic")
 NAN, INF = float("nan"), float("inf")
 RULE = ((".*", 1.0),)
 
@@ -120,9 +119,9 @@ WRONG = [
     # keys
     ({"encoder.drop": 0.1}, "The config has no key encoder.drop (did you mean dropout?)."),
     ({"sed": 1}, "The config has no key sed (did you mean seed?)."),
-    ({"encoder": {}}, "The config lacks the key encoder.objective."),
-    ({"bert4rec.encoder": {"layers": 3}}, "The config has no key bert4rec.encoder.layers (did you mean num_layers?)."),
-    ({"bert4rec.encoder": {"block": {"dropout": 2}}}, "bert4rec.encoder.block.dropout=2: it must be from 0 to below 1."),
+    ({"encoder": {}}, "The config lacks the key encoder.kind."),
+    ({"pretrain_encoder.encoder": {"layers": 3}}, "The config has no key pretrain_encoder.encoder.layers (did you mean num_layers?)."),
+    ({"pretrain_encoder.encoder": {"block": {"dropout": 2}}}, "pretrain_encoder.encoder.block.dropout=2: it must be from 0 to below 1."),
     # what does not fit other keys
     ({"phases": ()}, "phases=(): name one or more of bert4rec, "),
     ({"phases": ("user_llm", "user_llm")}, "phases=('user_llm', 'user_llm'): user_llm stands there twice."),
@@ -172,9 +171,9 @@ WRONG = [
 
 @pytest.mark.parametrize(("changes", "sentence"), WRONG, ids=lambda value: ",".join(value) if isinstance(value, dict) else "")
 def test_a_wrong_setting_ends_in_a_sentence_before_the_run_begins(changes, sentence, tmp_path, monkeypatch):
-    monkeypatch.setattr(main, "save_config", lambda *_: pytest.fail("the run began"))
+    monkeypatch.setattr(experiment, "save_config", lambda *_: pytest.fail("the run began"))
     with pytest.raises(ValueError) as error:
-        main.run(changed(changes), epath.Path(tmp_path / "run"))
+        experiment.run(changed(changes), tmp_path / "run")
     message = str(error.value)
     assert message.startswith(sentence) and message.count("\n") == 0 and message.endswith(".")
     assert not (tmp_path / "run").exists()
@@ -199,25 +198,23 @@ def test_settings_that_mean_something_pass(changes):
 
 
 def test_every_phase_follows_its_kind_even_where_it_does_not_run():
-    with pytest.raises(ValueError, match=r"text_summary\.loop\.mode='banana'"):
-        check(changed({"phases": ("pretrain_encoder",), "text_summary.loop.mode": "banana"}))
+    with pytest.raises(ValueError, match=r"text_prompt_50\.loop\.mode='banana'"):
+        check(changed({"phases": ("pretrain_encoder",), "text_prompt_50.loop.mode": "banana"}))
 
 
 def test_what_is_wrong_with_a_phase_and_its_followers_is_said_of_the_phase():
-    config = changed({})
-    for name, section in config.items():
-        if name == "user_llm" or (isinstance(section, ConfigDict) and "like" in section and section.like.phase == "user_llm"):
-            section.loop.mode = "banana"
-    assert "hybrid_10" < "user_llm" and config.hybrid_10.loop.mode == "banana"
+    config = changed({"phases": ("hybrid_10", "user_llm"), "user_llm.loop.mode": "banana"})
     with pytest.raises(ValueError, match=r"^user_llm\.loop\.mode='banana'"):
         check(config)
 
 
 def test_records_hold_what_the_config_says():
-    run, phases = read_config(DEFAULT)
-    assert run.encoder.block.width == 64 and run.data.source == "synthetic" and run.phases == DEFAULT.phases
-    assert phases["user_llm"].prompts.review.column == "review" and phases["user_llm"].rows == ("batch_size", 16)
-    assert phases["bert4rec"].encoder == {"objective": "masked"} and phases["bert4rec"].like.phase == "pretrain_encoder"
+    run = read_config(changed({"phases": (*DEFAULT.phases, "bert4rec")}))
+    sections = run.sections
+    assert run.encoder.block.width == 64 and run.data.source == "synthetic" and run.phases == (*DEFAULT.phases, "bert4rec")
+    assert sections["user_llm"].prompts.tasks["review"].column == "review" and sections["user_llm"].rows == ("batch_size", 16)
+    assert sections["bert4rec"].encoder == {"objective": "masked"} and run.encoder_of("bert4rec").objective == "masked"
+    assert run.said["data"]["source"] == "synthetic" and run.said["phases"] == list(run.phases)
 
 
 def test_choices_are_those_of_the_library():
@@ -227,7 +224,7 @@ def test_choices_are_those_of_the_library():
     assert choices == {
         "Kernel": KERNELS, "Layout": tuple(LAYOUTS), "Objective": OBJECTIVES, "Activation": tuple(ACTIVATIONS), "Remat": tuple(REMAT),
     }  # fmt: skip
-    assert PHASES.keys() == BUILDERS.keys()
+    assert PHASES.keys() == BUILDERS.keys() and {name: task.settings for name, task in TASKS.items()} == phases.TASKS
 
 
 @pytest.mark.parametrize(
@@ -239,4 +236,4 @@ def test_records_have_the_fields_that_the_library_takes(record, library, besides
     assert names(PHASES["contextualize"]) and names(ExampleConfig) == names(
         typing.get_type_hints(PHASES["contextualize"])["examples"]
     )
-    assert {"encoder", "llm"} <= names(Run) and "block" in names(Encoder)
+    assert {"encoder", "llm"} <= names(Shared) and "block" in names(Encoder)

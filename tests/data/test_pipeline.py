@@ -17,10 +17,11 @@ from user_llm.data.pipeline import (
     packed_windows,
 )
 from user_llm.data.prompts.base import Lines
-from user_llm.data.prompts.next_item import NextItem, NextItemExamples
+from user_llm.data.prompts.next_item import NextItem
 from user_llm.data.splits import leave_last_out
 from user_llm.data.streams import Streams
 from user_llm.data.tokenizer import train_bpe
+from user_llm.tasks.next_item import NextItemExamples
 
 LENGTHS = [0, 1, 2, 3, 6, 7, 9, 13, 14, 30, 41]  # of training; all sorts around a window of 5 inputs and beyond
 

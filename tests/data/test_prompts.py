@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from user_llm.data.prompts.base import Lines, Question, pad_rows
-from user_llm.data.prompts.favorite import FavoriteExamples, Labels, OfFuture, OfHistory
-from user_llm.data.prompts.next_item import NextItem, NextItemExamples
-from user_llm.data.prompts.review import ReviewExamples
+from user_llm.data.prompts.next_item import NextItem
 from user_llm.data.splits import Split, leave_last_out
 from user_llm.data.timelines import Catalogue, Timelines
 from user_llm.data.tokenizer import Tokenizer, train_bpe
+from user_llm.tasks.favorite import FavoriteExamples, Labels, OfFuture, OfHistory
+from user_llm.tasks.next_item import NextItemExamples
+from user_llm.tasks.review import ReviewExamples
 
 TITLES = ["", "Emma (1996)", "The Matrix (1999)", "Amélie (2001)", "A Very, Very Long Title of a Film (1987)"]
 GENRES = ["", "Action", "Comedy", "Drama"]

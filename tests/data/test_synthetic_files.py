@@ -13,13 +13,14 @@ from etils import epath
 
 from configs import quickstart
 from user_llm.common.files import make_once
+from user_llm.config.reader import read_config
 from user_llm.data import prepare, synthetic_files
 from user_llm.data.audits import audit
+from user_llm.data.dataset import find_data
 from user_llm.data.splits import leave_last_out
 from user_llm.data.synthetic import optimal_ranks, sample_histories
 from user_llm.data.synthetic_reviews import ADJECTIVES, write_reviews
 from user_llm.data.synthetic_words import PRODUCTS
-from user_llm.phases.context import find_data
 
 SIZES = {"num_users": 120, "num_items": 96, "events_per_user": 24}
 TINY = {"num_users": 5, "num_items": 40, "events_per_user": 8}
@@ -29,7 +30,7 @@ def find(layout, workdir):
     """Find the world as a run does: by its config."""
     config = quickstart.get_config()
     config.data.synthetic.update(layout=layout, **SIZES)
-    return find_data(config, epath.Path(workdir))
+    return find_data(read_config(config), epath.Path(workdir), {})
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -23,12 +22,15 @@ from train_speed import mfu
 from user_llm.ahead.check import abstract_batch
 from user_llm.ahead.flops import count_flops
 from user_llm.common import trees
+from user_llm.config.reader import read_config
+from user_llm.data.dataset import Dataset
 from user_llm.models.export import save_decoder
 from user_llm.models.families import config_from_settings
 from user_llm.models.user_encoder import UserEncoder
 from user_llm.models.user_llm import UserLLM
 from user_llm.phases.contextualize import contextual_loss, model_config
 from user_llm.phases.pretrain_encoder import EncoderLoss, encoder_config
+from user_llm.phases.run import Run
 from user_llm.training.loop import LoopConfig, abstract_state, settle_steps
 
 ITEMS, EVENTS = 20, 9
@@ -48,8 +50,9 @@ def tiny(make_timelines):
     timelines = make_timelines([[1, 2, 3]], num_items=ITEMS).select(("item",))
 
     def tiny(part):
-        config = benchmark.preset_config("tiny")
-        phase, config.user_llm.strategy = benchmark.PARTS[part]
+        preset = benchmark.preset_config("tiny")
+        phase, preset.user_llm.strategy = benchmark.PARTS[part]
+        config = read_config(preset)
         return config, timelines, benchmark.model_sizes(config, phase, ITEMS)
 
     return tiny
@@ -150,8 +153,8 @@ def _llm_weights(params, config, sizes, directory):
 def test_both_contextualized_llms_have_the_same_loss(reference, tiny, drawn, tmp_path, part):
     """With open gates, a user without events, and rows without an answer."""
     config, timelines, sizes = tiny(part)
-    base = config_from_settings(config.llm.published.to_dict(), "tiny", unroll=True)
-    full = model_config(config, "user_llm", SimpleNamespace(timelines=timelines), base)
+    base = config_from_settings(config.llm.published, "tiny", unroll=True)
+    full = model_config("user_llm", Run(config, None, None), Dataset(timelines, None), base)
     graphdef, params = drawn(lambda: UserLLM(full, rngs=nnx.Rngs(params=0)))
     rng = np.random.default_rng(2)
     batch = {
@@ -237,12 +240,12 @@ def test_a_tiny_benchmark_runs_all_parts_on_both_sides(reference, tmp_path):
 
 def _traced_step(preset, part, workdir):
     """Return the shapes of a part's state, and what its step computes."""
-    context, task = benchmark.open_part(benchmark.preset_config(preset), part, workdir)
+    run, _, task = benchmark.open_part(benchmark.preset_config(preset), part, workdir)
     phase = benchmark.PARTS[part][0]
-    loop = settle_steps(LoopConfig(**context.config[phase].loop), task)
-    state, step = abstract_state(task, loop, context.optimizer_config(phase), context.mesh, 0)
-    with jax.set_mesh(context.mesh):
-        return state, step.trace(state, abstract_batch(task, context.mesh)).jaxpr.jaxpr
+    loop = settle_steps(LoopConfig(**vars(run.config.sections[phase].loop)), task)
+    state, step = abstract_state(task, loop, run.optimizer_config(phase), run.mesh, 0)
+    with jax.set_mesh(run.mesh):
+        return state, step.trace(state, abstract_batch(task, run.mesh)).jaxpr.jaxpr
 
 
 @pytest.mark.slow

@@ -10,10 +10,11 @@ import optax
 import pytest
 from flax import nnx
 
-from configs import common, datasets
-from configs.common import STRATEGIES
 from user_llm.common import mesh as meshes
 from user_llm.common import trees
+from user_llm.config import defaults, experiments
+from user_llm.config.defaults import STRATEGIES
+from user_llm.config.reader import read_config
 from user_llm.data.schema import Feature, Schema
 from user_llm.models.decoder import DecoderConfig
 from user_llm.models.user_encoder import UserEncoderConfig
@@ -22,8 +23,7 @@ from user_llm.nn.cross_attention import CrossAttentionConfig
 from user_llm.nn.lora import LoRAConfig
 from user_llm.nn.resampler import ResamplerConfig
 from user_llm.nn.transformer import BlockConfig
-from user_llm.phases.contextualize import contextual_counts, contextual_loss
-from user_llm.phases.pretrain_encoder import encoder_section, encoder_source
+from user_llm.phases.contextualize import contextual_counts, contextual_loss, encoder_source
 from user_llm.training.loop import LoopConfig, initial_state, train_summary
 from user_llm.training.optimizer import OptimizerConfig
 from user_llm.training.task import Task
@@ -149,19 +149,17 @@ def test_a_history_is_not_seen_beyond_its_end(model):
 
 def _encoders(**changes):
     """A config whose phases pretrain two encoders before user_llm, with changes of that."""
-    config = datasets.experiment("movielens", "xattn", "small")
+    config = experiments.experiment("movielens", "xattn", "small")
     config.phases = ("pretrain_encoder", "bert4rec", "user_llm")
     config.user_llm.update_from_flattened_dict(changes)
-    return config
+    return read_config(config)
 
 
 def test_the_encoder_comes_from_the_phase_that_is_named_or_from_nowhere():
-    assert encoder_source(_encoders(), "user_llm") == "pretrain_encoder"
-    assert encoder_source(_encoders(encoder="bert4rec"), "user_llm") == "bert4rec"
-    scratch = _encoders(encoder_init="scratch", **{"loss.align": 0.0})
-    scratch.phases = ("user_llm",)
-    assert encoder_source(scratch, "user_llm") == "fresh"
-    section = encoder_section(_encoders(), "bert4rec")
+    source = lambda **changes: encoder_source(_encoders(**changes).contextual("user_llm"))  # noqa: E731
+    assert source() == "pretrain_encoder" and source(encoder="bert4rec") == "bert4rec"
+    assert source(encoder_init="scratch", **{"loss.align": 0.0}) == "fresh"
+    section = _encoders().encoder_of("bert4rec")
     assert section.objective == "masked" and section.num_layers == _encoders().encoder.num_layers
 
 
@@ -207,8 +205,8 @@ def test_a_strategy_trains_its_parts_and_keeps_every_bit_of_the_others(drawn, me
         loss=lambda params, batch, key, whole: contextual_loss(trees.merge(graphdef, params), batch, key, whole=whole, **WEIGHTS),
         counts=contextual_counts,
     )  # fmt: skip
-    loop = LoopConfig(**common.loop(3, 3, monitor="loss"))
-    optimizer = OptimizerConfig(**common.optimizer(0.1, warmup_steps=0), trainable=chosen["trainable"])
+    loop = LoopConfig(**defaults.loop(3, 3, monitor="loss"))
+    optimizer = OptimizerConfig(**defaults.optimizer(0.1, warmup_steps=0), trainable=chosen["trainable"])
     mesh = mesh_of()
     with jax.set_mesh(mesh):
         state, step = initial_state(task, loop, optimizer, mesh, seed=0)
@@ -244,7 +242,7 @@ def test_eight_devices_compute_what_one_does_with_a_soft_prompt(drawn, mesh_of, 
     batch["events"] = batch["events"] + np.arange(8)[:, None, None] % 3  # no two histories are alike
     found = []
     for mesh in (mesh_of(), mesh_of(*sizes)):
-        placed = jax.device_put(params, meshes.shardings(common.SHARDING, params, mesh))
+        placed = jax.device_put(params, meshes.shardings(defaults.SHARDING, params, mesh))
         with jax.set_mesh(mesh):
             grad = jax.grad(lambda p, b: contextual_loss(trees.merge(graphdef, p), b, None, **WEIGHTS)[0])
             found.append(jax.device_get(jax.jit(grad)(placed, meshes.put_batch(batch, mesh))))

@@ -7,10 +7,14 @@ from pathlib import Path
 import pytest
 from etils import epath
 
+from user_llm.common.hashes import data_hashes
+from user_llm.config.check import check
+from user_llm.config.reader import read_config
+from user_llm.data.dataset import Dataset
 from user_llm.data.splits import make_split
 from user_llm.models import pretrained
-from user_llm.phases import depends, inputs
-from user_llm.phases.context import Context
+from user_llm.phases import depends
+from user_llm.phases.run import Run
 from user_llm.training.identity import read_identity
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -23,7 +27,7 @@ READERS_OF_TEXT = ALL[1:]
 
 
 def _identities(config, data=None, llm=None):
-    found = {}
+    found, config = {}, read_config(config)
     for name in depends.with_sources(config):
         built_on = {source: found[source].hash for source in depends.sources(config, name)}
         found[name] = depends.phase_identity(config, name, data or DATA, llm or {"tokenizer/tokenizer.json": "t"}, built_on)
@@ -62,7 +66,7 @@ def _config(changes):
         ({"user_llm.encoder_init": "scratch"}, ("user_llm",)),
         # What no phase of the run depends on.
         ({"phases": (*ALL, "user_llm_lora")}, ("user_llm_lora",)),
-        ({"user_llm_lora.loop.total_steps": 7}, ()),
+        ({"variants.user_llm_lora.like": "text_prompt_10"}, ()),
         ({"lora.rank": 4}, ()),
         ({"labels.feature": "x"}, ()),
         ({"general_text.windows": 1}, ()),
@@ -119,8 +123,7 @@ def test_adapters_and_favourites_count_where_they_are_used():
     ("changes", "message"),
     [
         ({"user_llm.method": "../../x\0"}, r"^user_llm\.method '.*' has a character that cannot be printed"),
-        ({"user_llm.method": ""}, r"^user_llm\.method '' is empty"),
-        ({"user_llm.strategy": "some"}, "^Unknown strategy 'some' of user_llm: choose one of all, "),
+        ({"user_llm.method": ""}, r"^user_llm\.method='': it must be a text that is not empty"),
     ],
 )
 def test_what_has_no_identity_is_refused(changes, message):
@@ -134,10 +137,10 @@ def settle(tmp_path, make_timelines, mesh_of):
     timelines = make_timelines([[1, 2, 3, 4, 5]] * 3)
 
     def settle(config, name="run", data=None):
-        workdir = epath.Path(tmp_path / name)
-        depends.check_settings(config, workdir)
-        split = make_split(timelines, config.data.split)
-        return depends.settle_run(config, Context(config, timelines, split, mesh_of(), workdir, {}, data or DATA))
+        workdir, read = epath.Path(tmp_path / name), check(config)
+        depends.check_settings(read, workdir)
+        dataset = Dataset(timelines, make_split(timelines, config.data.split), data or DATA)
+        return depends.settle_run(Run(read, workdir, mesh_of()), dataset)
 
     return settle
 
@@ -166,7 +169,7 @@ def test_another_dataset_protocol_or_seed_in_a_workdir_is_refused_once_something
         ({"data.min_events": 9}, "data.min_events: 5 -> 9"),
         (
             {"data.split": "global_time", "data.ties": "file"},
-            'data.ties: "hashed" -> "file", data.split: "leave_last_out" -> "global_time"',
+            'data.split: "leave_last_out" -> "global_time", data.ties: "hashed" -> "file"',
         ),
     ):
         with pytest.raises(ValueError, match=r"holds a run of another config \((.*)\): choose another --workdir\.$") as refused:
@@ -273,9 +276,9 @@ def test_names_of_data_files_are_told_apart_and_do_not_hold_where_they_are(tmp_p
     for folder in ("a/x", "a/y", "b/x", "b/y"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "part.csv").write_text(folder[2:])
-    one, other = (inputs.data_files([tmp_path / top / "x/part.csv", tmp_path / top / "y/part.csv"], tmp_path) for top in "ab")
+    one, other = (data_hashes([tmp_path / top / "x/part.csv", tmp_path / top / "y/part.csv"], tmp_path) for top in "ab")
     assert one == other and list(one) == ["data/x/part.csv", "data/y/part.csv"]
-    assert list(inputs.data_files([tmp_path / "a/x/part.csv"], tmp_path)) == ["data/part.csv"]
+    assert list(data_hashes([tmp_path / "a/x/part.csv"], tmp_path)) == ["data/part.csv"]
 
 
 def test_files_of_a_checkpoint_are_those_that_are_read(tmp_path):

@@ -9,49 +9,65 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
-from configs import datasets
-from user_llm import main
+from user_llm import experiment
+from user_llm.common import mesh as meshes
 from user_llm.common import trees
 from user_llm.common.checkpoint import save_params
-from user_llm.data.splits import make_split
+from user_llm.config import experiments
+from user_llm.config.reader import read_config
+from user_llm.data.dataset import Dataset, open_dataset
 from user_llm.data.tokenizer import train_bpe
 from user_llm.models.families import config_from_settings, table
-from user_llm.phases import context as contexts
-from user_llm.phases import early, pretrain_lm
-from user_llm.phases.context import open_context
+from user_llm.phases import early, pretrain_lm, starting
+from user_llm.phases.run import Run
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tiny_quickstart import tiny_config
 
 
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A run that may be built: its config can still be changed."""
+
+    config: ConfigDict
+    dataset: Dataset
+    mesh: Mesh
+    workdir: epath.Path
+
+    def build(self):
+        return early.build_tasks(Run(read_config(self.config), self.workdir, self.mesh), self.dataset)
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A tiny world with ratings, categories and reviews, prepared once, and the workdir that holds it."""
     workdir = epath.Path(tmp_path_factory.mktemp("run"))
-    config = tiny_config(datasets.experiment("amazon", "xattn", "synthetic"))
-    return open_context(config, workdir, "")
+    config = tiny_config(experiments.experiment("amazon", "xattn", "synthetic"))
+    return Opened(config, open_dataset(read_config(config), workdir), meshes.make_mesh(), workdir)
 
 
 @pytest.fixture
 def opened(world, monkeypatch, tmp_path):
     """Return `make(changes)`: the run with a changed config, whose tasks read and draw no parameters."""
     monkeypatch.setattr(trees, "init", lambda *_, **__: pytest.fail("parameters were drawn"))
-    monkeypatch.setattr(contexts, "load_params", lambda *_: pytest.fail("parameters were read"))
+    monkeypatch.setattr(starting, "load_params", lambda *_: pytest.fail("parameters were read"))
 
     def make(changes):
         config = world.config.copy_and_resolve_references()
         config.update_from_flattened_dict(changes)
-        return dataclasses.replace(world, config=config, split=make_split(world.timelines, "leave_last_out"))
+        return dataclasses.replace(world, config=config)
 
     return make
 
 
 def test_all_phases_are_built_of_shapes_in_their_order(opened):
     context = opened({})
-    tasks = early.build_tasks(context)
+    tasks = context.build()
     assert tuple(tasks) == context.config.phases and tasks["user_llm"].metrics[0] == "recall@1"
     assert not any((context.workdir / name).exists() for name in tasks)
     assert {leaf.__class__ for leaf in jax.tree.leaves(tasks["user_llm"].shapes)} == {jax.ShapeDtypeStruct}
@@ -99,7 +115,7 @@ def test_what_a_phase_cannot_do_is_refused(opened, changes, sentence):
     if weights:
         context.config.pretrain_encoder.loss.head_weights = weights
     with pytest.raises(ValueError) as error:
-        early.build_tasks(context)
+        context.build()
     assert str(error.value).startswith(sentence), error.value
     assert str(error.value).endswith(".")
 
@@ -108,11 +124,9 @@ def test_the_last_of_many_phases_is_refused_before_the_first_trains(world, tmp_p
     """The whole run: nothing is begun, measured or trained."""
     config = world.config.copy_and_resolve_references()
     config.text_prompt_10.loop.monitor = "nothing"
-    monkeypatch.setattr(
-        main, "open_context", lambda config, workdir, _: dataclasses.replace(world, config=config, workdir=workdir)
-    )
+    monkeypatch.setattr(experiment, "open_dataset", lambda *_: world.dataset)
     with pytest.raises(ValueError, match=r"^text_prompt_10\.loop\.monitor='nothing'"):
-        main.run(config, epath.Path(tmp_path))
+        experiment.run(config, tmp_path)
     left = {"audit.json", "values", "metrics.jsonl", "checkpoints", "params", "results.json"}
     assert not {path.name for path in tmp_path.rglob("*")} & left
 
@@ -146,9 +160,10 @@ def _texts(timelines, text, titles=None):
 )
 def test_texts_and_titles_that_cannot_be_measured_are_refused(opened, world, change, sentence):
     context = opened({"phases": PHASES})
-    context = dataclasses.replace(context, timelines=change(context.timelines))
+    dataset = dataclasses.replace(context.dataset, timelines=change(context.dataset.timelines))
+    context = dataclasses.replace(context, dataset=dataset)
     with pytest.raises(ValueError) as error:
-        early.build_tasks(context)
+        context.build()
     assert str(error.value).startswith(sentence), error.value
 
 
@@ -156,12 +171,12 @@ def test_parts_without_targets_are_refused(opened):
     context = opened({"phases": PHASES})
     nobody = (np.zeros(0, int), np.zeros(0, int))
     for part in ("validation", "test"):
-        split = dataclasses.replace(context.split, targets=context.split.targets | {part: nobody})
+        split = dataclasses.replace(context.dataset.split, targets=context.dataset.split.targets | {part: nobody})
         with pytest.raises(ValueError, match=f"^pretrain_encoder: no user of the {part} part has a next item"):
-            early.build_tasks(dataclasses.replace(context, split=split))
-    split = dataclasses.replace(context.split, train_stop=np.minimum(context.split.train_stop, 1))
+            dataclasses.replace(context, dataset=dataclasses.replace(context.dataset, split=split)).build()
+    split = dataclasses.replace(context.dataset.split, train_stop=np.minimum(context.dataset.split.train_stop, 1))
     with pytest.raises(ValueError, match=r"pretrain_encoder: no user has two events to train on"):
-        early.build_tasks(dataclasses.replace(context, split=split))
+        dataclasses.replace(context, dataset=dataclasses.replace(context.dataset, split=split)).build()
 
 
 def test_batches_that_the_devices_cannot_share_are_refused(opened, mesh_of):
@@ -169,26 +184,26 @@ def test_batches_that_the_devices_cannot_share_are_refused(opened, mesh_of):
         opened({"phases": ("pretrain_lm",), "pretrain_lm.batch.rows": 6}), mesh=mesh_of(data=2, fsdp=2)
     )
     with pytest.raises(ValueError, match=r"^pretrain_lm\.batch\.rows=6: it must be a multiple of 4, for 1 parts"):
-        early.build_tasks(context)
+        context.build()
     context.config.pretrain_lm.batch.rows = 8
-    assert early.build_tasks(context)
+    assert context.build()
     context.config.pretrain_lm.loop.accumulation_steps = 4
     with pytest.raises(ValueError, match=r"^pretrain_lm\.batch\.rows=8: it must be a multiple of 16"):
-        early.build_tasks(context)
+        context.build()
 
 
 def test_a_phase_may_start_from_one_that_is_finished_in_the_workdir(opened, tmp_path):
     context = dataclasses.replace(opened({"phases": ("text_prompt_10",)}), workdir=epath.Path(tmp_path))
-    first = early.build_tasks(dataclasses.replace(opened({"phases": ("pretrain_lm",)}), workdir=epath.Path(tmp_path)))
+    first = dataclasses.replace(opened({"phases": ("pretrain_lm",)}), workdir=epath.Path(tmp_path)).build()
     shapes = first["pretrain_lm"].shapes
     save_params(tmp_path / "pretrain_lm" / "params", jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes))
     with pytest.raises(ValueError, match="it starts from pretrain_lm"):  # not finished
-        early.build_tasks(context)
+        context.build()
     (tmp_path / "pretrain_lm" / "results.json").write_text("[]")
-    assert early.build_tasks(context)
+    assert context.build()
     context.config.llm.block.mlp_width += 2
     with pytest.raises(ValueError, match=r"cannot start from pretrain_lm: stack/blocks/mlp/down is \(1, 192, 64\) there"):
-        early.build_tasks(context)
+        context.build()
 
 
 LLAMA = {
@@ -205,18 +220,18 @@ def test_an_open_llm_is_checked_with_its_weights_and_the_general_text(opened, tm
     save_file(tensors, folder / "model.safetensors")
     alone = {f"user_llm.prompts.{task}.weight": 0.0 for task in ("favorite", "favorite_future", "review")}
     context = opened(alone | {"phases": PHASES, "llm.checkpoint": str(folder), "user_llm.cross.every": 1})
-    assert tuple(early.build_tasks(context)) == ("pretrain_encoder", "user_llm")
+    assert tuple(context.build()) == ("pretrain_encoder", "user_llm")
 
     context.config.general_text.file = str(tmp_path / "nothing.txt")
     with pytest.raises(ValueError, match=r"^general_text\.file='.*nothing\.txt': it cannot be read as UTF-8 text"):
-        early.build_tasks(context)
+        context.build()
     context.config.general_text.file = ""
     context.config.user_llm.cross.every = 3
     with pytest.raises(ValueError, match=r"^user_llm: Cross-attention in every 3th of 2 layers"):
-        early.build_tasks(context)
+        context.build()
     save_file(tensors | {"model.norm.weight": np.zeros(9, np.float32)}, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"do not fit the config: model\.norm\.weight is \[9\] and not \[8\]"):
-        early.build_tasks(context)
+        context.build()
 
 
 @pytest.mark.parametrize("titles", [2, 3, 20])
@@ -224,11 +239,11 @@ def test_a_small_catalogue_keeps_a_line_for_validation(opened, titles, monkeypat
     context = opened({"phases": ("pretrain_lm",)})
     lines = [f"Title {number}\n" for number in range(titles)]
     parts = []
-    monkeypatch.setattr(contexts.Context, "corpus", lambda self: lines)
+    monkeypatch.setattr(pretrain_lm, "corpus", lambda data, seed: lines)
     monkeypatch.setattr(pretrain_lm, "packed_text", lambda lines, **_: parts.append(len(lines)))
-    monkeypatch.setattr(contexts.Context, "streams", lambda self, make, rows: make((0, 1), rows))
-    task = early.build_tasks(context)["pretrain_lm"]
+    monkeypatch.setattr(Run, "streams", lambda self, make, rows: make((0, 1), rows))
+    task = context.build()["pretrain_lm"]
     assert 1 <= parts[0] < titles and task.steps_per_epoch > 0
     lines[1:] = []
     with pytest.raises(ValueError, match=r"^pretrain_lm: a catalogue of 1 titles is too small"):
-        early.build_tasks(context)
+        context.build()

@@ -13,8 +13,10 @@ import pytest
 from etils import epath
 from flax import nnx
 
-from configs import datasets, quickstart
+from configs import quickstart
 from user_llm.common import trees
+from user_llm.config import experiments
+from user_llm.config.reader import read_config
 from user_llm.data import movielens, prepare, synthetic_files
 from user_llm.data.splits import leave_last_out
 from user_llm.data.synthetic import optimal_ranks
@@ -39,7 +41,7 @@ def test_encoders_reach_their_share_of_the_optimal_recall(tmp_path):
     rows = json.loads((tmp_path / "results.json").read_text())
     found = {row["method"]: row["value"] for row in rows if row["metric"] == "recall@10/unseen"}
 
-    config = datasets.experiment("movielens", "xattn", "synthetic")
+    config = experiments.experiment("movielens", "xattn", "synthetic")
     world = synthetic_files.write(tmp_path / "world", seed=config.seed, **config.data.synthetic)
     timelines = prepare.load(movielens.find(tmp_path / "world", tmp_path), epath.Path(tmp_path / "again"), seed=config.seed)
     best = np.mean(optimal_ranks(world, timelines, *leave_last_out(timelines).targets["test"]) <= 10)
@@ -60,14 +62,16 @@ def encoder(make_encoder):
 
 
 def _make_encoder(drawn, timelines, objective):
-    config = quickstart.get_config().encoder
-    config.update(num_layers=1, heads=("genres",), dropout=0.0, block={**config.block, "dropout": 0.0}, objective=objective)
-    selected = timelines.select(tuple(config.features))
+    config = quickstart.get_config()
+    section = config.encoder
+    section.update(num_layers=1, heads=("genres",), dropout=0.0, block={**section.block, "dropout": 0.0}, objective=objective)
+    config = read_config(config).encoder
+    selected = timelines.select(config.features)
     model_config = encoder_config(config, selected.schema)
     graphdef, params = drawn(lambda: UserEncoder(model_config, rngs=nnx.Rngs(0)))
     if objective == "dual":
         params["tower"]["catalogue"] = jnp.asarray(item_catalogue(selected, model_config))
-    events = [timelines.select(tuple(config.features)).events(user, 0, stop) for user, stop in ((0, 3), (1, 4))]
+    events = [timelines.select(config.features).events(user, 0, stop) for user, stop in ((0, 3), (1, 4))]
     width = events[0].shape[1]
     rows = np.concatenate([events[0][:-1], events[1][:-1], np.zeros((2, width), np.int32)])
     following = np.concatenate([events[0][1:], events[1][1:], np.zeros((2, width), np.int32)])
@@ -163,8 +167,8 @@ def test_the_dual_loss_is_among_the_items_of_the_batch_by_the_vectors_of_the_ite
 
 def test_an_item_tower_reads_the_ids_and_bags_of_the_catalogue(make_timelines):
     timelines = make_timelines([[1, 2, 3]]).select(("item", "rating", "genres"))
-    section = quickstart.get_config().encoder
-    section.features = ("item", "rating", "genres")
+    section = read_config(quickstart.get_config()).encoder
+    section = dataclasses.replace(section, features=("item", "rating", "genres"))
     table = item_catalogue(timelines, encoder_config(section, timelines.schema))
     np.testing.assert_array_equal(table[:5], [[0, 0, 0], [1, 2, 0], [2, 3, 4], [3, 1, 0], [0, 0, 0]])
     assert table.shape == (128, 3) and not table[4:].any()

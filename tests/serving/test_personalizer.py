@@ -15,7 +15,7 @@ from user_llm.serving.user import User
 
 def test_a_ranking_is_the_one_that_evaluation_has(made, model):
     """Of every test user, from raw events in any order, one at a time and all together."""
-    users, ends = made.asking.split.targets["test"]
+    users, ends = made.asking.data.split.targets["test"]
     every = made.timelines.catalogue.keys[1:]
     rows = [row for user, end in zip(users, ends, strict=True) for row in made.rows(user, end)]
     together = model.encode_many(rows[::-1])

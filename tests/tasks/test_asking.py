@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from user_llm.data.dataset import Dataset
 from user_llm.serving.predictor import Predictor
-from user_llm.phases.answering import Asking
+from user_llm.tasks.asking import Asking
 
 
 class Counting:
@@ -26,7 +27,7 @@ def test_padding_to_the_whole_length_makes_one_shape_of_all_batches(make_timelin
     asked = {"count": Counting()}
     templates = {"count": Counting.template}
     reads = Predictor(None, None, {}, mesh_of(), templates, max_events=150, batch_size=1, pad_whole=pad_whole)
-    asking = Asking(reads, timelines, None, asked)
+    asking = Asking(reads, Dataset(timelines, None), asked)
 
     shapes = [batch.events.shape[1] for _, batch in asking.batches(users, ends)]
     assert sorted(set(shapes)) == events and len(shapes) == 4

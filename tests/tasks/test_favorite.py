@@ -2,9 +2,8 @@
 
 import numpy as np
 
-from user_llm.data.prompts.favorite import Labels, OfFuture, OfHistory
 from user_llm.data.splits import leave_last_out
-from user_llm.evals.counting import favorite_baselines
+from user_llm.tasks.favorite import Labels, OfFuture, OfHistory, favorite_baselines
 
 
 def test_counting_solves_the_history_by_construction_and_the_future_only_where_taste_stays(make_timelines):

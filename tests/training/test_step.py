@@ -7,9 +7,9 @@ import optax
 import pytest
 from flax import nnx
 
-from configs.common import DECAY, SHARDING
 from user_llm.common import mesh as meshes
 from user_llm.common import trees
+from user_llm.config.defaults import DECAY, SHARDING
 from user_llm.data.schema import Feature, Schema
 from user_llm.models.user_encoder import UserEncoder, UserEncoderConfig
 from user_llm.nn.transformer import BlockConfig

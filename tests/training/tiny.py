@@ -12,19 +12,19 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from user_llm.common import distributed
 from user_llm.common import mesh as meshes
 from user_llm.data.pipeline import packed_text
 from user_llm.data.streams import Streams
 from user_llm.nn.layers import dropout
-from user_llm.phases.context import Context
+from user_llm.phases.run import Run
 from user_llm.training import loop
 from user_llm.training.loop import LoopConfig
 from user_llm.training.optimizer import OptimizerConfig
@@ -123,8 +123,8 @@ def run(directory, task: Task | None = None, mesh: Mesh | None = None, **changes
 
 def run_split(directory, mesh: Mesh, **changes) -> list[dict]:
     """Run with parameters split over the mesh's axis `fsdp` and two streams of text; return the rows of the results."""
-    context = Context(ConfigDict({"data": {"streams": 2}}), None, None, mesh, None, {})
-    train_data = context.streams(
+    config = SimpleNamespace(data=SimpleNamespace(streams=2))
+    train_data = Run(config, None, mesh).streams(
         lambda stream, rows: packed_text(_lines(), rows=rows, row_length=8, seed=SEED, stream=stream), 8
     )
     task = make_task(train_data=train_data, **changes)

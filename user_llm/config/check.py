@@ -117,11 +117,9 @@ def _encoder_conflicts(run: Config, phase: PretrainEncoder) -> Iterator[tuple[st
 def _contextual_conflicts(run: Config, phases: Mapping[str, Phase], phase: Contextualize) -> Iterator[tuple[str, Any, str]]:
     encoders = {name: other for name, other in phases.items() if isinstance(other, PretrainEncoder)}
     if phase.encoder not in encoders:
-        yield (
-            "encoder",
-            phase.encoder,
-            (f"choose a phase that pretrains an encoder: {either(sorted(encoders))}{near_miss(phase.encoder, encoders)}"),
-        )
+        known = sorted({*encoders, *(name for name, variant in run.variants.items() if variant.like in encoders)})
+        why = f"choose a phase that pretrains an encoder: {either(known)}{near_miss(phase.encoder, known)}"
+        yield "encoder", phase.encoder, why
         return
     encoder = run.encoder_of(phase.encoder)
     if not phase.prompts.asked:

@@ -1,6 +1,6 @@
 """What the section of a phase says, by its task: each key with its type and its range or choices.
 
-Every record has the form of what the function of its name in `configs/common.py` returns.
+Every record has the form of what the function of its name in `user_llm/config/defaults.py` returns.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """What the sections of a config say that all phases share: each key with its type and its range or choices.
 
-The records have the form of `configs/common.py`: a section is a record, a key is a field, and the field's annotation says which
+The records have the form of `user_llm/config/defaults.py`: a section is a record, a key is a field, and the field's annotation says which
 values the key takes. The phases are in `config/phases.py`.
 """
 
