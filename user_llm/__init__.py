@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from user_llm.experiment import run
     from user_llm.serving.bulk import forget
     from user_llm.serving.front import load
     from user_llm.serving.personalizer import Item, Personalizer, Seen
@@ -21,12 +22,13 @@ if TYPE_CHECKING:
 NAMES = {
     "forget": "user_llm.serving.bulk",
     "load": "user_llm.serving.front",
+    "run": "user_llm.experiment",
     "Item": "user_llm.serving.personalizer",
     "Personalizer": "user_llm.serving.personalizer",
     "Seen": "user_llm.serving.personalizer",
     "User": "user_llm.serving.user",
 }
-__all__ = ["Item", "Personalizer", "Seen", "User", "forget", "load"]
+__all__ = ["Item", "Personalizer", "Seen", "User", "forget", "load", "run"]
 
 
 def __getattr__(name: str) -> Any:

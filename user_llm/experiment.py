@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 from absl import logging
@@ -27,6 +28,7 @@ from user_llm.config.phases import Contextualize
 from user_llm.config.reader import Config
 from user_llm.data import audits
 from user_llm.data.dataset import Dataset, Source, open_dataset
+from user_llm.models.families import FAMILIES, Family
 from user_llm.phases import depends, general_text
 from user_llm.phases.early import build_tasks
 from user_llm.phases.kinds import TASKS, Kinds
@@ -46,6 +48,8 @@ def run(
     *,
     datasets: Mapping[str, Source] | None = None,
     tasks: Mapping[str, PromptTask] | None = None,
+    encoders: Mapping[str, Any] | None = None,
+    families: Mapping[str, Family] | None = None,
 ) -> list[dict]:
     """Run all phases of a config, and return the result rows.
 
@@ -58,11 +62,13 @@ def run(
       workdir: the directory of the run. Called again with the same config it goes on where it was stopped.
       datasets: readers of datasets, by what `data.source` calls them: (the config's section `data`, a folder for downloads) -> `Raw`.
       tasks: further tasks of the LLM, by what `prompts` calls them; see `PromptTask`.
+      encoders: encoders of your own, by what `encoder.kind` calls them; see `EncoderConfig`.
+      families: further families of open LLMs, by what config.json calls their `model_type`; see `Family`.
 
     Raises:
       ValueError: a setting, data or a directory that does not fit, in one sentence.
     """
-    kinds = Kinds(datasets or {}, TASKS | dict(tasks or {}))
+    kinds = Kinds(datasets or {}, TASKS | dict(tasks or {}), encoders or {}, {**FAMILIES, **(families or {})})
     read, directory = kinds.read(config), epath.Path(workdir)
     with hold(directory):
         depends.check_settings(read, directory)

@@ -8,6 +8,8 @@ it runs. With `--compile_only
 machine.
 """
 
+import os
+import pathlib
 import re
 import signal
 import sys
@@ -23,9 +25,17 @@ from user_llm.ahead.check import check, describe
 from user_llm.common.distributed import initialize
 from user_llm.common.printable import printable
 from user_llm.common.terminal import set_up_log
+from user_llm.config.reader import near_miss
 from user_llm.experiment import run
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment to run.", lock_config=True)
+CONFIGS = pathlib.Path(__file__).parent / "configs"  # a link in a checkout, the files themselves in an installed package
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "Experiment to run: a file such as configs/amazon_xattn.py:small, or the name of one that comes along.",
+    lock_config=True,
+)
 _COMPILE_ONLY = flags.DEFINE_bool(
     "compile_only",
     False,
@@ -46,10 +56,40 @@ def compile_only(config: ConfigDict, topology: str, kernels: bool) -> bool:
     return all(step.fits for step in found)
 
 
+def config_file(name: str) -> str:
+    """Return the file, and the variant behind a colon, that `--config` names: a path as it is, or a config of the package by its name.
+
+    Raises:
+      SystemExit: neither is there.
+    """
+    stem, colon, variant = name.partition(":")
+    if os.path.exists(stem) or os.sep in stem or stem.endswith(".py"):
+        return name
+    known = {file.stem: file for file in CONFIGS.glob("*.py")}
+    if stem not in known:
+        sys.exit(
+            f"Error: --config={name} is neither a file nor a config of the package{near_miss(stem, known)}: choose a path, or one of "
+            f"{', '.join(sorted(known))}."
+        )
+    return f"{known[stem]}{colon}{variant}"
+
+
+def with_config_file(argv: list[str]) -> list[str]:
+    """Return the command line with the file that `--config` names, by `--config=NAME` or `--config NAME`; others stay as they are."""
+    found = list(argv)
+    for place, argument in enumerate(argv):
+        flag, equals, value = argument.partition("=")
+        if flag in ("--config", "-config"):
+            at = place if equals else place + 1
+            if at < len(argv):
+                found[at] = f"{flag}={config_file(value)}" if equals else config_file(argv[at])
+    return found
+
+
 def parse_flags(argv: list[str]) -> list[str]:
     """Parse the command line; a typo in it ends in one sentence, where ml_collections would end in a traceback."""
     try:
-        return flags.FLAGS(argv)
+        return flags.FLAGS(with_config_file(argv))
     except flags.Error as error:  # of a config file that fails, the last line is what it says
         sys.exit(f"Error: {str(error).strip().splitlines()[-1].strip().removeprefix('ValueError: ')}")
     except (LookupError, AttributeError, TypeError) as error:

@@ -96,7 +96,7 @@ def _torch_batch(batch):
 def test_both_encoders_have_the_same_loss(reference, tiny, drawn):
     """On packed rows with padding."""
     config, timelines, sizes = tiny("encoder")
-    model = encoder_config(config.encoder, timelines.schema)
+    model = encoder_config(config.encoder, timelines.schema, {})
     graphdef, params = drawn(lambda: UserEncoder(model, rngs=nnx.Rngs(params=0)))
     rng = np.random.default_rng(1)
     segments = np.array([[1, 1, 1, 1, 2, 2, 2, 0, 0], [1] * 9])

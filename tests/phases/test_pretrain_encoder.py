@@ -67,7 +67,7 @@ def _make_encoder(drawn, timelines, objective):
     section.update(num_layers=1, heads=("genres",), dropout=0.0, block={**section.block, "dropout": 0.0}, objective=objective)
     config = read_config(config).encoder
     selected = timelines.select(config.features)
-    model_config = encoder_config(config, selected.schema)
+    model_config = encoder_config(config, selected.schema, {})
     graphdef, params = drawn(lambda: UserEncoder(model_config, rngs=nnx.Rngs(0)))
     if objective == "dual":
         params["tower"]["catalogue"] = jnp.asarray(item_catalogue(selected, model_config))
@@ -169,7 +169,7 @@ def test_an_item_tower_reads_the_ids_and_bags_of_the_catalogue(make_timelines):
     timelines = make_timelines([[1, 2, 3]]).select(("item", "rating", "genres"))
     section = read_config(quickstart.get_config()).encoder
     section = dataclasses.replace(section, features=("item", "rating", "genres"))
-    table = item_catalogue(timelines, encoder_config(section, timelines.schema))
+    table = item_catalogue(timelines, encoder_config(section, timelines.schema, {}))
     np.testing.assert_array_equal(table[:5], [[0, 0, 0], [1, 2, 0], [2, 3, 4], [3, 1, 0], [0, 0, 0]])
     assert table.shape == (128, 3) and not table[4:].any()
 

@@ -87,16 +87,17 @@ def read_config(config: Mapping[str, Any] | ConfigDict, tasks: Mapping[str, type
     return Config(**vars(shared), sections=phases, said=json.loads(json.dumps(values)))
 
 
-def read_record(record: type[R], value: Any, key: str) -> R:
+def read_record(record: type[R], value: Any, key: str, instead: Mapping[Any, Any] | None = None) -> R:
     """Return a record as its annotations read it, of a section that anybody may have written.
 
     Args:
       key: of the section, for messages.
+      instead: records that stand for annotations which are none, such as a protocol.
 
     Raises:
       ValueError: the first key that does not fit, named.
     """
-    return Reader({}).read(record, value, key)
+    return Reader({}, instead or {}).read(record, value, key)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,9 +106,11 @@ class Reader:
 
     Attributes:
       tasks: the settings of each task that a section of `Prompts` may name.
+      instead: records that stand for annotations which are none.
     """
 
     tasks: Mapping[str, type]
+    instead: Mapping[Any, Any] = dataclasses.field(default_factory=dict)
 
     def read(self, annotation: object, value: Any, key: str) -> Any:
         """Return a value as its annotation reads it: sections as records, lists as tuples."""
@@ -153,7 +156,8 @@ class Reader:
 
     def _choice(self, hint: Any, value: Any, key: str) -> Any:
         """Return a value that is one of several: a literal, None, or a record where None stands for its absence."""
-        options = [option for part in (typing.get_args(hint) or (hint,)) for option in (typing.get_args(part) or (part,))]
+        parts = typing.get_args(hint) or (hint,)
+        options = [self.instead.get(option, option) for part in parts for option in (typing.get_args(part) or (part,))]
         records = [option for option in options if dataclasses.is_dataclass(option)]
         if records and value is not None:
             return self.read(records[0], value, key)

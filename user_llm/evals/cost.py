@@ -166,8 +166,10 @@ def flops(config: UserLLMConfig, request: Request) -> Terms:
 
 def user_side(config: UserLLMConfig) -> tuple[UserEncoderConfig, ResamplerConfig]:
     """Return what turns events into user tokens; refuse a model without."""
-    if config.encoder is None or config.resampler is None:
-        raise ValueError("A request with a user needs a model with `encoder` and `resampler`: set both in its UserLLMConfig.")
+    if not isinstance(config.encoder, UserEncoderConfig) or config.resampler is None:
+        raise ValueError(
+            "A request with a user needs a model with a transformer as `encoder`, and a `resampler`: set both in its UserLLMConfig."
+        )
     return config.encoder, config.resampler
 
 

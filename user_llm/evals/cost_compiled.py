@@ -19,6 +19,7 @@ from jaxtyping import Array
 from user_llm.common import trees
 from user_llm.common.trees import Params
 from user_llm.evals.cost import Request, user_side
+from user_llm.models.user_encoder import UserEncoderConfig
 from user_llm.models.user_llm import UserLLM, UserLLMConfig
 from user_llm.nn.attention import KVCache
 from user_llm.nn.cross_attention import UserKV
@@ -35,7 +36,8 @@ Given = dict[str, Any]
 
 def unrolled(config: UserLLMConfig) -> UserLLMConfig:
     """Return the same model with all its layers inlined, so that XLA counts each."""
-    encoder = config.encoder and dataclasses.replace(config.encoder, unroll=True)
+    encoder = config.encoder
+    encoder = dataclasses.replace(encoder, unroll=True) if isinstance(encoder, UserEncoderConfig) else encoder
     return dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, unroll=True), encoder=encoder)
 
 

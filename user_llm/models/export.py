@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,16 @@ from user_llm.common.files import check_own, check_regular
 from user_llm.common.records import read_json
 from user_llm.common.trees import Params
 from user_llm.models.decoder import DecoderConfig
-from user_llm.models.families import config_from_settings, settings_from_config, table
+from user_llm.models.families import (
+    FAMILIES,
+    Family,
+    Tensor,
+    bare,
+    config_from_settings,
+    family_of,
+    settings_from_config,
+    table,
+)
 from user_llm.models.pretrained import misfits
 from user_llm.models.user_llm import UserLLMConfig
 from user_llm.nn.lora import merge_lora
@@ -34,9 +43,6 @@ from user_llm.nn.lora import merge_lora
 SHARD_BYTES = 5_000_000_000  # of one file, as Hugging Face splits them
 USER_FILE = "user_llm.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "gemma3_text": "Gemma3ForCausalLM",
-}  # fmt: skip
 # Keys of a config.json that describe what is not written here, and those that hold for a language model whatever is around it.
 NOT_KEPT = ("text_config", "vision_config", "quantization_config", "dtype", "torch_dtype")
 GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "transformers_version")
@@ -53,7 +59,14 @@ def without_adapters(config: UserLLMConfig) -> UserLLMConfig:
     return dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, block=block))
 
 
-def save_decoder(directory: Path, params: Params, config: DecoderConfig, *, like: Path | None = None) -> None:
+def save_decoder(
+    directory: Path,
+    params: Params,
+    config: DecoderConfig,
+    *,
+    like: Path | None = None,
+    families: Mapping[str, Family] = FAMILIES,
+) -> None:
     """Write a decoder as a Hugging Face checkpoint, adapters merged.
 
     Args:
@@ -63,11 +76,16 @@ def save_decoder(directory: Path, params: Params, config: DecoderConfig, *, like
     Raises:
       ValueError: a decoder that no open family describes.
     """
-    settings, dtype = _settings_like(like, config)
+    settings, dtype = _settings_like(like, config, families)
+    family = family_of(settings, "", families)
     if config.block.lora is not None:
         params = merge_lora(params, config.block.lora)
     flat = trees.flatten(params)
-    tensors = lambda: ((t, jax.device_get(flat[t.path] if t.layer is None else flat[t.path][t.layer])) for t in table(config))  # noqa: E731
+
+    def tensors() -> Iterator[tuple[Tensor, np.ndarray]]:
+        for t in table(config, family):
+            yield t, jax.device_get(flat[t.path] if t.layer is None else flat[t.path][t.layer])
+
     if dtype is not None and not all(np.array_equal(array.astype(dtype).astype(array.dtype), array) for _, array in tensors()):
         dtype = None
     names: dict[str, str] = {}
@@ -76,7 +94,7 @@ def save_decoder(directory: Path, params: Params, config: DecoderConfig, *, like
         array = array if dtype is None else array.astype(dtype)
         if shards[-1] and sum(a.nbytes for a in shards[-1].values()) + array.nbytes > SHARD_BYTES:
             shards.append({})
-        name = t.name if t.name == "lm_head.weight" else f"model.{t.name}"
+        name = t.name if t.name == family.name("head") else f"model.{t.name}"
         shards[-1][name] = t.write(array)
     written = str(next(iter(shards[0].values())).dtype)
     directory.mkdir(parents=True, exist_ok=True)
@@ -91,25 +109,26 @@ def save_decoder(directory: Path, params: Params, config: DecoderConfig, *, like
     (directory / "config.json").write_text(json.dumps(settings | {"dtype": written}, indent=1))
 
 
-def _settings_like(like: Path | None, config: DecoderConfig) -> tuple[dict[str, Any], np.dtype | None]:
+def _settings_like(
+    like: Path | None, config: DecoderConfig, families: Mapping[str, Family]
+) -> tuple[dict[str, Any], np.dtype | None]:
     """Return what the config.json of a decoder says, with the settings of a checkpoint that is like it, and the type of its weights."""
-    ours = settings_from_config(config)
-    ours["architectures"] = [ARCHITECTURES[ours["model_type"]]]
     if like is None:
-        return ours, None
+        return settings_from_config(config), None
     theirs = read_json(like / "config.json", {}, "get the checkpoint again")
     theirs = theirs | theirs.get("text_config", {})
     dtype = theirs.pop("torch_dtype", None) or theirs.pop("dtype", None)
     kept = {key: value for key, value in theirs.items() if key not in NOT_KEPT}
     try:
-        same = config_from_settings(kept, "") == config_from_settings(ours, "")
+        same = config_from_settings(kept, "", families) == bare(config)
     except ValueError:  # settings of a wrapper around the language model
         same = False
-    settings = kept if same else {key: value for key, value in kept.items() if key in GENERATION} | ours
+    held = {key: value for key, value in kept.items() if key in GENERATION}
+    settings = kept if same else held | settings_from_config(config)
     return settings, np.dtype(dtype) if dtype in ("bfloat16", "float16") else None
 
 
-def save_adapter(directory: Path, params: Params, config: DecoderConfig, base_model: str) -> None:
+def save_adapter(directory: Path, params: Params, config: DecoderConfig, base_model: str, family: Family | None = None) -> None:
     """Write a decoder's adapters in the layout of the peft library; `base_model` is the checkpoint that they adapt.
 
     Raises:
@@ -120,7 +139,7 @@ def save_adapter(directory: Path, params: Params, config: DecoderConfig, base_mo
         raise ValueError("This decoder has no adapters: it was not trained by the strategy lora.")
     flat = trees.flatten(params)
     tensors, modules = {}, set()
-    for t in table(config):
+    for t in table(config, family):
         module, _, weight = t.path.rpartition("/")
         a, b = (flat.get(f"{module}/lora/{weight}/{part}") for part in "ab")
         if a is None or b is None or t.layer is None:
@@ -139,7 +158,7 @@ def save_adapter(directory: Path, params: Params, config: DecoderConfig, base_mo
     (directory / "adapter_config.json").write_text(json.dumps(settings, indent=1))
 
 
-def load_adapter(directory: Path, like: Params, config: DecoderConfig) -> Params:
+def load_adapter(directory: Path, like: Params, config: DecoderConfig, family: Family | None = None) -> Params:
     """Read what `save_adapter` wrote, as the adapters of a decoder whose parameters have the shapes of `like`.
 
     Raises:
@@ -151,7 +170,7 @@ def load_adapter(directory: Path, like: Params, config: DecoderConfig) -> Params
         found = load_file(file)
     flat = trees.flatten(like)
     out: dict[str, list[np.ndarray]] = {path: [] for path in flat if "/lora/" in path}
-    for t in table(config):
+    for t in table(config, family):
         module, _, weight = t.path.rpartition("/")
         for part, kind in (("a", "lora_A"), ("b", "lora_B")):
             path = f"{module}/lora/{weight}/{part}"

@@ -1,12 +1,13 @@
 """The open decoder families in Hugging Face's terms: Llama (and SmolLM2), Qwen2.5, Qwen3 and Gemma 3.
 
-A family is a handful of fields of our DecoderConfig, read from what a config.json holds, and a table that says for each of our
-parameters the checkpoint's name, its shape there and its shape here. A setting that the decoder lacks is refused by name.
+A family is what sets its checkpoints apart from Llama's: a few fields of our DecoderConfig, and names of tensors. The rest is read from
+config.json alike for all, and a table says for each of our parameters the checkpoint's name, its shape there and its shape here. A
+setting that the decoder lacks is refused by name.
 """
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,67 @@ from user_llm.models.decoder import DecoderConfig
 from user_llm.nn.attention import RopeScaling
 from user_llm.nn.transformer import BlockConfig
 
-FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text")
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """How the checkpoints of an open decoder family differ from Llama's.
+
+    Attributes:
+      architecture: the class of transformers that reads them, as config.json's `architectures` names it.
+      qk_norm, qkv_bias, post_norms, norm_offset: of `BlockConfig`.
+      scaled_embeddings: whether embeddings are multiplied by the square root of their width.
+      activation: the key of config.json that names the activation.
+      query_scale: the key of config.json whose value to the power of -1/2 scales queries; None for the head's size.
+      names: what a checkpoint calls our parameters, where it is not as in LLAMA_NAMES.
+      layer: what the names of a layer's tensors begin with; {} stands for the layer's number.
+      defaults: settings for which config.json may say nothing; None where transformers knows the family and completes them.
+    """
+
+    architecture: str
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    post_norms: bool = False
+    norm_offset: float = 0.0
+    scaled_embeddings: bool = False
+    activation: str = "hidden_act"
+    query_scale: str | None = None
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    layer: str = "layers.{}."
+    defaults: Mapping[str, Any] | None = None
+
+    def name(self, path: str) -> str:
+        """Return what a checkpoint calls a parameter; of a layer's, what follows `layer`."""
+        return self.names.get(path) or LLAMA_NAMES[path]
+
+
+# What a checkpoint calls our parameters, after what the names of its language model begin with.
+LLAMA_NAMES = {
+    "embed": "embed_tokens.weight",
+    "norm/scale": "norm.weight",
+    "head": "lm_head.weight",  # which nothing stands before
+    "attn_norm/scale": "input_layernorm.weight",
+    **{f"attn/{x}": f"self_attn.{x}_proj.weight" for x in "qkvo"},
+    **{f"attn/{x}_bias": f"self_attn.{x}_proj.bias" for x in "qkv"},
+    **{f"attn/{x}_norm/scale": f"self_attn.{x}_norm.weight" for x in "qk"},
+    "mlp_norm/scale": "post_attention_layernorm.weight",
+    "mlp/gate_proj": "mlp.gate_proj.weight",
+    "mlp/up": "mlp.up_proj.weight",
+    "mlp/down": "mlp.down_proj.weight",
+}
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family("LlamaForCausalLM"),
+    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True),
+    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM", qk_norm=True, post_norms=True, norm_offset=1.0, scaled_embeddings=True,
+        activation="hidden_activation", query_scale="query_pre_attn_scalar",
+        names={
+            "mlp_norm/scale": "pre_feedforward_layernorm.weight",
+            "attn_post_norm/scale": "post_attention_layernorm.weight",
+            "mlp_post_norm/scale": "post_feedforward_layernorm.weight",
+        },
+    ),
+}  # fmt: skip
 MOST_LAYERS = 1000  # the deepest open models have some 130
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 
@@ -45,7 +106,9 @@ NEUTRAL = LABELS | frozenset({
 })  # fmt: skip
 
 
-def config_from_settings(settings: dict[str, Any], source: str, **overrides: Any) -> DecoderConfig:
+def config_from_settings(
+    settings: dict[str, Any], source: str, families: Mapping[str, Family] = FAMILIES, **overrides: Any
+) -> DecoderConfig:
     """Turn what a config.json holds into a DecoderConfig; `source` is named in errors.
 
     Raises:
@@ -53,17 +116,14 @@ def config_from_settings(settings: dict[str, Any], source: str, **overrides: Any
     """
     if settings.get("model_type") == "gemma3":  # with images; its language model's settings are a part
         settings = {"model_type": "gemma3_text", **settings.get("text_config", {})}
-    family = settings.get("model_type")
-    if family not in FAMILIES:
-        raise ValueError(f"{source}: model_type {family!r} is not supported, only {', '.join(FAMILIES)}.")
+    family = family_of(settings, source, families)
     present = {name: value for name, value in settings.items() if value is not None and name not in LABELS}
     if wrong := misfit(present, SETTINGS):
         raise ValueError(f"{source}: {wrong}; get the checkpoint again.")
     if present["num_hidden_layers"] > MOST_LAYERS:
         raise ValueError(f"{source}: the setting 'num_hidden_layers' = {present['num_hidden_layers']} is above {MOST_LAYERS}.")
-    raw = _with_defaults(present, source)
-    gemma = family == "gemma3_text"
-    activation = raw.pop("hidden_activation" if gemma else "hidden_act")
+    raw = _with_defaults(present, source, family)
+    activation = raw.pop(family.activation)
     if activation not in ACTIVATIONS:
         raise ValueError(f"{source}: the activation {activation!r} is not supported, only {', '.join(ACTIVATIONS)}.")
     width, heads, depth = raw.pop("hidden_size"), raw.pop("num_attention_heads"), raw.pop("num_hidden_layers")
@@ -85,11 +145,11 @@ def config_from_settings(settings: dict[str, Any], source: str, **overrides: Any
         window=window,
         activation=ACTIVATIONS[activation],
         norm_eps=raw.pop("rms_norm_eps"),
-        norm_offset=1.0 if gemma else 0.0,
-        post_norms=gemma,
-        qk_norm=gemma or family == "qwen3",
-        qkv_bias=family == "qwen2",
-        query_scale=raw.pop("query_pre_attn_scalar") ** -0.5 if gemma else None,
+        norm_offset=family.norm_offset,
+        post_norms=family.post_norms,
+        qk_norm=family.qk_norm,
+        qkv_bias=family.qkv_bias,
+        query_scale=raw.pop(family.query_scale) ** -0.5 if family.query_scale else None,
         **ropes,
     )
     fields = {
@@ -97,7 +157,7 @@ def config_from_settings(settings: dict[str, Any], source: str, **overrides: Any
         "num_layers": depth,
         "block": block,
         "tie_embeddings": raw.pop("tie_word_embeddings"),
-        "embed_scale": width**0.5 if gemma else 1.0,
+        "embed_scale": width**0.5 if family.scaled_embeddings else 1.0,
         "windowed": windowed,
     }
     # What is left and switched on would change the function, and is not implemented.
@@ -107,8 +167,32 @@ def config_from_settings(settings: dict[str, Any], source: str, **overrides: Any
     return DecoderConfig(**{**fields, **overrides})
 
 
-def _with_defaults(settings: dict[str, Any], source: str) -> dict[str, Any]:
+def family_of(settings: Mapping[str, Any], source: str, families: Mapping[str, Family]) -> Family:
+    """Return the family that config.json names.
+
+    Raises:
+      ValueError: another one.
+    """
+    name = settings.get("model_type")
+    name = "gemma3_text" if name == "gemma3" else name
+    if not isinstance(name, str) or name not in families:
+        raise ValueError(f"{source}: model_type {name!r} is not supported, only {', '.join(families)}.")
+    return families[name]
+
+
+def family_like(c: DecoderConfig) -> tuple[str, Family]:
+    """Return the family of FAMILIES whose blocks are like those of a decoder, and its name."""
+    b = c.block
+    traits = (b.qk_norm, b.qkv_bias, b.post_norms)
+    found = ((name, of) for name, of in FAMILIES.items() if (of.qk_norm, of.qkv_bias, of.post_norms) == traits)
+    return next(found, ("llama", FAMILIES["llama"]))
+
+
+def _with_defaults(settings: dict[str, Any], source: str, family: Family) -> dict[str, Any]:
     """Complete settings by the family's defaults, older spellings turned into today's."""
+    if family.defaults is not None:
+        found = {"tie_word_embeddings": False, **family.defaults, **settings}
+        return {"rope_parameters": {"rope_theta": found.pop("rope_theta", 10_000.0)}, **found}
     from transformers import AutoConfig  # here, since it takes seconds
 
     try:
@@ -184,43 +268,45 @@ class Tensor(NamedTuple):
         return np.ascontiguousarray(array.reshape(self.theirs[::-1]).T) if self.transposed else array.reshape(self.theirs)
 
 
-def table(c: DecoderConfig) -> Iterator[Tensor]:
-    """List the tensors of a checkpoint of this config."""
-    b, vocab = c.block, c.vocab_size
+def table(c: DecoderConfig, family: Family | None = None) -> Iterator[Tensor]:
+    """List the tensors of a checkpoint of this config.
+
+    Args:
+      family: of the checkpoint; the one of FAMILIES that is like the decoder if it is not given.
+    """
+    b, vocab, family = c.block, c.vocab_size, family or family_like(c)[1]
     width, heads, kv_heads, dim, mlp = b.width, b.heads, b.kv_heads, b.head_dim, b.mlp_width
 
-    def vector(path: str, name: str, *shape: int) -> Tensor:
-        return Tensor(path, None, name, (math.prod(shape),), shape, False)
+    def vector(path: str, *shape: int) -> Tensor:
+        return Tensor(path, None, family.name(path), (math.prod(shape),), shape, False)
 
-    def matrix(path: str, name: str, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Tensor:
-        return Tensor(path, None, name, (math.prod(outputs), math.prod(inputs)), (*inputs, *outputs), True)
+    def matrix(path: str, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Tensor:
+        return Tensor(path, None, family.name(path), (math.prod(outputs), math.prod(inputs)), (*inputs, *outputs), True)
 
-    yield Tensor("embed", None, "embed_tokens.weight", (vocab, width), (vocab, width), False)
-    yield vector("norm/scale", "norm.weight", width)
+    yield Tensor("embed", None, family.name("embed"), (vocab, width), (vocab, width), False)
+    yield vector("norm/scale", width)
     if not c.tie_embeddings:
-        yield matrix("head", "lm_head.weight", (width,), (vocab,))
+        yield matrix("head", (width,), (vocab,))
     layer = [
-        vector("attn_norm/scale", "input_layernorm.weight", width),
-        matrix("attn/q", "self_attn.q_proj.weight", (width,), (heads, dim)),
-        matrix("attn/k", "self_attn.k_proj.weight", (width,), (kv_heads, dim)),
-        matrix("attn/v", "self_attn.v_proj.weight", (width,), (kv_heads, dim)),
-        matrix("attn/o", "self_attn.o_proj.weight", (heads, dim), (width,)),
-        vector("mlp_norm/scale", f"{'pre_feedforward' if b.post_norms else 'post_attention'}_layernorm.weight", width),
-        matrix("mlp/gate_proj", "mlp.gate_proj.weight", (width,), (mlp,)),
-        matrix("mlp/up", "mlp.up_proj.weight", (width,), (mlp,)),
-        matrix("mlp/down", "mlp.down_proj.weight", (mlp,), (width,)),
+        vector("attn_norm/scale", width),
+        matrix("attn/q", (width,), (heads, dim)),
+        matrix("attn/k", (width,), (kv_heads, dim)),
+        matrix("attn/v", (width,), (kv_heads, dim)),
+        matrix("attn/o", (heads, dim), (width,)),
+        vector("mlp_norm/scale", width),
+        matrix("mlp/gate_proj", (width,), (mlp,)),
+        matrix("mlp/up", (width,), (mlp,)),
+        matrix("mlp/down", (mlp,), (width,)),
     ]
     if b.post_norms:
-        layer.append(vector("attn_post_norm/scale", "post_attention_layernorm.weight", width))
-        layer.append(vector("mlp_post_norm/scale", "post_feedforward_layernorm.weight", width))
+        layer += [vector("attn_post_norm/scale", width), vector("mlp_post_norm/scale", width)]
     if b.qk_norm:
-        layer += [vector(f"attn/{x}_norm/scale", f"self_attn.{x}_norm.weight", dim) for x in "qk"]
+        layer += [vector(f"attn/{x}_norm/scale", dim) for x in "qk"]
     if b.qkv_bias:
-        counts = (("q", heads), ("k", kv_heads), ("v", kv_heads))
-        layer += [vector(f"attn/{x}_bias", f"self_attn.{x}_proj.bias", count, dim) for x, count in counts]
+        layer += [vector(f"attn/{x}_bias", count, dim) for x, count in (("q", heads), ("k", kv_heads), ("v", kv_heads))]
     for i in range(c.num_layers):
         for t in layer:
-            yield t._replace(path=f"stack/blocks/{t.path}", layer=i, name=f"layers.{i}.{t.name}")
+            yield t._replace(path=f"stack/blocks/{t.path}", layer=i, name=family.layer.format(i) + t.name)
 
 
 def settings_from_config(c: DecoderConfig) -> dict[str, Any]:
@@ -229,14 +315,13 @@ def settings_from_config(c: DecoderConfig) -> dict[str, Any]:
     Raises:
       ValueError: a decoder that no family of `FAMILIES` describes, such as one with gated residuals.
     """
-    b = c.block
-    family = "gemma3_text" if b.post_norms else "qwen2" if b.qkv_bias else "qwen3" if b.qk_norm else "llama"
+    b, (name, family) = c.block, family_like(c)
     activations = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
     settings: dict[str, Any] = {
-        "model_type": family, "vocab_size": c.vocab_size, "hidden_size": b.width, "intermediate_size": b.mlp_width,
+        "model_type": name, "architectures": [family.architecture], "vocab_size": c.vocab_size, "hidden_size": b.width, "intermediate_size": b.mlp_width,
         "num_hidden_layers": c.num_layers, "num_attention_heads": b.heads, "num_key_value_heads": b.kv_heads,
         "head_dim": b.head_dim, "rms_norm_eps": b.norm_eps, "tie_word_embeddings": c.tie_embeddings,
-        "hidden_activation" if family == "gemma3_text" else "hidden_act": activations[b.activation],
+        family.activation: activations[b.activation],
     }  # fmt: skip
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": b.rope_theta}
     if b.rope_scaling is not None:
@@ -246,16 +331,19 @@ def settings_from_config(c: DecoderConfig) -> dict[str, Any]:
             rope |= {"low_freq_factor": s.low_freq_factor, "high_freq_factor": s.high_freq_factor,
                      "original_max_position_embeddings": s.original_length}  # fmt: skip
     settings["rope_parameters"] = rope
-    if family == "gemma3_text":
+    if family.query_scale:
         local = {"rope_type": "default", "rope_theta": b.window_rope_theta}
         settings["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
-        settings["query_pre_attn_scalar"] = b.head_dim if b.query_scale is None else round(b.query_scale**-2)
+        settings[family.query_scale] = b.head_dim if b.query_scale is None else round(b.query_scale**-2)
     if any(c.windowed):
         settings["layer_types"] = ["sliding_attention" if windowed else "full_attention" for windowed in c.windowed]
         settings |= {"sliding_window": b.window, "use_sliding_window": True}
-    block = dataclasses.replace(b, lora=None, dropout=0.0, attention_kernel="auto")
-    plain = dataclasses.replace(c, cross=None, unroll=False, remat="none", block=block)
-    again = config_from_settings(settings, "this decoder")
-    if again != plain:
-        raise ValueError(f"No family of {', '.join(FAMILIES)} describes this decoder: {plain}.")
+    if config_from_settings(settings, "this decoder") != bare(c):
+        raise ValueError(f"No family of {', '.join(FAMILIES)} describes this decoder: {bare(c)}.")
     return settings
+
+
+def bare(c: DecoderConfig) -> DecoderConfig:
+    """Return what a config.json can say of a decoder: no way to its user, no adapters, and nothing of how it is computed."""
+    block = dataclasses.replace(c.block, lora=None, dropout=0.0, attention_kernel="auto")
+    return dataclasses.replace(c, cross=None, unroll=False, remat="none", block=block)

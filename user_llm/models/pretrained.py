@@ -28,7 +28,7 @@ from user_llm.common.records import read_json
 from user_llm.common.trees import Params
 from user_llm.common.workdir import path_part
 from user_llm.models.decoder import DecoderConfig
-from user_llm.models.families import Tensor, config_from_settings, table
+from user_llm.models.families import FAMILIES, Family, Tensor, config_from_settings, family_of, table
 
 # What a Gemma 3 checkpoint with images holds besides its language model.
 IMAGE_SIDE = ("vision_tower.", "multi_modal_projector.")
@@ -97,18 +97,32 @@ def tokenizer_hashes(directory: Path) -> dict[str, str]:
     return dict(zip((f"tokenizer/{name}" for name in names), content_hashes([directory / name for name in names]), strict=True))
 
 
-def decoder_config(path: str | os.PathLike, **overrides: Any) -> DecoderConfig:
+def decoder_config(path: str | os.PathLike, families: Mapping[str, Family] = FAMILIES, **overrides: Any) -> DecoderConfig:
     """Read a checkpoint's config.json; `overrides` replace fields of the DecoderConfig, such as `cross`.
 
     Raises:
       ValueError: no such file, another family, or a setting that the decoder does not implement.
     """
     file = Path(path) / "config.json"
-    return config_from_settings(read_json(file, {}, AGAIN), str(file), **overrides)
+    return config_from_settings(read_json(file, {}, AGAIN), str(file), families, **overrides)
+
+
+def family_at(path: Path, families: Mapping[str, Family]) -> Family:
+    """Return the family of a checkpoint.
+
+    Raises:
+      ValueError: as `decoder_config`.
+    """
+    return family_of(read_json(path / "config.json", {}, AGAIN), str(path / "config.json"), families)
 
 
 def load_decoder(
-    path: str | os.PathLike, config: DecoderConfig, *, shardings: Params | None = None, dtype: DTypeLike = jnp.float32
+    path: str | os.PathLike,
+    config: DecoderConfig,
+    *,
+    shardings: Params | None = None,
+    dtype: DTypeLike = jnp.float32,
+    families: Mapping[str, Family] = FAMILIES,
 ) -> Params:
     """Load the weights as the parameters of a `Decoder`; what a checkpoint lacks (cross-attention, adapters) is left out.
 
@@ -120,7 +134,8 @@ def load_decoder(
     Raises:
       ValueError: unreadable files, or tensors that are missing, left over or of another shape, all of them named.
     """
-    prefix, tensors, files = _find_tensors(Path(path), config)
+    family = family_at(Path(path), families)
+    prefix, tensors, files = _find_tensors(Path(path), config, family)
     where = {} if shardings is None else trees.flatten(shardings)
     params: dict[str, jax.Array] = {}
     for name, t in tensors.items():
@@ -134,28 +149,29 @@ def load_decoder(
             params[t.path] = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)(shape, jnp.dtype(dtype))
         part = _put(value, _without_layers(sharding), dtype)
         params[t.path] = _set_layer(params[t.path], part, t.layer)
-    if config.tie_embeddings and "lm_head.weight" in files:
-        _check_tied(files, prefix + "embed_tokens.weight")
+    if config.tie_embeddings and family.name("head") in files:
+        _check_tied(files, family.name("head"), prefix + family.name("embed"))
     return trees.unflatten(params)
 
 
-def check_weights(path: str | os.PathLike) -> None:
+def check_weights(path: str | os.PathLike, families: Mapping[str, Family] = FAMILIES) -> None:
     """See that the weights of a checkpoint fit its config.json; no tensor is read.
 
     Raises:
       ValueError: as `decoder_config` and `load_decoder`.
     """
-    _find_tensors(Path(path), decoder_config(path))
+    _find_tensors(Path(path), decoder_config(path, families), family_at(Path(path), families))
 
 
-def _find_tensors(path: Path, config: DecoderConfig) -> tuple[str, dict[str, Tensor], dict[str, tuple[Path, tuple[int, ...]]]]:
+def _find_tensors(
+    path: Path, config: DecoderConfig, family: Family
+) -> tuple[str, dict[str, Tensor], dict[str, tuple[Path, tuple[int, ...]]]]:
     """Return what a checkpoint's names begin with, the tensors that it must have by its names, and the file and shape of each."""
     files = _tensor_files(path)
-    prefix = next(
-        (name.removesuffix("embed_tokens.weight") for name in files if name.endswith("embed_tokens.weight")), "model."
-    )
-    tensors = {t.name if t.name == "lm_head.weight" else prefix + t.name: t for t in table(config)}
-    _check_tensors(path, {name: t.theirs for name, t in tensors.items()}, files)
+    embed, head = family.name("embed"), family.name("head")
+    prefix = next((name.removesuffix(embed) for name in files if name.endswith(embed)), "model.")
+    tensors = {t.name if t.name == head else prefix + t.name: t for t in table(config, family)}
+    _check_tensors(path, {name: t.theirs for name, t in tensors.items()}, files, head)
     return prefix, tensors, files
 
 
@@ -217,8 +233,10 @@ def _tensor_files(path: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
     }
 
 
-def _check_tensors(path: Path, wanted: dict[str, tuple[int, ...]], files: dict[str, tuple[Path, tuple[int, ...]]]) -> None:
-    there = {name: shape for name, (_, shape) in files.items() if name in wanted or name != "lm_head.weight"}
+def _check_tensors(
+    path: Path, wanted: dict[str, tuple[int, ...]], files: dict[str, tuple[Path, tuple[int, ...]]], head: str
+) -> None:
+    there = {name: shape for name, (_, shape) in files.items() if name in wanted or name != head}
     if problems := misfits(wanted, there):
         raise ValueError(f"The weights at {path} do not fit the config: {problems}.")
 
@@ -236,8 +254,8 @@ def misfits(wanted: Mapping[str, tuple[int, ...]], there: Mapping[str, tuple[int
     return "; ".join(problems[:SHOWN] + more)
 
 
-def _check_tied(files: dict[str, tuple[Path, tuple[int, ...]]], embed: str) -> None:
+def _check_tied(files: dict[str, tuple[Path, tuple[int, ...]]], head: str, embed: str) -> None:
     """Some checkpoints with tied embeddings store them twice: see that they are the same."""
-    head, table = (_read_tensor(files[name][0], name) for name in ("lm_head.weight", embed))
-    if not np.array_equal(head, table):
-        raise ValueError(f"{files['lm_head.weight'][0]}: the embeddings are tied, but lm_head.weight differs from them.")
+    again, table = (_read_tensor(files[name][0], name) for name in (head, embed))
+    if not np.array_equal(again, table):
+        raise ValueError(f"{files[head][0]}: the embeddings are tied, but {head} differs from them.")

@@ -11,7 +11,7 @@ Whatever the way, the last state of an encoded history is its query: the product
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from user_llm.data.schema import Feature, Schema
+from user_llm.models.encoder import Encoded, item_features
 from user_llm.nn.layers import RMSNorm, dropout, embedding_param, linear_param
 from user_llm.nn.transformer import BlockConfig, Stack
 from user_llm.nn.visibility import SelfMask, causal_mask, segment_mask
@@ -44,6 +45,8 @@ class UserEncoderConfig:
       dropout: on the event embeddings; the blocks have their own.
       heads: features besides the item that pretraining also predicts.
     """
+
+    kind: ClassVar[str] = "transformer"
 
     schema: Schema
     block: BlockConfig
@@ -72,30 +75,28 @@ class UserEncoderConfig:
         return self.objective != "masked"
 
     @property
+    def width(self) -> int:
+        """Width of states and item vectors."""
+        return self.block.width
+
+    @property
+    def longest(self) -> int | None:
+        """The longest history that can be encoded; None for any."""
+        return self.max_events if self.positions == "learned" else None
+
+    @property
     def item_schema(self) -> Schema:
-        """What the item tower reads: the id and the bags, which are features of the item and not of the event."""
-        return Schema(tuple(feature for feature in self.schema if feature.kind in ("item", "multi")))
+        """What the item tower reads."""
+        return item_features(self.schema)
 
     @property
     def table_rows(self) -> int:
         """Rows of the item table: PAD, the items, and rows that nothing ever uses up to a round number."""
         return -(-self.schema.features[0].size // TABLE_MULTIPLE) * TABLE_MULTIPLE
 
-
-class Encoded(NamedTuple):
-    """Encoded histories, B of them with J ends each: R rows with X ends, R X = B J in the same order.
-
-    Attributes:
-      states: of a causal encoder R = B, for all ends of a history share its states.
-      seen: how many of its row's states each end sees, from the first on; 0 for a user without events.
-    """
-
-    states: Float[Array, "R E D"]
-    seen: Int[Array, "R X"]
-
-    def last(self) -> Float[Array, "R X D"]:
-        """Return the query of each end; of a user without events, what stands first in the row."""
-        return jnp.take_along_axis(self.states, jnp.maximum(self.seen - 1, 0)[..., None], axis=1)
+    def build(self, rngs: nnx.Rngs, catalogue: Int[np.ndarray, "V X"] | None = None) -> "UserEncoder":
+        """Return the encoder with drawn parameters; see `UserEncoder`."""
+        return UserEncoder(self, catalogue=catalogue, rngs=rngs)
 
 
 class UserEncoder(nnx.Module):
@@ -168,6 +169,17 @@ class UserEncoder(nnx.Module):
         x = dropout(x, self.config.dropout, embed_key)
         x, _ = self.stack(x, mask=mask, positions=positions, key=stack_key)
         return self.norm(x)
+
+    def states(
+        self,
+        events: Int[Array, "B E A"],
+        *,
+        segments: Int[Array, "B E"],
+        positions: Int[Array, "B E"],
+        key: Array | None = None,
+    ) -> Float[Array, "B E D"]:
+        """Return the states of packed histories, each of which has seen its own event and those before it in its history."""
+        return self(events, mask=segment_mask(segments), positions=positions, key=key)
 
     def encode(self, events: Int[Array, "B E A"], ends: Int[Array, "B J"], *, key: Array | None = None) -> Encoded:
         """Encode histories as they were after the first `ends` events; nothing at or behind an end reaches what it sees.

@@ -17,8 +17,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from user_llm.models.decoder import Decoder, DecoderConfig
+from user_llm.models.encoder import Encoded, EncoderConfig
 from user_llm.models.user import SoftProjection, SoftPrompt, User, hidden_states
-from user_llm.models.user_encoder import Encoded, UserEncoder, UserEncoderConfig
 from user_llm.nn.layers import RMSNorm, embedding_param, linear_param
 from user_llm.nn.resampler import Resampler, ResamplerConfig
 
@@ -39,7 +39,7 @@ class UserLLMConfig:
     table_rows: int
     item_width: int
     num_items: int
-    encoder: UserEncoderConfig | None = None
+    encoder: EncoderConfig | None = None
     resampler: ResamplerConfig | None = None
     soft_prompt: bool = False
 
@@ -71,7 +71,7 @@ class UserLLM(nnx.Module):
         self.decoder = Decoder(c.decoder, rngs=rngs)
         width = c.decoder.block.width
         if c.encoder is not None:
-            self.encoder = UserEncoder(c.encoder, rngs=rngs)
+            self.encoder = c.encoder.build(rngs)
             self.resampler = Resampler(c.resampler, rngs=rngs) if c.resampler else None
             self.soft = SoftProjection(c.item_width, width, rngs=rngs) if c.soft_prompt else None
         else:

@@ -25,7 +25,7 @@ from user_llm.data.dataset import Dataset
 from user_llm.data.pipeline import ExampleConfig, Windows, contextual_examples
 from user_llm.data.prompts.base import Examples, Lines
 from user_llm.models.decoder import DecoderConfig
-from user_llm.models.user_encoder import Encoded
+from user_llm.models.encoder import Encoded
 from user_llm.models.user_llm import UserLLM, UserLLMConfig
 from user_llm.nn.cross_attention import CrossAttentionConfig
 from user_llm.nn.lora import LoRAConfig
@@ -51,18 +51,18 @@ def model_config(name: str, run: Run, data: Dataset, base: DecoderConfig) -> Use
     config, phase = run.config, run.config.contextual(name)
     lora = LoRAConfig(**vars(config.lora)) if config.strategies[phase.strategy].adapters else None
     base = dataclasses.replace(base, block=dataclasses.replace(base.block, lora=lora))
-    encoder = encoder_config(config.encoder_of(phase.encoder), data.timelines.schema)
+    encoder = encoder_config(config.encoder_of(phase.encoder), data.timelines.schema, run.kinds.encoders)
     shared: dict[str, Any] = {
         "num_items": encoder.schema.num_items,
         "table_rows": encoder.table_rows,
-        "item_width": encoder.block.width,
+        "item_width": encoder.width,
     }
     if not phase.examples.max_events:
         return UserLLMConfig(decoder=base, **shared)
     return UserLLMConfig(
-        decoder=dataclasses.replace(base, cross=cross_config(phase, encoder.block.width)),
+        decoder=dataclasses.replace(base, cross=cross_config(phase, encoder.width)),
         encoder=encoder,
-        resampler=resampler_config(phase, encoder.block.width),
+        resampler=resampler_config(phase, encoder.width),
         soft_prompt=phase.injection != "cross_attention",
         **shared,
     )

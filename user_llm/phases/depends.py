@@ -24,7 +24,7 @@ from user_llm.training.identity import Identity, changed_inputs, changed_setting
 
 BASELINES, LLM, TOKENIZER = "baselines", "llm", "tokenizer"  # folders of a run beside those of its phases
 SMALL_LLM = ("llm.vocab_size", "llm.num_layers", "llm.block")
-ITEM_TABLE = ("encoder.features", "encoder.block.width")
+ITEM_TABLE = ("encoder.kind", "encoder.options", "encoder.features", "encoder.block.width")
 ANOTHER = "{} holds a run of another config ({}): choose another --workdir."
 
 
@@ -202,7 +202,7 @@ def encoder_settings(config: Config, name: str) -> dict[str, Any]:
     settings = flat(_encoder(config, phase.encoder), "encoder")
     if phase.examples.max_events:
         return settings
-    return {key: settings[key] for key in ITEM_TABLE if key in settings}
+    return {key: value for key, value in settings.items() if key.startswith(ITEM_TABLE)}
 
 
 def _encoder(config: Config, phase: str) -> dict[str, Any]:

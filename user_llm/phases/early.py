@@ -35,7 +35,7 @@ def build_tasks(run: Run, data: Dataset) -> dict[str, Task]:
     """
     config, tasks = run.config, dict[str, Task]()
     if config.llm.checkpoint:
-        pretrained.check_weights(run.checkpoint)
+        pretrained.check_weights(run.checkpoint, run.kinds.families)
         general_text.read_windows(tokenizer(run, data), **vars(config.general_text))
     for name in config.phases:
         if config.sections[name].task == "pretrain_lm" and config.llm.checkpoint:

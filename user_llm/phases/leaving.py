@@ -73,7 +73,7 @@ def leave(name: str, run: Run, load: trees.Rules, asking: Asking, rows: list[dic
         asking.data.train_counts, facts,
     )  # fmt: skip
     home = Path(run.local) / name
-    artifact.save(home / FOLDER, model, made)
+    artifact.save(home / FOLDER, model, made, families=run.kinds.families)
     if is_first() and is_remote(run.workdir):
         target = run.workdir / name / FOLDER
         target.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ def decoder_config(run: Run, vocab_size: int) -> DecoderConfig:
     """Return the LLM as it comes: the checkpoint's own, or a small one to train from scratch."""
     llm = run.config.llm
     if llm.checkpoint:
-        found = pretrained.decoder_config(run.checkpoint, unroll=llm.unroll, remat=llm.remat)
+        found = pretrained.decoder_config(run.checkpoint, run.kinds.families, unroll=llm.unroll, remat=llm.remat)
     else:
         found = DecoderConfig(
             vocab_size=vocab_size, num_layers=llm.num_layers, block=BlockConfig(**vars(llm.block)), tie_embeddings=True,

@@ -10,6 +10,8 @@ replicability study of BERT4Rec") needed up to 30 times the training of common d
 
 import dataclasses
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,7 @@ from user_llm.common import trees
 from user_llm.common.errors import naming
 from user_llm.common.trees import Params
 from user_llm.config.phases import PretrainEncoder
+from user_llm.config.reader import read_record
 from user_llm.config.records import Encoder
 from user_llm.data.dataset import Dataset
 from user_llm.data.pipeline import BUCKET, HistoryBatch, packed_windows
@@ -30,6 +33,7 @@ from user_llm.data.splits import Split
 from user_llm.data.timelines import Timelines
 from user_llm.evals.evaluator import rank_targets
 from user_llm.evals.ranking import RANKING
+from user_llm.models.encoder import EncoderConfig, item_features
 from user_llm.models.user_encoder import UserEncoder, UserEncoderConfig
 from user_llm.nn.losses import (
     Whole,
@@ -47,9 +51,19 @@ from user_llm.phases.run import Run
 from user_llm.training.task import Batch, Program, Task
 
 
-def encoder_config(section: Encoder, schema: Schema) -> UserEncoderConfig:
-    """Turn a config's `encoder` section into the model's own; features are chosen and ordered by `features`, () for all."""
+def encoder_config(section: Encoder, schema: Schema, kinds: Mapping[str, Any]) -> EncoderConfig:
+    """Turn a config's `encoder` section into the model's own; features are chosen and ordered by `features`, () for all.
+
+    Args:
+      kinds: the encoders besides ours that `encoder.kind` may name.
+
+    Raises:
+      ValueError: an option of such an encoder that is unknown, missing or wrong.
+    """
     chosen = Schema(tuple(schema[name] for name in section.features or schema.names))
+    if section.kind in kinds:
+        options = section.options | {"schema": dataclasses.asdict(chosen)}
+        return read_record(kinds[section.kind], options, "encoder.options")
     block = BlockConfig(**vars(section.block), attention_kernel=section.attention_kernel)
     own = ("kind", "options", "features", "block", "attention_kernel")
     return UserEncoderConfig(
@@ -101,8 +115,7 @@ class EncoderLoss:
 
     def _next(self, encoder: UserEncoder, batch: Batch, dropout_key: Array, draw_key: Array) -> tuple[Array, Array, Array]:
         """Return all states, the event that follows each, and which are real."""
-        mask = segment_mask(batch["segments"])
-        states = encoder(batch["events"], mask=mask, positions=batch["positions"], key=dropout_key)
+        states = encoder.states(batch["events"], segments=batch["segments"], positions=batch["positions"], key=dropout_key)
         return states, batch["next"], batch["segments"] > 0
 
     def _hidden(self, encoder: UserEncoder, batch: Batch, dropout_key: Array, draw_key: Array) -> tuple[Array, Array, Array]:
@@ -123,7 +136,7 @@ class EncoderLoss:
     def _item_loss(self, encoder: UserEncoder, rows: Array, targets: Int[Array, " R"], weights: Array, key: Array) -> Array:
         if encoder.config.objective == "dual":
             return in_batch_cross_entropy(rows, encoder.item_vectors, targets, weights, jnp.asarray(self.share), self.chunk)
-        table = encoder.item[...]
+        table = encoder.item_vectors()
         if not self.negatives:
             return chunked_cross_entropy(rows, table, targets, weights, encoder.valid_items(), self.chunk)
         negatives = draw_items(key, self.log_q, self.negatives)
@@ -143,9 +156,9 @@ def item_share(counts: Int[np.ndarray, " I"], rows: int) -> Float[np.ndarray, " 
     return np.pad(counts / counts.sum(), (0, rows - len(counts))).astype(np.float32)
 
 
-def item_catalogue(timelines: Timelines, config: UserEncoderConfig) -> Int[np.ndarray, "V X"]:
+def item_catalogue(timelines: Timelines, config: EncoderConfig) -> Int[np.ndarray, "V X"]:
     """Return the features of every item that an item tower reads, 0 for PAD and spare rows."""
-    bags = [timelines.catalogue.multi[feature.name] for feature in config.item_schema.features[1:]]
+    bags = [timelines.catalogue.multi[feature.name] for feature in item_features(config.schema).features[1:]]
     ids = np.arange(config.schema.num_items + 1, dtype=np.int32)[:, None]
     table = np.concatenate([ids, *bags], axis=1, dtype=np.int32)
     return np.pad(table, ((0, config.table_rows - len(table)), (0, 0)))
@@ -176,10 +189,10 @@ def build(name: str, run: Run, data: Dataset) -> Task:
     section = run.config.encoder_of(name)
     with naming("encoder"):
         data = data.select(section.features)
-        model_config = encoder_config(section, data.timelines.schema)
+        model_config = encoder_config(section, data.timelines.schema, run.kinds.encoders)
     timelines, split = data.timelines, data.split
     catalogue = item_catalogue(timelines, model_config)
-    create = lambda: UserEncoder(model_config, catalogue=catalogue, rngs=nnx.Rngs(params=run.seed))  # noqa: E731
+    create = lambda: model_config.build(nnx.Rngs(params=run.seed), catalogue)  # noqa: E731
     graphdef, shapes = trees.abstract(create)
     batch, counts = phase.batch, data.train_counts
     loss = EncoderLoss(

@@ -35,8 +35,8 @@ def init(run: Run, create: Callable[[], nnx.Module], rules: Rules, place: Callab
     for source in sorted(set(trees.flatten(starts).values()) - {"fresh"}):
         for root, shardings in trees.partition(chosen(source), where)[0].items():
             if source == "checkpoint":
-                config = pretrained.decoder_config(run.checkpoint)
-                found = pretrained.load_decoder(run.checkpoint, config, shardings=shardings)
+                config = pretrained.decoder_config(run.checkpoint, run.kinds.families)
+                found = pretrained.load_decoder(run.checkpoint, config, shardings=shardings, families=run.kinds.families)
             else:
                 wanted = trees.partition(chosen(source), shapes)[0][root]
                 found = load_params(run.workdir / source / "params", meshes.placed(wanted, shardings))

@@ -39,7 +39,9 @@ from user_llm.data.tokenizer import load_tokenizer
 from user_llm.data.vocabulary import Vocabulary, schema_and_names
 from user_llm.models import export as formats
 from user_llm.models import pretrained
-from user_llm.models.pretrained import checkpoint_hashes, decoder_config, find_checkpoint, load_decoder
+from user_llm.models.families import FAMILIES, Family
+from user_llm.models.pretrained import checkpoint_hashes, decoder_config, family_at, find_checkpoint, load_decoder
+from user_llm.models.user_encoder import UserEncoderConfig
 from user_llm.models.user_llm import UserLLM, UserLLMConfig
 from user_llm.serving.card import card
 from user_llm.serving.personalizer import Personalizer
@@ -88,7 +90,14 @@ class Making:
     facts: Mapping[str, Any]
 
 
-def save(directory: Path, model: Personalizer, made: Making, *, whole: bool = False) -> Personalizer:
+def save(
+    directory: Path,
+    model: Personalizer,
+    made: Making,
+    *,
+    whole: bool = False,
+    families: Mapping[str, Family] = FAMILIES,
+) -> Personalizer:
     """Write a model to a directory, and return the model with its identity.
 
     The directory appears when it is complete. It replaces a directory that was there before. In a run of several processes every
@@ -96,6 +105,7 @@ def save(directory: Path, model: Personalizer, made: Making, *, whole: bool = Fa
 
     Args:
       whole: whether to write the whole LLM, with adapters merged into its weights, even where the LLM could only be named.
+      families: of the LLM that `made` names.
     """
     predictor = model.predictor
     config = predictor.config
@@ -111,10 +121,16 @@ def save(directory: Path, model: Personalizer, made: Making, *, whole: bool = Fa
         formats.save_user_side(folder, params)
         if held:
             kept = made.source if (made.source / "config.json").is_file() else None
-            formats.save_decoder(folder, params["decoder"], config.decoder, like=kept)
+            formats.save_decoder(folder, params["decoder"], config.decoder, like=kept, families=families)
             settings["model"] = plain(dataclasses.asdict(formats.without_adapters(config)))
         elif adapters:
-            formats.save_adapter(folder, params["decoder"], config.decoder, made.base.checkpoint if made.base else "")
+            formats.save_adapter(
+                folder,
+                params["decoder"],
+                config.decoder,
+                made.base.checkpoint if made.base else "",
+                family_at(made.source, families),
+            )
         for file in formats.tokenizer_files(made.source):
             shutil.copy(file, folder / file.name)
         write_catalogue(folder / CATALOGUE, model.vocabulary.catalogue, made.counts)
@@ -129,8 +145,9 @@ def save(directory: Path, model: Personalizer, made: Making, *, whole: bool = Fa
 def _settings(model: Personalizer, made: Making) -> dict[str, Any]:
     predictor, lines = model.predictor, model.lines
     limits = (field.name for field in dataclasses.fields(Limits))
+    encoder = predictor.config.encoder or UserEncoderConfig
     return plain({
-        "model": dataclasses.asdict(predictor.config), "vocabulary": model.vocabulary.to_json(),
+        "encoder": encoder.kind, "model": dataclasses.asdict(predictor.config), "vocabulary": model.vocabulary.to_json(),
         "lines": {"max_title_tokens": lines.max_title_tokens, "history": lines.kind, "text_items": lines.text_items},
         "prompts": {task: {"kind": kind_of(of)} | of.settings for task, of in predictor.templates.items()},
         "names": model.names, "limits": {name: getattr(predictor, name) for name in limits}, "dtype": made.dtype,
@@ -138,18 +155,28 @@ def _settings(model: Personalizer, made: Making) -> dict[str, Any]:
     })  # fmt: skip
 
 
-def load(directory: Path, *, llm: str = "", mesh: Mesh | None = None, dtype: DTypeLike | None = None) -> Personalizer:
+def load(
+    directory: Path,
+    *,
+    llm: str = "",
+    mesh: Mesh | None = None,
+    dtype: DTypeLike | None = None,
+    encoders: Mapping[str, Any] | None = None,
+    families: Mapping[str, Family] = FAMILIES,
+) -> Personalizer:
     """Load the model of a directory. All its files are checked first.
 
     Args:
       llm: the directory or the hub name of the LLM that the model directory names; empty for the name in the model directory.
       mesh: the devices to compute on; jax's first device if it is not given.
       dtype: the type of the parameters in computation; that of the training if it is not given.
+      encoders: the encoder of a model whose encoder is not ours, by its kind.
+      families: the families of LLMs that may be read.
 
     Raises:
       ValueError: a file is missing, altered or of an unknown format, or the parts of the model do not fit each other.
     """
-    _, settings = read_settings(directory)
+    _, settings = read_settings(directory, encoders)
     file, config = directory / FILE, settings.model
     with reading(file):
         schema, categories = schema_and_names(settings.vocabulary)
@@ -169,7 +196,7 @@ def load(directory: Path, *, llm: str = "", mesh: Mesh | None = None, dtype: DTy
         mesh = mesh or meshes.make_mesh(1, 1, 1, devices=jax.devices()[:1])
         where = meshes.shardings(_rules(settings, shapes), shapes, mesh)
     computed = _dtype(dtype or settings.dtype)
-    params = _params(directory, settings, shapes, where, llm, computed)
+    params = _params(directory, settings, shapes, where, llm, computed, families)
     # In another type it computes something else, and so it is another model.
     identity_of = settings.identity if computed == _dtype(settings.dtype) else f"{settings.identity}-{computed}"
     predictor = Predictor(config, graphdef, params, mesh, templates, **dataclasses.asdict(settings.limits))
@@ -191,7 +218,7 @@ def _check_sizes(settings: Settings, schema: Schema) -> None:
     if encoder is not None and encoder.schema != schema:
         raise ValueError("model.encoder: its schema is not that of the vocabulary.")
     if (events > 0) != (encoder is not None) or (
-        encoder is not None and encoder.positions == "learned" and events > encoder.max_events
+        encoder is not None and encoder.longest is not None and events > encoder.longest
     ):
         raise ValueError(f"limits.max_events={events} is not what its encoder reads.")
     if others := sorted(set(settings.names) - set(settings.prompts)):
@@ -257,7 +284,15 @@ def export(directory: Path, out: Path, *, llm: str = "") -> None:
     save(out, model, made, whole=True)
 
 
-def _params(directory: Path, settings: Settings, shapes: Params, where: Params, llm: str, dtype: Any) -> Params:
+def _params(
+    directory: Path,
+    settings: Settings,
+    shapes: Params,
+    where: Params,
+    llm: str,
+    dtype: Any,
+    families: Mapping[str, Family],
+) -> Params:
     """Return the parameters, placed on their devices.
 
     Args:
@@ -268,7 +303,7 @@ def _params(directory: Path, settings: Settings, shapes: Params, where: Params, 
       ValueError: the LLM is of another architecture than the model says, or a parameter has another shape.
     """
     source = directory if settings.llm is None else _base(settings.llm, llm)
-    config, bare = settings.model.decoder, decoder_config(source)
+    config, bare = settings.model.decoder, decoder_config(source, families)
     # These settings say how the LLM is computed and not what it computes, so that they may differ.
     same = dataclasses.replace(
         config, cross=None, unroll=bare.unroll, remat=bare.remat,
@@ -276,10 +311,12 @@ def _params(directory: Path, settings: Settings, shapes: Params, where: Params, 
     )  # fmt: skip
     if same != bare:
         raise ValueError(f"The LLM at {source} is another one than {directory / FILE} says: {AGAIN}.")
-    found = {"decoder": load_decoder(source, bare, shardings=where["decoder"])}
+    found = {"decoder": load_decoder(source, bare, shardings=where["decoder"], families=families)}
     side = formats.load_user_side(directory, shapes)
     if config.block.lora is not None:
-        side = trees.combine(side, {"decoder": formats.load_adapter(directory, shapes["decoder"], config)})
+        side = trees.combine(
+            side, {"decoder": formats.load_adapter(directory, shapes["decoder"], config, family_at(source, families))}
+        )
     places, flat = trees.flatten(where), trees.flatten(trees.combine(found, side))
     cast = lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf  # noqa: E731
     return trees.unflatten({path: cast(jax.device_put(leaf, places[path])) for path, leaf in flat.items()})

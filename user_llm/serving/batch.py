@@ -52,7 +52,7 @@ def present(predictor: Predictor, those: Sequence[User | None]) -> decoder_users
     counts = np.array([0 if user is None else len(user.tokens) for user in those], np.int32)
     each = predictor.bucket
     most = resampler.num_latents if resampler else int(-(-max(counts.max(), 1) // each) * each)
-    tokens = np.zeros((len(those), most, encoder.block.width), np.float32)
+    tokens = np.zeros((len(those), most, encoder.width), np.float32)
     for row, user in enumerate(those):
         if user is not None and len(user.tokens):
             tokens[row, : counts[row]] = user.tokens

@@ -1,7 +1,7 @@
 """`user_llm.load`, which loads a model from a directory or from the hub."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from user_llm.common import mesh as meshes
+from user_llm.models.families import FAMILIES, Family
 from user_llm.models.pretrained import find_checkpoint
 from user_llm.serving import artifact
 from user_llm.serving.personalizer import Personalizer
@@ -21,6 +22,8 @@ def load(
     device: jax.Device | str | None = None,
     mesh: Mesh | Sequence[int] | None = None,
     dtype: Any = None,
+    encoders: Mapping[str, Any] | None = None,
+    families: Mapping[str, Family] | None = None,
 ) -> Personalizer:
     """Load a trained model.
 
@@ -36,6 +39,8 @@ def load(
       mesh: several devices to compute on: a jax mesh, or the sizes (data, fsdp, tensor) of a mesh over all devices.
       dtype: the type of the parameters in computation: "float32", "bfloat16" or "float16". If it is not given, it is the type of
         the training.
+      encoders: the encoder of a model that was trained with one of your own, by its kind: what `user_llm.run` was given.
+      families: families of LLMs besides those of the package, likewise.
 
     Raises:
       ValueError: there is no such model or device, the mesh does not fit the devices, or a file of the model is missing, altered or
@@ -50,7 +55,9 @@ def load(
             raise ValueError(f"mesh={tuple(mesh)}: name the sizes of {', '.join(meshes.AXES)}.")
         mesh = meshes.make_mesh(*mesh)
     directory = Path(model) if Path(model).exists() else find_checkpoint(model, artifact.PATTERNS)
-    return artifact.load(directory, llm=str(llm), mesh=mesh, dtype=dtype)
+    return artifact.load(
+        directory, llm=str(llm), mesh=mesh, dtype=dtype, encoders=encoders, families={**FAMILIES, **(families or {})}
+    )
 
 
 def _device(device: jax.Device | str | None) -> jax.Device:

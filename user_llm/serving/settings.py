@@ -19,14 +19,16 @@ from user_llm.config.reader import either, read_record
 from user_llm.config.values import Count, CountOrZero, Must, Text
 from user_llm.data.prompts.base import Lines, Question, Template
 from user_llm.data.prompts.next_item import NextItem
+from user_llm.models.encoder import EncoderConfig
 from user_llm.models.export import tokenizer_files
+from user_llm.models.user_encoder import UserEncoderConfig
 from user_llm.models.user_llm import UserLLMConfig
 
 FORMAT = 1
 FILE = "user_llm.json"
 AGAIN = "get the model directory again"
 # The keys that the identity of a model is made of. Two models that are equal in these answer alike, and can share users.
-COMPUTES = ("model", "vocabulary", "lines", "prompts", "names", "dtype")
+COMPUTES = ("encoder", "model", "vocabulary", "lines", "prompts", "names", "dtype")
 LIMITS_THAT_COMPUTE = ("max_events", "beams", "after_instruction", "ranks")
 
 MOST = 1 << 20  # the most events, tokens and rows that arrays may be padded to: more would fill any memory
@@ -124,6 +126,7 @@ class Settings:
     Attributes:
       identity: hash of everything that changes an answer; see `identity`.
       seal: hash of all other keys, by which an altered file is found.
+      encoder: the kind of the user encoder, `EncoderConfig.kind`; that of ours for a model without one.
       vocabulary: the vocabulary, as `Vocabulary.from_json` reads it.
       prompts: how each task is asked: the `kind` of its template, and the arguments of that template.
       names: the possible answers of each task that chooses among names: {task: {number: name}}.
@@ -135,6 +138,7 @@ class Settings:
     format: Count
     identity: Text
     seal: str
+    encoder: Text
     model: UserLLMConfig
     vocabulary: Any
     lines: LineSettings
@@ -213,8 +217,11 @@ def write_settings(directory: Path, settings: Mapping[str, Any]) -> None:
     (directory / FILE).write_text(json.dumps(dict(settings) | {"seal": digest(settings)}, indent=1))
 
 
-def read_settings(directory: Path) -> tuple[dict[str, Any], Settings]:
+def read_settings(directory: Path, encoders: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], Settings]:
     """Read `user_llm.json`, and check that it and the files that it lists are unaltered.
+
+    Args:
+      encoders: encoders besides ours, by their kinds.
 
     Returns:
       The content of the file as a dict, and the same content as `Settings`.
@@ -232,8 +239,12 @@ def read_settings(directory: Path) -> tuple[dict[str, Any], Settings]:
         raise ValueError(f"{file} is of format {written['format']}, and this version reads {FORMAT}: update user_llm.")
     if written.get("seal") != digest({key: value for key, value in written.items() if key != "seal"}):
         raise ValueError(f"{file} is not as it was written: {AGAIN}.")
+    kinds = {UserEncoderConfig.kind: UserEncoderConfig, **(encoders or {})}
+    kind = written.get("encoder")
+    if isinstance(kind, str) and kind not in kinds:
+        raise ValueError(f"{file}: the model has an encoder of kind {kind[:50]!r}: give it by encoders={{{kind[:50]!r}: ...}}.")
     with reading(file):
-        settings = read_record(Settings, written, "")
+        settings = read_record(Settings, written, "", {EncoderConfig: kinds.get(kind)})
     _check_files(directory, settings.files)
     return written, settings
 
