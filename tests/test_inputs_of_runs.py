@@ -90,17 +90,15 @@ def test_data_that_moved_are_the_same_data(finished, trained):
 
 def test_a_phase_is_reused_where_another_ones_settings_changed(finished, trained):
     data, workdir = finished
-    config = untrained_config(
-        data, **{"bert4rec.loop.total_steps": 2, "bert4rec.loop.eval_steps": 2, "bert4rec.optimizer.warmup_steps": 1}
-    )
+    config = untrained_config(data)
     config.phases = ("pretrain_encoder", "bert4rec")
     main.run(config, epath.Path(workdir))
-    config.bert4rec.loop.total_steps = 4
+    config.variants.bert4rec.changes.loop = {"total_steps": 4}
     rows = main.run(config, epath.Path(workdir))
     assert trained == ["bert4rec", "bert4rec"]
     assert {row["method"] for row in rows} == {"popularity", "popularity_7d", "encoder", "bert4rec"}
     assert len({row["config_hash"] for row in rows}) == 3
-    config.bert4rec.loop.total_steps = 2
+    config.variants.bert4rec.changes.loop = {}
     main.run(config, epath.Path(workdir))  # what was set aside comes back
     assert trained == ["bert4rec", "bert4rec"]
 

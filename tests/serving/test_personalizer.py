@@ -11,6 +11,7 @@ from user_llm.common import trees
 from user_llm.models.generate import generate
 from user_llm.serving import batch as batching
 from user_llm.serving.user import User
+from user_llm.tasks.favorite import best_classes
 
 
 def test_a_ranking_is_the_one_that_evaluation_has(made, model):
@@ -38,7 +39,7 @@ def test_a_ranking_is_the_one_that_evaluation_has(made, model):
 
 def test_a_favorite_is_the_one_that_evaluation_has(made, model):
     users, ends = made.asking.examples["favorite"].targets("test")
-    best = made.asking.favorites("favorite", made.asking.examples["favorite"], users, ends)
+    best = best_classes(made.asking, "favorite", users, ends)
     known = [model.encode(made.rows(int(user), int(end))) for user, end in zip(users, ends, strict=True)]
     names = made.timelines.catalogue.vocab["genres"]
     assert model.generate_many([None] * len(known), known, task="favorite") == [names[n] for n in best]
