@@ -47,7 +47,9 @@ def main() -> None:
     try:
         recommend(**vars(args))
     except (ValueError, OSError, RayError) as error:
-        sys.exit(f"Error: {printable(error)}")
+        # What Ray raises holds the traceback of the worker as text. The mistake is the line that names a ValueError.
+        said = [line.removeprefix("ValueError: ") for line in str(error).splitlines() if line.startswith("ValueError: ")]
+        sys.exit(f"Error: {printable(said[0] if said else error)}")
 
 
 if __name__ == "__main__":
