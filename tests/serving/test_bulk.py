@@ -1,14 +1,21 @@
 """All users of event files: the same as one by one, whatever parts they fall into, killed and started again, or shared out."""
 
 import json
+import multiprocessing
 import pickle
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import killed
 
 import user_llm
 from user_llm.serving import bulk
@@ -103,6 +110,41 @@ def test_a_run_that_is_killed_goes_on_without_loss_or_doubles(known, events, tmp
     assert kills > 2
     same(read(out), rows)
     assert not list(out.glob("scratch*"))
+
+
+PLACES = (  # in the order in which a run comes to them
+    ("user_llm.serving.bulk:write_json", 1),  # OUT does not say yet what it is made of
+    ("pyarrow.ipc:new_file", 2),  # one of the files of events is made
+    ("user_llm.serving.bulk:Vocabulary.gather", 1),  # all events are read; no part is there
+    ("pyarrow.parquet:ParquetWriter.write_table", 1),  # the file of the first part is begun
+    ("pathlib:Path.rename", 1),  # the first part is complete, and does not have its name yet
+    ("pathlib:Path.unlink", 2),  # two parts are there; the events of the second are still there too
+    ("pyarrow.parquet:ParquetWriter.close", 2),  # a further part lacks its end
+    ("shutil:rmtree", 2),  # all parts are there; the last step is to delete the events
+)
+
+
+def test_sigkill_anywhere_loses_and_doubles_nothing(known, events, tmp_path):
+    """Processes with the same OUT are killed one after the other. What each leaves is complete parts, and the next goes on."""
+    processes = multiprocessing.get_context("forkserver")  # which imports jax once for all of them
+    processes.set_forkserver_preload(["user_llm.serving.bulk"])
+    out, parts = tmp_path / "out", []
+    wanted = {(f"u{user}", rank) for user in range(5) for rank in range(1, len(known.rows(user)) + 1)}
+
+    def run(*place) -> tuple[int | None, set[tuple[str, int]]]:
+        process = processes.Process(target=killed.count, args=(known.written.vocabulary, events, out, *place))
+        process.start()
+        process.join()
+        rows = [(row["user"], row["rank"]) for row in read(out)]
+        assert len(set(rows)) == len(rows) and set(rows) <= wanted
+        parts.append(len(list(out.glob("*.parquet"))))
+        return process.exitcode, set(rows)
+
+    for place in PLACES:
+        assert run(*place)[0] == -signal.SIGKILL, place
+    assert parts == sorted(parts) and len(set(parts)) > 3
+    assert run() == (0, wanted)
+    assert {path.suffix for path in out.iterdir() if not path.name.startswith((".", "_"))} == {".parquet"}
 
 
 def test_processes_share_the_parts(known, events, tmp_path, monkeypatch):

@@ -1,10 +1,7 @@
 """Functions from Arrow table to Arrow table, which data engines call on their workers to encode many users or recommend to them.
 
-    Ray      dataset.groupby("user").map_groups(Recommend, batch_format="pyarrow", fn_constructor_args=["DIR"], concurrency=2)
-    Spark    frame.groupBy("user").applyInArrow(Recommend("DIR"), "user string, rank int, item string, title string, score float")
-    Beam     tables | beam.Map(Recommend("DIR"))      # a collection of Arrow tables
-
-Each call must be given all events of its users. The model is loaded at the first call. An object that is made of a directory or
+Each call must be given all events of its users, in any order. `launch/ray_recommend.py` is an example for Ray, and launch/README.md
+shows the lines for Spark and Beam. The model is loaded at the first call. An object that is made of a directory or
 a hub name can therefore be sent to workers before anything is loaded.
 """
 
