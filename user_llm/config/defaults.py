@@ -6,12 +6,21 @@ paths such as `decoder/stack/blocks/attn/q`; the first that is found wins.
 
 from ml_collections import ConfigDict
 
+# Every rule list ends in names, not in `.*`, so that a parameter of an unknown name is an error that names it.
+PRODUCTS = r"(^|/)(q|k|v|o|gate_proj|up|down)(/[ab])?$|(^|/)(project|item_head|head)$|(^|/)heads/"  # weights of matrix products
+UNSPLIT = r"(^|/)(gate|mlp_gate|scale|latents|recency|position|[qkv]_bias|mask_token|catalogue)$|(^|/)(features|heads|lora)/"
+# A part is the first name of a parameter's path. The parts are those of `UserEncoder`, `Decoder` and `UserLLM`.
+ENCODER_PARTS = "item|features|project|position|stack|norm|heads|mask_token|tower"
+LLM_PARTS = "embed|stack|norm|head"
+USER_LLM_PARTS = "encoder|resampler|soft|decoder|items|item_norm|item_head"
+ANY_PART = rf"^({ENCODER_PARTS}|{LLM_PARTS}|{USER_LLM_PARTS})(/|$)"
+
 # What never decays: gates, norms, biases, embeddings, latents and other tables.
 DECAY = (
-    (r"(gate|mlp_gate|scale|latents|recency|position|bias|mask_token|catalogue)$", False),
+    (r"(^|/)(gate|attn_gate|mlp_gate|scale|latents|recency|position|[qkv]_bias|mask_token|catalogue)$", False),
     (r"(^|/)(item|items|embed)$", False),
     (r"(^|/)features/", False),
-    (r".*", True),
+    (PRODUCTS, True),
 )
 
 # The axes of the mesh that split each parameter; leading axes (layers) stay whole.
@@ -22,7 +31,7 @@ SHARDING = (
     (r"mlp/down$", ("tensor", "fsdp")),
     (r"(^|/)(item|items|embed)$", ("tensor", "fsdp")),
     (r"(^|/)(project|item_head|head|attn_gate)$|blocks/mlp_gate$", ("fsdp", "tensor")),
-    (r".*", ()),
+    (UNSPLIT, ()),
 )
 
 # The strategies of contextualization: what trains, and whether the LLM gets low-rank adapters. The names are
@@ -30,17 +39,18 @@ SHARDING = (
 ITS_HEADS = (r"^encoder/heads/", False)  # the encoder's heads are of use in pretraining alone
 USER_SIDE = (r"^decoder/stack/cross/", True)
 BARE_LLM = (r"^decoder/", False)
+OTHER_PARTS = (ANY_PART, True)
 STRATEGIES = {
-    "none": {"adapters": False, "trainable": ((r".*", False),)},
-    "all": {"adapters": False, "trainable": ((r".*", True),)},
-    "full": {"adapters": False, "trainable": (ITS_HEADS, (r".*", True))},
-    "lora": {"adapters": True, "trainable": (ITS_HEADS, USER_SIDE, (r"/lora/", True), BARE_LLM, (r".*", True))},
-    "enc": {"adapters": False, "trainable": (ITS_HEADS, USER_SIDE, BARE_LLM, (r".*", True))},
-    "proj": {"adapters": False, "trainable": (USER_SIDE, BARE_LLM, (r"^encoder/", False), (r".*", True))},
+    "none": {"adapters": False, "trainable": ((ANY_PART, False),)},
+    "all": {"adapters": False, "trainable": (OTHER_PARTS,)},
+    "full": {"adapters": False, "trainable": (ITS_HEADS, OTHER_PARTS)},
+    "lora": {"adapters": True, "trainable": (ITS_HEADS, USER_SIDE, (r"/lora/", True), BARE_LLM, OTHER_PARTS)},
+    "enc": {"adapters": False, "trainable": (ITS_HEADS, USER_SIDE, BARE_LLM, OTHER_PARTS)},
+    "proj": {"adapters": False, "trainable": (USER_SIDE, BARE_LLM, (r"^encoder/", False), OTHER_PARTS)},
 }
 
 # The pretrained encoder moves slowly, the gates, which start shut, quickly.
-CONTEXTUAL_LEARNING_RATES = ((r"^encoder/", 0.1), (r"cross/gate$", 10.0), (r".*", 1.0))
+CONTEXTUAL_LEARNING_RATES = ((r"^encoder/", 0.1), (r"cross/gate$", 10.0), (ANY_PART, 1.0))
 
 # The same where the LLM is an open one, which a rate made for weights from scratch would undo.
 PRETRAINED_LEARNING_RATES = (
@@ -49,14 +59,14 @@ PRETRAINED_LEARNING_RATES = (
     (r"^decoder/stack/cross/", 1.0),
     (r"/lora/", 0.3),
     (r"^decoder/", 0.03),
-    (r".*", 1.0),
+    (ANY_PART, 1.0),
 )
 
 # Where each part of a contextualized LLM starts from; `encoder` and `encoder_init` say it of the encoder.
 LOAD = (
     (r"^decoder/stack/cross/|/lora/", "fresh"),
     (r"^decoder/", "pretrain_lm"),
-    (r".*", "fresh"),
+    (ANY_PART, "fresh"),
 )
 
 # Open LLMs by name: the model on the hub, and what its config.json says, so that shapes are known without a download. The
@@ -127,7 +137,7 @@ def optimizer(learning_rate: float, **changes) -> dict:
     """AdamW, `training.optimizer.OptimizerConfig`."""
     return {
         "learning_rate": learning_rate, "warmup_steps": 100, "schedule": "constant", "weight_decay": 0.01, "clip_norm": 1.0,
-        "b1": 0.9, "b2": 0.98, "first_moment": "float32", "second_moment": "float32", "lr_multiplier": ((r".*", 1.0),), "decay": DECAY,
+        "b1": 0.9, "b2": 0.98, "first_moment": "float32", "second_moment": "float32", "lr_multiplier": ((ANY_PART, 1.0),), "decay": DECAY,
     } | changes  # fmt: skip
 
 
