@@ -47,16 +47,13 @@ def _causal(length, batch=1):
 
 
 def _assert_packed_equals_alone(run):
-    """Segments of 3 and 4 tokens of one row, against rows that each hold one of them, all filled up to 8 tokens."""
+    """Two segments of one row that ends in padding, against rows that each hold one of them and nothing else."""
     x = _x(1, 8)
     segments, positions = np.array([[1, 1, 1, 2, 2, 2, 2, 0]]), np.array([[0, 1, 2, 0, 1, 2, 3, 0]])
     packed = np.asarray(run(x, mask=segment_mask(segments), positions=positions)[0])  # positions start again with each segment
-    for start, end in ((0, 3), (3, 7)):
-        count = end - start
-        alone = np.concatenate([x[:, start:end], _x(1, 8 - count, seed=2)], axis=1)
-        mask = segment_mask(np.array([[1] * count + [0] * (8 - count)]))
-        expected = np.asarray(run(alone, mask=mask, positions=np.arange(8)[None])[0])
-        np.testing.assert_allclose(packed[:, start:end], expected[:, :count], atol=5e-6)
+    for segment in (slice(0, 3), slice(3, 7)):
+        alone, _ = run(x[:, segment], **_causal(segment.stop - segment.start))
+        np.testing.assert_allclose(packed[:, segment], alone, atol=5e-6)
 
 
 @pytest.mark.parametrize("block", [PLAIN, GATED], ids=["plain", "gated"])
@@ -77,9 +74,11 @@ def test_packed_segments_equal_one_row_per_segment(stack, block):
 def test_padding_on_the_right_changes_nothing(stack):
     x = _x(1, 5)
     expected, _ = stack()(x, **_causal(5))
-    padded = np.concatenate([x, _x(1, 3, seed=2)], axis=1)
-    out, _ = stack()(padded, mask=causal_mask(np.arange(8)[None] < 5), positions=_causal(8)["positions"])
-    np.testing.assert_allclose(np.asarray(out)[:, :5], expected, atol=5e-6)
+    for length in (8, 16):
+        padded = np.concatenate([x, _x(1, length - 5, seed=2)], axis=1)
+        mask = causal_mask(np.arange(length)[None] < 5)
+        out, _ = stack()(padded, mask=mask, positions=_causal(length)["positions"])
+        np.testing.assert_allclose(np.asarray(out)[:, :5], expected, atol=5e-6)
 
 
 @pytest.mark.parametrize("seat", ["after_attention", pytest.param("before_block", marks=pytest.mark.slow)])
