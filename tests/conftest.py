@@ -69,7 +69,7 @@ def drawn() -> Callable[..., tuple[nnx.GraphDef, trees.Params]]:
         def leaf(path, like):
             name = path[-1].key
             if name.endswith("gate") and like.ndim < 2:
-                return jnp.full(like.shape, 0.5, like.dtype)
+                return jnp.asarray(np.full(like.shape, 0.5, like.dtype))
             noise = rng.normal(size=like.shape).astype(like.dtype)
             return jnp.asarray(1 + 0.1 * noise if name == "scale" else 0.25 * noise)
 

@@ -302,11 +302,11 @@ def test_batches_do_not_depend_on_who_reads_the_streams(unique):
         return iter(Streams({n: make(n) for n in numbers}))
 
     alone = reader(range(4))
-    whole = [next(alone) for _ in range(6)]
-    for readers in ([reader((0, 1)), reader((2, 3))], [reader([n]) for n in range(4)]):
-        for batch in whole:
-            parts = [next(each) for each in readers]
-            assert_equal(jax.tree.map(lambda *a: np.concatenate(a), *parts), batch)
+    whole = [next(alone) for _ in range(3)]
+    readers = [reader([n]) for n in range(4)]
+    for batch in whole:
+        parts = [next(each) for each in readers]
+        assert_equal(jax.tree.map(lambda *a: np.concatenate(a), *parts), batch)
     # Two go on from where one stopped, and one from where two stopped.
     state = json.loads(json.dumps(alone.get_state()))
     expected = [next(alone) for _ in range(3)]

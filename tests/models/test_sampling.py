@@ -1,10 +1,10 @@
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from user_llm.models.sampling import Sampling, by_row, choose, filter_logits
 
+_filter, _choose = jax.jit(filter_logits), jax.jit(choose)
 SETTINGS = [
     Sampling(1.0, top_k=3),
     Sampling(1.0, top_k=99),
@@ -47,7 +47,7 @@ def test_filters_equal_a_walk_by_hand(tied):
     logits = np.asarray(np.round(logits) if tied else logits, np.float32)
     for setting in SETTINGS:
         rows = by_row(setting, [0] * 200, 200)
-        filtered = np.asarray(filter_logits(logits, rows.top_k, rows.top_p, rows.min_p))
+        filtered = np.asarray(_filter(logits, rows.top_k, rows.top_p, rows.min_p))
         for before, after in zip(logits, filtered, strict=True):
             kept = np.flatnonzero(after > -np.inf)
             assert set(kept.tolist()) == _kept_by_hand(before, setting), setting
@@ -67,13 +67,13 @@ def test_filters_equal_those_of_transformers():
         if setting.min_p:
             expected = processors.MinPLogitsWarper(setting.min_p)(None, expected)
         rows = by_row(setting, [0] * 100, 100)
-        np.testing.assert_array_equal(filter_logits(logits, rows.top_k, rows.top_p, rows.min_p), expected)
+        np.testing.assert_array_equal(_filter(logits, rows.top_k, rows.top_p, rows.min_p), expected)
 
 
 def test_each_row_is_filtered_by_its_own_setting():
     logits = np.random.default_rng(2).normal(size=(len(SETTINGS), 20)).astype(np.float32)
     rows = by_row(SETTINGS, [0] * len(SETTINGS), len(SETTINGS))
-    filtered = np.asarray(filter_logits(logits, rows.top_k, rows.top_p, rows.min_p))
+    filtered = np.asarray(_filter(logits, rows.top_k, rows.top_p, rows.min_p))
     for setting, before, after in zip(SETTINGS, logits, filtered, strict=True):
         assert set(np.flatnonzero(after > -np.inf).tolist()) == _kept_by_hand(before, setting)
 
@@ -81,7 +81,7 @@ def test_each_row_is_filtered_by_its_own_setting():
 def test_tokens_are_drawn_as_often_as_the_tempered_softmax_says():
     logits, count = np.array([1.0, 0.0, -1.0, 2.0], np.float32), 20_000
     rows = by_row(Sampling(0.7, top_k=3), list(range(count)), count)
-    tokens = jax.jit(choose)(jnp.broadcast_to(logits, (count, 4)), jnp.int32(5), rows)
+    tokens = np.asarray(_choose(np.broadcast_to(logits, (count, 4)), 5, rows))
     expected = np.exp(logits / 0.7) * (logits > -1)
     expected /= expected.sum()
     share = np.bincount(tokens, minlength=4) / count
@@ -91,7 +91,7 @@ def test_tokens_are_drawn_as_often_as_the_tempered_softmax_says():
 
 def test_a_draw_depends_on_seed_and_step_alone():
     logits = np.zeros((4, 1000), np.float32)
-    draw = lambda seeds, step, rows=4: np.asarray(choose(logits[:rows], jnp.int32(step), by_row(Sampling(1.0), seeds, rows)))  # noqa: E731
+    draw = lambda seeds, step, rows=4: np.asarray(_choose(logits[:rows], step, by_row(Sampling(1.0), seeds, rows)))  # noqa: E731
     first = draw([5, 6, 5, 2**32 - 1], 0)
     assert first[0] == first[2] and len(set(first.tolist())) == 3
     np.testing.assert_array_equal(draw([6, 5], 0, rows=2), first[[1, 0]])
@@ -101,11 +101,11 @@ def test_a_draw_depends_on_seed_and_step_alone():
 def test_temperature_zero_is_greedy_beside_rows_that_are_not():
     logits = np.random.default_rng(3).normal(size=(50, 40)).astype(np.float32) * 0.1
     mixed = [Sampling(0.0, top_k=2) if row % 2 else Sampling(1.0) for row in range(50)]
-    tokens = np.asarray(choose(logits, jnp.int32(0), by_row(mixed, list(range(50)), 50)))
+    tokens = np.asarray(_choose(logits, 0, by_row(mixed, list(range(50)), 50)))
     np.testing.assert_array_equal(tokens[1::2], logits.argmax(1)[1::2])
     assert (tokens[::2] != logits.argmax(1)[::2]).mean() > 0.8
     # Nearly zero is greedy in the limit, and neither overflows nor divides by 0.
-    cold = choose(logits * 1e6, jnp.int32(0), by_row(Sampling(1e-38), list(range(50)), 50))
+    cold = _choose(logits * 1e6, 0, by_row(Sampling(1e-38), list(range(50)), 50))
     np.testing.assert_array_equal(cold, logits.argmax(1))
 
 

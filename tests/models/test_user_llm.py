@@ -153,7 +153,7 @@ def _losses_and_grads(graphdef):
 
 
 def _still(grads):
-    return {name for name, grad in trees.flatten(grads).items() if not np.any(grad)}
+    return {name for name, grad in trees.flatten(jax.device_get(grads)).items() if not grad.any()}
 
 
 def test_a_user_llm_starts_as_its_bare_llm_and_its_gates_move_first(drawn):

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,13 +20,32 @@ from user_llm.nn.attention import (
 )
 from user_llm.nn.visibility import cache_mask, causal_mask, segment_mask
 
+attend = jax.jit(attention, static_argnames="scale")
+
+
+@functools.partial(jax.jit, static_argnames="of")
+def _gradients(of, q, k, v, mask):
+    """Of the sum of o + o ** 2 over all numbers o that `of` returns: where o is 0 it still asks how o would change."""
+
+    def loss(*qkv):
+        out = of(*qkv, mask=mask)
+        return (out + out**2).sum()
+
+    return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
+
+
+@jax.jit
+def _causal(valid):
+    return causal_mask(valid).drawn(valid.shape[1])
+
 
 def _qkv(queries=5, keys=5, heads=4, kv_heads=2, dim=8, batch=2):
     shapes = (batch, queries, heads, dim), (batch, kv_heads, keys, dim), (batch, kv_heads, keys, dim)
     rng = np.random.default_rng(0)
-    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+    return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
 
 
+@jax.jit
 def _textbook(q, k, v, mask):
     """Attention with repeated key/value heads and jax.nn.softmax; needs at least one visible key."""
     k, v = (jnp.repeat(a, q.shape[2] // a.shape[1], axis=1) for a in (k, v))
@@ -35,54 +56,53 @@ def _textbook(q, k, v, mask):
 
 def test_answer_by_hand():
     # One head of width 1: the logits are 0 and ln 3, hence the weights 1/4 and 3/4.
-    q, k = jnp.ones((1, 1, 1, 1)), jnp.array([0.0, np.log(3)]).reshape(1, 1, 2, 1)
-    v = jnp.array([4.0, 8.0]).reshape(1, 1, 2, 1)
-    np.testing.assert_allclose(attention(q, k, v).item(), 7.0, rtol=1e-6)
-    only_first = jnp.array([[[True, False]]])
-    assert attention(q, k, v, mask=only_first).item() == 4.0
+    q, k = np.ones((1, 1, 1, 1), np.float32), np.array([0.0, np.log(3)], np.float32).reshape(1, 1, 2, 1)
+    v = np.array([4.0, 8.0], np.float32).reshape(1, 1, 2, 1)
+    np.testing.assert_allclose(attend(q, k, v).item(), 7.0, rtol=1e-6)
+    only_first = np.array([[[True, False]]])
+    assert attend(q, k, v, mask=only_first).item() == 4.0
     # A bias of ln 3 on the first key makes the logits equal.
-    bias = jnp.array([np.log(3), 0.0]).reshape(1, 1, 1, 2)
-    np.testing.assert_allclose(attention(q, k, v, bias=bias).item(), 6.0, rtol=1e-6)
+    bias = np.array([np.log(3), 0.0], np.float32).reshape(1, 1, 1, 2)
+    np.testing.assert_allclose(attend(q, k, v, bias=bias).item(), 6.0, rtol=1e-6)
 
 
 def test_query_without_visible_key_gets_exactly_zero():
     q, k, v = _qkv()
-    mask = jnp.ones((2, 5, 5), bool).at[0, 2].set(False).at[1].set(False)
-    out = attention(q, k, v, mask=mask)
+    mask = np.ones((2, 5, 5), bool)
+    mask[0, 2] = mask[1] = False
+    out = np.asarray(attend(q, k, v, mask=mask))
     assert (out[0, 2] == 0).all() and (out[1] == 0).all()
     assert (out[0, 3] != 0).all()
-    grads = jax.grad(lambda *qkv: attention(*qkv, mask=mask).sum(), argnums=(0, 1, 2))(q, k, v)
-    assert all(jnp.isfinite(g).all() for g in grads)
+    grads = [np.asarray(g) for g in _gradients(attention, q, k, v, mask)]
+    assert all(np.isfinite(g).all() for g in grads)
     assert all((g[1] == 0).all() for g in grads)
 
 
 def test_values_and_gradients_equal_the_textbook():
     # Under a causal mask the first query sees one key: there the softmax's sum is exactly 1.
     q, k, v = _qkv()
-    mask = causal_mask(jnp.ones((2, 5), bool)).drawn(5)
-    np.testing.assert_allclose(attention(q, k, v, mask=mask), _textbook(q, k, v, mask), atol=1e-6)
-    loss = lambda f: lambda *qkv: (f(*qkv) ** 2).sum()  # noqa: E731
-    ours = jax.grad(loss(lambda *qkv: attention(*qkv, mask=mask)), argnums=(0, 1, 2))(q, k, v)
-    theirs = jax.grad(loss(lambda *qkv: _textbook(*qkv, mask)), argnums=(0, 1, 2))(q, k, v)
+    mask = _causal(np.ones((2, 5), bool))
+    np.testing.assert_allclose(attend(q, k, v, mask=mask), _textbook(q, k, v, mask), atol=1e-6)
+    ours, theirs = (_gradients(of, q, k, v, mask) for of in (attention, _textbook))
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_weights_are_those_that_values_are_summed_by():
     q, k, v = _qkv(heads=4, kv_heads=2)
-    mask = np.array(causal_mask(jnp.ones((2, 5), bool)).drawn(5))
+    mask = np.array(_causal(np.ones((2, 5), bool)))
     mask[0, 2] = False  # sees nothing
-    how = {"mask": mask, "bias": jax.random.normal(jax.random.key(0), (1, 4, 1, 5)), "scale": 0.3}
-    weights = attention_weights(q, k, **how)
-    found = jnp.einsum("BNTS,BNSH->BTNH", weights, v.repeat(2, axis=1))
-    np.testing.assert_allclose(found, attention(q, k, v, **how), atol=1e-6)
+    how = {"mask": mask, "bias": np.random.default_rng(1).normal(size=(1, 4, 1, 5)).astype(np.float32), "scale": 0.3}
+    weights = np.asarray(jax.jit(attention_weights, static_argnames="scale")(q, k, **how))
+    found = np.einsum("BNTS,BNSH->BTNH", weights, v.repeat(2, axis=1))
+    np.testing.assert_allclose(found, attend(q, k, v, **how), atol=1e-6)
     np.testing.assert_allclose(weights.sum(-1)[0, :, [0, 2]], [[1] * 4, [0] * 4], atol=1e-6)
 
 
 def test_softmax_is_float32_in_bfloat16():
     q, k, v = (a.astype(jnp.bfloat16) for a in _qkv())
-    mask = causal_mask(jnp.ones((2, 5), bool)).drawn(5)
-    out = attention(q, k, v, mask=mask)
+    mask = _causal(np.ones((2, 5), bool))
+    out = attend(q, k, v, mask=mask)
     assert out.dtype == jnp.bfloat16
     wide = [a.astype(jnp.float32) for a in (q, k, v)]
     np.testing.assert_allclose(out.astype(np.float32), _textbook(*wide, mask), atol=0.03)
@@ -94,27 +114,29 @@ def _drawn(*rows):
 
 def test_masks_are_as_drawn():
     expected = _drawn("1 . . .", "1 1 . .", "1 1 1 .", ". . . .")
-    np.testing.assert_array_equal(causal_mask(jnp.array([[True, True, True, False]])).drawn(4), expected)
+    np.testing.assert_array_equal(causal_mask(np.array([[True, True, True, False]])).drawn(4), expected)
     expected = _drawn("1 . . . .", "1 1 . . .", ". . 1 . .", ". . 1 1 .", ". . . . .")
-    np.testing.assert_array_equal(segment_mask(jnp.array([[1, 1, 2, 2, 0]])).drawn(5), expected)
+    np.testing.assert_array_equal(segment_mask(np.array([[1, 1, 2, 2, 0]])).drawn(5), expected)
     expected = _drawn("1 1 . . .", "1 1 . . .", ". . 1 1 .", ". . 1 1 .", ". . . . .")
-    np.testing.assert_array_equal(segment_mask(jnp.array([[1, 1, 2, 2, 0]]), causal=False).drawn(5), expected)
+    np.testing.assert_array_equal(segment_mask(np.array([[1, 1, 2, 2, 0]]), causal=False).drawn(5), expected)
     expected = _drawn("1 1 1 . .", "1 . . . .")
-    np.testing.assert_array_equal(cache_mask(jnp.array([[2, 0]]), 5), expected)
+    np.testing.assert_array_equal(cache_mask(np.array([[2, 0]]), 5), expected)
 
 
 def test_rope_turns_by_position_times_frequency_and_scores_by_distance():
+    turn = jax.jit(lambda x, at, frequencies: apply_rope(x, rotation(at, frequencies)))
     frequencies = rope_frequencies(4, 100.0)
     np.testing.assert_allclose(frequencies, [1.0, 0.1], rtol=1e-6)
-    x = jnp.array([1.0, 1.0, 0.0, 0.0]).reshape(1, 1, 1, 4)  # pairs (0, 2) and (1, 3)
-    turned = apply_rope(x, rotation(jnp.array([[3]]), frequencies))[0, 0, 0]
+    x = np.array([1.0, 1.0, 0.0, 0.0], np.float32).reshape(1, 1, 1, 4)  # pairs (0, 2) and (1, 3)
+    turned = np.asarray(turn(x, np.array([[3]]), frequencies))[0, 0, 0]
     np.testing.assert_allclose(turned, [np.cos(3), np.cos(0.3), np.sin(3), np.sin(0.3)], rtol=1e-5)
 
     q, k, _ = _qkv(queries=1, keys=1, heads=1, kv_heads=1, batch=1)
     frequencies = rope_frequencies(8, 10_000.0)
-    score = lambda at_q, at_k: (  # noqa: E731
-        apply_rope(q, rotation(jnp.array([[at_q]]), frequencies)) * apply_rope(k, rotation(jnp.array([[at_k]]), frequencies))
-    ).sum()
+
+    def score(at_q, at_k):
+        return np.sum(np.asarray(turn(q, np.array([[at_q]]), frequencies)) * turn(k, np.array([[at_k]]), frequencies))
+
     np.testing.assert_allclose(score(7, 4), score(103, 100), rtol=1e-4)
     assert abs(score(7, 4) - score(7, 5)) > 1e-3
 
@@ -144,11 +166,11 @@ def test_slots_of_the_cache_are_free_of_positions(drawn):
     graphdef, params = drawn(lambda: Attention(config, rngs=nnx.Rngs(params=0)))
     run = jax.jit(lambda *args, **kwargs: trees.merge(graphdef, params)(*args, **kwargs)[0])
     x = np.random.default_rng(1).normal(size=(1, 3, 16)).astype(np.float32)
-    turn = rotation(jnp.arange(3)[None], rope_frequencies(8, 10_000.0))
-    expected = run(x, mask=causal_mask(jnp.ones((1, 3), bool)), rotate=turn)
+    turn = rotation(np.arange(3)[None], rope_frequencies(8, 10_000.0))
+    expected = run(x, mask=causal_mask(np.ones((1, 3), bool)), rotate=turn)
     slots = np.array([[5, 0, 3]])
     mask = _drawn(". . . . . 1", "1 . . . . 1", "1 . . 1 . 1")
-    cache = KVCache(jnp.full((1, 1, 2, 6, 8), 9.0), jnp.full((1, 1, 2, 6, 8), 9.0))
+    cache = KVCache(*[np.full((1, 1, 2, 6, 8), 9, np.float32)] * 2)
     out = run(x, mask=mask, rotate=turn, cache=cache, slots=slots)
     np.testing.assert_allclose(out, expected, atol=2e-6)
 

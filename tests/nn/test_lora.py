@@ -89,7 +89,7 @@ def test_dropout_is_on_the_adapters_input_alone(drawn):
     assert np.abs(first - second).max() > 1e-3
     np.testing.assert_array_equal(_run(block, params), _run(ADAPTED, params))
     flat = trees.flatten(params)
-    shut = trees.unflatten({path: leaf * (0 if path.endswith("/b") else 1) for path, leaf in flat.items()})
+    shut = trees.unflatten({path: np.asarray(leaf) * np.float32(not path.endswith("/b")) for path, leaf in flat.items()})
     np.testing.assert_array_equal(_run(block, shut, jax.random.key(0)), _run(PLAIN, _without_adapters(params)))
 
 

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +31,8 @@ def _plain(hidden, table):
 
 
 _plain_and_grads = jax.jit(jax.value_and_grad(_plain, (0, 1)))
+_chunked = jax.jit(chunked_cross_entropy, static_argnums=5)
+_chunked_and_grads = jax.jit(jax.value_and_grad(chunked_cross_entropy, (0, 1)), static_argnums=5)
 _sampled_and_grad = jax.jit(jax.value_and_grad(sampled_cross_entropy, 1))
 
 
@@ -39,7 +43,7 @@ def test_chunked_equals_the_plain_softmax(chunk):
     def chunked(hidden, table):
         return 2.5 * chunked_cross_entropy(hidden, table, TARGETS, WEIGHTS, VALID, chunk)
 
-    value, grads = jax.jit(jax.value_and_grad(chunked, (0, 1)))(HIDDEN, TABLE)
+    value, grads = jax.device_get(jax.jit(jax.value_and_grad(chunked, (0, 1)))(HIDDEN, TABLE))
     expected, expected_grads = _plain_and_grads(HIDDEN, TABLE)
     np.testing.assert_allclose(value, 2.5 * expected, rtol=1e-6)
     for grad, wanted in zip(grads, expected_grads, strict=True):
@@ -47,28 +51,25 @@ def test_chunked_equals_the_plain_softmax(chunk):
     np.testing.assert_array_equal(grads[0][WEIGHTS == 0], 0)
     np.testing.assert_array_equal(grads[1][~VALID], 0)
     # Without a gradient another path computes the value.
-    np.testing.assert_allclose(jax.jit(chunked)(HIDDEN, TABLE), 2.5 * expected, rtol=1e-6)
+    np.testing.assert_allclose(_chunked(HIDDEN, TABLE, TARGETS, WEIGHTS, VALID, chunk), expected, rtol=1e-6)
 
 
 def test_rows_of_weight_0_are_computed_only_where_they_fill_up_a_chunk():
     """Seven rows count; no number would come of the others' logits."""
     hidden = np.where(WEIGHTS[:, None] > 0, HIDDEN, np.nan)
-    grad_fn = jax.jit(jax.value_and_grad(chunked_cross_entropy, (0, 1)), static_argnums=5)
+    grad_fn = _chunked_and_grads
     value, grads = grad_fn(hidden, TABLE, TARGETS, WEIGHTS, VALID, 7)
     expected, expected_grads = _plain_and_grads(HIDDEN, TABLE)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
-    np.testing.assert_allclose(
-        jax.jit(chunked_cross_entropy, static_argnums=5)(hidden, TABLE, TARGETS, WEIGHTS, VALID, 7), value
-    )
+    np.testing.assert_allclose(_chunked(hidden, TABLE, TARGETS, WEIGHTS, VALID, 7), value)
     for grad, wanted in zip(grads, expected_grads, strict=True):
         np.testing.assert_allclose(grad, wanted, atol=1e-5)
     assert np.isnan(grad_fn(hidden, TABLE, TARGETS, WEIGHTS, VALID, 8)[0])  # one of them in the second chunk
-    assert not any(np.any(a) for a in jax.tree.leaves(grad_fn(HIDDEN, TABLE, TARGETS, 0 * WEIGHTS, VALID, 7)))
+    assert not any(np.any(a) for a in jax.tree.leaves(jax.device_get(grad_fn(HIDDEN, TABLE, TARGETS, 0 * WEIGHTS, VALID, 7))))
 
 
 def test_chunked_survives_large_logits():
-    grad_fn = jax.jit(jax.value_and_grad(chunked_cross_entropy), static_argnums=5)
-    value, grad = grad_fn(200 * HIDDEN, TABLE, TARGETS, WEIGHTS, VALID, 4)
+    value, (grad, _) = _chunked_and_grads(200 * HIDDEN, TABLE, TARGETS, WEIGHTS, VALID, 4)
     np.testing.assert_allclose(value, _plain(200 * HIDDEN, TABLE), rtol=1e-5)
     assert np.isfinite(grad).all()
 
@@ -76,8 +77,7 @@ def test_chunked_survives_large_logits():
 def test_chunked_in_bfloat16_is_close():
     """Sums and softmax stay float32; gradients come back in the dtype of their arguments."""
     low = HIDDEN.astype(jnp.bfloat16), TABLE.astype(jnp.bfloat16)
-    loss = lambda h, t: chunked_cross_entropy(h, t, TARGETS, WEIGHTS, VALID, 4)  # noqa: E731
-    value, grads = jax.jit(jax.value_and_grad(loss, (0, 1)))(*low)
+    value, grads = _chunked_and_grads(*low, TARGETS, WEIGHTS, VALID, 4)
     expected, expected_grads = _plain_and_grads(*(a.astype(np.float32) for a in low))
     np.testing.assert_allclose(value, expected, rtol=1e-4)
     for grad, wanted in zip(grads, expected_grads, strict=True):
@@ -129,14 +129,20 @@ def test_memory_of_the_chunked_loss_is_that_of_a_few_chunks_of_logits():
     assert 1 < many / (80 * 1_000_000 * 4) < 4
 
 
+@functools.cache
+def _on_one_device(items):
+    """A table; the loss, 2.5 times, with both gradients, as a function of states and table; and what it returns of them."""
+    table, valid = np.random.default_rng(1).normal(size=(items, WIDTH)).astype(np.float32), np.arange(items) > 0
+    grad_fn = jax.jit(jax.value_and_grad(lambda h, t: 2.5 * chunked_cross_entropy(h, t, TARGETS, WEIGHTS, valid, 1), (0, 1)))
+    return table, grad_fn, jax.device_get(grad_fn(HIDDEN, table))
+
+
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)], ids=str)
 @pytest.mark.parametrize("items", [16, 7])  # which the axes divide, and which they do not: a width of 4 is divided by 2 alone
 def test_shared_out_over_a_mesh_it_is_the_same(mesh_of, sizes, items):
     """Value and both gradients, sharded as the arguments are; 10 rows are no multiple of any part."""
-    rng = np.random.default_rng(1)
-    table, valid = rng.normal(size=(items, WIDTH)).astype(np.float32), np.arange(items) > 0
-    grad_fn = jax.jit(jax.value_and_grad(lambda h, t: 2.5 * chunked_cross_entropy(h, t, TARGETS, WEIGHTS, valid, 1), (0, 1)))
-    expected, expected_grads = grad_fn(HIDDEN, table)
+    table, grad_fn, (expected, expected_grads) = _on_one_device(items)
+    valid = np.arange(items) > 0
     mesh = mesh_of(*sizes)
     fits = [axis if dim % mesh.shape[axis] == 0 else None for axis, dim in zip(("tensor", "fsdp"), table.shape, strict=True)]
     with jax.set_mesh(mesh):
@@ -147,7 +153,7 @@ def test_shared_out_over_a_mesh_it_is_the_same(mesh_of, sizes, items):
             np.testing.assert_allclose(grad, wanted, atol=1e-5)
         assert grads[1].sharding.is_equivalent_to(placed.sharding, 2)
         np.testing.assert_allclose(
-            jax.jit(chunked_cross_entropy, static_argnums=5)(HIDDEN, placed, TARGETS, WEIGHTS, valid, 1),
+            _chunked(HIDDEN, placed, TARGETS, WEIGHTS, valid, 1),
             expected / 2.5,
             rtol=1e-6,
         )
@@ -212,9 +218,9 @@ def test_an_accidental_hit_gets_no_gradient_as_a_negative():
     """A batch whose only negative is one row's target: that row has loss 0, and nothing pushes its item down."""
     targets, negatives, log_q = np.array([2, 1]), np.array([2]), np.zeros(ITEMS)
 
-    value, grad = _sampled_and_grad(HIDDEN[:2], TABLE, targets, np.array([1.0, 0.0]), negatives, log_q)
+    value, grad = jax.device_get(_sampled_and_grad(HIDDEN[:2], TABLE, targets, np.array([1.0, 0.0]), negatives, log_q))
     assert value == 0 and not np.any(grad)
-    value, grad = _sampled_and_grad(HIDDEN[:2], TABLE, targets, np.array([0.0, 1.0]), negatives, log_q)
+    value, grad = jax.device_get(_sampled_and_grad(HIDDEN[:2], TABLE, targets, np.array([0.0, 1.0]), negatives, log_q))
     assert value > 0 and np.any(grad[2]) and np.any(grad[1])
 
 
@@ -240,7 +246,7 @@ def test_in_batch_by_hand():
     def loss(table):
         return in_batch_cross_entropy(hidden, lambda items: table[items], np.array([3, 1, 3, 4]), weights, share, 3)
 
-    value, grad = loss(table)
+    value, grad = jax.device_get(loss(table))
     expected = 0.0
     for row, item, weight in ((0, 3, 1.0), (1, 1, 2.0), (2, 3, 0.5)):
         odds = {1: np.exp(hidden[row] @ table[1]) / one, 3: np.exp(hidden[row] @ table[3]) / three}

@@ -69,17 +69,18 @@ def test_recency_counts_back_from_the_last_real_event(resampler):
 def test_weights_are_by_how_much_latents_see_events(resampler):
     """They and what a latent sees of the latents are all it sees; events beyond an end have none."""
     _, params = resampler
-    module = trees.merge(trees.abstract(_create)[0], params)
+    graphdef, _ = trees.abstract(_create)
+    weigh = jax.jit(lambda params, masks: trees.merge(graphdef, params).weights(STATES, masks))
     masks = np.arange(16) < np.array([[1, 5], [16, 7], [2, 2], [0, 16]])[..., None]
-    weights = np.asarray(module.weights(STATES, masks))
+    weights = np.asarray(weigh(params, masks))
     assert weights.shape == (4, 2, 3, 16)
     assert (weights[~np.broadcast_to(masks[:, :, None], weights.shape)] == 0).all()
     total = weights.sum(-1)
     assert (total[masks.any(-1)] > 0.01).all() and (total < 1).all()
     # A latent that sees no bucket but the nearest sees none but the last event.
     shut = np.zeros((3, 2, 4), np.float32) + [0, -1e9, -1e9, -1e9]
-    module.layers[1].recency = nnx.Param(jnp.asarray(shut))
-    np.testing.assert_array_equal(np.asarray(module.weights(STATES, masks))[1, 0].nonzero()[1], [15] * 3)
+    params = trees.replace(params, {"layers/1/recency": shut.astype(np.float32)})
+    np.testing.assert_array_equal(np.asarray(weigh(params, masks))[1, 0].nonzero()[1], [15] * 3)
 
 
 def test_several_ends_of_one_history_equal_each_alone(resampler):
