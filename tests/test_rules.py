@@ -18,7 +18,7 @@ from user_llm.nn.lora import LoRAConfig
 from user_llm.nn.resampler import ResamplerConfig
 from user_llm.nn.transformer import BlockConfig
 
-FILES = sorted(path.stem for path in Path(__file__).parents[1].glob("configs/*.py") if path.stem not in ("common", "datasets"))
+FILES = sorted(path.stem for path in Path(__file__).parents[1].glob("configs/*.py"))
 SCHEMA = Schema((Feature("item", "item", 9), Feature("rating", "ordinal", 6), Feature("a/b", "categorical", 3)))
 # Layers with all parameters that a layer can have.
 LAYERS = BlockConfig(
