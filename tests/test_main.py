@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -99,6 +100,49 @@ def test_which_phases_run_is_no_part_of_a_config_and_those_that_it_lacks_are_ref
     config.phases = (*config.phases, "pretrain_bert")
     with pytest.raises(ValueError, match=r"^phases=.*there is no phase pretrain_bert; choose from bert4rec, dual_encoder, "):
         main.run(config, epath.Path(tmp_path))
+
+
+def test_a_config_is_a_file_or_the_name_of_one_that_comes_along(tmp_path, monkeypatch):
+    comes_along = Path(main.__file__).parent / "configs"
+    assert main.config_file("quickstart") == f"{comes_along}/quickstart.py"
+    assert main.config_file("amazon_xattn:small") == f"{comes_along}/amazon_xattn.py:small"
+    for path in ("configs/quickstart.py", "configs/amazon_xattn.py:small", "elsewhere/x", "x.py"):
+        assert main.config_file(path) == path
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quickstart").write_text("")  # a file of that name is meant
+    assert main.config_file("quickstart") == "quickstart"
+    with pytest.raises(
+        SystemExit, match=r"^Error: --config=quikstart:x is neither .* \(did you mean quickstart\?\): choose a path, or"
+    ):
+        main.config_file("quikstart:x")
+
+
+@pytest.mark.parametrize(
+    "form", [["--config=events_xattn:small"], ["--config", "events_xattn:small"], ["-config=events_xattn:small"]]
+)
+def test_a_name_stands_in_any_form_of_the_flag(form):
+    found = main.with_config_file(["main", "--workdir=quickstart", *form, "--config.data.dir=quickstart"])
+    assert found[1] == "--workdir=quickstart" and found[-1] == "--config.data.dir=quickstart"
+    assert found[2:-1][-1].endswith("configs/events_xattn.py:small") and len(found) == 3 + len(form)
+    assert main.with_config_file(["main", "--config"]) == ["main", "--config"]
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_has_its_configs_by_name_and_no_package_besides(tmp_path):
+    pip = [sys.executable, "-m", "pip", "-q"]
+    shutil.copytree(
+        ROOT, tmp_path / "source", symlinks=True, ignore=shutil.ignore_patterns(".*", "runs", "tests", "*.egg-info")
+    )
+    built = subprocess.run([*pip, "wheel", "--no-deps", f"--wheel-dir={tmp_path}", str(tmp_path / "source")], check=False)
+    if built.returncode:
+        pytest.skip("the tools that build a wheel cannot be had here")
+    [wheel] = tmp_path.glob("*.whl")
+    subprocess.run([*pip, "install", "--no-deps", f"--target={tmp_path / 'site'}", str(wheel)], check=True)
+    assert {path.name for path in (tmp_path / "site").iterdir() if path.suffix != ".dist-info"} == {"user_llm"}
+    command = [sys.executable, "-m", "user_llm.main", "--config=quickstart", "--config.seed=-1"]
+    there = {**environment(), "PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run(command, cwd=tmp_path, env=there, capture_output=True, text=True, check=False)
+    assert done.stderr.strip().splitlines()[-1] == "Error: seed=-1: it must be 0 or more."
 
 
 @pytest.mark.parametrize(

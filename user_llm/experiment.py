@@ -53,12 +53,14 @@ def run(
 ) -> list[dict]:
     """Run all phases of a config, and return the result rows.
 
-        config = configs.quickstart.get_config()
+        from user_llm.configs import quickstart
+
+        config = quickstart.get_config()
         config.data.source = "my_log"
         user_llm.run(config, "runs/mine", datasets={"my_log": find})
 
     Args:
-      config: as a config file returns it.
+      config: what `get_config` of a config file returns, changed as you like.
       workdir: the directory of the run. Called again with the same config it goes on where it was stopped.
       datasets: readers of datasets, by what `data.source` calls them: (the config's section `data`, a folder for downloads) -> `Raw`.
       tasks: further tasks of the LLM, by what `prompts` calls them; see `PromptTask`.

@@ -3,9 +3,8 @@
     raw files -> timelines -> split, audit -> phases (each: task -> loop -> result rows) -> results.json, report.md
 
 Finished phases are skipped and interrupted ones resumed, so the same command goes on where it was stopped. `experiment.py` is what
-it runs. With `--compile_only
---topology=v5e:2x4` nothing runs: the train step of each phase, and what its evaluation computes, are compiled for those TPU chips, on any
-machine.
+it runs. With `--compile_only --topology=v5e:2x4` nothing runs: the train step of each phase, and what its evaluation computes, are
+compiled for those TPU chips, on any machine.
 """
 
 import os
