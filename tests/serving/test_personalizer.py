@@ -32,7 +32,7 @@ def test_a_ranking_is_the_one_that_evaluation_has(made, model):
                     assert len(ranking) == len(every)
                     np.testing.assert_allclose([scores[key] for key in every], expected[place, 1:10], atol=1e-5)
                 else:
-                    titles = made.asking.choose("next_item", batch, model.titles, 10)[place]
+                    titles = made.asking.choose("next_item", batch, model.ranker.titles, 10)[place]
                     assert [item.id for item in ranking] == [every[n - 1] for n in titles if n]
 
 

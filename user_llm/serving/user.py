@@ -109,6 +109,20 @@ class User:
         )  # fmt: skip
 
 
+def check_user(user: Any, model: str) -> None:
+    """Check that a user was encoded by the model of an identity.
+
+    Raises:
+      ValueError: the user is of another model, or is no `User` at all.
+    """
+    if not isinstance(user, User):
+        raise ValueError(f"{type(user).__name__} is no user: pass a User, such as encode returns.")
+    if user.model != model:
+        raise ValueError(
+            f"This user was encoded by the model {user.model}, and this one is {model}: encode their events again."
+        )
+
+
 def _steps(numbers: np.ndarray) -> np.ndarray:
     """Return the first number and then the differences of neighbours. They are small, and so compress well; `np.cumsum` undoes this."""
     return np.diff(numbers, prepend=numbers.dtype.type(0))
