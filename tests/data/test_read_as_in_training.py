@@ -20,7 +20,8 @@ HOUR = 1_714_543_200  # 2024-05-01 06:00 UTC
 
 def check_same(timelines, events, *, ticks=True):
     """Compare what is read of events with what training holds, user by user."""
-    read, unknown = Vocabulary.of(timelines).read(events)
+    found = Vocabulary.of(timelines).read(events)
+    read, unknown = found.timelines, found.unknown
     assert not unknown.any() and sorted(read.user_keys) == sorted(timelines.user_keys)
     for user, key in enumerate(timelines.user_keys):
         here = timelines.offsets[user] + np.arange(timelines.lengths[user])

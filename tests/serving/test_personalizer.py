@@ -126,6 +126,8 @@ def test_unknown_items_are_counted_left_out_and_said_once(made, model, caplog):
     assert (user.unknown, user.count) == (2, expected.count)
     np.testing.assert_array_equal(user.events, expected.events)
     assert sum("2 events are left out" in record.getMessage() for record in caplog.records) <= 1
+    again = model.update(model.update(user, strange), strange[:4])
+    assert (again.unknown, again.count) == (user.unknown, user.count)
     alone = model.encode([{**rows[0], "item": "no such"}])
     assert (alone.unknown, alone.count) == (1, 0)
 

@@ -155,9 +155,11 @@ class Personalizer:
 
             user = model.update(user, [{"movieId": 31, "rating": 5.0, "timestamp": 1_700_172_800}])
 
-        The given user is not changed. An event that the user keeps already (the same item at the same time) is not added again. A
-        user keeps only the latest events; an event older than those is added to `User.count` and `User.seen` alone, because the
-        encoder does not read it.
+        The given user is not changed. Events that the user has already are not added again, so that an update may be repeated. A user
+        keeps the latest events; these are known by their item and time (in ticks of the training data). Of older events, and of
+        events with an unknown item, the user keeps only the time of the latest one. A further event that may be one of them is taken
+        for one, and is not counted: an event that comes before the kept events, is not later than that time, and has an item that
+        the user has had; and an event with an unknown item that is not later than that time.
 
         Args:
           events: as in `encode`.

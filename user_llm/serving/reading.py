@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from absl import logging
+from jaxtyping import Int
 
 from user_llm.common import mesh as meshes
 from user_llm.data.pipeline import length_batches
@@ -49,7 +50,7 @@ class Reader:
         per_second = self.vocabulary.fields.ticks_per_second
         return {
             (key := timelines.user_keys[number]): users.from_timeline(
-                timelines, number, keep=keep, model=self.model, key=hash_key(key), unknown=int(read.unknown[number]),
+                timelines, number, keep=keep, model=self.model, key=hash_key(key), unknown=_unknown(read, number),
                 ticks_per_second=per_second,
             )
             for number in numbers
@@ -61,9 +62,12 @@ class Reader:
         found = list(self.users(read, range(len(read.timelines)), None).values())
         if len(found) > 1:
             raise ValueError(f"These are events of {len(found)} users: update one user by events of that user alone.")
-        for more in found:
+        for number, more in enumerate(found):
             user = _same(user, more)
-            user = users.joined(user, more, self.vocabulary.schema, keep=self.keep, ties=fields.ties, seed=fields.seed)
+            user = users.joined(
+                user, more, self.vocabulary.schema, unknown=_unknown(read, number), keep=self.keep, ties=fields.ties,
+                seed=fields.seed,
+            )  # fmt: skip
         return user
 
     def encoded(self, those: Sequence[User]) -> list[User]:
@@ -79,6 +83,11 @@ class Reader:
             for place, index in enumerate(indices):
                 out[index] = dataclasses.replace(those[index], tokens=np.array(found[place, : counts[place]]))
         return out
+
+
+def _unknown(read: Read, number: int) -> Int[np.ndarray, " X"]:
+    """Return the ticks of a user's events that are left out, ascending."""
+    return read.unknown_ticks[read.unknown_offsets[number] : read.unknown_offsets[number + 1]]
 
 
 def _same(user: User, more: User) -> User:
