@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from etils import epath
 from ml_collections import ConfigDict
 
 from user_llm.common import trees
@@ -80,12 +79,7 @@ def leave(context: Context, name: str, load: trees.Rules, asking: Asking, rows: 
     home = Path(context.local) / name
     artifact.save(home / FOLDER, model, made)
     if is_first() and is_remote(context.workdir):
-        target = context.workdir / name / FOLDER
-        target.mkdir(parents=True, exist_ok=True)
-        for left in target.iterdir():  # of a model that was left here before
-            left.unlink()
-        for file in sorted((home / FOLDER).iterdir()):
-            epath.Path(file).copy(target / file.name, overwrite=True)
+        artifact.copy_to_store(home / FOLDER, context.workdir / name / FOLDER)
 
 
 def touched(config: ConfigDict, name: str, sources: trees.Params) -> bool:
