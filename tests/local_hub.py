@@ -23,11 +23,13 @@ class Hub:
     Attributes:
       repos: the files of each model, by its name.
       gated: names of models that are refused.
+      public: names of models that everybody may read.
       objects: large files by their SHA-256.
     """
 
     repos: dict[str, dict[str, bytes]]
     gated: tuple[str, ...] = ()
+    public: set[str] = field(default_factory=set)
     objects: dict[str, bytes] = field(default_factory=dict)
     url: str = ""
 
@@ -41,6 +43,8 @@ class Hub:
         if name in self.repos:
             return 409, {"error": "You already created this model repo", "url": f"{self.url}/{name}"}
         self.repos[name] = {".gitattributes": b""}
+        if asked.get("visibility") == "public" or asked.get("private") is False:  # as later and earlier libraries say it
+            self.public.add(name)
         return 200, {"url": f"{self.url}/{name}"}
 
     def validate(self, asked: dict[str, Any]) -> tuple[int, Any]:
@@ -81,7 +85,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 return self._send(200, [{"type": "file", "path": n, "size": len(b), "oid": oid(b)} for n, b in files.items()])
             if path.startswith("/api/"):
                 siblings = [{"rfilename": n, "size": len(b)} for n, b in files.items()]
-                return self._send(200, {"id": name, "sha": commit, "siblings": siblings})
+                return self._send(200, {"id": name, "sha": commit, "siblings": siblings, "private": name not in hub.public})
             body = files.get(path.rsplit("/", 1)[1])
             if body is None:
                 return self._send(404, {}, {"X-Error-Code": "EntryNotFound"})

@@ -15,17 +15,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from user_llm.experiment import run
     from user_llm.serving.bulk import forget
+    from user_llm.serving.explaining import Seen
     from user_llm.serving.front import load
-    from user_llm.serving.personalizer import Item, Personalizer, Seen
+    from user_llm.serving.personalizer import Personalizer
+    from user_llm.serving.ranking import Item
     from user_llm.serving.user import User
 
 NAMES = {
     "forget": "user_llm.serving.bulk",
     "load": "user_llm.serving.front",
     "run": "user_llm.experiment",
-    "Item": "user_llm.serving.personalizer",
+    "Item": "user_llm.serving.ranking",
     "Personalizer": "user_llm.serving.personalizer",
-    "Seen": "user_llm.serving.personalizer",
+    "Seen": "user_llm.serving.explaining",
     "User": "user_llm.serving.user",
 }
 __all__ = ["Item", "Personalizer", "Seen", "User", "forget", "load", "run"]

@@ -20,7 +20,8 @@ HOUR = 1_714_543_200  # 2024-05-01 06:00 UTC
 
 def check_same(timelines, events, *, ticks=True):
     """Compare what is read of events with what training holds, user by user."""
-    read, unknown = Vocabulary.of(timelines).read(events)
+    found = Vocabulary.of(timelines).read(events)
+    read, unknown = found.timelines, found.unknown
     assert not unknown.any() and sorted(read.user_keys) == sorted(timelines.user_keys)
     for user, key in enumerate(timelines.user_keys):
         here = timelines.offsets[user] + np.arange(timelines.lengths[user])
@@ -53,6 +54,28 @@ def test_the_file_of_a_world_is_read_as_in_training(tmp_path, family):
     raw = FAMILIES[family](tmp_path / "raw")
     timelines = prepare.load(raw, tmp_path / "prepared", words=3)
     check_same(timelines, str(raw.files[0]))
+
+
+@pytest.mark.parametrize("separator", [",", "::"])
+def test_ids_of_movielens_are_texts_as_they_are_spelled(tmp_path, separator):
+    """007 is another user than 7, and 07 another film, in training and in serving."""
+    names = ("ratings.csv", "movies.csv") if separator == "," else ("ratings.dat", "movies.dat")
+    headers = ("userId,movieId,rating,timestamp\n", "movieId,title,genres\n") if separator == "," else ("", "")
+    rows = [(user, film, "4", str(100 * n)) for user in ("007", "7") for n, film in enumerate(("07", "7", "8", "10"))]
+    films = [
+        ("07", "One (2000)", "Drama"),
+        ("7", "Two (2000)", "Drama"),
+        ("8", "Three (2000)", "War"),
+        ("10", "Four (2000)", "War"),
+    ]
+    (tmp_path / "raw").mkdir()
+    for name, header, table in zip(names, headers, (rows, films), strict=True):
+        (tmp_path / "raw" / name).write_text(header + "".join(separator.join(row) + "\n" for row in table))
+    timelines = prepare.load(movielens.find(tmp_path / "raw", tmp_path), tmp_path / "prepared")
+    assert sorted(timelines.user_keys) == ["007", "7"]
+    titles = dict(zip(timelines.catalogue.keys[1:], timelines.catalogue.titles[1:], strict=True))
+    assert titles == {film: title for film, title, _ in films}
+    check_same(timelines, [dict(zip(("userId", "movieId", "rating", "timestamp"), row, strict=True)) for row in rows])
 
 
 @pytest.mark.parametrize("layout", ["csv", "dat", "tab"])

@@ -44,7 +44,8 @@ def toy() -> Vocabulary:
 
 
 def test_events_of_many_forms_become_features_by_hand(toy):
-    read, unknown = toy.read([EVENTS[0] | {"n": "A <i>b</i> c"}, *EVENTS[1:]])
+    found = toy.read([EVENTS[0] | {"n": "A <i>b</i> c"}, *EVENTS[1:]])
+    read, unknown = found.timelines, found.unknown
     np.testing.assert_array_equal(
         toy.encode(EVENTS),
         [[3, 1, 0, 0, 0, 0, 1], [1, 6, 1, 2, 0, 0, 2 + 1], [2, 10, 2, 0, 0, 0, 2 + 6]],
@@ -66,20 +67,23 @@ def test_a_dictionary_of_views_is_read(toy):
 
 def test_unknown_items_are_counted_and_left_out(toy):
     more = [{"u": 2, "i": "new", "t": 5, "r": 1}, {"u": 1, "i": "A", "t": 150, "r": 1}, {"u": 1, "i": "A", "t": 150, "r": 1}]
-    read, unknown = toy.read([*EVENTS, *more])
+    found = toy.read([*EVENTS, *more])
+    read, unknown = found.timelines, found.unknown
     assert read.user_keys == ["1", "2"] and read.lengths.tolist() == [3, 0] and unknown.tolist() == [1, 1]
+    assert (np.diff(found.unknown_offsets) == 1).all() and len(found.unknown_ticks) == 2
     np.testing.assert_array_equal(read.features(np.arange(3)), toy.encode(EVENTS))
 
 
 def test_the_same_event_counts_once_in_whatever_spelling(toy):
     twice = [EVENTS[1] | {"t": 98}, EVENTS[1] | {"t": "98.0"}, EVENTS[0] | {"r": 1}, *EVENTS]
-    read, _ = toy.read([*EVENTS, *twice])
+    read = toy.read([*EVENTS, *twice]).timelines
     np.testing.assert_array_equal(read.features(np.arange(len(read.item))), toy.encode(EVENTS))  # the first one's rating
 
 
 def test_no_events_and_no_users(toy):
     assert toy.encode([]).shape == (0, 7)
-    read, unknown = toy.read([])
+    found = toy.read([])
+    read, unknown = found.timelines, found.unknown
     assert len(read) == 0 and len(unknown) == 0
     alone = [{key: value for key, value in event.items() if key != "u"} for event in EVENTS]
     assert toy.read(alone).timelines.user_keys == [""]

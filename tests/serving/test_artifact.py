@@ -8,14 +8,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pyarrow.parquet
+import pytest
+from etils import epath
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from model_directories import FACTS, flip, making, refused, settings_of
 
-from user_llm.common import trees
+from user_llm.common import distributed, trees
 from user_llm.data.fields import Number, Text
 from user_llm.data.prompts.next_item import NextItem
 from user_llm.data.vocabulary import Vocabulary
@@ -184,3 +187,54 @@ def test_the_identity_is_of_all_that_computes_and_of_nothing_else(written, named
     ]
     assert set(same) == {identity}
     assert artifact.load(tmp_path / "model").facts["rows"][0]["value"] is None
+
+
+def test_all_processes_have_the_identity_that_the_first_one_wrote(written, llm, tmp_path, monkeypatch):
+    """And all of them refuse what the first cannot write. The processes are played one after the other."""
+    told = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed, "gather", lambda value: told.append(value) or told[:1])
+    first = artifact.save(tmp_path / "model", written, making(llm))
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    second = artifact.save(tmp_path / "second", written, making(llm))
+    assert first.identity and second.identity == first.identity == artifact.load(tmp_path / "model").identity
+    assert not (tmp_path / "second").exists()
+    told.clear()
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setattr(jax, "process_index", lambda: 0)
+    for index in (0, 1):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        with pytest.raises(ValueError, match="file"):
+            artifact.save(tmp_path / "file" / "model", written, making(llm))
+
+
+def test_a_copy_to_a_store_that_is_killed_does_not_load_and_is_finished_by_the_next(directory, tmp_path, monkeypatch):
+    """Killed at each file, over an older model with files of its own and a folder."""
+    target, real, count = epath.Path(tmp_path / "store" / "model"), type(epath.Path()).copy, len(list(directory.iterdir()))
+
+    class Killed(BaseException):
+        pass
+
+    for allowed in range(count + 1):
+        done = 0
+
+        def copy(self, *args, allowed=allowed, **settings):
+            nonlocal done
+            if done == allowed:
+                (target / self.name).write_bytes(b"half")
+                raise Killed
+            done += 1
+            return real(self, *args, **settings)
+
+        monkeypatch.setattr(type(epath.Path()), "copy", copy)
+        if allowed == count:
+            artifact.copy_to_store(directory, target)
+            break
+        with pytest.raises(Killed):
+            artifact.copy_to_store(directory, target)
+        refused(Path(target))
+        (target / "left").mkdir(exist_ok=True)
+        (target / "adapter_model.safetensors").write_bytes(b"of an older model")
+    assert {file.name: file.read_bytes() for file in target.iterdir()} == {
+        file.name: file.read_bytes() for file in directory.iterdir()
+    }

@@ -159,15 +159,21 @@ def test_processes_share_the_parts(known, events, tmp_path, monkeypatch):
 def test_results_of_something_else_are_not_added_to(known, events, make_model, tmp_path):
     model, out = user_llm.load(known.directory), tmp_path / "out"
     bulk.run(Recommend(model, 3), str(events), out)
-    for function, message in (
-        (Recommend(model, 4), "other events or settings"),
-        (Encode(model), "another command"),
-        (Recommend(user_llm.load(make_model("titles").directory), 3), "another model"),
+    for function, changes, message in (
+        (Recommend(model, 4), {}, "was made with --k=3, and not 4: give it again, or"),
+        (Recommend(model, 3, seen=False), {}, "was made with --seen=True, and not False: give it again, or"),
+        (Recommend(model, 3), {"skip_bad": True}, "was made with --bad_rows=refuse, and not skip: give it again, or"),
+        (Recommend(model, 3), {"share": bulk.Share(1, 2)}, "was made with --share=INDEX/1, and not INDEX/2: give it again, or"),
+        (Encode(model), {}, "holds results of another command:"),
+        (Recommend(user_llm.load(make_model("titles").directory), 3), {}, "holds results of another model:"),
     ):
-        with pytest.raises(ValueError, match=f"holds results of {message}: choose another --out"):
-            bulk.run(function, str(events), out)
+        with pytest.raises(ValueError, match=f"{message} choose another --out"):
+            bulk.run(function, str(events), out, **changes)
     events.write_text(events.read_text() + events.read_text().splitlines()[0] + "\n")
     with pytest.raises(ValueError, match="holds results of other events"):
+        bulk.run(Recommend(model, 3), str(events), out)
+    (out / bulk.FACTS).write_text('{"model": "m", "command": 1, "settings": [], "events": null}')
+    with pytest.raises(ValueError, match="choose another --out"):
         bulk.run(Recommend(model, 3), str(events), out)
     for spelled in ("2/2", "x", "1", "-1/2", "1/0"):
         with pytest.raises(ValueError, match="name it as INDEX/COUNT"):

@@ -51,13 +51,52 @@ def test_what_is_pushed_is_what_is_loaded_back(make_model, hub):
     assert hub.objects  # large files went their own way
 
     hub.repos["org/new"] |= {"adapter_model.safetensors": b"older", "chat_template.jinja": b"older", "picture.png": b"kept"}
-    export.push(directory, "org/new")
+    export.push(directory, "org/new", replace=True)
     assert hub.repos["org/new"] == contents(directory) | {".gitattributes": b"", "picture.png": b"kept"}
 
     model = user_llm.load("org/new")
     assert model.identity == make_model("cross").written.identity
     found = artifact.find_checkpoint("org/new", artifact.PATTERNS)
     assert contents(found) == contents(directory)
+
+
+@pytest.mark.parametrize(
+    ("public", "allowed", "message"),
+    [
+        (False, {}, r"org/new exists on the hub and is private: choose another name, or replace its model by --replace\."),
+        (True, {}, r"org/new exists on the hub and is public: choose another name, or replace its model by --replace\."),
+        (True, {"private": False}, "exists on the hub and is public"),
+        (True, {"replace": True}, r"org/new is public on the hub: choose another name, or allow a public one by --noprivate\."),
+        (False, {"replace": True}, None),
+        (True, {"replace": True, "private": False}, None),
+    ],
+)
+def test_a_repository_that_exists_is_replaced_only_when_asked(make_model, hub, public, allowed, message):
+    """And one that everybody may read only where a public one is allowed."""
+    directory, before = make_model("cross").directory, {"model.safetensors": b"somebody's"}
+    hub.repos["org/new"] = dict(before)
+    hub.public |= {"org/new"} if public else set()
+    if message is None:
+        export.push(directory, "org/new", **allowed)
+        assert hub.repos["org/new"] == contents(directory)
+        return
+    with pytest.raises(ValueError, match=message):
+        export.push(directory, "org/new", **allowed)
+    assert hub.repos["org/new"] == before
+
+
+def test_a_repository_that_is_made_is_private_unless_a_public_one_is_allowed(make_model, hub):
+    export.push(make_model("cross").directory, "org/one")
+    export.push(make_model("cross").directory, "org/two", private=False)
+    assert hub.public == {"org/two"}
+
+
+def test_a_model_is_exported_by_its_name_on_the_hub(make_model, hub, tmp_path):
+    hub.repos["org/model"] = contents(make_model("lora").directory)
+    export.export("org/model", tmp_path / "out")
+    assert user_llm.load(tmp_path / "out").identity == make_model("lora").written.identity
+    with pytest.raises(ValueError, match="There is no model org/nothing on the hub"):
+        export.export("org/nothing", tmp_path / "other")
 
 
 def test_a_push_that_cannot_be_is_refused(make_model, hub, monkeypatch, tmp_path):
@@ -72,7 +111,7 @@ def test_a_push_that_cannot_be_is_refused(make_model, hub, monkeypatch, tmp_path
     assert "\n" not in str(error.value)
     assert not hub.repos
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(ValueError, match=r"Cannot upload .* to org/new \(.*Connection refused\)"):
+    with pytest.raises(ValueError, match=r"Cannot upload to org/new \(.*Connection refused\)"):
         export.push(directory, "org/new")
 
 

@@ -33,7 +33,7 @@ def test_a_ranking_is_the_one_that_evaluation_has(made, model):
                     assert len(ranking) == len(every)
                     np.testing.assert_allclose([scores[key] for key in every], expected[place, 1:10], atol=1e-5)
                 else:
-                    titles = made.asking.choose("next_item", batch, model.titles, 10)[place]
+                    titles = made.asking.choose("next_item", batch, model.ranker.titles, 10)[place]
                     assert [item.id for item in ranking] == [every[n - 1] for n in titles if n]
 
 
@@ -127,6 +127,8 @@ def test_unknown_items_are_counted_left_out_and_said_once(made, model, caplog):
     assert (user.unknown, user.count) == (2, expected.count)
     np.testing.assert_array_equal(user.events, expected.events)
     assert sum("2 events are left out" in record.getMessage() for record in caplog.records) <= 1
+    again = model.update(model.update(user, strange), strange[:4])
+    assert (again.unknown, again.count) == (user.unknown, user.count)
     alone = model.encode([{**rows[0], "item": "no such"}])
     assert (alone.unknown, alone.count) == (1, 0)
 

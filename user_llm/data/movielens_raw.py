@@ -76,18 +76,27 @@ def open_release(directory: epath.PathLike, *, name: str, bad_rows: str = "refus
 
 
 def _events(path: epath.Path, separator: str, schema: pa.Schema, bad_rows: BadRows) -> Iterator[pa.RecordBatch]:
-    for table in _read_ratings(path, separator, bad_rows):
-        user, movie, rating, timestamp = table.T
-        ids = [pc.cast(pa.array(column.astype(np.int64)), pa.string()) for column in (user, movie)]
+    for lines, table in _read_ratings(path, separator, bad_rows):
+        rating, timestamp = table[:, 2], table[:, 3]
+        ids = _ids(lines, table, separator)
         time = pa.array(timestamp.astype(np.int64))
         stars = pa.array(np.round(rating * 2).astype(np.int32))
         yield pa.RecordBatch.from_arrays([*ids, time, pa.array(np.zeros(len(table), np.int64)), stars], schema=schema)
 
 
+def _ids(lines: list[bytes], table: Float[np.ndarray, "N 4"], separator: str) -> list[pa.Array]:
+    """Return the ids of users and of movies as they are spelled: 007 is another id than 7."""
+    plain = re.compile(rb"[1-9][0-9]*%b[1-9][0-9]*%b" % (separator.encode(), separator.encode()))
+    if all(map(plain.match, lines)):  # as in all published files; numbers are quicker to turn into texts than lines to split
+        return [pc.cast(pa.array(column.astype(np.int64)), pa.string()) for column in table.T[:2]]
+    spelled = [line.decode("ascii").split(separator, 2)[:2] for line in lines]
+    return [pa.array([one.strip() for one in column], pa.string()) for column in zip(*spelled, strict=True)]
+
+
 def _items(path: epath.Path, separator: str, schema: pa.Schema, bad_rows: BadRows) -> Iterator[pa.RecordBatch]:
     rows = {",": _csv_movies, "::": _dat_movies, "\t": _tab_movies}[separator](path, bad_rows)
     kept = lambda names: [name for name in names if name and name != NO_GENRES]  # noqa: E731
-    return pieces(((str(movie), readable_title(title), kept(names)) for movie, title, names in rows), schema)
+    return pieces(((movie, readable_title(title), kept(names)) for movie, title, names in rows), schema)
 
 
 def readable_title(title: str) -> str:
@@ -96,8 +105,12 @@ def readable_title(title: str) -> str:
     return re.sub(r"^(.*), (The|A|An|Les?|La|Il|El|Das|Der|Die)( \(.*)?$", r"\2 \1\3", title)
 
 
-def _read_ratings(path: epath.Path, separator: str, bad_rows: BadRows) -> Iterator[Float[np.ndarray, "N 4"]]:
-    """Yield pieces of user, movie, rating, timestamp as float64 (exact for ids and seconds up to 2^53)."""
+# Lines, and the numbers in them: user, movie, rating, timestamp as float64 (exact for ids and seconds up to 2^53).
+Ratings = tuple[list[bytes], Float[np.ndarray, "N 4"]]
+
+
+def _read_ratings(path: epath.Path, separator: str, bad_rows: BadRows) -> Iterator[Ratings]:
+    """Yield pieces of ratings."""
     header, count, blank = separator == ",", 0, 0
     for first, lines in line_chunks(path, ROWS):
         if header and first == 1:
@@ -112,12 +125,13 @@ def _read_ratings(path: epath.Path, separator: str, bad_rows: BadRows) -> Iterat
             end -= 1
         blank = first + end if end < len(lines) else 0
         numbers = range(first, first + end)
-        table = _parsed(lines[:end], separator)
+        good = lines[:end]
+        table = _parsed(good, separator)
         # A number cut short is still a number, so only the missing line end tells.
         whole = not end or lines[end - 1].endswith(b"\n")
         if table is None or not whole:
             good = []
-            for number, line in zip(numbers, lines[:end], strict=True):
+            for number, line in zip(numbers, lines, strict=False):
                 if fault := _fault(line, separator):
                     bad_rows(f"{path}, line {number}: {fault}")
                 else:
@@ -127,7 +141,7 @@ def _read_ratings(path: epath.Path, separator: str, bad_rows: BadRows) -> Iterat
             raise ValueError(f"{path} cannot be read between the lines {first} and {first + end}: download the release again.")
         count += len(table)
         if len(table):
-            yield table
+            yield good, table
     if not count:
         raise ValueError(f"{path} holds no ratings: download the release again.")
 
@@ -193,7 +207,7 @@ def _lines(path: epath.Path, *, latin: bool) -> Iterator[tuple[int, str]]:
                 raise ValueError(f"{path}, line {number}: not utf-8; use the publisher's file.") from None
 
 
-Movie = tuple[int, str, list[str]]
+Movie = tuple[str, str, list[str]]  # id, title, genres
 
 
 def _movie_rows(
@@ -227,12 +241,12 @@ def _csv_rows(path: epath.Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _csv_movies(path: epath.Path, bad_rows: BadRows) -> Iterator[Movie]:
-    return _movie_rows(path, _csv_rows(path), lambda row: (int(row[0]), row[1], row[2].split("|")), bad_rows)
+    return _movie_rows(path, _csv_rows(path), lambda row: (row[0].strip(), row[1], row[2].split("|")), bad_rows)
 
 
 def _dat_movies(path: epath.Path, bad_rows: BadRows) -> Iterator[Movie]:
     rows = ((number, line.rstrip("\r\n").split("::")) for number, line in _lines(path, latin=True))
-    return _movie_rows(path, rows, lambda row: (int(row[0]), row[1], row[2].split("|")), bad_rows)
+    return _movie_rows(path, rows, lambda row: (row[0].strip(), row[1], row[2].split("|")), bad_rows)
 
 
 def _tab_movies(path: epath.Path, bad_rows: BadRows) -> Iterator[Movie]:
@@ -241,6 +255,10 @@ def _tab_movies(path: epath.Path, bad_rows: BadRows) -> Iterator[Movie]:
 
     def parse(row: list[str]) -> Movie:
         flags = row[5 : 5 + len(names)]
-        return int(row[0]), row[1], [name for name, flag in zip(names, flags, strict=True) if flag == "1" and name != "unknown"]
+        return (
+            row[0].strip(),
+            row[1],
+            [name for name, flag in zip(names, flags, strict=True) if flag == "1" and name != "unknown"],
+        )
 
     return _movie_rows(path, rows, parse, bad_rows)

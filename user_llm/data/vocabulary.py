@@ -33,11 +33,18 @@ class Read(NamedTuple):
 
     Attributes:
       timelines: the events of each user in order. A user whose items are all unknown is there, without events.
-      unknown: for each user, the number of events that are left out because their item is not in the catalogue.
+      unknown_ticks: the ticks of the events that are left out because their item is not in the catalogue, user after user, ascending.
+      unknown_offsets: user u has the ticks [unknown_offsets[u], unknown_offsets[u + 1]).
     """
 
     timelines: Timelines
-    unknown: Int[np.ndarray, " U"]
+    unknown_ticks: Int[np.ndarray, " X"]
+    unknown_offsets: Int[np.ndarray, " U+1"]
+
+    @property
+    def unknown(self) -> Int[np.ndarray, " U"]:
+        """The number of events of each user that are left out."""
+        return np.diff(self.unknown_offsets)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # a catalogue's arrays have no truth value
@@ -109,9 +116,11 @@ class Vocabulary:
         kept = _first_of_each(user, items.indices.to_numpy(), whole, fraction)
         numbers = np.array([self._item_numbers.get(key, 0) for key in items.dictionary.to_pylist()], np.int32)
         item = numbers[items.indices.to_numpy()]
-        unknown = np.bincount(user[kept[item[kept] == 0]], minlength=len(keys))
+        ticks, unknown = table["ticks"].to_numpy(), kept[item[kept] == 0]
+        unknown = unknown[np.lexsort((ticks[unknown], user[unknown]))]
+        unknown_ticks, unknown_offsets = ticks[unknown], _offsets(user[unknown], len(keys))
         kept = kept[item[kept] > 0]
-        user, item, ticks = user[kept], item[kept], table["ticks"].to_numpy()[kept]
+        user, item, ticks = user[kept], item[kept], ticks[kept]
         # Ticks of orders are rounded. Events are therefore sorted by the exact orders.
         time = ticks if self.fields.timed else _ranks(whole[kept], fraction[kept])
         hashed = np.array([hash_key(key) for key in keys], np.uint64)[user]
@@ -126,7 +135,7 @@ class Vocabulary:
         timelines = Timelines(
             name=self.name,
             user_keys=keys,
-            offsets=np.concatenate([[0], np.cumsum(np.bincount(user, minlength=len(keys)))]).astype(np.int64),
+            offsets=_offsets(user, len(keys)),
             item=item[order],
             columns=columns,
             schema=self.schema,
@@ -135,7 +144,7 @@ class Vocabulary:
             ticks_per_second=self.fields.ticks_per_second,
             fields=self.fields,
         )
-        return Read(timelines, unknown)
+        return Read(timelines, unknown_ticks, unknown_offsets)
 
     def encode(self, events: Any) -> Int[np.ndarray, "E A"]:
         """Return the features of one user's events in order, one row of features for each event; see `read`.
@@ -250,6 +259,11 @@ def _first_of_each(*columns: np.ndarray) -> Int[np.ndarray, " k"]:
     order = np.lexsort((np.arange(len(columns[0])), *columns))
     differs = np.any([np.diff(column[order]) != 0 for column in columns], axis=0)
     return np.sort(order[np.insert(differs, 0, True)]) if len(order) else order
+
+
+def _offsets(user: Int[np.ndarray, " n"], count: int) -> Int[np.ndarray, " U+1"]:
+    """Return where the rows of each of `count` users begin, and where the last one's end, once the rows are sorted by user."""
+    return np.concatenate([[0], np.cumsum(np.bincount(user, minlength=count))]).astype(np.int64)
 
 
 def _ranks(whole: Int[np.ndarray, " n"], fraction: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from user_llm.common import trees
 from user_llm.common.distributed import is_first
@@ -70,17 +69,12 @@ def leave(name: str, run: Run, load: trees.Rules, asking: Asking, rows: list[dic
     }  # fmt: skip
     made = artifact.Making(
         base, touched(name, run, starting.sources(run, load, asking.predictor.params)), source, phase.loop.sharding, phase.loop.dtype,
-        asking.data.train_counts, facts,
+        asking.data.train_counts, facts, run.kinds.families,
     )  # fmt: skip
     home = Path(run.local) / name
-    artifact.save(home / FOLDER, model, made, families=run.kinds.families)
+    artifact.save(home / FOLDER, model, made)
     if is_first() and is_remote(run.workdir):
-        target = run.workdir / name / FOLDER
-        target.mkdir(parents=True, exist_ok=True)
-        for left in target.iterdir():  # of a model that was left here before
-            left.unlink()
-        for file in sorted((home / FOLDER).iterdir()):
-            epath.Path(file).copy(target / file.name, overwrite=True)
+        artifact.copy_to_store(home / FOLDER, run.workdir / name / FOLDER)
 
 
 def touched(name: str, run: Run, sources: trees.Params) -> bool:

@@ -22,13 +22,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from user_llm.common import mesh as meshes
 from user_llm.common import trees
-from user_llm.common.distributed import is_first
+from user_llm.common.distributed import agreed
 from user_llm.common.files import sha256, whole_folder
 from user_llm.common.printable import printable
 from user_llm.common.trees import Params
@@ -79,6 +80,7 @@ class Making:
       dtype: the type of the parameters in computation.
       counts: the number of training events of each item; index 0 is PAD.
       facts: what the model card says: `dataset`, `users`, `events`, `items`, `command`, `phase`, `rows` of results and so on.
+      families: the families of LLMs that `source` may be of.
     """
 
     base: Base | None
@@ -88,6 +90,7 @@ class Making:
     dtype: str
     counts: np.ndarray
     facts: Mapping[str, Any]
+    families: Mapping[str, Family] = dataclasses.field(default_factory=lambda: FAMILIES)
 
 
 def save(
@@ -96,41 +99,41 @@ def save(
     made: Making,
     *,
     whole: bool = False,
-    families: Mapping[str, Family] = FAMILIES,
 ) -> Personalizer:
     """Write a model to a directory, and return the model with its identity.
 
     The directory appears when it is complete. It replaces a directory that was there before. In a run of several processes every
-    process must call this function; only the first process writes, and the others return the model as it was given.
+    process must call this function. Only the first process writes; the identity is the same in all of them.
 
     Args:
       whole: whether to write the whole LLM, with adapters merged into its weights, even where the LLM could only be named.
-      families: of the LLM that `made` names.
+
+    Raises:
+      ValueError: the first process cannot write the directory, and there are other processes.
     """
-    predictor = model.predictor
-    config = predictor.config
     held = whole or made.touched or made.base is None
-    adapters = config.decoder.block.lora is not None
-    flat = trees.flatten(predictor.params)
+    flat = trees.flatten(model.predictor.params)
     wanted = {path for path in flat if held or not formats.is_bare_llm(path) or "/lora/" in path}
     params = trees.unflatten({path: meshes.fetch(leaf) for path, leaf in flat.items() if path in wanted})
-    if not is_first():
-        return model
-    settings = _settings(model, made)
+    return dataclasses.replace(model, identity=agreed(lambda: _write(directory, model, made, params, held=held)))
+
+
+def _write(directory: Path, model: Personalizer, made: Making, params: Params, *, held: bool) -> str:
+    """Write a model to a directory, and return the model's identity.
+
+    Args:
+      held: whether the directory holds the LLM; otherwise it names the LLM.
+    """
+    config, settings = model.predictor.config, _settings(model, made)
     with whole_folder(directory) as folder:
         formats.save_user_side(folder, params)
         if held:
             kept = made.source if (made.source / "config.json").is_file() else None
-            formats.save_decoder(folder, params["decoder"], config.decoder, like=kept, families=families)
+            formats.save_decoder(folder, params["decoder"], config.decoder, like=kept, families=made.families)
             settings["model"] = plain(dataclasses.asdict(formats.without_adapters(config)))
-        elif adapters:
-            formats.save_adapter(
-                folder,
-                params["decoder"],
-                config.decoder,
-                made.base.checkpoint if made.base else "",
-                family_at(made.source, families),
-            )
+        elif config.decoder.block.lora is not None:
+            base, family = made.base.checkpoint if made.base else "", family_at(made.source, made.families)
+            formats.save_adapter(folder, params["decoder"], config.decoder, base, family)
         for file in formats.tokenizer_files(made.source):
             shutil.copy(file, folder / file.name)
         write_catalogue(folder / CATALOGUE, model.vocabulary.catalogue, made.counts)
@@ -139,7 +142,21 @@ def save(
         settings |= {"format": FORMAT, "identity": model.identity or identity(settings)}
         write_settings(folder, settings)
         (folder / "README.md").write_text(card(settings))
-    return dataclasses.replace(model, identity=settings["identity"])
+    return settings["identity"]
+
+
+def copy_to_store(directory: Path, target: epath.Path) -> None:
+    """Copy a model directory to a folder of a remote store, in place of a model that is there.
+
+    A store cannot rename a folder. The file `user_llm.json` is therefore deleted first and written last. A copy that was killed does
+    not load, because it lacks this file; the next call deletes what is left of it.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    (target / FILE).unlink(missing_ok=True)
+    for left in target.iterdir():
+        left.rmtree() if left.is_dir() else left.unlink()
+    for file in sorted(directory.iterdir(), key=lambda file: (file.name == FILE, file.name)):
+        epath.Path(file).copy(target / file.name, overwrite=True)
 
 
 def _settings(model: Personalizer, made: Making) -> dict[str, Any]:

@@ -3,12 +3,13 @@
 Batches have one of few sizes and histories one of few lengths, because each shape compiles a program of its own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Int
 
 from user_llm.common import mesh as meshes
+from user_llm.data.pipeline import length_batches
 from user_llm.models import user as decoder_users
 from user_llm.models.user_llm import UserTokens
 from user_llm.serving.predictor import Predictor
@@ -57,3 +58,18 @@ def present(predictor: Predictor, those: Sequence[User | None]) -> decoder_users
         if user is not None and len(user.tokens):
             tokens[row, : counts[row]] = user.tokens
     return predictor.present(UserTokens(*meshes.put_rows((tokens, counts), predictor.mesh)))
+
+
+def batches(
+    predictor: Predictor, those: Sequence[User]
+) -> Iterator[tuple[Int[np.ndarray, " n"], list[User], decoder_users.User | None]]:
+    """Yield users in batches of users with similar numbers of user tokens.
+
+    Yields:
+      The places of a batch's users in `those`; the users, with the last one repeated until the batch is full; and what the decoder
+      reads of them.
+    """
+    lengths = np.array([len(user.tokens) for user in those], np.int64)
+    for indices, numbers, _ in length_batches(lengths, rows(predictor, len(those))):
+        chosen = [those[number] for number in numbers]
+        yield indices, chosen, present(predictor, chosen)

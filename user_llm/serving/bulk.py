@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 from user_llm.common.files import lock, write_json
 from user_llm.common.hashes import content_hashes
-from user_llm.common.records import read_json, text
+from user_llm.common.records import anything, misfit, read_json, text
 from user_llm.data.event_files import find_files
 from user_llm.data.raw import BadRows
 from user_llm.data.vocabulary import REMEDY, Vocabulary
@@ -78,11 +79,12 @@ def run(function: Encode | Recommend, events: str, out: Path, *, share: Share | 
     """
     share, vocabulary = share or Share(), function.model.vocabulary
     files, _ = find_files(events)
-    parts = int(
-        np.clip(math.ceil(sum(file.stat().length for file in files) / BYTES), share.count, max(MOST_PARTS, share.count))
-    )
+    size = sum(file.stat().length for file in files)
+    parts = int(np.clip(math.ceil(size / BYTES), share.count, max(MOST_PARTS, share.count)))
+    settings = {f"--{name}": value for name, value in function.settings.items()}
+    settings |= {"--bad_rows": "skip" if skip_bad else "refuse", "--share": f"INDEX/{share.count}"}
     out.mkdir(parents=True, exist_ok=True)
-    _settle(out, function, [content_hashes(files), skip_bad], parts)
+    _settle(out, function, [content_hashes(files), parts], settings)
     mine = range(share.index, parts, share.count)
     scratch = out / f"{SCRATCH}-{share.index}-of-{share.count}"
     with lock(out / f".{scratch.name}"):  # another process with the same share waits, and finds all parts there
@@ -108,23 +110,41 @@ def _path(out: Path, part: int, parts: int) -> Path:
     return out / f"part-{part:05}-of-{parts:05}.parquet"
 
 
-def _settle(out: Path, function: Encode | Recommend, events: list, parts: int) -> None:
+def _settle(out: Path, function: Encode | Recommend, events: list, settings: dict[str, Any]) -> None:
     """Write to OUT which model, command, settings and events its parts are made from; check it where it is written already.
+
+    Args:
+      events: what tells the events, and their parts, from others.
+      settings: the settings of the command, as they are given: {"--k": 10}.
 
     Raises:
       ValueError: the parts in OUT are made from something else.
     """
-    digest = hashlib.sha256(json.dumps([events, parts, function.settings]).encode()).hexdigest()[:16]
-    facts = {"model": function.model.identity, "function": type(function).__name__, "of": digest}
+    digest = hashlib.sha256(json.dumps(events).encode()).hexdigest()[:16]
+    facts = {
+        "model": function.model.identity,
+        "command": type(function).__name__.lower(),
+        "settings": settings,
+        "events": digest,
+    }
     with lock(out):
-        if (out / FACTS).exists():
-            found = read_json(out / FACTS, dict.fromkeys(facts, text), "choose another --out")
-            if found != facts:
-                what = next(key for key in facts if found.get(key) != facts[key])
-                said = {"model": "another model", "function": "another command", "of": "other events or settings"}[what]
-                raise ValueError(f"{out} holds results of {said}: choose another --out.")
-        else:
+        if not (out / FACTS).exists():
             write_json(epath.Path(out) / FACTS, facts)
+            return
+        form = dict.fromkeys(facts, text) | {"settings": dict.fromkeys(settings, anything)}
+        there = read_json(out / FACTS, dict.fromkeys(facts, anything), "choose another --out")
+        for name in ("model", "command"):
+            if there[name] != facts[name]:
+                raise ValueError(f"{out} holds results of another {name}: choose another --out.")
+        if wrong := misfit(there, form):
+            raise ValueError(f"{out / FACTS}: {wrong}; choose another --out.")
+        for name, value in settings.items():
+            if (before := there["settings"][name]) != value:
+                raise ValueError(
+                    f"{out} was made with {name}={before}, and not {value}: give it again, or choose another --out."
+                )
+        if there["events"] != digest:
+            raise ValueError(f"{out} holds results of other events: choose another --out.")
 
 
 def _parted(

@@ -54,10 +54,17 @@ def load(
         if len(mesh) != len(meshes.AXES):
             raise ValueError(f"mesh={tuple(mesh)}: name the sizes of {', '.join(meshes.AXES)}.")
         mesh = meshes.make_mesh(*mesh)
-    directory = Path(model) if Path(model).exists() else find_checkpoint(model, artifact.PATTERNS)
-    return artifact.load(
-        directory, llm=str(llm), mesh=mesh, dtype=dtype, encoders=encoders, families={**FAMILIES, **(families or {})}
-    )
+    every = {**FAMILIES, **(families or {})}
+    return artifact.load(find_model(model), llm=str(llm), mesh=mesh, dtype=dtype, encoders=encoders, families=every)
+
+
+def find_model(model: str | os.PathLike) -> Path:
+    """Return the directory of a model: `model` itself, or a download of the hub's model of that name.
+
+    Raises:
+      ValueError: there is neither such a directory nor such a model on the hub.
+    """
+    return Path(model) if Path(model).exists() else find_checkpoint(model, artifact.PATTERNS)
 
 
 def _device(device: jax.Device | str | None) -> jax.Device:

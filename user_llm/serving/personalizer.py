@@ -4,69 +4,31 @@
     user = model.encode(events)              # once for each user; a user can be stored, and updated with later events
     model.recommend(user, k=10)
 
-A `Personalizer` needs neither the training run nor its dataset. It answers through `predictor.py`, and evaluation inside a
-training run answers through the same code.
+A `Personalizer` needs neither the training run nor its dataset. Its parts do the work: `reading.py` makes users of raw events,
+`ranking.py` ranks items, `writing.py` writes texts, `explaining.py` says what the user tokens look at. All of them compute through
+`predictor.py`, and so does evaluation inside a training run.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from absl import logging
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
-from user_llm.common import mesh as meshes
-from user_llm.data.pipeline import length_batches
-from user_llm.data.prompts.base import Ids, Lines
-from user_llm.data.timelines import hash_key
+from user_llm.data.prompts.base import Lines
 from user_llm.data.tokenizer import Tokenizer
 from user_llm.data.vocabulary import Read, Vocabulary
-from user_llm.models import score as scoring
-from user_llm.models import user as decoder_users
-from user_llm.models.trie import Trie
-from user_llm.serving import batch
-from user_llm.serving import user as users
+from user_llm.serving.explaining import Seen, attended
 from user_llm.serving.predictor import Predictor
-from user_llm.serving.user import User
+from user_llm.serving.ranking import Item, Ranker
+from user_llm.serving.reading import Reader
+from user_llm.serving.user import User, check_user
 from user_llm.serving.writing import Writer
 
-RANKING = "next_item"
-
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-class Item(NamedTuple):
-    """An item of a ranking.
-
-    Attributes:
-      id: the item's id in the training data.
-      title: the item's title.
-      score: a higher score is a better item. Only scores of one ranking can be compared. They are logits of the item head; a model
-        without a trained item head gives the log-probability of writing the title.
-    """
-
-    id: str
-    title: str
-    score: float
-
-
-class Seen(NamedTuple):
-    """An event of a user, with the attention that it gets.
-
-    Attributes:
-      id: the item's id in the training data.
-      title: the item's title.
-      events_ago: how many events ago the event was; the latest event has 1.
-      weight: the attention that the user tokens pay to the event, from 0 to 1. The weights of a user's events sum to at most 1.
-    """
-
-    id: str
-    title: str
-    events_ago: int
-    weight: float
 
 
 def on_mesh(method: F) -> F:
@@ -120,19 +82,19 @@ class Personalizer:
         return max(self.predictor.max_events, lines.text_items)
 
     @functools.cached_property
-    def numbers(self) -> dict[str, int]:
-        """The number of each item in the catalogue, by the item's id in the training data."""
-        return {key: number for number, key in enumerate(self.vocabulary.catalogue.keys) if number}
+    def reader(self) -> Reader:
+        """The part of the model that makes users of raw events."""
+        return Reader(self.identity, self.predictor, self.vocabulary, self.keep)
+
+    @functools.cached_property
+    def ranker(self) -> Ranker:
+        """The part of the model that ranks items."""
+        return Ranker(self.predictor, self.lines)
 
     @functools.cached_property
     def writer(self) -> Writer:
         """The part of the model that writes text."""
         return Writer(self.predictor, self.lines, self.names)
-
-    @functools.cached_property
-    def titles(self) -> Trie:
-        """All titles in one trie: a model without a trained item head ranks items by beam search over this trie."""
-        return Trie.build(self.lines.titles_as_targets())
 
     def encode(self, events: Any) -> User:
         """Encode one user's events; the user need not have been in the training data.
@@ -156,9 +118,7 @@ class Personalizer:
             raise ValueError(
                 f"These are events of {len(found)} users: pass them to encode_many, or pass the events of one user."
             )
-        fields = self.vocabulary.fields
-        nobody = users.unknown_user(self.identity, self.vocabulary.schema.width, hash_key(""), fields.ticks_per_second)
-        return next(iter(found.values()), nobody)
+        return next(iter(found.values()), self.reader.nobody())
 
     def encode_many(self, events: Any) -> dict[str, User]:
         """Encode all users of a table or file.
@@ -174,7 +134,7 @@ class Personalizer:
         Raises:
           ValueError: a column is missing, or an event cannot be read.
         """
-        read = self._read(events)
+        read = self.reader.read(events)
         return self.encode_read(read, range(len(read.timelines)))
 
     @on_mesh
@@ -187,17 +147,19 @@ class Personalizer:
         Returns:
           The users by their ids, in the order of `numbers`.
         """
-        found = self._users(read, numbers, self.keep)
-        return dict(zip(found, self._encoded(list(found.values())), strict=True))
+        found = self.reader.users(read, numbers, self.keep)
+        return dict(zip(found, self.reader.encoded(list(found.values())), strict=True))
 
     def update(self, user: User, events: Any) -> User:
         """Return a user with further events added, as if `encode` had been given all events at once.
 
             user = model.update(user, [{"movieId": 31, "rating": 5.0, "timestamp": 1_700_172_800}])
 
-        The given user is not changed. An event that the user keeps already (the same item at the same time) is not added again. A
-        user keeps only the latest events; an event older than those is added to `User.count` and `User.seen` alone, because the
-        encoder does not read it.
+        The given user is not changed. Events that the user has already are not added again, so that an update may be repeated. A user
+        keeps the latest events; these are known by their item and time (in ticks of the training data). Of older events, and of
+        events with an unknown item, the user keeps only the time of the latest one. A further event that may be one of them is taken
+        for one, and is not counted: an event that comes before the kept events, is not later than that time, and has an item that
+        the user has had; and an event with an unknown item that is not later than that time.
 
         Args:
           events: as in `encode`.
@@ -221,22 +183,12 @@ class Personalizer:
         Raises:
           ValueError: as in `update`, or a name in `events` is not in `old`.
         """
-        fields, merged = self.vocabulary.fields, dict(old)
-        for name, rows in events.items():
+        for name in events:
             if name not in old:
                 raise ValueError(f"There are events of {name!r}, but no such user: encode these events first.")
-            self._check(old[name])
-            read = self._read(rows)
-            found = list(self._users(read, range(len(read.timelines)), None).values())
-            if len(found) > 1:
-                raise ValueError(f"These are events of {len(found)} users: update one user by events of that user alone.")
-            for more in found:
-                user = self._same(old[name], more)
-                merged[name] = users.joined(
-                    user, more, self.vocabulary.schema, keep=self.keep, ties=fields.ties, seed=fields.seed
-                )
-        changed = {name: merged[name] for name in events}
-        return merged | dict(zip(changed, self._encoded(list(changed.values())), strict=True))
+            check_user(old[name], self.identity)
+        changed = {name: self.reader.updated(old[name], rows) for name, rows in events.items()}
+        return dict(old) | dict(zip(changed, self.reader.encoded(list(changed.values())), strict=True))
 
     def recommend(self, user: User, k: int = 10, **choice: Any) -> list[Item]:
         """Return the `k` items that a user is likeliest to want next, best first.
@@ -282,69 +234,9 @@ class Personalizer:
           ValueError: a user is of another model, an id is not that of an item, `k` is below 1, both `allow` and `candidates` are
             given, or the model was not trained for the task `next_item`.
         """
-        if RANKING not in self.tasks:
-            raise ValueError(f"This model cannot recommend: it was trained for {', '.join(self.tasks)}, and not for next_item.")
-        if candidates is not None and allow is not None:
-            raise ValueError("Give candidates or allow, and not both.")
-        if k < 1:
-            raise ValueError(f"k={k} must be at least 1.")
-        allowed = self._allowed(allow if candidates is None else candidates, deny)
-        k = k if candidates is None else int(allowed.sum())
-        ranked: list[list[Item]] = [[] for _ in those]
-        if not allowed.any():
-            return ranked
-        for indices, chosen, user in self._batches(those):
-            prompts = [self.predictor.templates[RANKING].prompt(one.items) for one in chosen]
-            found = k if seen else k + max(len(one.seen) for one in chosen)
-            for index, one, scores in zip(indices, chosen, self._scores(prompts, user, allowed, found), strict=False):
-                scores = np.where(allowed, scores, -np.inf)
-                if not seen:
-                    scores[one.seen] = -np.inf
-                ranked[index] = self._best(scores, k)
-        return ranked
-
-    def _scores(
-        self, prompts: list[Ids], user: decoder_users.User | None, allowed: Bool[np.ndarray, " V"], k: int
-    ) -> Float[np.ndarray, "B V"]:
-        """Return the scores of all items of the catalogue, PAD included, for each prompt.
-
-        A trained item head scores every item. Without one, beam search among the titles of the allowed items scores the `k` whose
-        titles it writes, and all other items have -inf.
-        """
-        known = len(self.vocabulary.catalogue.titles)
-        if self.predictor.ranks:
-            return meshes.fetch(self.predictor.score(RANKING, prompts, user))[:, :known]
-        trie, count = self.titles, int(allowed.sum())
-        if count < known - 1:
-            titles = self.lines.titles_as_targets()
-            trie = Trie.build({number: titles[number] for number in np.flatnonzero(allowed).tolist()})
-        beams = min(max(k, self.predictor.beams), count)
-        items, scores = self.predictor.choose(RANKING, prompts, user, trie, beams)
-        found = np.full((len(prompts), known), -np.inf, np.float32)
-        np.put_along_axis(found, items, scores, axis=1)
-        return found
-
-    def _allowed(self, allow: Collection[str] | None, deny: Collection[str]) -> Bool[np.ndarray, " V"]:
-        """Return a mask over the catalogue: True where an item may be recommended. PAD (number 0) is False."""
-        allowed = np.full(len(self.vocabulary.catalogue.keys), allow is None)
-        allowed[self._numbered(() if allow is None else allow)] = True
-        allowed[self._numbered(deny)] = False
-        allowed[0] = False
-        return allowed
-
-    def _numbered(self, ids: Collection[str]) -> list[int]:
-        if isinstance(ids, str):
-            raise ValueError(f"{ids!r} is one id: pass a list of ids.")
-        spelled = [str(one) for one in ids]
-        found = [self.numbers.get(one) for one in spelled]
-        if None in found:
-            raise ValueError(f"No item has the id {spelled[found.index(None)]!r}: ids are those of the training data.")
-        return [number for number in found if number]
-
-    def _best(self, scores: Float[np.ndarray, " V"], k: int) -> list[Item]:
-        catalogue = self.vocabulary.catalogue
-        order = np.argsort(-scores, kind="stable")[:k]
-        return [Item(catalogue.keys[n], catalogue.titles[n], float(scores[n])) for n in order if scores[n] > -np.inf]
+        for user in those:
+            check_user(user, self.identity)
+        return self.ranker.rankings(those, k, seen=seen, allow=allow, deny=deny, candidates=candidates)
 
     def generate(self, prompt: str | None = None, user: User | None = None, *, stream: bool = False, **settings: Any) -> Any:
         r"""Write one text.
@@ -365,7 +257,8 @@ class Personalizer:
         Raises:
           ValueError: as in `generate_many`.
         """
-        pieces = self._written([prompt], [user], settings)
+        self._check([user])
+        pieces = self.writer.pieces([prompt], [user], **settings)
         if stream:
             return (texts[0] for texts in pieces if texts[0])
         return "".join(texts[0] for texts in pieces)
@@ -407,21 +300,8 @@ class Personalizer:
         users_of = [None] * len(prompts) if those is None else list(those)
         if len(prompts) != len(users_of):
             raise ValueError(f"{len(prompts)} prompts for {len(users_of)} users: give a user, or None, for each.")
-        size, seed = self.predictor.batch_size, settings.pop("seed", 0)
-        texts: list[str] = []
-        for first in range(0, len(prompts), size):
-            chosen, of_chosen = prompts[first : first + size], users_of[first : first + size]
-            pieces = self._written(chosen, of_chosen, settings | {"seed": seed + first})
-            texts += ["".join(parts) for parts in zip(*pieces, strict=True)]
-        return texts
-
-    def _written(
-        self, prompts: Sequence[str | None], those: Sequence[User | None], settings: dict[str, Any]
-    ) -> Iterator[list[str]]:
-        for user in those:
-            if user is not None:
-                self._check(user)
-        return self.writer.pieces(prompts, those, **settings)
+        self._check(users_of)
+        return self.writer.texts(prompts, users_of, **settings)
 
     @on_mesh
     def score(self, prompt: str, texts: Sequence[str], user: User | None = None) -> Float[np.ndarray, " n"]:
@@ -440,17 +320,8 @@ class Personalizer:
         Raises:
           ValueError: the prompt has no tokens, a text is empty, no text is given, or the user is of another model.
         """
-        if user is not None:
-            self._check(user)
-        if isinstance(texts, str):
-            raise ValueError(f"{texts!r} is one text: pass a list of texts.")
-        row = self.writer.row(prompt, user, None, {}, None)
-        ids = [self.tokenizer.encode(text) for text in texts]
-        leading = self.writer.leading([row])
-        decoder, inputs, sizes, kv = self.predictor.decoding(
-            *self.writer.padded([row]), batch.present(self.predictor, [user]), leading
-        )
-        return scoring.score(*decoder, inputs, [ids], lengths=meshes.fetch(sizes).tolist(), user=kv)[0]
+        self._check([user])
+        return self.writer.score(prompt, texts, user)
 
     @on_mesh
     def explain(self, user: User, k: int | None = None) -> list[Seen]:
@@ -468,85 +339,10 @@ class Personalizer:
           ValueError: the user is of another model, `k` is below 1, or the model has no resampler. Without a resampler each event is a user token of
             its own, and nothing attends to it.
         """
-        self._check(user)
-        if k is not None and k < 1:
-            raise ValueError(f"k={k} must be at least 1.")
-        if self.predictor.config.resampler is None:
-            raise ValueError("This model has no resampler: each event is a user token of its own, and nothing attends to it.")
-        (_, rows, padded), *_ = length_batches(np.array([batch.read_events(self.predictor, user)]), 1, self.predictor.bucket)
-        events, lengths = batch.histories(self.predictor, [user], padded)
-        weights = self.predictor.attended(events, lengths)[0][: lengths[0]]
-        catalogue, read = self.vocabulary.catalogue, user.items[len(user.items) - int(lengths[0]) :]
-        order = np.argsort(-weights, kind="stable")[:k]
-        return [Seen(catalogue.keys[read[n]], catalogue.titles[read[n]], len(read) - int(n), float(weights[n])) for n in order]
+        check_user(user, self.identity)
+        return attended(self.predictor, self.vocabulary.catalogue, user, k)
 
-    def _read(self, events: Any) -> Read:
-        """Return the events as timelines, and log how many events were left out."""
-        read = self.vocabulary.read(events)
-        if left_out := int(np.sum(read.unknown)):
-            logging.warning("%d events are left out: the model does not know their items.", left_out)
-        return read
-
-    def _users(self, read: Read, numbers: Iterable[int], keep: int | None) -> dict[str, User]:
-        """Return users by their ids, with events but without user tokens."""
-        timelines = read.timelines
-        per_second, model = self.vocabulary.fields.ticks_per_second, self.identity
-        return {
-            (key := timelines.user_keys[number]): users.from_timeline(
-                timelines, number, keep=keep, model=model, key=hash_key(key), unknown=int(read.unknown[number]),
-                ticks_per_second=per_second,
-            )
-            for number in numbers
-        }  # fmt: skip
-
-    def _encoded(self, those: list[User]) -> list[User]:
-        """Return the same users with their user tokens computed."""
-        out = list(those)
-        if not self.predictor.max_events:
-            return out
-        lengths = np.array([batch.read_events(self.predictor, user) for user in those], np.int64)
-        size = batch.rows(self.predictor, len(those))
-        for indices, rows, padded in length_batches(lengths, size, self.predictor.bucket):
-            arrays = batch.histories(self.predictor, [those[row] for row in rows], padded)
-            found, counts = meshes.fetch(tuple(self.predictor.encode(*arrays) or ()))
-            for place, index in enumerate(indices):
-                out[index] = dataclasses.replace(those[index], tokens=np.array(found[place, : counts[place]]))
-        return out
-
-    def _batches(self, those: Sequence[User]) -> Iterator[tuple[np.ndarray, list[User], decoder_users.User | None]]:
-        """Yield `those` in batches of users with similar numbers of tokens.
-
-        Yields:
-          The places of a batch's users in `those`; the users, with the last one repeated until the batch is full; and what the
-          decoder reads of them.
-        """
+    def _check(self, those: Sequence[User | None]) -> None:
         for user in those:
-            self._check(user)
-        lengths = np.array([len(user.tokens) for user in those], np.int64)
-        for indices, rows, _ in length_batches(lengths, batch.rows(self.predictor, len(those))):
-            chosen = [those[row] for row in rows]
-            yield indices, chosen, batch.present(self.predictor, chosen)
-
-    @staticmethod
-    def _same(user: User, more: User) -> User:
-        """Return the user to whom further events belong, as the column of user ids names them, if it is there.
-
-        Raises:
-          ValueError: the events are of another user.
-        """
-        nobody = hash_key("")
-        if nobody in (user.key, more.key):
-            return dataclasses.replace(user, key=more.key) if user.count == 0 else user
-        if user.key != more.key:
-            raise ValueError(
-                "These events are of another user, by their column of user ids: update each user by their own events."
-            )
-        return user
-
-    def _check(self, user: User) -> None:
-        if not isinstance(user, User):
-            raise ValueError(f"{type(user).__name__} is no user: pass a User, such as encode returns.")
-        if user.model != self.identity:
-            raise ValueError(
-                f"This user was encoded by the model {user.model}, and this one is {self.identity}: encode their events again."
-            )
+            if user is not None:
+                check_user(user, self.identity)

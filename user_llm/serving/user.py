@@ -1,6 +1,6 @@
 """A user as an application stores it: the user tokens, and the part of the history that later calls need.
 
-    USERLLM1 | length of the header | header (JSON) | arrays, compressed | CRC-32 of all before it
+    USERLLM2 | length of the header | header (JSON) | arrays, compressed | CRC-32 of all before it
 
 The bytes hold user tokens as 8-bit whole numbers and a scale for each token (its largest absolute value divided by 127). Reading
 the bytes runs no code from them.
@@ -20,12 +20,12 @@ from user_llm.common.records import anything, misfit, positive_whole_number, tex
 from user_llm.data.schema import Schema
 from user_llm.data.timelines import Timelines, order_events, time_gap_bucket
 
-MAGIC = b"USERLLM1"
+MAGIC = b"USERLLM2"
 MAX_BYTES = 1 << 28  # the most bytes that a user's arrays may have uncompressed
 ARRAYS = {"tokens": "i1", "scales": "<f4", "events": "<i4", "ticks": "<i8", "seen": "<i4"}
 HEADER = {
     "model": text, "key": anything, "count": whole_number, "unknown": whole_number, "before": anything,
-    "ticks_per_second": positive_whole_number, "shapes": dict.fromkeys(ARRAYS, [whole_number]),
+    "last_unknown": anything, "ticks_per_second": positive_whole_number, "shapes": dict.fromkeys(ARRAYS, [whole_number]),
 }  # fmt: skip
 
 
@@ -33,7 +33,8 @@ HEADER = {
 class User:
     """A user, encoded by one model. It is immutable: `Personalizer.update` returns another `User`.
 
-    A user keeps its latest events (`Personalizer.keep` says how many), because an update encodes them again.
+    A user keeps its latest events (`Personalizer.keep` says how many), because an update encodes them again. Of the events before
+    these, and of events whose item the model does not know, it keeps their number and the time of the latest one.
 
     Attributes:
       model: the identity of the model that encoded the user; no other model can use the tokens.
@@ -44,6 +45,7 @@ class User:
       seen: the numbers of the different items of all events, ascending.
       count: the number of all events, those that are no longer kept included.
       unknown: the number of events that were left out because the model does not know their item.
+      last_unknown: the tick of the latest event that was left out; None if none was.
       key: a number that stands for the user's id in the hash that orders events of the same time.
       ticks_per_second: the number of ticks in a second, or in one step of an order.
     """
@@ -56,6 +58,7 @@ class User:
     seen: Int[np.ndarray, " S"]
     count: int
     unknown: int
+    last_unknown: int | None
     key: int
     ticks_per_second: int
 
@@ -83,7 +86,8 @@ class User:
         }  # fmt: skip
         header = {
             "model": self.model, "key": self.key, "count": self.count, "unknown": self.unknown, "before": self.before,
-            "ticks_per_second": self.ticks_per_second, "shapes": {name: list(array.shape) for name, array in arrays.items()},
+            "last_unknown": self.last_unknown, "ticks_per_second": self.ticks_per_second,
+            "shapes": {name: list(array.shape) for name, array in arrays.items()},
         }  # fmt: skip
         parts = b"".join(_planes(array.astype(ARRAYS[name])) for name, array in arrays.items())
         packed = json.dumps(header, separators=(",", ":")).encode()
@@ -104,9 +108,24 @@ class User:
         return cls(
             model=header["model"], tokens=arrays["tokens"].astype(np.float32) * arrays["scales"][:, None],
             events=np.ascontiguousarray(arrays["events"].T), ticks=np.cumsum(arrays["ticks"]), before=header["before"],
-            seen=np.cumsum(arrays["seen"], dtype=np.int32), count=header["count"], unknown=header["unknown"], key=header["key"],
+            seen=np.cumsum(arrays["seen"], dtype=np.int32), count=header["count"], unknown=header["unknown"],
+            last_unknown=header["last_unknown"], key=header["key"],
             ticks_per_second=header["ticks_per_second"],
         )  # fmt: skip
+
+
+def check_user(user: Any, model: str) -> None:
+    """Check that a user was encoded by the model of an identity.
+
+    Raises:
+      ValueError: the user is of another model, or is no `User` at all.
+    """
+    if not isinstance(user, User):
+        raise ValueError(f"{type(user).__name__} is no user: pass a User, such as encode returns.")
+    if user.model != model:
+        raise ValueError(
+            f"This user was encoded by the model {user.model}, and this one is {model}: encode their events again."
+        )
 
 
 def _steps(numbers: np.ndarray) -> np.ndarray:
@@ -133,8 +152,9 @@ def _unpack(data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     header = json.loads(whole[start : start + length])
     if wrong := misfit(header, HEADER):
         raise ValueError(f"the header {wrong}")
-    if not (header["before"] is None or whole_number(header["before"])):
-        raise ValueError("the header's 'before' is no whole number")
+    for name in ("before", "last_unknown"):
+        if not (header[name] is None or whole_number(header[name])):
+            raise ValueError(f"the header's {name!r} is no whole number")
     if not (type(header["key"]) is int and 0 <= header["key"] < 2**64):
         raise ValueError("the header's 'key' is no whole number of 64 bits")
     shapes = {name: tuple(header["shapes"][name]) for name in ARRAYS}
@@ -162,14 +182,22 @@ def _unpack(data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def from_timeline(
-    timelines: Timelines, user: int, *, keep: int | None, model: str, key: int, unknown: int, ticks_per_second: int
+    timelines: Timelines,
+    user: int,
+    *,
+    keep: int | None,
+    model: str,
+    key: int,
+    unknown: Int[np.ndarray, " X"],
+    ticks_per_second: int,
 ) -> User:
     """Return a user with the events of a timeline but without user tokens.
 
     Args:
       user: the place of the user in the timelines.
       keep: the number of latest events that the user keeps; None for all.
-      model, key, unknown, ticks_per_second: attributes of the `User`.
+      unknown: the ticks of the events that are left out, because the model does not know their item.
+      model, key, ticks_per_second: attributes of the `User`.
     """
     first, last = int(timelines.offsets[user]), int(timelines.offsets[user + 1])
     start = first if keep is None else max(last - keep, first)
@@ -177,18 +205,33 @@ def from_timeline(
     return User(
         model=model, tokens=np.zeros((0, 0), np.float32), events=timelines.features(numbers),
         ticks=np.asarray(order[numbers], np.int64), before=int(order[start - 1]) if start > first else None,
-        seen=np.unique(timelines.item[first:last]).astype(np.int32), count=last - first, unknown=unknown, key=key,
-        ticks_per_second=ticks_per_second,
+        seen=np.unique(timelines.item[first:last]).astype(np.int32), count=last - first, unknown=len(unknown),
+        last_unknown=_latest(unknown), key=key, ticks_per_second=ticks_per_second,
     )  # fmt: skip
 
 
-def joined(user: User, more: User, schema: Schema, *, keep: int | None, ties: str, seed: int) -> User:
+def joined(
+    user: User,
+    more: User,
+    schema: Schema,
+    *,
+    unknown: Int[np.ndarray, " X"],
+    keep: int | None,
+    ties: str,
+    seed: int,
+) -> User:
     """Return a user with the events of `more` added, as if all events had come together. The result has no user tokens.
 
-    An event of `more` that `user` keeps already (the same item at the same tick) is not added, as often as it may come. An event that is older than the
-    latest `keep` events is not kept; it only adds to `count` and `seen`.
+    An event that `user` has already is not added again:
+
+      - An event that `user` keeps is known by its item and its tick.
+      - The user does not keep all events. A further event is taken for one of the older ones if it may be one: it comes before the
+        kept events, it is not later than the latest one that is not kept, and the user has had its item.
+      - An event with an unknown item is taken for one of those counted if it is not later than the latest of them.
 
     Args:
+      more: a user who keeps all of the further events.
+      unknown: the ticks of the further events that are left out, because the model does not know their item.
       keep: the number of latest events that the result keeps; None for all.
       ties, seed: how events of the same tick are ordered; see `order_events`.
     """
@@ -197,20 +240,31 @@ def joined(user: User, more: User, schema: Schema, *, keep: int | None, ties: st
     events, ticks = np.concatenate([user.events, more.events[fresh]]), np.concatenate([user.ticks, more.ticks[fresh]])
     none, keys = np.zeros(len(ticks), np.int64), np.full(len(ticks), user.key, np.uint64)
     order = order_events(none, keys, events[:, 0], ticks, ties=ties, seed=seed)
+    if user.before is not None:
+        earlier = np.arange(len(order)) < (np.argmin(order) if len(user.ticks) else len(order))
+        had = earlier & (ticks[order] <= user.before) & np.isin(events[order, 0], user.seen)
+        order = order[~had]
+    added = len(order) - len(user.ticks)
     drop = 0 if keep is None else max(len(order) - keep, 0)
     events, ticks = events[order], ticks[order]
-    older = [tick for tick in (user.before, more.before) if tick is not None] + ([int(ticks[drop - 1])] if drop else [])
-    before = max(older, default=None)
+    before = _latest(ticks[:drop], user.before)
     events, ticks = events[drop:], ticks[drop:]
     for feature in schema:
         if feature.kind == "time" and len(ticks):
             gaps = np.diff(ticks, prepend=ticks[:1] if before is None else np.int64(before)) // user.ticks_per_second
             events[:, schema.columns(feature.name).start] = time_gap_bucket(gaps)
+    if user.last_unknown is not None:
+        unknown = unknown[unknown > user.last_unknown]
     return dataclasses.replace(
         user, tokens=np.zeros((0, 0), np.float32), events=events, ticks=ticks, before=before,
-        seen=np.union1d(user.seen, more.seen).astype(np.int32), count=user.count + more.count - int((~fresh).sum()),
-        unknown=user.unknown + more.unknown,
+        seen=np.union1d(user.seen, more.seen).astype(np.int32), count=user.count + added,
+        unknown=user.unknown + len(unknown), last_unknown=_latest(unknown, user.last_unknown),
     )  # fmt: skip
+
+
+def _latest(ticks: Int[np.ndarray, " n"], other: int | None = None) -> int | None:
+    """Return the latest of some ticks and another one; None if there is none."""
+    return max([*ticks[-1:].tolist(), *([] if other is None else [other])], default=None)
 
 
 def unknown_user(model: str, width: int, key: int, ticks_per_second: int) -> User:
@@ -223,5 +277,6 @@ def unknown_user(model: str, width: int, key: int, ticks_per_second: int) -> Use
     none = np.zeros(0, np.int64)
     return User(
         model=model, tokens=np.zeros((0, 0), np.float32), events=np.zeros((0, width), np.int32), ticks=none, before=None,
-        seen=none.astype(np.int32), count=0, unknown=0, key=key, ticks_per_second=ticks_per_second,
+        seen=none.astype(np.int32), count=0, unknown=0, last_unknown=None, key=key,
+        ticks_per_second=ticks_per_second,
     )  # fmt: skip

@@ -6,11 +6,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from user_llm.common import mesh as meshes
 from user_llm.data.prompts.base import Ids, Lines, Question, Template, pad_rows
 from user_llm.data.tokenizer import Tokenizer
+from user_llm.models import score as scoring
 from user_llm.models.generate import stream
 from user_llm.models.prefill import bucket
 from user_llm.models.sampling import Sampling
@@ -77,6 +78,29 @@ class Writer:
         leading = self.predictor.leading(task) if task else self.leading(rows)
         pieces = self._stream(rows, those, leading, max_tokens, sampling, seed, stops, tuple(stop))
         return (texts[:count] for texts in pieces)
+
+    def texts(
+        self, prompts: Sequence[str | None], those: Sequence[User | None], *, seed: int = 0, **settings: Any
+    ) -> list[str]:
+        """Return a text for each prompt. They are written in batches of the model's batch size; row n draws with `seed` + n."""
+        size = self.predictor.batch_size
+        found: list[str] = []
+        for first in range(0, len(prompts), size):
+            part = slice(first, first + size)
+            pieces = self.pieces(prompts[part], those[part], seed=seed + first, **settings)
+            found += ["".join(parts) for parts in zip(*pieces, strict=True)]
+        return found
+
+    def score(self, prompt: str, texts: Sequence[str], user: User | None) -> Float[np.ndarray, " n"]:
+        """Return the log-probability of each text after the prompt. The arguments and errors are those of `Personalizer.score`."""
+        if isinstance(texts, str):
+            raise ValueError(f"{texts!r} is one text: pass a list of texts.")
+        row = self.row(prompt, user, None, {}, None)
+        ids = [self.tokenizer.encode(text) for text in texts]
+        decoder, inputs, sizes, kv = self.predictor.decoding(
+            *self.padded([row]), batch.present(self.predictor, [user]), self.leading([row])
+        )
+        return scoring.score(*decoder, inputs, [ids], lengths=meshes.fetch(sizes).tolist(), user=kv)[0]
 
     def leading(self, rows: Sequence[Ids]) -> int:
         """Return how many tokens of free texts or conversations stand before a soft prompt: the start token, where all begin with it."""

@@ -1,0 +1,133 @@
+"""Rankings of the catalogue's items for users: by the item head, or by beam search over titles where the model has no such head."""
+
+import dataclasses
+import functools
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from user_llm.common import mesh as meshes
+from user_llm.data.prompts.base import Ids, Lines
+from user_llm.data.timelines import Catalogue
+from user_llm.models import user as decoder_users
+from user_llm.models.trie import Trie
+from user_llm.serving import batch
+from user_llm.serving.predictor import Predictor
+from user_llm.serving.user import User
+
+RANKING = "next_item"
+
+
+class Item(NamedTuple):
+    """An item of a ranking.
+
+    Attributes:
+      id: the item's id in the training data.
+      title: the item's title.
+      score: a higher score is a better item. Only scores of one ranking can be compared. They are logits of the item head; a model
+        without a trained item head gives the log-probability of writing the title.
+    """
+
+    id: str
+    title: str
+    score: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ranker:
+    """The part of a `Personalizer` that ranks items."""
+
+    predictor: Predictor
+    lines: Lines
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """The items that are ranked."""
+        return self.lines.catalogue
+
+    @functools.cached_property
+    def numbers(self) -> dict[str, int]:
+        """The number of each item in the catalogue, by the item's id in the training data."""
+        return {key: number for number, key in enumerate(self.catalogue.keys) if number}
+
+    @functools.cached_property
+    def titles(self) -> Trie:
+        """All titles in one trie: a model without a trained item head ranks items by beam search over this trie."""
+        return Trie.build(self.lines.titles_as_targets())
+
+    def rankings(
+        self,
+        those: Sequence[User],
+        k: int,
+        *,
+        seen: bool,
+        allow: Collection[str] | None,
+        deny: Collection[str],
+        candidates: Collection[str] | None,
+    ) -> list[list[Item]]:
+        """Return each user's `k` likeliest next items, best first. The arguments and errors are those of `recommend_many`."""
+        templates = self.predictor.templates
+        if RANKING not in templates:
+            raise ValueError(f"This model cannot recommend: it was trained for {', '.join(templates)}, and not for next_item.")
+        if candidates is not None and allow is not None:
+            raise ValueError("Give candidates or allow, and not both.")
+        if k < 1:
+            raise ValueError(f"k={k} must be at least 1.")
+        allowed = self._allowed(allow if candidates is None else candidates, deny)
+        k = k if candidates is None else int(allowed.sum())
+        ranked: list[list[Item]] = [[] for _ in those]
+        if not allowed.any():
+            return ranked
+        for indices, chosen, user in batch.batches(self.predictor, those):
+            prompts = [templates[RANKING].prompt(one.items) for one in chosen]
+            found = k if seen else k + max(len(one.seen) for one in chosen)
+            for index, one, scores in zip(indices, chosen, self._scores(prompts, user, allowed, found), strict=False):
+                scores = np.where(allowed, scores, -np.inf)
+                if not seen:
+                    scores[one.seen] = -np.inf
+                ranked[index] = self._best(scores, k)
+        return ranked
+
+    def _scores(
+        self, prompts: list[Ids], user: decoder_users.User | None, allowed: Bool[np.ndarray, " V"], k: int
+    ) -> Float[np.ndarray, "B V"]:
+        """Return the scores of all items of the catalogue, PAD included, for each prompt.
+
+        A trained item head scores every item. Without one, beam search among the titles of the allowed items scores the `k` whose
+        titles it writes, and all other items have -inf.
+        """
+        known = len(self.catalogue.titles)
+        if self.predictor.ranks:
+            return meshes.fetch(self.predictor.score(RANKING, prompts, user))[:, :known]
+        trie, count = self.titles, int(allowed.sum())
+        if count < known - 1:
+            titles = self.lines.titles_as_targets()
+            trie = Trie.build({number: titles[number] for number in np.flatnonzero(allowed).tolist()})
+        beams = min(max(k, self.predictor.beams), count)
+        items, scores = self.predictor.choose(RANKING, prompts, user, trie, beams)
+        found = np.full((len(prompts), known), -np.inf, np.float32)
+        np.put_along_axis(found, items, scores, axis=1)
+        return found
+
+    def _allowed(self, allow: Collection[str] | None, deny: Collection[str]) -> Bool[np.ndarray, " V"]:
+        """Return a mask over the catalogue: True where an item may be recommended. PAD (number 0) is False."""
+        allowed = np.full(len(self.catalogue.keys), allow is None)
+        allowed[self._numbered(() if allow is None else allow)] = True
+        allowed[self._numbered(deny)] = False
+        allowed[0] = False
+        return allowed
+
+    def _numbered(self, ids: Collection[str]) -> list[int]:
+        if isinstance(ids, str):
+            raise ValueError(f"{ids!r} is one id: pass a list of ids.")
+        spelled = [str(one) for one in ids]
+        found = [self.numbers.get(one) for one in spelled]
+        if None in found:
+            raise ValueError(f"No item has the id {spelled[found.index(None)]!r}: ids are those of the training data.")
+        return [number for number in found if number]
+
+    def _best(self, scores: Float[np.ndarray, " V"], k: int) -> list[Item]:
+        order = np.argsort(-scores, kind="stable")[:k]
+        return [Item(self.catalogue.keys[n], self.catalogue.titles[n], float(scores[n])) for n in order if scores[n] > -np.inf]
