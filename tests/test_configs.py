@@ -73,9 +73,10 @@ def written(timelines):
 
 @pytest.fixture(params=cases())
 def context(request, tmp_path, make_timelines, mesh_of):
-    """A run of the config on four users, who have all that any dataset has; batches are small, whatever the config says."""
+    """A run of the config on four users, who have all that any dataset has. Batches and depths are small; paths are the same."""
     path, variant, phases = request.param
     config = load(path, variant)
+    config.encoder.num_layers, config.llm.num_layers = 1, 2
     config.phases = phases or config.phases
     for name in config.phases:
         if "batch" in config[name]:
