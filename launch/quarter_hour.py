@@ -194,7 +194,7 @@ def movielens(run: Runner, args: argparse.Namespace, until: float) -> dict:
         changes = {"pretrain_encoder.loop.eval_steps": 2} | TINY_RUN
     else:
         changes = {"data.dir": data}
-    changes |= {"llm.checkpoint": llm, "phases": PHASES}
+    changes |= {"llm.checkpoint": llm, "phases": tuple(args.phases.split(","))}
     command = ["-m", "user_llm.main", "--config=configs/movielens_xattn.py:gpu", f"--workdir={workdir}", *flags(changes)]
     whole = run("movielens", command, until)
     if (workdir / "results.json").exists():
@@ -308,6 +308,7 @@ def main() -> None:
     parser.add_argument("--brought", type=lambda path: pathlib.Path(path).absolute(), help="what bring_along.py unpacked")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, for CPUs")
     parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--phases", default=",".join(PHASES), help="that the part movielens runs")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="of all parts together")
     parser.add_argument("--attention", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--tiny_llm", action="store_true", help=argparse.SUPPRESS)

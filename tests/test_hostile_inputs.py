@@ -302,16 +302,18 @@ def reuse(place: Path) -> set[str]:
 
 METHODS = {"encoder", "popularity", "popularity_7d"}
 ENCODER = "pretrain_encoder"
+DAMAGED = (f"{ENCODER}/results.json", f"{ENCODER}/identity.json", f"{ENCODER}/params/checksums.json", "baselines/identity.json")
+DAMAGES = {
+    "pipe": (pipe, "is neither a file nor a folder: delete it"),
+    "link to a secret": (link_out, "is a link that leads out of"),
+    "deep": (lambda name: write(name, DEEP), "nested too deeply|is damaged"),
+    "64 GiB": (huge, "68,719,476,736 bytes|is damaged"),
+}
+# Each file and each damage is fast once; the other pairs are slow.
+SLOW = {f"run: {kind}: {name}" for n, kind in enumerate(DAMAGES) for m, name in enumerate(DAMAGED) if n != m}
 RUNS = {
     "as it is": (lambda folder: None, METHODS),
-    **{f"{kind}: {name}": (make(name), words)
-       for name in (f"{ENCODER}/results.json", f"{ENCODER}/identity.json", f"{ENCODER}/params/checksums.json", "baselines/identity.json")
-       for kind, make, words in (
-           ("pipe", pipe, "is neither a file nor a folder: delete it"),
-           ("link to a secret", link_out, "is a link that leads out of"),
-           ("deep", lambda name: write(name, DEEP), "nested too deeply|is damaged"),
-           ("64 GiB", huge, "68,719,476,736 bytes|is damaged"),
-       )},
+    **{f"{kind}: {name}": (make(name), words) for name in DAMAGED for kind, (make, words) in DAMAGES.items()},
     "results of half a file": (cut(f"{ENCODER}/results.json"), r"results\.json, line \d+: not JSON; delete it"),
     "results of NaN": (write(f"{ENCODER}/results.json", '[{"value": NaN}]'), r"results\.json: NaN is no number"),
     "results of another kind": (write(f"{ENCODER}/results.json", [{"value": 1}]), r"results\.json, row 1: no 'dataset'"),
@@ -482,7 +484,10 @@ def standing_files(home: Path) -> dict[str, bytes | None]:
     return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(home.rglob("*"))}
 
 
-@pytest.mark.parametrize(("start", "make", "do", "expected"), [row[1:] for row in ROWS], ids=[row[0] for row in ROWS])
+@pytest.mark.parametrize(
+    ("start", "make", "do", "expected"),
+    [pytest.param(*row, id=name, marks=pytest.mark.slow if name in SLOW else ()) for name, *row in ROWS],
+)
 def test_a_hostile_input_ends_rightly_or_in_one_sentence(start, make, do, expected, originals, tmp_path, capfd, monkeypatch):
     place, outside = tmp_path / "place" / "run", tmp_path / "outside"
     shutil.copytree(originals / start, place.parent) if start else place.mkdir(parents=True)

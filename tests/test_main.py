@@ -226,9 +226,11 @@ def test_killed_in_two_phases_gives_the_same_results(finished, tmp_path):
 
 @pytest.mark.slow
 def test_a_table_is_reproduced_by_one_command_and_not_run_again(tmp_path):
+    """All methods read 16 events, so that they share their programs."""
     tiny = TINY | {"user_llm.prompts.next_item.max_tokens": 24, "user_llm.eval.generate_users": 0}
+    tiny |= {f"user_llm_{events}_events.examples.max_events": 16 for events in (50, 100)}
     flags = [f"--config.{key}={value}" for key, value in tiny.items() if not key.startswith("text_prompt")]
-    command = ["launch/reproduce.sh", "lengths", "synthetic", *flags, "--config.user_llm_50_events.examples.max_events=4"]
+    command = ["launch/reproduce.sh", "lengths", "synthetic", *flags]
     settings = environment() | {"SEEDS": "1", "OUT": str(tmp_path / "out"), "PYTHON": sys.executable}
     for _ in range(2):
         done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, check=False)

@@ -20,10 +20,15 @@ from user_llm.report.build import write_report
 from user_llm.report.published import PUBLISHED
 
 
+@pytest.fixture
+def painted():
+    """A test that requests this fixture looks at real pictures."""
+
+
 @pytest.fixture(autouse=True)
 def unpainted(request, monkeypatch):
-    """Plots are put together but not painted, which takes most of a report's time; each is a number. Two tests look at real ones."""
-    if request.function not in (test_one_run, test_costs_beside_results_and_alone):
+    """All other tests put plots together but do not paint them, which takes most of a report's time. Each picture is a number."""
+    if "painted" not in request.fixturenames:
         numbers = itertools.count()
         monkeypatch.setattr(plots, "_png", lambda figure: b"%d" % next(numbers))
 
@@ -75,7 +80,7 @@ def make_run(directory, *, seed=0, dataset="toy", values=None, split="leave_last
     return directory
 
 
-def test_one_run(tmp_path):
+def test_one_run(painted, tmp_path):
     path = write_report(make_run(tmp_path / "run"))
     assert path == tmp_path / "run" / "report.md"
     report = path.read_text()
@@ -193,7 +198,7 @@ COSTS = {
 }  # fmt: skip
 
 
-def test_costs_beside_results_and_alone(tmp_path):
+def test_costs_beside_results_and_alone(painted, tmp_path):
     path = tmp_path / "cost.json"
     path.write_text(json.dumps(COSTS))
     run = make_run(tmp_path / "run")

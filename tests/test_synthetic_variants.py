@@ -19,7 +19,7 @@ from tiny_quickstart import one_device, tiny_config
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["amazon_xattn", "google_local_xattn", "events_xattn", "amazon_softprompt"])
+@pytest.mark.parametrize("name", ["google_local_xattn", "events_xattn", "amazon_softprompt"])  # each dataset and each injection
 def test_synthetic_variants_run_and_measure_every_task(tmp_path, name):
     dataset, kind = name.rsplit("_", 1)
     config = tiny_config(experiments.experiment(dataset, kind, "synthetic"))

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 from flax import nnx
 
 from user_llm.common import mesh as meshes
@@ -33,6 +34,7 @@ from user_llm.tasks.favorite import FavoriteExamples, Labels, OfHistory
 from user_llm.tasks.next_item import NextItemExamples
 
 EVENTS = 6  # that an encoder reads
+EVERYWHERE = ((".*", ()),)  # the rule of sharding by which every device holds all of every parameter
 BLOCK = BlockConfig(width=12, heads=2, kv_heads=2, head_dim=6, mlp_width=16)
 RESAMPLER = ResamplerConfig(num_latents=3, input_width=8, heads=2, head_dim=4, mlp_width=12)
 # Cross-attention, soft prompt, resampler, the encoder's objective, titles in the prompt and how; what trained items gave a head.
@@ -45,6 +47,11 @@ VARIANTS = {
     "written": dict(cross=True, soft=False, resampler=True, objective="dual", text_items=0, ranks=False),
     "lora": dict(cross=True, soft=False, resampler=True, objective="autoregressive", text_items=0, lora=LoRAConfig(2, 4.0, 0.0, ".*")),
 }  # fmt: skip
+
+
+def variants(*fast: str) -> list:
+    """Return all variants as parameters of a test; those that are not named are slow."""
+    return [pytest.param(name, marks=[] if name in fast else pytest.mark.slow) for name in VARIANTS]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +105,10 @@ def make_models(dataset: Timelines, drawn: Callable[..., Any], folder: Path) -> 
             schema=dataset.schema, num_layers=1, objective=v["objective"], feature_width=4, max_events=EVENTS,
             block=BlockConfig(width=8, heads=2, kv_heads=2, head_dim=4, mlp_width=12),
         )  # fmt: skip
-        cross = CrossAttentionConfig(user_width=8, every=2, heads=2, head_dim=4) if v["cross"] else None
+        cross = CrossAttentionConfig(user_width=8, every=1, heads=2, head_dim=4) if v["cross"] else None
         block = dataclasses.replace(BLOCK, lora=v.get("lora"))
         config = UserLLMConfig(
-            decoder=DecoderConfig(tokenizer.vocab_size, 2, block, tie_embeddings=True, cross=cross),
+            decoder=DecoderConfig(tokenizer.vocab_size, 1, block, tie_embeddings=True, cross=cross),
             encoder=encoder or None, resampler=RESAMPLER if v["resampler"] else None, soft_prompt=v["soft"], table_rows=128,
             item_width=8, num_items=dataset.schema.num_items,
         )  # fmt: skip
@@ -115,6 +122,9 @@ def make_models(dataset: Timelines, drawn: Callable[..., Any], folder: Path) -> 
             "favorite": FavoriteExamples(question, OfHistory(Labels(dataset, feature="genres", whole=False), split)),
         }
         mesh = meshes.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+        params = jax.device_put(
+            params, meshes.shardings(EVERYWHERE, params, mesh)
+        )  # as loaded ones, which share their programs
         predictor = Predictor(
             config, graphdef, params, mesh, {task: of.template for task, of in examples.items()},
             max_events=EVENTS if encoder else 0, batch_size=4, ranks=v.get("ranks", True),
@@ -131,7 +141,7 @@ def make_models(dataset: Timelines, drawn: Callable[..., Any], folder: Path) -> 
             "command": "none",
             "rows": [],
         }
-        how = artifact.Making(None, True, folder / "tokenizer", ((".*", ()),), "float32", np.arange(10), facts)
+        how = artifact.Making(None, True, folder / "tokenizer", EVERYWHERE, "float32", np.arange(10), facts)
         directory = folder / variant.replace(", ", "-").replace(" ", "-") / "model"
         written = artifact.save(directory, model, how)
         made[variant] = Made(directory, written, Asking(predictor, Dataset(dataset, split), examples))

@@ -4,9 +4,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from tiny_quickstart import tiny_config
+from tiny_quickstart import one_device, tiny_config
 
 from user_llm import experiment
 from user_llm.data import synthetic_files
@@ -32,14 +34,15 @@ def write_world(folder: Path) -> Path:
 
 @contextmanager
 def untrained() -> Iterator[list[str]]:
-    """Yield the names of the phases that would have been trained."""
+    """Yield the names of the phases that would have been trained, on one device: parameters on many are sliced before a save."""
     names: list[str] = []
 
     def train(task, config, optimizer, mesh, *rest):
         names.append(task.name)
-        return loop.initial_params(task, config, mesh)
+        shapes = loop.abstract_params(task, config, mesh)
+        return jax.tree.map(lambda like: jax.device_put(np.full(like.shape, 0.5, like.dtype), like.sharding), shapes)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with one_device(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "_train", train)
         patch.setattr(pretrain_encoder, "rank_targets", lambda score, *where, **sizes: popularity_ranks(*where))
         patch.setattr(experiment, "write_report", lambda workdir: None)

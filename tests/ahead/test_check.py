@@ -129,7 +129,9 @@ def test_an_unknown_chip_is_refused(name):
 
 
 def _compile_only(*flags, config="movielens_encoder"):
-    command = [sys.executable, "-m", "user_llm.main", f"--config=configs/{config}.py:synthetic", "--compile_only", *flags]
+    """Compile the programs of a config with one layer in each part."""
+    command = [sys.executable, "-m", "user_llm.main", f"--config=configs/{config}.py:synthetic", "--compile_only"]
+    command += ["--config.encoder.num_layers=1", "--config.llm.num_layers=1", *flags]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 

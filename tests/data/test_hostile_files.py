@@ -8,7 +8,7 @@ import resource
 import time
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -106,8 +106,14 @@ def bounded(read: Callable) -> object:
     return result
 
 
-@pytest.mark.parametrize("kind", HOSTILE)
-@pytest.mark.parametrize("name", FAMILIES)
+def pairs(kinds: Iterable[str], names: list[str]) -> Iterator:
+    """Yield each kind with each family. A kind is fast with one family, and the families take turns; the other pairs are slow."""
+    for n, kind in enumerate(kinds):
+        for m, name in enumerate(names):
+            yield pytest.param(name, kind, id=f"{name}-{kind}", marks=() if n % len(names) == m else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("name", "kind"), pairs(HOSTILE, [*FAMILIES]))
 def test_a_file_that_is_not_what_it_seems(tmp_path, numbered, name, kind):
     family, (change, words) = FAMILIES[name], HOSTILE[kind]
     if kind == "latin-1" and name == "movielens":
@@ -148,8 +154,7 @@ BAD_LINES = {  # a line of JSON that is no row of any family
 }
 
 
-@pytest.mark.parametrize("kind", BAD_LINES)
-@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.json])
+@pytest.mark.parametrize(("name", "kind"), pairs(BAD_LINES, [name for name, family in FAMILIES.items() if family.json]))
 def test_a_bad_line_of_json_is_named_or_left_out(tmp_path, numbered, name, kind):
     family, (line, word) = FAMILIES[name], BAD_LINES[kind]
     wanted = numbered(family.find(family.write(tmp_path, family.content)))
@@ -274,7 +279,7 @@ def test_a_zip_writes_nothing_but_its_own_files(tmp_path, numbered):
 
 
 def test_a_zip_that_is_endless_or_encrypted_is_refused(tmp_path):
-    bomb = zipped(tmp_path / "m.zip", RELEASE | {"movies.csv": b"0" * (300 << 20)})
+    bomb = zipped(tmp_path / "m.zip", RELEASE | {"movies.csv": b"0" * (100 << 20)})
     assert "times as large" in bounded(lambda: movielens.find(bomb, tmp_path / "kept"))
     locked = bytearray(zipped(tmp_path / "n.zip", RELEASE).read_bytes())
     for start, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):

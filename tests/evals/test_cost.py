@@ -83,7 +83,7 @@ def test_what_is_stored_is_not_computed():
     ("config", "request_"),
     [
         # A long prompt, for which the formula would fall short without the softmax's operations.
-        (model(), Request(600)),
+        pytest.param(model(), Request(600), marks=pytest.mark.slow),
         (model(tied=False), Request(1, cached=300)),
         (model(seat="before_block", residual_gate=True, qk_norm=True), Request(20, user="events", events=60)),
     ],

@@ -127,7 +127,10 @@ def test_what_one_part_meets_costs_the_others_nothing(tmp_path, monkeypatch, cap
 
 @pytest.mark.slow
 def test_the_rehearsal_runs_every_part_to_its_end(tmp_path):
-    command = [sys.executable, "launch/quarter_hour.py", f"--out={tmp_path}", "--rehearse"]
+    """With one method of each kind: an encoder, a frozen LLM that attends to users, adapters, and a text prompt without training."""
+    trained = {"encoder", "user_llm_enc", "user_llm_lora"}
+    phases = "--phases=pretrain_encoder,user_llm_enc,user_llm_lora,llm_text_prompt_10"
+    command = [sys.executable, "launch/quarter_hour.py", f"--out={tmp_path}", "--rehearse", phases]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     logs = "\n".join(path.read_text()[-2000:] for path in tmp_path.glob("*.log"))
     assert done.returncode == 0, done.stderr
@@ -136,15 +139,6 @@ def test_the_rehearsal_runs_every_part_to_its_end(tmp_path):
     assert not any("error" in found for found in results.values()), results
     assert results["smoke"]["attention"] and results["smoke"]["phases"] and results["movielens"]["whole"], logs
     methods = results["movielens"]["methods"]
-    trained = {
-        "encoder",
-        "user_llm",
-        "user_llm_enc",
-        "user_llm_lora",
-        "user_llm_soft_prompt",
-        "text_prompt_10",
-        "text_prompt_50",
-    }
     assert trained <= methods.keys() and all("recall@10" in methods[method] for method in trained)
     written = {f"{method}/generate" for method in trained - {"encoder"}} | {"llm_text_prompt_10/generate"}
     assert written <= methods.keys() and "recall@10" not in methods["llm_text_prompt_10"]

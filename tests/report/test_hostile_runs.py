@@ -20,7 +20,7 @@ from user_llm.report.markdown import code, command, say, table, text
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from test_report import make_run, with_values
+from test_report import make_run, painted, unpainted, with_values  # noqa: F401 (two are fixtures)
 
 SECRET = "the-secret-of-another-file"
 HOSTILE = [
@@ -77,9 +77,15 @@ def test_printable_leaves_what_people_read(value, expected):
 
 
 @pytest.mark.parametrize(
-    "name", ["![x](../secret.txt)", "</td><script>alert(1)</script>|$\\frac{\x1b[31m`", "../../x\n# x"], ids=repr
+    "name",
+    [
+        "</td><script>alert(1)</script>|$\\frac{\x1b[31m`",
+        pytest.param("![x](../secret.txt)", marks=pytest.mark.slow),
+        pytest.param("../../x\n# x", marks=pytest.mark.slow),
+    ],
+    ids=repr,
 )
-def test_hostile_names_are_text_in_the_report_and_write_nothing_elsewhere(tmp_path, name):
+def test_hostile_names_are_text_in_the_report_and_write_nothing_elsewhere(painted, tmp_path, name):  # noqa: F811
     (tmp_path / "secret.txt").write_text(SECRET)
     names = {name: 0.25, **{other[:2000]: 0.5 for other in HOSTILE}}
     run = make_run(tmp_path / "place" / "run", values=names, dataset=name)
@@ -250,7 +256,8 @@ def test_methods_without_the_metrics_of_others_do_not_stop_the_report(tmp_path):
     assert "| b |" in report and "| a |" in report and "odd" in report
 
 
-def test_more_phases_and_methods_than_a_plot_can_show(tmp_path):
+@pytest.mark.slow
+def test_more_phases_and_methods_than_a_plot_can_show(painted, tmp_path):  # noqa: F811
     run = make_run(tmp_path / "run", values={f"method {i}": i / 40 for i in range(40)})
     for i in range(14):
         (run / f"phase{i}").mkdir()

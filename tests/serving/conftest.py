@@ -12,7 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from model_directories import making
-from tiny_models import VARIANTS, Made, make_dataset, make_models
+from tiny_models import Made, make_dataset, make_models, variants
 
 import user_llm
 from user_llm.data.timelines import Timelines
@@ -61,10 +61,7 @@ def directory(make_model, tmp_path) -> Path:
     return shutil.copytree(make_model("cross").directory, tmp_path / "model")
 
 
-FAST = ("cross", "titles")
-
-
-@pytest.fixture(params=[pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in VARIANTS])
+@pytest.fixture(params=variants("cross"))
 def made(request, make_model) -> Made:
     """The model of each variant."""
     return make_model(request.param)

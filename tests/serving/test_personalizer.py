@@ -1,10 +1,16 @@
 """A model out of its directory: what it answers is what evaluation inside a run measures, for users it has never seen."""
 
 import dataclasses
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tiny_models import variants
 
 import user_llm
 from user_llm.common import trees
@@ -14,6 +20,7 @@ from user_llm.serving.user import User
 from user_llm.tasks.favorite import best_classes
 
 
+@pytest.mark.parametrize("made", variants("cross", "titles"), indirect=True)
 def test_a_ranking_is_the_one_that_evaluation_has(made, model):
     """Of every test user, from raw events in any order, one at a time and all together."""
     users, ends = made.asking.data.split.targets["test"]
@@ -200,8 +207,14 @@ def test_a_model_in_another_type_is_another_model(make_model):
     half = user_llm.load(made.directory, dtype="bfloat16")
     with pytest.raises(ValueError, match="encode their events again"):
         half.recommend(user)
-    assert len(half.recommend(half.encode(made.rows(1)), 3)) == 3
     assert user_llm.load(made.directory, dtype="float32").identity == user.model
+
+
+@pytest.mark.slow
+def test_a_model_in_half_precision_answers(make_model):
+    made = make_model("cross")
+    half = user_llm.load(made.directory, dtype="bfloat16")
+    assert len(half.recommend(half.encode(made.rows(1)), 3)) == 3
 
 
 @pytest.mark.parametrize(
@@ -218,6 +231,7 @@ def test_devices_that_are_not_there_are_refused(make_model, settings, message):
         user_llm.load(make_model("cross").directory, **settings)
 
 
+@pytest.mark.slow
 def test_one_device_and_eight_answer_alike(make_model):
     made = make_model("cross")
     one, eight = user_llm.load(made.directory), user_llm.load(made.directory, mesh=(2, 2, 2))

@@ -122,7 +122,12 @@ def test_evaluations_come_before_saves_and_both_before_the_step(tmp_path, monkey
 
 @pytest.mark.parametrize(
     ("mode", "values", "best"),
-    [("max", [1, 5, 4, 5], 2), ("min", [5, 4, 2, 3], 4), ("max", [9, 1, 2, 3], 0), ("max", [1, 2, 3, 4], 6)],
+    [
+        ("max", [1, 5, 4, 5], 2),
+        ("min", [1, 4, 2, 3], 0),
+        pytest.param("min", [5, 4, 2, 3], 4, marks=pytest.mark.slow),
+        pytest.param("max", [1, 2, 3, 4], 6, marks=pytest.mark.slow),
+    ],
 )
 def test_the_best_on_validation_is_returned(tmp_path, mode, values, best):
     """The first of equals, and the untrained parameters if nothing was better."""
@@ -179,7 +184,7 @@ def test_a_nan_loss_stops_the_run_and_no_nan_is_kept(tmp_path, log_steps):
     assert not (tmp_path / "results.json").exists()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_the_next_run_goes_on(tmp_path, uninterrupted, caplog, number, code):
     """At step 5, where nothing is due."""
     before = signal.getsignal(number)
@@ -247,6 +252,7 @@ def test_a_logged_mean_is_of_all_its_steps_wherever_the_run_was_stopped(tmp_path
     assert [row["step"] for row in _metrics(tmp_path / "halves") if row["kind"] == "train"] == [6, 12]
 
 
+@pytest.mark.slow
 def test_a_run_killed_anywhere_and_started_again_equals_one_left_alone(tmp_path, uninterrupted):
     """kill -9 at a random step, with dropout, shuffling and packing; while a checkpoint may be half written."""
     step = random.randint(1, tiny.LOOP.total_steps)
