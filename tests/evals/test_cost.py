@@ -200,7 +200,7 @@ def test_ratios_are_to_the_full_text_prompt_of_the_same_user():
 def test_what_does_not_fit_is_refused():
     no_cross = dataclasses.replace(model().decoder, cross=None)
     bare = dataclasses.replace(model(), decoder=no_cross, encoder=None)
-    with pytest.raises(ValueError, match="`encoder` and `resampler`"):
+    with pytest.raises(ValueError, match="a transformer as `encoder`, and a `resampler`"):
         cost.flops(bare, Request(3, user="kv"))
     with pytest.raises(ValueError, match="set `cross`"):
         cost.flops(dataclasses.replace(model(), decoder=no_cross, soft_prompt=True), Request(3, user="kv"))
