@@ -3,7 +3,7 @@
     python launch/benchmark_users.py --model=RUN/user_llm/model --users=100000 --events=200 --within=DIR
 
 Writes that many users' events, drawn from the model's own items, to a Parquet file below DIR, and runs the command in a process of its
-own. "FLOPs allow" is the time that the encoder's and the resampler's products take at the rate at which this machine multiplies
+own. "FLOPs allow" is the time that the encoder's and the resampler's products take, of the events that the model reads, at the rate at which this machine multiplies
 matrices, measured in the same run.
 """
 
@@ -80,7 +80,8 @@ def main() -> None:
     config = model.predictor.config
     if config.encoder is None or config.resampler is None:
         parser.error("the model needs an encoder and a resampler")
-    flops = encoder_flops(config.encoder, args.events) + resampler_flops(config.resampler, args.events)
+    read = min(args.events, model.predictor.max_events)
+    flops = encoder_flops(config.encoder, read) + resampler_flops(config.resampler, read)
     with tempfile.TemporaryDirectory(dir=args.within) as folder:
         events = pathlib.Path(folder) / "events.parquet"
         write_events(events, model, args.users, args.events)
@@ -101,7 +102,7 @@ def main() -> None:
     print(
         json.dumps(
             {
-                "command": args.command, "users": args.users, "events": args.events, "load_s": round(loaded, 2), "seconds": round(seconds, 1),
+                "command": args.command, "users": args.users, "events": args.events, "events_read": read, "load_s": round(loaded, 2), "seconds": round(seconds, 1),
                 "users_per_s": round(args.users / seconds, 1), "users_per_s_flops_allow": round(rate / flops, 1),
                 "share": round(args.users / seconds * flops / rate, 3), "peak_gib": round(peak / 2**30, 2),
                 "bytes_per_user": round(states / args.users),
