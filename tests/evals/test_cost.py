@@ -115,11 +115,11 @@ SHALLOW = model(layers=1, every=1, depth=1)  # compiles soon
 
 
 def random_params(config):
-    """Drawn by numpy: compiling what draws takes longer than all else."""
+    """Drawn by numpy: compiling what draws, or `jnp.asarray` for each shape, takes longer than all else."""
     rng = np.random.default_rng(0)
     shapes = structure(config)[1]
     return jax.tree.map(
-        lambda a: jnp.asarray(rng.normal(0.0, a.shape[-1] ** -0.5 if a.shape else 1.0, a.shape), a.dtype), shapes
+        lambda a: jax.device_put(rng.normal(0.0, a.shape[-1] ** -0.5 if a.shape else 1.0, a.shape).astype(a.dtype)), shapes
     )
 
 

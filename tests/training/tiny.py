@@ -49,7 +49,7 @@ SHAPES = {
 
 def _init(place):
     rng = np.random.default_rng(0)
-    params = {name: jnp.asarray(rng.normal(size=like.shape), like.dtype) for name, like in SHAPES.items()}
+    params = {name: rng.normal(size=like.shape).astype(like.dtype) for name, like in SHAPES.items()}
     return jax.device_put(params, place(params))
 
 
