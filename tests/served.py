@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from etils import epath
 from ml_collections import ConfigDict
+from somebody_new import away, check_somebody_new
 
 import user_llm
 from user_llm.config.check import check
@@ -56,9 +57,7 @@ def check_served(workdir: Path, config: ConfigDict, elsewhere: Path, phase: str 
     folder = next((workdir / "data").glob("world-*"))
     directory = elsewhere / "model"
     shutil.copytree(workdir / phase / "model", directory)
-    moved = workdir.parent / f"{workdir.name}.gone"
-    workdir.rename(moved)
-    try:
+    with away(workdir) as (moved,):
         model = user_llm.load(directory)
         fields = model.vocabulary.fields
         rows = raw_rows(moved / folder.relative_to(workdir), [fields.user, fields.item, fields.time])
@@ -89,7 +88,10 @@ def check_served(workdir: Path, config: ConfigDict, elsewhere: Path, phase: str 
         # Texts and names: those of the run's samples.
         places = {key: number for number, key in enumerate(where)}
         for sample in samples:
-            if sample["task"] in ("favorite", "review"):
+            if sample["task"] == "next_item":
+                best = model.recommend(encoded[places[timelines.user_keys[sample["user"]]]], 5)
+                assert "; ".join(item.title for item in best) == sample["answer"], sample
+            elif sample["task"] in ("favorite", "review"):
                 number = places[timelines.user_keys[sample["user"]]]
                 about = {}
                 if sample["task"] == "review":
@@ -99,9 +101,7 @@ def check_served(workdir: Path, config: ConfigDict, elsewhere: Path, phase: str 
                     about = {"title": title, "rating": int(float(row[fields.numbers["rating"].column]))}
                 text = model.generate(task=sample["task"], user=encoded[number], fields=about)
                 assert text.strip() == sample["answer"], (sample, text)
-        _somebody_new(model, histories[0], fields)
-    finally:
-        moved.rename(workdir)
+        check_somebody_new(model, histories[0])
     return model
 
 
@@ -115,19 +115,3 @@ def _ordered(model: Personalizer, rows: list[dict]) -> list[dict]:
         place.setdefault(fact, row)
     whole = vocabulary.read(rows).timelines
     return [place[fact] for fact in zip(whole.item.tolist(), whole.order[:].tolist(), strict=True)]
-
-
-def _somebody_new(model: Personalizer, history: list[dict], fields) -> None:
-    """See that all functions answer for a user whom no training saw, with an item that no training saw."""
-    rows = [{**row, fields.user: "somebody new"} for row in history[:5]]
-    rows.append({**rows[0], fields.item: "an item of tomorrow"})
-    user = model.encode(rows)
-    assert (user.count, user.unknown) == (len({(row[fields.item], row[fields.time]) for row in rows}) - 1, 1)
-    ranking = model.recommend(user, 3, seen=False)
-    assert len(ranking) == 3 and all(item.title for item in ranking)
-    assert isinstance(model.generate("A film:", user, max_tokens=4), str)
-    assert (model.score("A film:", ["x", "yz"], user) < 0).all()
-    assert model.explain(user, 2)
-    again = model.update(model.encode(rows[:3]), rows[3:])
-    np.testing.assert_allclose(again.tokens, user.tokens, atol=1e-5)
-    assert len(user.to_bytes()) < 8192

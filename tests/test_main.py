@@ -19,6 +19,7 @@ from user_llm.config.defaults import LLMS
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from served import check_served
 from tiny_quickstart import PHASES, TINY, environment, one_device, tiny_config
 
 ROOT = Path(__file__).parent.parent
@@ -37,6 +38,12 @@ def finished(tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("run")
     assert _start(workdir).wait() == 0
     return workdir
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["user_llm", "text_prompt_10"])
+def test_the_model_alone_answers_every_test_user_as_the_evaluation_did(finished, tmp_path, phase):
+    check_served(finished, tiny_config(), tmp_path, phase)
 
 
 @pytest.mark.slow

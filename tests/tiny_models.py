@@ -1,7 +1,7 @@
 """Tiny models with drawn parameters, each read back from its directory, and the dataset whose users they are asked about."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,20 +87,24 @@ def make_dataset(make_timelines: Callable[..., Timelines]) -> Timelines:
     return dataclasses.replace(made, fields=Fields(numbers={"rating": Number.of_scale("rating", range(1, 11))}))
 
 
-def make_models(dataset: Timelines, drawn: Callable[..., Any], folder: Path) -> Callable[[str], Made]:
+def make_models(
+    dataset: Timelines, drawn: Callable[..., Any], folder: Path, variants: Mapping[str, dict[str, Any]] = VARIANTS
+) -> Callable[[str], Made]:
     """Return `make(variant)`: writes the model of that variant to a folder, and returns it.
 
     Args:
       drawn: the fixture of that name.
+      variants: the settings of each variant, as VARIANTS has them.
     """
     lines_of = ["Next:", *dataset.catalogue.titles[1:], "Favorite?", "Action Comedy Drama War"]
     tokenizer = train_bpe([f"{line}\n" for line in lines_of], 280, folder / "tokenizer")
     made: dict[str, Made] = {}
+    bag = next(iter(dataset.catalogue.multi))  # of which a favourite is asked
 
     def make(variant: str) -> Made:
         if variant in made:
             return made[variant]
-        v = VARIANTS[variant]
+        v = variants[variant]
         encoder = v["objective"] and UserEncoderConfig(
             schema=dataset.schema, num_layers=1, objective=v["objective"], feature_width=4, max_events=EVENTS,
             block=BlockConfig(width=8, heads=2, kv_heads=2, head_dim=4, mlp_width=12),
@@ -119,7 +123,7 @@ def make_models(dataset: Timelines, drawn: Callable[..., Any], folder: Path) -> 
         question = Question(lines, instruction="", question="Favorite?", max_tokens=300, max_target_tokens=8)
         examples = {
             "next_item": NextItemExamples(NextItem(lines, instruction="Next:", max_tokens=300), dataset, split),
-            "favorite": FavoriteExamples(question, OfHistory(Labels(dataset, feature="genres", whole=False), split)),
+            "favorite": FavoriteExamples(question, OfHistory(Labels(dataset, feature=bag, whole=False), split)),
         }
         mesh = meshes.make_mesh(1, 1, 1, devices=jax.devices()[:1])
         params = jax.device_put(
@@ -129,7 +133,7 @@ def make_models(dataset: Timelines, drawn: Callable[..., Any], folder: Path) -> 
             config, graphdef, params, mesh, {task: of.template for task, of in examples.items()},
             max_events=EVENTS if encoder else 0, batch_size=4, ranks=v.get("ranks", True),
         )  # fmt: skip
-        names = {"favorite": {n: dataset.catalogue.vocab["genres"][n] for n in range(1, 5)}}
+        names = {"favorite": {n: name for n, name in enumerate(dataset.catalogue.vocab[bag]) if n}}
         model = Personalizer("", predictor, Vocabulary.of(dataset), lines, names)
         facts = {
             "dataset": "toy",
@@ -141,7 +145,8 @@ def make_models(dataset: Timelines, drawn: Callable[..., Any], folder: Path) -> 
             "command": "none",
             "rows": [],
         }
-        how = artifact.Making(None, True, folder / "tokenizer", EVERYWHERE, "float32", np.arange(10), facts)
+        counts = np.arange(len(dataset.catalogue.keys))
+        how = artifact.Making(None, True, folder / "tokenizer", EVERYWHERE, "float32", counts, facts)
         directory = folder / variant.replace(", ", "-").replace(" ", "-") / "model"
         written = artifact.save(directory, model, how)
         made[variant] = Made(directory, written, Asking(predictor, Dataset(dataset, split), examples))

@@ -208,33 +208,41 @@ def test_all_processes_have_the_identity_that_the_first_one_wrote(written, llm, 
             artifact.save(tmp_path / "file" / "model", written, making(llm))
 
 
-def test_a_copy_to_a_store_that_is_killed_does_not_load_and_is_finished_by_the_next(directory, tmp_path, monkeypatch):
-    """Killed at each file, over an older model with files of its own and a folder."""
-    target, real, count = epath.Path(tmp_path / "store" / "model"), type(epath.Path()).copy, len(list(directory.iterdir()))
+def test_a_copy_to_a_store_that_is_killed_does_not_load_and_is_finished_by_the_next(directory, tmp_path):
+    """Killed at each file that is deleted or written, over a whole older model with a file and a folder of its own."""
+    target, kind = epath.Path(tmp_path / "store" / "model"), type(epath.Path())
+    reals = {name: getattr(kind, name) for name in ("copy", "unlink")}
+    contents_of = lambda folder: {file.name: file.read_bytes() for file in folder.iterdir()}  # noqa: E731
 
     class Killed(BaseException):
         pass
 
-    for allowed in range(count + 1):
-        done = 0
-
-        def copy(self, *args, allowed=allowed, **settings):
-            nonlocal done
-            if done == allowed:
-                (target / self.name).write_bytes(b"half")
-                raise Killed
-            done += 1
+    def killing(real, left):
+        def step(self, *args, **settings):
+            left.pop() if left else kill()
             return real(self, *args, **settings)
 
-        monkeypatch.setattr(type(epath.Path()), "copy", copy)
-        if allowed == count:
-            artifact.copy_to_store(directory, target)
-            break
-        with pytest.raises(Killed):
-            artifact.copy_to_store(directory, target)
-        refused(Path(target))
-        (target / "left").mkdir(exist_ok=True)
+        return step
+
+    def kill():
+        raise Killed
+
+    for allowed in range(100):
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(directory, target)
         (target / "adapter_model.safetensors").write_bytes(b"of an older model")
-    assert {file.name: file.read_bytes() for file in target.iterdir()} == {
-        file.name: file.read_bytes() for file in directory.iterdir()
-    }
+        (target / "folder").mkdir()
+        left = [None] * allowed
+        with pytest.MonkeyPatch.context() as patch:
+            for name, real in reals.items():
+                patch.setattr(kind, name, killing(real, left))
+            try:
+                artifact.copy_to_store(directory, target)
+                break
+            except Killed:
+                pass
+        if allowed:  # the older model is whole until the first file of it is gone
+            refused(Path(target), r"holds no user_llm\.json")
+        artifact.copy_to_store(directory, target)
+        assert contents_of(target) == contents_of(directory)
+    assert allowed > 10 and contents_of(target) == contents_of(directory)

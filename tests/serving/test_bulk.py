@@ -2,9 +2,7 @@
 
 import json
 import multiprocessing
-import pickle
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,7 +17,7 @@ import killed
 
 import user_llm
 from user_llm.serving import bulk
-from user_llm.serving.tables import RANKINGS, STATES, Encode, Recommend
+from user_llm.serving.tables import Encode, Recommend
 from user_llm.serving.user import User
 
 
@@ -207,27 +205,3 @@ def test_a_user_is_forgotten_by_writing_the_files_anew(known, events, tmp_path):
     pq.write_table(pa.table({"id": [1]}), out / "other.parquet")
     with pytest.raises(ValueError, match="no column 'user'"):
         user_llm.forget(out, "u2")
-
-
-def test_a_function_of_tables_travels_to_workers(known):
-    """As the engines send it: pickled, before and after the first call; a table in, a table of its schema out."""
-    rows = pa.Table.from_pylist(known.rows(1) + known.rows(2))
-    for function, schema in ((Encode(str(known.directory)), STATES), (Recommend(str(known.directory), 2), RANKINGS)):
-        found = function(rows)
-        assert found.schema == schema == function.schema and set(found["user"].to_pylist()) == {"u1", "u2"}
-        assert pickle.loads(pickle.dumps(function))(rows).select(["user"]) == found.select(["user"])
-        with pytest.raises(TypeError, match="name its directory"):
-            pickle.dumps(type(function)(function.model))
-        assert function(rows.slice(0, 0)).num_rows == 0
-
-
-@pytest.mark.slow
-def test_commands(known, events, tmp_path):
-    """One ends well and one does not: what they share is `user_llm/serving/command.py`."""
-    ranked = [f"--model={known.directory}", f"--events={events}", f"--out={tmp_path / 'out'}", "--k=3"]
-    done = subprocess.run([sys.executable, "-m", "user_llm.recommend", *ranked], capture_output=True, text=True, check=True)
-    assert f"5 users: {tmp_path / 'out'}" in done.stdout
-    same(read(tmp_path / "out"), expected(known)[0])
-    wrong = ["--model=/no/such", f"--events={events}", "--out=x"]
-    done = subprocess.run([sys.executable, "-m", "user_llm.encode", *wrong], capture_output=True, text=True)
-    assert done.returncode == 1 and "Traceback" not in done.stderr and done.stderr.splitlines()[-1].startswith("Error: No")

@@ -1,6 +1,5 @@
 """A model directory on the hub: pushed, and loaded by its name."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -113,11 +112,3 @@ def test_a_push_that_cannot_be_is_refused(make_model, hub, monkeypatch, tmp_path
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ValueError, match=r"Cannot upload to org/new \(.*Connection refused\)"):
         export.push(directory, "org/new")
-
-
-def test_a_card_names_the_llm_of_the_hub_alone(make_model):
-    """The hub refuses a card that is based on a directory."""
-    settings = json.loads((make_model("cross").directory / "user_llm.json").read_text())
-    for llm, named in (("org/llm", True), ("/data/llm", False), ("../llm", False)):
-        card = artifact.card(settings | {"facts": settings["facts"] | {"llm": llm}})
-        assert (f"base_model: {llm}" in card) == named

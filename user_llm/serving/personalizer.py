@@ -11,10 +11,9 @@ A `Personalizer` needs neither the training run nor its dataset. Its parts do th
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Float
 
@@ -22,24 +21,11 @@ from user_llm.data.prompts.base import Lines
 from user_llm.data.tokenizer import Tokenizer
 from user_llm.data.vocabulary import Read, Vocabulary
 from user_llm.serving.explaining import Seen, attended
-from user_llm.serving.predictor import Predictor
+from user_llm.serving.predictor import Predictor, on_mesh
 from user_llm.serving.ranking import Item, Ranker
 from user_llm.serving.reading import Reader
 from user_llm.serving.user import User, check_user
 from user_llm.serving.writing import Writer
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def on_mesh(method: F) -> F:
-    """Return a method that runs on the devices of its model's mesh."""
-
-    @functools.wraps(method)
-    def run(self: "Personalizer", *args: Any, **settings: Any) -> Any:
-        with jax.set_mesh(self.predictor.mesh):
-            return method(self, *args, **settings)
-
-    return run  # type: ignore[return-value]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -336,8 +322,8 @@ class Personalizer:
           k: the number of events; None for all.
 
         Raises:
-          ValueError: the user is of another model, `k` is below 1, or the model has no resampler. Without a resampler each event is a user token of
-            its own, and nothing attends to it.
+          ValueError: the user is of another model, `k` is below 1, or the model has no resampler. Without a resampler each event is a
+            user token of its own, and nothing attends to it.
         """
         check_user(user, self.identity)
         return attended(self.predictor, self.vocabulary.catalogue, user, k)

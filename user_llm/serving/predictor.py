@@ -12,7 +12,8 @@ X tokens of the text and the soft prompt together.
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,7 @@ from user_llm.models.user_llm import UserLLMConfig, UserTokens
 from user_llm.nn.cross_attention import UserKV
 
 Decoding = tuple[nnx.GraphDef, Params]
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -72,6 +74,17 @@ def attended_events(
     """Return the attention of the user tokens to each event of right-padded histories, averaged over the user tokens."""
     model = trees.merge(graphdef, params)
     return model.attended(model.encode(events, lengths[:, None]))
+
+
+def on_mesh(method: F) -> F:
+    """Return a method that runs on the devices of the mesh of its object's `predictor`."""
+
+    @functools.wraps(method)
+    def run(self: Any, *args: Any, **settings: Any) -> Any:
+        with jax.set_mesh(self.predictor.mesh):
+            return method(self, *args, **settings)
+
+    return run  # type: ignore[return-value]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,49 @@
+"""How batches of prompts and histories are answered, however they are padded."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from user_llm.common import mesh as meshes
+
+
+@pytest.fixture
+def predictor(make_model):
+    return make_model("both, by event").written.predictor
+
+
+def prompts_of(*sizes):
+    return [np.arange(3, 3 + size, dtype=np.int32) for size in sizes]
+
+
+def test_prompts_that_are_alike_are_not_padded_and_others_to_one_of_few_widths(predictor, make_model):
+    assert predictor.padded("next_item", prompts_of(5, 5))[0].shape == (2, 5)
+    text, lengths = predictor.padded("next_item", prompts_of(5, 9))
+    assert text.shape == (2, 64) and lengths.tolist() == [5, 9] and not text[0, 5:].any()
+    whole = dataclasses.replace(predictor, pad_whole=True)
+    assert whole.padded("next_item", prompts_of(5, 9))[0].shape == (2, whole.templates["next_item"].max_tokens)
+    with_titles = make_model("titles").written.predictor  # equal by chance: another batch is not
+    assert with_titles.padded("next_item", prompts_of(5, 5))[0].shape == (2, 64)
+
+
+def test_padding_changes_no_score(predictor):
+    """Of histories, of prompts, and of users beside each other in a batch."""
+    rng, width = np.random.default_rng(0), predictor.config.encoder.schema.width
+    events, lengths = np.zeros((2, 6, width), np.int32), np.array([4, 2])
+    events[0, :4], events[1, :2] = 1 + rng.integers(0, 3, (4, width)), 1 + rng.integers(0, 3, (2, width))
+    prompt = prompts_of(7, 4)
+    with jax.set_mesh(predictor.mesh):
+        both = meshes.fetch(predictor.score("next_item", prompt, predictor.users(events, lengths)))
+        alone = meshes.fetch(predictor.score("next_item", prompt[1:], predictor.users(events[1:, :2], lengths[1:])))
+        bare = meshes.fetch(predictor.score("next_item", prompt[1:], None))
+    both, alone, bare = (scores[:, 1 : predictor.config.num_items + 1] for scores in (both, alone, bare))
+    np.testing.assert_allclose(both[1:], alone, atol=1e-5)
+    assert np.abs(alone - bare).max() > 1e-3
+
+
+def test_a_soft_prompt_stands_after_the_instruction_or_before_it(predictor):
+    template = predictor.templates["next_item"]
+    assert predictor.leading("next_item") == template.shared_tokens > 0
+    assert dataclasses.replace(predictor, after_instruction=False).leading("next_item") == 0
