@@ -19,6 +19,11 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
+from jaxtyping import install_import_hook
+
+# Every call of an annotated function of these two is checked: shapes, dtypes and types. It must stand before their first import.
+install_import_hook(("user_llm.nn", "user_llm.models"), "beartype.beartype")
+
 import jax
 import jax.numpy as jnp
 import numpy as np
