@@ -21,8 +21,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 from jaxtyping import install_import_hook
 
-# Every call of an annotated function of these two is checked: shapes, dtypes and types. It must stand before their first import.
-install_import_hook(("user_llm.nn", "user_llm.models"), "beartype.beartype")
+# Every call of an annotated function of layers and models is checked: shapes, dtypes and types, an int being a float as for mypy.
+CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+install_import_hook(("user_llm.nn", "user_llm.models"), CHECKER)  # before their first import
 
 import jax
 import jax.numpy as jnp
