@@ -19,6 +19,12 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
+from jaxtyping import install_import_hook
+
+# Every call of an annotated function of layers and models is checked: shapes, dtypes and types, an int being a float as for mypy.
+CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+install_import_hook(("user_llm.nn", "user_llm.models"), CHECKER)  # before their first import
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -144,9 +144,10 @@ def test_rope_turns_by_position_times_frequency_and_scores_by_distance():
 def test_scaled_rotary_frequencies_by_hand():
     plain = rope_frequencies(8, 10_000.0)  # 1, 0.1, 0.01, 0.001
     np.testing.assert_allclose(rope_frequencies(8, 10_000.0, RopeScaling("linear", 4.0)), plain / 4, rtol=1e-6)
-    # Within 200 pi positions they turn 100, 10, 1 and 0.1 times: kept, (10 - 1) / (21 - 1) kept, and twice divided.
-    scaling = RopeScaling("llama3", 4.0, low_freq_factor=1.0, high_freq_factor=21.0, original_length=200 * np.pi)
-    expected = plain * np.array([1, 0.45 + 0.55 / 4, 1 / 4, 1 / 4])
+    # Within 628 positions they turn some 100, 10, 1 and 0.1 times: one is kept, one is kept in part, and two are divided.
+    scaling = RopeScaling("llama3", 4.0, low_freq_factor=1.0, high_freq_factor=21.0, original_length=628)
+    kept = (62.8 / (2 * np.pi) - 1) / (21 - 1)
+    expected = plain * np.array([1, kept + (1 - kept) / 4, 1 / 4, 1 / 4])
     np.testing.assert_allclose(rope_frequencies(8, 10_000.0, scaling), expected, rtol=1e-5)
     with pytest.raises(ValueError, match="Unknown scaling 'yarn'"):
         RopeScaling("yarn", 4.0)

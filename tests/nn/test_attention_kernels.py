@@ -30,14 +30,14 @@ needs_libtpu = pytest.mark.skipif(find_spec("libtpu") is None, reason='libtpu is
 def _qkv(length, heads=4, kv_heads=2, dim=8, dtype=jnp.float32):
     shapes = (2, length, heads, dim), (2, kv_heads, length, dim), (2, kv_heads, length, dim)
     rng = np.random.default_rng(0)
-    return [rng.normal(size=shape).astype(dtype) for shape in shapes]
+    return [jnp.asarray(rng.normal(size=shape).astype(dtype)) for shape in shapes]
 
 
 def _packed(length):
     """Two rows of segments: 1 .. 1 2 .. 2 3 .. 3 and some padding; one segment and much padding."""
     ends = np.cumsum([length // 2, length // 4, length // 8])
     first = np.append([1, 2, 3], 0)[np.searchsorted(ends, np.arange(length), side="right")]
-    return np.stack([first, np.arange(length) < length // 3]).astype(np.int32)
+    return jnp.asarray(np.stack([first, np.arange(length) < length // 3]).astype(np.int32))
 
 
 @functools.partial(jax.jit, static_argnames=("kernel", "scale"))
@@ -186,7 +186,7 @@ REFERENCE = dataclasses.replace(BLOCK, attention_kernel="reference")
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"remat": "full"}, {"unroll": True}], ids=["scanned", "remat", "unrolled"])
 def test_a_stack_of_both_kinds_of_layers_trains_alike(drawn, options):
-    x, segments = np.random.default_rng(2).normal(size=(2, 24, 16)).astype(np.float32), _packed(24)
+    x, segments = jnp.asarray(np.random.default_rng(2).normal(size=(2, 24, 16)), jnp.float32), _packed(24)
 
     def gradients(block):
         graphdef, params = drawn(lambda: Stack(block, 3, windowed=(True, False, True), rngs=nnx.Rngs(params=0), **options))
@@ -201,7 +201,7 @@ def test_a_stack_of_both_kinds_of_layers_trains_alike(drawn, options):
 @pytest.mark.parametrize("block", [slow(BLOCK), REFERENCE], ids=["splash", "reference"])
 def test_a_prompt_is_read_as_if_it_looked_into_its_cache(drawn, block):
     graphdef, params = drawn(lambda: Stack(block, 2, windowed=(True, False), rngs=nnx.Rngs(params=0)))
-    x, positions = np.random.default_rng(2).normal(size=(1, 9, 16)).astype(np.float32), jnp.arange(9)[None]
+    x, positions = jnp.asarray(np.random.default_rng(2).normal(size=(1, 9, 16)), jnp.float32), jnp.arange(9)[None]
     cache = KVCache(*(jnp.zeros((2, 1, 2, 9, 8)) for _ in range(2)))
     run = jax.jit(lambda mask: trees.merge(graphdef, params)(x, mask=mask, positions=positions, cache=cache))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), run(SelfMask()), run(cache_mask(positions, 9)))

@@ -1,6 +1,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -14,7 +15,7 @@ SOME = np.array([[True] * 4, [False] * 4, [True, False, False, False]])
 ALL = np.ones((3, 4), bool)
 
 _rng = np.random.default_rng(0)
-TEXT = _rng.normal(size=(3, 5, WIDTH)).astype(np.float32)
+TEXT = jnp.asarray(_rng.normal(size=(3, 5, WIDTH)).astype(np.float32))
 TOKENS = _rng.normal(size=(3, 4, CONFIG.user_width)).astype(np.float32)
 
 
@@ -79,10 +80,10 @@ def test_recency_is_a_bias_over_how_far_back_an_event_lies(drawn):
     graphdef, params = drawn(_create("after_attention", 3))
     biases = np.log([[4.0, 2.0, 1.0], [1.0, 1.0, 6.0]])
     params |= {"recency": biases.astype(np.float32), "gate": np.float32(np.arctanh(0.5))}
-    k = np.ones((3, 2, 4, 4), np.float32)
     values = _rng.normal(size=(3, 2, 4, 4)).astype(np.float32)
     mask = np.arange(4) < np.array([4, 3, 0])[:, None]
-    out = jax.jit(lambda params: trees.merge(graphdef, params)(TEXT, k, values, mask))(params)
+    attend = jax.jit(lambda params, k, v: trees.merge(graphdef, params)(TEXT, k, v, mask))
+    out = attend(params, np.ones_like(values), values)
     weights = np.zeros((3, 2, 4))
     weights[0] = np.array([[1, 2, 2, 4], [6, 1, 1, 1]]) / 9  # of distances 3, 2, 1, 0 in buckets 2, 1, 1, 0
     weights[1, 0, :3], weights[1, 1, :3] = np.array([2, 2, 4]) / 8, np.array([1, 1, 1]) / 3

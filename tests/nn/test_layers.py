@@ -19,7 +19,7 @@ def test_initial_scales():
 
 
 def test_dropout_drops_the_rate_and_keeps_the_mean():
-    x = np.ones((100, 1000), np.float32)
+    x = jnp.ones((100, 1000))
     out = np.asarray(dropout(x, 0.3, jax.random.key(0)))
     assert set(np.unique(out)) == {0.0, np.float32(1 / 0.7)}
     np.testing.assert_allclose((out == 0).mean(), 0.3, atol=0.01)
@@ -28,7 +28,7 @@ def test_dropout_drops_the_rate_and_keeps_the_mean():
 
 @pytest.mark.parametrize(("rate", "key"), [(0.5, None), (0.0, 1)])
 def test_no_key_or_no_rate_drops_nothing(rate, key):
-    x = np.ones((5, 5), np.float32)
+    x = jnp.ones((5, 5))
     assert dropout(x, rate, None if key is None else jax.random.key(key)) is x
 
 
@@ -45,6 +45,6 @@ def test_rms_norm_by_hand():
 
 
 def test_rms_norm_with_an_offset_starts_as_one_without():
-    x = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32))
     np.testing.assert_array_equal(RMSNorm(4, offset=1.0)(x), RMSNorm(4)(x))
     assert (RMSNorm(4, offset=1.0).scale[...] == 0).all()

@@ -2,6 +2,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -14,7 +15,7 @@ from user_llm.nn.visibility import causal_mask
 PLAIN = BlockConfig(width=16, heads=4, kv_heads=2, head_dim=8, mlp_width=24)
 LORA = LoRAConfig(rank=3, alpha=6.0, dropout=0.0, targets="attn/(q|k|v|o)|mlp/.*")
 ADAPTED = dataclasses.replace(PLAIN, lora=LORA)
-X = np.random.default_rng(1).normal(size=(2, 5, 16)).astype(np.float32)
+X = jnp.asarray(np.random.default_rng(1).normal(size=(2, 5, 16)).astype(np.float32))
 
 
 @functools.cache
@@ -44,8 +45,8 @@ def test_an_adapter_by_hand():
                 {"q": (nnx.Param(np.zeros((2, 1, 2))), 1), "k": (nnx.Param(np.zeros((2, 1, 2))), 1)}, rngs=nnx.Rngs(params=0))  # fmt: skip
     lora.q["a"][...] = np.array([[1.0], [3.0]])
     lora.q["b"][...] = np.array([[[10.0, 100.0]]])
-    np.testing.assert_allclose(lora("q", np.array([[2.0, 1.0]], np.float32), None), [[[100.0, 1000.0]]])
-    assert lora("k", np.ones((1, 2)), None) == 0.0
+    np.testing.assert_allclose(lora("q", jnp.array([[2.0, 1.0]]), None), [[[100.0, 1000.0]]])
+    assert lora("k", jnp.ones((1, 2)), None) == 0.0
 
 
 def test_a_fresh_adapter_changes_nothing_bit_for_bit():

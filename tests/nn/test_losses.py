@@ -200,7 +200,7 @@ def test_items_are_drawn_by_their_probability_and_others_never():
 def test_the_ends_of_the_draw_are_items(bits, item, monkeypatch):
     """Two items of a half each, and rows around them that are none."""
     monkeypatch.setattr(jax.random, "bits", lambda key, shape, dtype: jnp.full(shape, bits, dtype))
-    assert draw_items(None, np.array([-1e9, 0, 0, -1e9], np.float32), 1).tolist() == [item]
+    assert draw_items(jax.random.key(0), np.array([-1e9, 0, 0, -1e9], np.float32), 1).tolist() == [item]
 
 
 def test_sampled_by_hand():
@@ -235,7 +235,7 @@ def test_in_batch_by_hand():
 
     Items 1 and 3 have half and an eighth of all training events: one of three targets is item 1 with probability 7/8.
     """
-    hidden = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [9.0, 9.0]], np.float32)
+    hidden = jnp.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [9.0, 9.0]])
     table = np.array([[9.0, 9.0], [1.0, 0.0], [5.0, 5.0], [0.0, 2.0], [7.0, 7.0]], np.float32)
     share = jnp.array([0, 1 / 2, 1 / 4, 1 / 8, 1 / 8])
     weights = np.array([1.0, 2.0, 0.5, 0.0], np.float32)
@@ -258,7 +258,7 @@ def test_in_batch_by_hand():
 def test_in_batch_with_every_item_among_the_targets_is_the_full_softmax_of_corrected_logits():
     """More rows than items, all of them targets of a batch so large that each is certain to be among it."""
     targets = np.tile([1, 2, 3, 4], 30)
-    hidden = np.random.default_rng(1).normal(size=(120, WIDTH)).astype(np.float32)
+    hidden = jnp.asarray(np.random.default_rng(1).normal(size=(120, WIDTH)).astype(np.float32))
     weights, share = np.ones(120, np.float32), jnp.array([0, *[0.25] * 4, 0, 0])
     loss = jax.jit(lambda table: in_batch_cross_entropy(hidden, lambda items: table[items], targets, weights, share, 64))
     full = jax.jit(lambda table: chunked_cross_entropy(hidden, table, targets, weights, VALID, 64))

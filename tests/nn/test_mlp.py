@@ -1,4 +1,5 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -12,7 +13,7 @@ def test_mlp_by_hand():
     params = {"gate_proj": [[1.0], [1.0]], "up": [[0.0], [2.0]], "down": [[3.0, -1.0]]}
     mlp = trees.merge(graphdef, jax.tree.map(np.asarray, params, is_leaf=lambda leaf: isinstance(leaf, list)))
     # gate: 3 and -2, which relu shuts; up: 4 and 2.
-    np.testing.assert_allclose(mlp(np.array([[1.0, 2.0], [-3.0, 1.0]])), [[36, -12], [0, 0]])
+    np.testing.assert_allclose(mlp(jnp.array([[1.0, 2.0], [-3.0, 1.0]])), [[36, -12], [0, 0]])
 
 
 def test_both_gelus_and_unknown_activations():

@@ -70,9 +70,9 @@ def test_weights_are_by_how_much_latents_see_events(resampler):
     """They and what a latent sees of the latents are all it sees; events beyond an end have none."""
     _, params = resampler
     graphdef, _ = trees.abstract(_create)
-    weigh = jax.jit(lambda params, masks: trees.merge(graphdef, params).weights(STATES, masks))
+    weigh = jax.jit(lambda params, states, masks: trees.merge(graphdef, params).weights(states, masks))
     masks = np.arange(16) < np.array([[1, 5], [16, 7], [2, 2], [0, 16]])[..., None]
-    weights = np.asarray(weigh(params, masks))
+    weights = np.asarray(weigh(params, STATES, masks))
     assert weights.shape == (4, 2, 3, 16)
     assert (weights[~np.broadcast_to(masks[:, :, None], weights.shape)] == 0).all()
     total = weights.sum(-1)
@@ -80,7 +80,7 @@ def test_weights_are_by_how_much_latents_see_events(resampler):
     # A latent that sees no bucket but the nearest sees none but the last event.
     shut = np.zeros((3, 2, 4), np.float32) + [0, -1e9, -1e9, -1e9]
     params = trees.replace(params, {"layers/1/recency": shut.astype(np.float32)})
-    np.testing.assert_array_equal(np.asarray(weigh(params, masks))[1, 0].nonzero()[1], [15] * 3)
+    np.testing.assert_array_equal(np.asarray(weigh(params, STATES, masks))[1, 0].nonzero()[1], [15] * 3)
 
 
 def test_several_ends_of_one_history_equal_each_alone(resampler):
@@ -89,7 +89,7 @@ def test_several_ends_of_one_history_equal_each_alone(resampler):
     prefixes = np.array([[1, 5], [16, 7], [2, 2], [0, 16]])
     masks = np.arange(16) < prefixes[..., None]
     graphdef, _ = trees.abstract(_create)
-    together = jax.jit(lambda params: trees.merge(graphdef, params)(STATES, masks))(params)
+    together = jax.jit(lambda params, states: trees.merge(graphdef, params)(states, masks))(params, STATES)
     for end in (0, 1):
         np.testing.assert_allclose(together[:, end], run(params, STATES, masks[:, end]), atol=1e-6)
 

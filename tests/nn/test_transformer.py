@@ -122,7 +122,7 @@ def test_cross_attention_sits_in_the_last_layer_of_each_group(drawn, seat):
     """The stack's own parts, put together here layer by layer."""
     cross = dataclasses.replace(CROSS, seat=seat)
     graphdef, params = drawn(lambda: Stack(PLAIN, DEPTH, cross=cross, rngs=nnx.Rngs(params=0)))
-    x, tokens = _x(1, 3), np.random.default_rng(3).normal(size=(1, 2, 6)).astype(np.float32)
+    x, tokens = _x(1, 3), jnp.asarray(np.random.default_rng(3).normal(size=(1, 2, 6)), jnp.float32)
     real = np.ones((1, 2), bool)
 
     def layer(module, i):
@@ -232,7 +232,7 @@ def test_windows_that_do_not_fit_the_stack_are_refused(windowed):
 @pytest.mark.parametrize("options", [{}, {"cross": CROSS}, {"unroll": True}], ids=["scanned", "cross", "unrolled"])
 def test_computing_again_changes_no_gradient_and_costs_flops(drawn, options):
     """`full` computes every group's forward pass twice: four products where there were three."""
-    x, tokens = _x(2, 6), np.random.default_rng(2).normal(size=(2, 3, 6)).astype(np.float32)
+    x, tokens = (jnp.asarray(a, jnp.float32) for a in (_x(2, 6), np.random.default_rng(2).normal(size=(2, 3, 6))))
 
     def gradients(remat):
         graphdef, params = drawn(lambda: Stack(PLAIN, 4, remat=remat, rngs=nnx.Rngs(params=0), **options))

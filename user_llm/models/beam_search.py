@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from user_llm.common.arrays import AnyArray
 from user_llm.common.mesh import fetch
 from user_llm.common.trees import Params, merge
 from user_llm.models.decoder import Decoder
@@ -24,8 +25,8 @@ from user_llm.nn.cross_attention import UserKV
 
 def _search(
     decoder: Decoder,
-    prompts: Array,
-    lengths: Int[Array, " B"],
+    prompts: AnyArray,
+    lengths: Int[AnyArray, " B"],
     user: UserKV | None,
     *,
     beams: int,
@@ -98,13 +99,13 @@ class _Texts(NamedTuple):
 
 
 def _extend_texts(
-    written: Int[Array, ""],
+    written: Int[AnyArray, ""],
     texts: _Texts,
     logits: Float[Array, "B beams V"],
     *,
-    stop_ids: Int[Array, " stops"],
-    length_penalty: float,
-    max_tokens: int,
+    stop_ids: Int[AnyArray, " stops"],
+    length_penalty: float | Float[Array, ""],
+    max_tokens: int | Int[Array, ""],
 ) -> tuple[Int[Array, "B beams"], Int[Array, "B beams"], _Texts]:
     batch, beams, vocab = logits.shape
     total = (texts.live_score[..., None] + jax.nn.log_softmax(logits)).reshape(batch, -1)
@@ -128,7 +129,7 @@ def _extend_texts(
     return origin, token, _Texts(live, live_score, done, closed)
 
 
-def _take(tree: Any, index: Int[Array, "B beams"]) -> Any:
+def _take(tree: Any, index: Int[AnyArray, "B beams"]) -> Any:
     """Gather along the second axis of all arrays."""
     return jax.tree.map(lambda a: jnp.take_along_axis(a, jnp.expand_dims(index, range(2, a.ndim)), axis=1), tree)
 
@@ -137,12 +138,12 @@ def _take(tree: Any, index: Int[Array, "B beams"]) -> Any:
 def _beam_texts(
     graphdef: nnx.GraphDef,
     params: Params,
-    prompts: Array,
-    lengths: Int[Array, " B"],
+    prompts: AnyArray,
+    lengths: Int[AnyArray, " B"],
     user: UserKV | None,
-    stop_ids: Int[Array, " stops"],
-    length_penalty: float,
-    max_tokens: int,
+    stop_ids: Int[AnyArray, " stops"],
+    length_penalty: float | Float[Array, ""],
+    max_tokens: int | Int[Array, ""],
     *,
     beams: int,
     room: int,
@@ -175,7 +176,7 @@ def beam_generate(
     *,
     beams: int,
     max_tokens: int,
-    lengths: Sequence[int] | None = None,
+    lengths: Sequence[int] | Int[AnyArray, " B"] | None = None,
     stop_ids: Sequence[int] = (),
     length_penalty: float = 1.0,
     user: UserKV | None = None,
@@ -209,8 +210,8 @@ def beam_generate(
 def beam_search(
     graphdef: nnx.GraphDef,
     params: Params,
-    prompts: Int[Array, "B T"] | Float[Array, "B T D"],
-    lengths: Int[Array, " B"],
+    prompts: Int[AnyArray, "B T"] | Float[Array, "B T D"],
+    lengths: Int[AnyArray, " B"],
     trie: Trie,
     *,
     beams: int,
@@ -248,7 +249,7 @@ def beam_search(
 
 
 def _best(
-    child: Int[Array, "B R C"], score: Float[Array, "B R C"], beams: int
+    child: Int[AnyArray, "B R C"], score: Float[Array, "B R C"], beams: int
 ) -> tuple[Int[Array, "B beams"], Int[Array, "B beams"], Float[Array, "B beams"]]:
     """Return the beam of origin, node and score of each row's best candidates, with -inf where there are too few."""
     batch, _, fanout = child.shape

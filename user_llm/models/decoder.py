@@ -13,6 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from user_llm.common.arrays import AnyArray
 from user_llm.nn.attention import KVCache
 from user_llm.nn.cross_attention import CrossAttentionConfig, UserKV
 from user_llm.nn.layers import RMSNorm, embedding_param, linear_param
@@ -57,7 +58,7 @@ class Decoder(nnx.Module):
         if not c.tie_embeddings:
             self.head = linear_param(rngs, (width, c.vocab_size), fan_in=width)
 
-    def embed_tokens(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    def embed_tokens(self, ids: Int[AnyArray, "B T"]) -> Float[Array, "B T D"]:
         """Return the input embeddings of tokens; a soft prompt is placed among these."""
         embedded = self.embed[...][ids]
         # Rounded to the computation's type first, as the models that scale were trained.
@@ -65,13 +66,13 @@ class Decoder(nnx.Module):
 
     def __call__(
         self,
-        inputs: Float[Array, "B T D"],
+        inputs: Float[AnyArray, "B T D"],
         *,
-        mask: Bool[Array, "B T S"] | SelfMask,
-        positions: Int[Array, "B T"],
-        key_positions: Int[Array, "B S"] | None = None,
+        mask: Bool[AnyArray, "B T S"] | SelfMask,
+        positions: Int[AnyArray, "B T"],
+        key_positions: Int[AnyArray, "B S"] | None = None,
         cache: KVCache | None = None,
-        slots: Int[Array, "B T"] | None = None,
+        slots: Int[AnyArray, "B T"] | None = None,
         user: UserKV | None = None,
         layers: Any = None,
         key: Array | None = None,
@@ -114,7 +115,7 @@ class Decoder(nnx.Module):
         shape = (c.num_layers, batch, c.block.kv_heads, slots, c.block.head_dim)
         return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
-    def user_kv(self, tokens: Float[Array, "B M U"], mask: Bool[Array, "B M"]) -> UserKV:
+    def user_kv(self, tokens: Float[AnyArray, "B M U"], mask: Bool[AnyArray, "R M"]) -> UserKV:
         """Project user tokens to the K/V of all cross-attention layers; a row whose `mask` is all False is no user."""
         self._require_cross()
         return self.stack.user_kv(tokens, mask)

@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from user_llm.common.arrays import AnyArray
 from user_llm.data.schema import Schema
 
 
@@ -27,7 +28,7 @@ class Encoded(NamedTuple):
     """
 
     states: Float[Array, "R E D"]
-    seen: Int[Array, "R X"]
+    seen: Int[AnyArray, "R X"]
 
     def last(self) -> Float[Array, "R X D"]:
         """Return the query of each end; of a user without events, what stands first in the row."""
@@ -47,10 +48,10 @@ class Encoder(Protocol):
 
     def states(
         self,
-        events: Int[Array, "B E A"],
+        events: Int[AnyArray, "B E A"],
         *,
-        segments: Int[Array, "B E"],
-        positions: Int[Array, "B E"],
+        segments: Int[AnyArray, "B E"],
+        positions: Int[AnyArray, "B E"],
         key: Array | None = None,
     ) -> Float[Array, "B E D"]:
         """Return a state for each event of packed histories, from which pretraining predicts the next event.
@@ -62,7 +63,7 @@ class Encoder(Protocol):
           key: for dropout; None for evaluation.
         """
 
-    def encode(self, events: Int[Array, "B E A"], ends: Int[Array, "B J"], *, key: Array | None = None) -> Encoded:
+    def encode(self, events: Int[AnyArray, "B E A"], ends: Int[AnyArray, "B J"], *, key: Array | None = None) -> Encoded:
         """Encode right-padded histories as they were after the first `ends` events; nothing behind an end may reach what it sees."""
 
     def item_vectors(self, items: Int[Array, " Q"] | None = None) -> Float[Array, "Q D"]:

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from user_llm.common import mesh as meshes
+from user_llm.common.arrays import AnyArray
 from user_llm.common.trees import Params, merge
 from user_llm.models.prefill import Prompts, bucket, check_user, pad_prompts, prefill
 from user_llm.models.sampling import GREEDY, RowSampling, Sampling, by_row, choose
@@ -94,7 +95,7 @@ def _start(graphdef: nnx.GraphDef, params: Params, prompts: Array, request: _Req
 
 
 @functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="state")
-def _decode(graphdef: nnx.GraphDef, params: Params, request: _Request, state: _State, until: int) -> _State:
+def _decode(graphdef: nnx.GraphDef, params: Params, request: _Request, state: _State, until: int | Int[Array, ""]) -> _State:
     """Write on until all rows have ended or hold `until` tokens."""
     decoder = merge(graphdef, params)
     slots, layers = state.cache.slots, decoder.stack.layers()
@@ -135,7 +136,7 @@ def stream(
     prompts: Prompts,
     *,
     max_tokens: int,
-    lengths: Sequence[int] | None = None,
+    lengths: Sequence[int] | Int[AnyArray, " B"] | None = None,
     sampling: Sampling | Sequence[Sampling] = GREEDY,
     seeds: Sequence[int] | None = None,
     stop_ids: Sequence[int] = (),
@@ -172,7 +173,7 @@ def generate(
     prompts: Prompts,
     *,
     max_tokens: int,
-    lengths: Sequence[int] | None = None,
+    lengths: Sequence[int] | Int[AnyArray, " B"] | None = None,
     sampling: Sampling | Sequence[Sampling] = GREEDY,
     seeds: Sequence[int] | None = None,
     stop_ids: Sequence[int] = (),

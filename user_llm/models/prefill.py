@@ -16,13 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from user_llm.common.arrays import AnyArray
 from user_llm.data.prompts.base import pad_rows
 from user_llm.models.decoder import Decoder
 from user_llm.nn.attention import KVCache
 from user_llm.nn.cross_attention import UserKV
 from user_llm.nn.visibility import SelfMask
 
-Prompts = Sequence[Sequence[int]] | Float[Array, "B T D"]
+Prompts = Sequence[Sequence[int]] | Float[AnyArray, "B T D"]
 
 
 def check_user(user: UserKV | None, batch: int) -> None:
@@ -42,8 +43,8 @@ def bucket(length: int) -> int:
 
 
 def pad_prompts(
-    prompts: Prompts, lengths: Sequence[int] | None = None
-) -> tuple[Int[np.ndarray, "B T"] | Float[Array, "B T D"], Int[np.ndarray, " B"]]:
+    prompts: Prompts, lengths: Sequence[int] | Int[AnyArray, " B"] | None = None
+) -> tuple[Int[np.ndarray, "B X"] | Float[Array, "B X D"], Int[np.ndarray, " B"]]:
     """Return prompts right-padded to their bucket, and their lengths, which must be given if they come as embeddings.
 
     Raises:
@@ -64,7 +65,7 @@ def pad_prompts(
 
 
 def prefill(
-    decoder: Decoder, prompts: Array, lengths: Int[Array, " B"], user: UserKV | None, room: int
+    decoder: Decoder, prompts: AnyArray, lengths: Int[AnyArray, " B"], user: UserKV | None, room: int
 ) -> tuple[Float[Array, "B D"], KVCache]:
     """Return the hidden state at each prompt's last token and the cache, with `room` free slots behind the prompt's."""
     inputs = prompts if prompts.ndim == 3 else decoder.embed_tokens(prompts)
@@ -76,7 +77,9 @@ def prefill(
     return jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0], cache
 
 
-def lane_mask(lengths: Int[Array, " B"], prompt_slots: int, past: Int[Array, "B Q steps"], lanes: int) -> Bool[Array, "B Q S"]:
+def lane_mask(
+    lengths: Int[AnyArray, " B"], prompt_slots: int, past: Int[AnyArray, "B Q steps"], lanes: int
+) -> Bool[Array, "B Q S"]:
     """Let each query see its prompt and, of each step, the lane that `past` names; -1 for none.
 
     For past = [[1, 0, -1]] and 2 lanes, behind a prompt of 2 in 3 slots:   1 1 . | . 1 | 1 . | . .
@@ -87,7 +90,7 @@ def lane_mask(lengths: Int[Array, " B"], prompt_slots: int, past: Int[Array, "B 
     return jnp.concatenate([of_prompt, own.reshape(*past.shape[:2], -1)], axis=-1)
 
 
-def lane_positions(lengths: Int[Array, " B"], prompt_slots: int, steps: int, lanes: int) -> Int[Array, "B S"]:
+def lane_positions(lengths: Int[AnyArray, " B"], prompt_slots: int, steps: int, lanes: int) -> Int[Array, "B S"]:
     """Return the position that each slot of the cache holds.
 
     For a prompt of 2 in 3 slots, 2 steps and 2 lanes:   0 1 2 | 2 2 | 3 3

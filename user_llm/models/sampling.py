@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
+from user_llm.common.arrays import AnyArray
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -26,7 +28,7 @@ class Sampling:
     """
 
     temperature: float = 0.0
-    top_k: int = 0
+    top_k: int | float = 0
     top_p: float = 1.0
     min_p: float = 0.0
 
@@ -78,7 +80,7 @@ def by_row(sampling: Sampling | Sequence[Sampling], seeds: Sequence[int] | None,
 
 
 def filter_logits(
-    logits: Float[Array, "B V"], top_k: Int[Array, " B"], top_p: Float[Array, " B"], min_p: Float[Array, " B"]
+    logits: Float[Array, "B V"], top_k: Int[AnyArray, " B"], top_p: Float[Array, " B"], min_p: Float[Array, " B"]
 ) -> Float[Array, "B V"]:
     """Put the tokens that `Sampling`'s filters drop at -inf.
 
@@ -97,7 +99,7 @@ def filter_logits(
     return jnp.where(logits >= least, logits, -jnp.inf)
 
 
-def choose(logits: Float[Array, "B V"], step: Int[Array, ""], rows: RowSampling) -> Int[Array, " B"]:
+def choose(logits: Float[Array, "B V"], step: Int[AnyArray, ""], rows: RowSampling) -> Int[Array, " B"]:
     """Choose each row's next token; its noise is a function of the row's seed and the step alone.
 
     Nothing is drawn where all rows are greedy, and nothing sorted where no row has a filter.

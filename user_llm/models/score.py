@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from user_llm.common.arrays import AnyArray
 from user_llm.common.mesh import fetch
 from user_llm.common.trees import Params, merge
 from user_llm.models.prefill import Prompts, check_user, lane_mask, lane_positions, pad_prompts, prefill
@@ -35,10 +36,10 @@ def _score(
     params: Params,
     hidden: Float[Array, "B D"],
     cache: KVCache,
-    lengths: Int[Array, " B"],
+    lengths: Int[AnyArray, " B"],
     user: UserKV | None,
-    texts: Int[Array, "B C W"],
-    sizes: Int[Array, "B C"],
+    texts: Int[AnyArray, "B C W"],
+    sizes: Int[AnyArray, "B C"],
 ) -> Float[Array, "B C"]:
     decoder = merge(graphdef, params)
     batch, lanes, width = texts.shape
@@ -79,7 +80,7 @@ def score(
     prompts: Prompts,
     candidates: Sequence[Sequence[Sequence[int]]],
     *,
-    lengths: Sequence[int] | None = None,
+    lengths: Sequence[int] | Int[AnyArray, " B"] | None = None,
     user: UserKV | None = None,
     chunk: int = 32,
 ) -> Float[np.ndarray, "B C"]:

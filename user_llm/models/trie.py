@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from user_llm.common.arrays import AnyArray
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
@@ -90,7 +92,7 @@ class Trie:
         )
 
     def expand(
-        self, node: Int[Array, "B R"], logits: Float[Array, "B R V"], fanout: int
+        self, node: Int[AnyArray, "B R"], logits: Float[Array, "B R V"], fanout: int
     ) -> tuple[Int[Array, "B R C"], Float[Array, "B R C"]]:
         """Return each node's children and their log-probs, -inf where there are fewer; a leaf stays, at no cost."""
         child = self.first[node][..., None] + jnp.arange(fanout)

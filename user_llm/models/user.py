@@ -17,11 +17,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from user_llm.common.arrays import AnyArray
 from user_llm.common.trees import Params, merge
 from user_llm.models.decoder import Decoder
 from user_llm.nn.cross_attention import UserKV
 from user_llm.nn.layers import linear_param
 from user_llm.nn.visibility import causal_mask
+
+# How many tokens of a text stand in front of its soft prompt: of all rows alike, or of each.
+Leading = int | Int[AnyArray, ""] | Int[AnyArray, " B"]
 
 
 class SoftPrompt(NamedTuple):
@@ -33,7 +37,7 @@ class SoftPrompt(NamedTuple):
     """
 
     tokens: Float[Array, "B M D"]
-    lengths: Int[Array, " B"]
+    lengths: Int[AnyArray, " B"]
 
 
 class SoftProjection(nnx.Module):
@@ -54,7 +58,7 @@ class User(NamedTuple):
 
 
 def insert(
-    text: Float[Array, "B T D"], lengths: Int[Array, " B"], prompt: SoftPrompt, leading: int | Int[Array, " B"]
+    text: Float[AnyArray, "B T D"], lengths: Int[AnyArray, " B"], prompt: SoftPrompt, leading: Leading
 ) -> tuple[Float[Array, "B X D"], Int[Array, " B"], Int[Array, "B T"]]:
     """Put the soft prompt behind the first `leading` embeddings of right-padded text: the module's picture.
 
@@ -80,16 +84,16 @@ def insert(
     rows = jnp.concatenate([text, prompt.tokens.astype(text.dtype)], axis=1)
     position = jnp.arange(length)
     moved = jnp.where(position < leading, position, position + count)
-    return jnp.take_along_axis(rows, source[..., None], axis=1), lengths + prompt.lengths, moved
+    return jnp.take_along_axis(rows, source[..., None], axis=1), jnp.add(lengths, prompt.lengths), moved
 
 
 def hidden_states(
     decoder: Decoder,
-    text: Int[Array, "B T"],
-    lengths: Int[Array, " B"],
+    text: Int[AnyArray, "B T"],
+    lengths: Int[AnyArray, " B"],
     *,
     user: User | None = None,
-    leading: int | Int[Array, " B"] = 0,
+    leading: Leading = 0,
     key: Array | None = None,
 ) -> Float[Array, "B T D"]:
     """Return the final hidden states at the positions of right-padded text, those of a soft prompt left out.
@@ -110,12 +114,12 @@ def hidden_states(
 def embed_prompts(
     graphdef: nnx.GraphDef,
     params: Params,
-    text: Int[Array, "B T"],
-    lengths: Int[Array, " B"],
+    text: Int[AnyArray, "B T"],
+    lengths: Int[AnyArray, " B"],
     *,
     user: User | None = None,
-    leading: int | Int[Array, " B"] = 0,
-) -> tuple[Float[Array, "B X D"], Int[Array, " B"]]:
+    leading: Leading = 0,
+) -> tuple[Float[Array, "B X D"], Int[AnyArray, " B"]]:
     """Return prompts as embeddings, and their lengths, for `generate`, `beam_search` and `score` beside `user.kv`.
 
     Args:

@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from user_llm.common.arrays import AnyArray
 from user_llm.data.schema import Feature, Schema
 from user_llm.models.encoder import Encoded, item_features
 from user_llm.nn.layers import RMSNorm, dropout, embedding_param, linear_param
@@ -134,11 +135,11 @@ class UserEncoder(nnx.Module):
                 }
             )
 
-    def embed(self, events: Int[Array, "B E A"]) -> Float[Array, "B E D"]:
+    def embed(self, events: Int[AnyArray, "B E A"]) -> Float[Array, "B E D"]:
         """Embed events by their features; a bag (kind `multi`) is the mean of its members."""
         return self._embed(self.config.schema, events) @ self.project[...]
 
-    def _embed(self, schema: Schema, ids: Int[Array, "... A"]) -> Float[Array, "... W"]:
+    def _embed(self, schema: Schema, ids: Int[AnyArray, "... A"]) -> Float[Array, "... W"]:
         parts, column = [], 0
         for feature in schema.features:
             table = self.item if column == 0 else self.features[feature.name]
@@ -148,11 +149,11 @@ class UserEncoder(nnx.Module):
 
     def __call__(
         self,
-        events: Int[Array, "B E A"],
+        events: Int[AnyArray, "B E A"],
         *,
-        mask: Bool[Array, "B E E"] | SelfMask,
-        positions: Int[Array, "B E"],
-        hidden: Bool[Array, "B E"] | None = None,
+        mask: Bool[AnyArray, "B E E"] | SelfMask,
+        positions: Int[AnyArray, "B E"],
+        hidden: Bool[AnyArray, "B E"] | None = None,
         key: Array | None = None,
     ) -> Float[Array, "B E D"]:
         """Encode events to states; `mask` says who sees whom, and is what makes the encoder causal or not.
@@ -172,16 +173,16 @@ class UserEncoder(nnx.Module):
 
     def states(
         self,
-        events: Int[Array, "B E A"],
+        events: Int[AnyArray, "B E A"],
         *,
-        segments: Int[Array, "B E"],
-        positions: Int[Array, "B E"],
+        segments: Int[AnyArray, "B E"],
+        positions: Int[AnyArray, "B E"],
         key: Array | None = None,
     ) -> Float[Array, "B E D"]:
         """Return the states of packed histories, each of which has seen its own event and those before it in its history."""
         return self(events, mask=segment_mask(segments), positions=positions, key=key)
 
-    def encode(self, events: Int[Array, "B E A"], ends: Int[Array, "B J"], *, key: Array | None = None) -> Encoded:
+    def encode(self, events: Int[AnyArray, "B E A"], ends: Int[AnyArray, "B J"], *, key: Array | None = None) -> Encoded:
         """Encode histories as they were after the first `ends` events; nothing at or behind an end reaches what it sees.
 
         A causal encoder runs once for all ends of a history. One that sees both ways runs once for each, at J times the cost, and
@@ -199,7 +200,7 @@ class UserEncoder(nnx.Module):
         states = self(events, mask=mask, positions=positions, hidden=positions == ends, key=key)
         return Encoded(states, jnp.where(ends > 0, ends + 1, 0))
 
-    def item_vectors(self, items: Int[Array, " Q"] | None = None) -> Float[Array, "Q D"]:
+    def item_vectors(self, items: Int[AnyArray, " Q"] | None = None) -> Float[Array, "Q D"]:
         """Return the output vectors of items, or of every row of the item table."""
         if self.config.objective != "dual":
             return self.item[...] if items is None else self.item[...][items]
@@ -211,13 +212,13 @@ class UserEncoder(nnx.Module):
         row = jnp.arange(self.config.table_rows)
         return (row > 0) & (row <= self.config.schema.num_items)
 
-    def score(self, states: Float[Array, "B D"]) -> Float[Array, "B V"]:
+    def score(self, states: Float[AnyArray, "B D"]) -> Float[Array, "B V"]:
         """Score all items by queries; PAD and unused rows get -inf."""
         scores = jnp.einsum("BD,VD->BV", states, self.item_vectors(), preferred_element_type=jnp.float32)
         return jnp.where(self.valid_items(), scores, -jnp.inf)
 
 
-def _embed_feature(feature: Feature, table: Float[Array, "V W"], ids: Int[Array, "B E X"]) -> Float[Array, "B E W"]:
+def _embed_feature(feature: Feature, table: Float[Array, "V W"], ids: Int[AnyArray, "... X"]) -> Float[Array, "... W"]:
     if feature.width == 1:
         return table[ids[..., 0]]
     real = (ids > 0)[..., None]

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from user_llm.common.arrays import AnyArray
 from user_llm.models.decoder import Decoder, DecoderConfig
 from user_llm.models.encoder import Encoded, EncoderConfig
-from user_llm.models.user import SoftProjection, SoftPrompt, User, hidden_states
+from user_llm.models.user import Leading, SoftProjection, SoftPrompt, User, hidden_states
 from user_llm.nn.layers import RMSNorm, embedding_param, linear_param
 from user_llm.nn.resampler import Resampler, ResamplerConfig
 
@@ -60,7 +61,7 @@ class UserTokens(NamedTuple):
     """
 
     tokens: Float[Array, "X M U"]
-    counts: Int[Array, " R"]
+    counts: Int[AnyArray, " R"]
 
 
 class UserLLM(nnx.Module):
@@ -79,7 +80,7 @@ class UserLLM(nnx.Module):
         self.item_norm = RMSNorm(width, eps=c.decoder.block.norm_eps)
         self.item_head = linear_param(rngs, (width, c.item_width), fan_in=width)
 
-    def encode(self, events: Int[Array, "B E A"], ends: Int[Array, "B J"], *, key: Array | None = None) -> Encoded:
+    def encode(self, events: Int[AnyArray, "B E A"], ends: Int[AnyArray, "B J"], *, key: Array | None = None) -> Encoded:
         """Encode histories as they were after the first `ends` events."""
         return self.encoder.encode(events, ends, key=key)
 
@@ -124,11 +125,11 @@ class UserLLM(nnx.Module):
 
     def hidden(
         self,
-        text: Int[Array, "B T"],
-        lengths: Int[Array, " B"],
+        text: Int[AnyArray, "B T"],
+        lengths: Int[AnyArray, " B"],
         *,
         user: User | None = None,
-        leading: int | Int[Array, " B"] = 0,
+        leading: Leading = 0,
         key: Array | None = None,
     ) -> Float[Array, "B T D"]:
         """Return the decoder's final hidden states over right-padded text; `leading` as in `hidden_states`."""
@@ -148,7 +149,7 @@ class UserLLM(nnx.Module):
         """Project hidden states at answer positions into the space of item vectors."""
         return self.item_norm(hidden) @ self.item_head[...]
 
-    def score(self, query: Float[Array, "B I"]) -> Float[Array, "B V"]:
+    def score(self, query: Float[AnyArray, "B I"]) -> Float[Array, "B V"]:
         """Score every item; PAD and unused rows get -inf."""
         scores = jnp.einsum("BI,VI->BV", query, self.item_table, preferred_element_type=jnp.float32)
         return jnp.where(self.valid_items(), scores, -jnp.inf)

@@ -15,9 +15,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from user_llm.common.arrays import AnyArray
 from user_llm.common.mesh import constrain
 from user_llm.nn.kernels import choose, fused
 from user_llm.nn.layers import RMSNorm, linear_param
@@ -33,7 +35,7 @@ def attention(
     k: Float[Array, "B K S H"],
     v: Float[Array, "B K S H"],
     *,
-    mask: Bool[Array, " B #T S"] | SelfMask | None = None,
+    mask: Bool[AnyArray, " B #T S"] | SelfMask | None = None,
     bias: Float[Array, "#B N #T S"] | None = None,
     scale: float | None = None,
     kernel: str = "auto",
@@ -62,7 +64,7 @@ def attention_weights(q: Float[Array, "B T N H"], k: Float[Array, "B K S H"], **
 
 
 def _exponentials(
-    q: Array, k: Array, *, mask: Array | None, bias: Array | None, scale: float | None
+    q: Array, k: Array, *, mask: AnyArray | None, bias: Array | None, scale: float | None
 ) -> tuple[Float[Array, "B N T S"], Float[Array, "B N T 1"]]:
     """Return exp(scores), scaled to a peak of 1, and their sums, 1 where no key is visible."""
     batch, length, heads, dim = q.shape
@@ -121,7 +123,7 @@ class Rotation(NamedTuple):
     sin: Float[Array, "B T 1 half"]
 
 
-def rotation(positions: Int[Array, "B T"], frequencies: Float[Array, " half"]) -> Rotation:
+def rotation(positions: Int[AnyArray, "B T"], frequencies: Float[Array, " half"]) -> Rotation:
     """Return the rotation of each position; all layers share it."""
     angle = positions[..., None, None].astype(jnp.float32) * frequencies
     return Rotation(jnp.cos(angle), jnp.sin(angle))
@@ -160,7 +162,7 @@ class KVCache(NamedTuple):
         """The number of slots."""
         return self.k.shape[3]
 
-    def write(self, layer: int | Int[Array, ""], k: Array, v: Array, slots: Int[Array, "B T"]) -> "KVCache":
+    def write(self, layer: int | np.integer | Int[Array, ""], k: Array, v: Array, slots: Int[AnyArray, "B T"]) -> "KVCache":
         """Return the cache with `k`, `v` [B, K, T, H] of one layer stored at `slots`; rows may be at different slots."""
         layers = jnp.broadcast_to(jnp.asarray(layer, slots.dtype), slots.shape)
         at = jnp.stack([layers, slots], axis=-1)
@@ -209,11 +211,11 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         *,
-        mask: Bool[Array, "B T S"] | SelfMask,
+        mask: Bool[AnyArray, "B T S"] | SelfMask,
         rotate: Rotation | None,
         cache: KVCache | None = None,
-        layer: int | Int[Array, ""] = 0,
-        slots: Int[Array, "B T"] | None = None,
+        layer: int | np.integer | Int[Array, ""] = 0,
+        slots: Int[AnyArray, "B T"] | None = None,
         key: Array | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Attend within `x` (S = T), or to this layer's part of a cache after writing to it at `slots`.

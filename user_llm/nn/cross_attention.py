@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from user_llm.common.arrays import AnyArray
 from user_llm.nn.attention import attention
 from user_llm.nn.layers import RMSNorm, linear_param
 from user_llm.nn.mlp import MLP
@@ -55,7 +56,7 @@ class UserKV(NamedTuple):
 
     k: Float[Array, "L B N M H"]
     v: Float[Array, "L B N M H"]
-    mask: Bool[Array, "B M"]
+    mask: Bool[AnyArray, "B M"]
 
 
 class GatedCrossAttention(nnx.Module):
@@ -76,7 +77,7 @@ class GatedCrossAttention(nnx.Module):
             self.mlp = MLP(width, mlp_width, activation="silu", rngs=rngs)
             self.mlp_gate = nnx.Param(jnp.zeros((), jnp.float32))
 
-    def user_kv(self, tokens: Float[Array, "B M U"]) -> tuple[Float[Array, "B N M H"], Float[Array, "B N M H"]]:
+    def user_kv(self, tokens: Float[AnyArray, "B M U"]) -> tuple[Float[Array, "B N M H"], Float[Array, "B N M H"]]:
         """Project user tokens to this layer's keys and values."""
         k = jnp.einsum("BMU,UNH->BNMH", tokens, self.k[...])
         v = jnp.einsum("BMU,UNH->BNMH", tokens, self.v[...])
@@ -87,7 +88,7 @@ class GatedCrossAttention(nnx.Module):
         x: Float[Array, "B T D"],
         k: Float[Array, "B N M H"],
         v: Float[Array, "B N M H"],
-        mask: Bool[Array, "B M"],
+        mask: Bool[AnyArray, "B M"],
     ) -> Float[Array, "B T D"]:
         q = jnp.einsum("BTD,DNH->BTNH", self.norm(x), self.q[...])
         bias = None
@@ -98,7 +99,7 @@ class GatedCrossAttention(nnx.Module):
         out = jnp.einsum("BTNH,NHD->BTD", out, self.o[...])
         x = x + (jnp.tanh(self.gate[...]) * out).astype(x.dtype)
         if self.config.seat == "before_block":
-            has_user = mask.any(-1)[:, None, None]
+            has_user = jnp.any(mask, -1)[:, None, None]
             delta = jnp.tanh(self.mlp_gate[...]) * self.mlp(self.mlp_norm(x))
             x = x + jnp.where(has_user, delta, 0.0).astype(x.dtype)
         return x

@@ -18,12 +18,13 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from user_llm.common.arrays import AnyArray
 from user_llm.common.mesh import BATCH_AXES
 
 Whole = Mapping[str, Array]  # of a batch: its counts by name, and `parts`, into how many it is split
 
 
-def whole_count(weights: Float[Array, " R"], whole: Whole | None, name: str) -> Float[Array, ""]:
+def whole_count(weights: Float[AnyArray, " R"], whole: Whole | None, name: str) -> Float[Array, ""]:
     """Return by what the mean over rows of weight 1 divides, at least 1: their number, or `whole[name]` where the rows are part of a batch.
 
     What only the part itself can tell, such as how many events it hides, is taken to be as many in each part.
@@ -58,9 +59,9 @@ class Axes(NamedTuple):
 def chunked_cross_entropy(
     hidden: Float[Array, "R D"],
     table: Float[Array, "V D"],
-    targets: Int[Array, " R"],
-    weights: Float[Array, " R"],
-    valid: Bool[Array, " V"],
+    targets: Int[AnyArray, " R"],
+    weights: Float[AnyArray, " R"],
+    valid: Bool[AnyArray, " V"],
     chunk: int,
 ) -> Float[Array, ""]:
     """Return the sum over rows of weight * -log softmax(hidden table^T)[target], the softmax over `valid` columns.
@@ -101,7 +102,7 @@ class _Chunk(NamedTuple):
     hit: Bool[Array, "c v"]
 
 
-def _softmax(axes: Axes, hidden: Array, table: Array, targets: Array, valid: Array) -> _Chunk:
+def _softmax(axes: Axes, hidden: Array, table: Array, targets: AnyArray, valid: AnyArray) -> _Chunk:
     logits = jnp.einsum("RD,VD->RV", hidden, table, preferred_element_type=jnp.float32)
     logits = jnp.where(valid, logits, -1e30)
     first = 0 if axes.catalogue is None else jax.lax.axis_index(axes.catalogue) * table.shape[0]
@@ -118,7 +119,13 @@ def _whole_width(axes: Axes, table: Array) -> Array:
 
 
 def _over_chunks(
-    axes: Axes, chunk: int, step: Callable[..., tuple[Any, Array]], start: Any, hidden: Array, targets: Array, weights: Array
+    axes: Axes,
+    chunk: int,
+    step: Callable[..., tuple[Any, Array]],
+    start: Any,
+    hidden: Array,
+    targets: AnyArray,
+    weights: AnyArray,
 ) -> tuple[Any, Array]:
     """Return the last carry of carry, out = step(carry, hidden, targets, weights) over chunks of rows, and all `out` [R, D].
 
@@ -209,10 +216,10 @@ def draw_items(key: Array, log_q: Float[np.ndarray, " V"], count: int) -> Int[Ar
 def sampled_cross_entropy(
     hidden: Float[Array, "R D"],
     table: Float[Array, "V D"],
-    targets: Int[Array, " R"],
-    weights: Float[Array, " R"],
-    negatives: Int[Array, " Q"],
-    log_q: Float[Array, " V"],
+    targets: Int[AnyArray, " R"],
+    weights: Float[AnyArray, " R"],
+    negatives: Int[AnyArray, " Q"],
+    log_q: Float[AnyArray, " V"],
 ) -> Float[Array, ""]:
     """Return the weighted sum of -log softmax, its denominator estimated from `negatives`, which all rows share.
 
@@ -234,9 +241,9 @@ def sampled_cross_entropy(
 def in_batch_cross_entropy(
     hidden: Float[Array, "R D"],
     vectors: Callable[[Int[Array, " Q"]], Float[Array, "Q D"]],
-    targets: Int[Array, " R"],
-    weights: Float[Array, " R"],
-    share: Float[Array, " V"],
+    targets: Int[AnyArray, " R"],
+    weights: Float[AnyArray, " R"],
+    share: Float[AnyArray, " V"],
     chunk: int,
 ) -> Float[Array, ""]:
     """Return the weighted sum of -log softmax over the distinct targets of the batch: each row's negatives are the others' targets.
@@ -263,7 +270,9 @@ def in_batch_cross_entropy(
     return chunked_cross_entropy(hidden, table, place, weights, items > 0, chunk)
 
 
-def soft_cross_entropy(logits: Float[Array, "R C"], labels: Int[Array, "R W"], weights: Float[Array, " R"]) -> Float[Array, ""]:
+def soft_cross_entropy(
+    logits: Float[Array, "R C"], labels: Int[AnyArray, "R W"], weights: Float[AnyArray, " R"]
+) -> Float[Array, ""]:
     """Return the weighted sum of cross entropies against the uniform distribution over each row's bag of labels.
 
     Label 0 is padding of the bag; a row with an empty bag counts for nothing. One label a row is the usual cross entropy.

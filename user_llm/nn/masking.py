@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from user_llm.common.arrays import AnyArray
+
 # A row hides at most this many standard deviations more than it does on average; what is drawn beyond stays in sight.
 SPARE_DEVIATIONS = 4.0
 
 
 def choose_masked(
-    key: Array, segments: Int[Array, "B T"], *, probability: float, last_only: float
+    key: Array, segments: Int[AnyArray, "B T"], *, probability: float, last_only: float
 ) -> tuple[Int[Array, "B M"], Bool[Array, "B M"]]:
     """Draw the hidden places of packed rows; segment 0 is padding and has none.
 

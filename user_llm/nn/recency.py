@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from user_llm.common.arrays import AnyArray
+
 # The steepest query gives the last event e^4 = 55 times the weight of each of the two before it.
 MAX_SLOPE = 4.0
 
 
-def recency_bucket(distance: Int[Array, "..."], buckets: int) -> Int[Array, "..."]:
+def recency_bucket(distance: Int[AnyArray, "..."], buckets: int) -> Int[Array, "..."]:
     """Return floor(log2(1 + distance)), at most buckets - 1: 0 | 1 2 | 3..6 | 7..14 | ..."""
     # The number of the highest bit that is set; a logarithm in float32 may round down at a power of two.
     log = 31 - jax.lax.clz(1 + jnp.maximum(distance, 0).astype(jnp.int32))
@@ -29,7 +31,7 @@ def recency_slopes(queries: int, buckets: int) -> Float[Array, "queries buckets"
     return -slopes * jnp.arange(buckets, dtype=jnp.float32)
 
 
-def recency_one_hot(mask: Bool[Array, "*J E"], buckets: int) -> Float[Array, "*J E buckets"]:
+def recency_one_hot(mask: Bool[AnyArray, "*J E"], buckets: int) -> Float[Array, "*J E buckets"]:
     """Return the bucket of each event as a one-hot row, for a product with the biases.
 
     The gradient of a gather of biases would be a scatter of as many single numbers as there are scores.

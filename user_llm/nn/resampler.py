@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from user_llm.common.arrays import AnyArray
 from user_llm.nn.attention import attention, attention_weights
 from user_llm.nn.layers import RMSNorm, embedding_param, linear_param
 from user_llm.nn.mlp import MLP
@@ -58,7 +59,7 @@ class ResamplerLayer(nnx.Module):
             self.recency = nnx.Param(jnp.broadcast_to(slopes, (c.num_latents, c.heads, c.recency_buckets)))
 
     def __call__(
-        self, latents: Float[Array, "B J M D"], states: Float[Array, "B E D"], event_mask: Bool[Array, "B J E"]
+        self, latents: Float[Array, "B J M D"], states: Float[Array, "B E D"], event_mask: Bool[AnyArray, "B J E"]
     ) -> Float[Array, "B J M D"]:
         seen, q, k, how = self._look(latents, states, event_mask)
         v = jnp.einsum("BSD,DNH->BNSH", seen, self.v[...])
@@ -67,14 +68,14 @@ class ResamplerLayer(nnx.Module):
         return latents + self.mlp(self.mlp_norm(latents))
 
     def weights(
-        self, latents: Float[Array, "B J M D"], states: Float[Array, "B E D"], event_mask: Bool[Array, "B J E"]
+        self, latents: Float[Array, "B J M D"], states: Float[Array, "B E D"], event_mask: Bool[AnyArray, "B J E"]
     ) -> Float[Array, "B J M E"]:
         """Return by how much each latent sees each event, the mean of the heads; the rest of it sees the latents."""
         _, q, k, how = self._look(latents, states, event_mask)
         found = attention_weights(q, k, **how).mean(1)[..., : states.shape[1]]
         return found.reshape(*latents.shape[:3], -1)
 
-    def _look(self, latents: Array, states: Array, event_mask: Array) -> tuple[Array, Array, Array, dict[str, Any]]:
+    def _look(self, latents: Array, states: Array, event_mask: AnyArray) -> tuple[Array, Array, Array, dict[str, Any]]:
         """Return what is seen, queries, keys, and what hides and biases them."""
         c = self.config
         batch, ends, count, _ = latents.shape
@@ -104,18 +105,18 @@ class Resampler(nnx.Module):
         self.layers = nnx.List([ResamplerLayer(config, rngs=rngs) for _ in range(config.num_layers)])
         self.norm = RMSNorm(config.input_width, eps=config.norm_eps)
 
-    def __call__(self, states: Float[Array, "B E D"], event_mask: Bool[Array, "B J E"]) -> Float[Array, "B J M D"]:
+    def __call__(self, states: Float[Array, "B E D"], event_mask: Bool[AnyArray, "B J E"]) -> Float[Array, "B J M D"]:
         """Resample the states of histories to the user tokens at J ends of each.
 
         Each end's mask is True at the real events it sees, which come first.
         """
         return self.norm(self._through(self.layers, states, event_mask))
 
-    def weights(self, states: Float[Array, "B E D"], event_mask: Bool[Array, "B J E"]) -> Float[Array, "B J M E"]:
+    def weights(self, states: Float[Array, "B E D"], event_mask: Bool[AnyArray, "B J E"]) -> Float[Array, "B J M E"]:
         """Return by how much each latent sees each event in the last layer."""
         return self.layers[-1].weights(self._through(self.layers[:-1], states, event_mask), states, event_mask)
 
-    def _through(self, layers: Iterable[ResamplerLayer], states: Array, event_mask: Array) -> Array:
+    def _through(self, layers: Iterable[ResamplerLayer], states: Array, event_mask: AnyArray) -> Array:
         latents = jnp.broadcast_to(self.latents[...], (*event_mask.shape[:2], *self.latents.shape)).astype(states.dtype)
         for layer in layers:
             latents = layer(latents, states, event_mask)

@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from user_llm.common.arrays import AnyArray
 from user_llm.common.mesh import constrain
 from user_llm.nn.attention import Attention, AttentionConfig, KVCache, RopeScaling, Rotation, rope_frequencies, rotation
 from user_llm.nn.cross_attention import CrossAttentionConfig, GatedCrossAttention, UserKV
@@ -86,7 +87,7 @@ class BlockConfig:
 class View(NamedTuple):
     """What the queries of a layer see and how they are turned."""
 
-    mask: Bool[Array, "B T S"] | SelfMask
+    mask: Bool[AnyArray, "B T S"] | SelfMask
     rotate: Rotation | None
 
 
@@ -112,8 +113,8 @@ class Block(nnx.Module):
         view: View,
         *,
         cache: KVCache | None = None,
-        layer: int | Int[Array, ""] = 0,
-        slots: Int[Array, "B T"] | None = None,
+        layer: int | np.integer | Int[Array, ""] = 0,
+        slots: Int[AnyArray, "B T"] | None = None,
         cross: Callable[[Array], Array] | None = None,
         key: Array | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
@@ -179,7 +180,7 @@ class Stack(nnx.Module):
                 rngs,
             )
 
-    def user_kv(self, tokens: Float[Array, "B M U"], mask: Bool[Array, "B M"]) -> UserKV:
+    def user_kv(self, tokens: Float[AnyArray, "B M U"], mask: Bool[AnyArray, "R M"]) -> UserKV:
         """Project user tokens for all cross-attention layers at once; what is stored per user."""
         graphdef, params = nnx.split(self.cross)
         k, v = jax.vmap(lambda p: nnx.merge(graphdef, p).user_kv(tokens))(params)
@@ -204,7 +205,7 @@ class Stack(nnx.Module):
         return groups, [jax.tree.map(lambda a, i=i: a[i], tree) for i in range(whole, depth)]
 
     def views(
-        self, mask: Bool[Array, "B T S"] | SelfMask, positions: Int[Array, "B T"], key_positions: Int[Array, "B S"]
+        self, mask: Bool[AnyArray, "B T S"] | SelfMask, positions: Int[AnyArray, "B T"], key_positions: Int[AnyArray, "#B S"]
     ) -> tuple[View, View]:
         """Return what layers without and with a window see."""
         c = self.config
@@ -224,13 +225,13 @@ class Stack(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B T D"],
+        x: Float[AnyArray, "B T D"],
         *,
-        mask: Bool[Array, "B T S"] | SelfMask,
-        positions: Int[Array, "B T"],
-        key_positions: Int[Array, "B S"] | None = None,
+        mask: Bool[AnyArray, "B T S"] | SelfMask,
+        positions: Int[AnyArray, "B T"],
+        key_positions: Int[AnyArray, "B S"] | None = None,
         cache: KVCache | None = None,
-        slots: Int[Array, "B T"] | None = None,
+        slots: Int[AnyArray, "B T"] | None = None,
         user: UserKV | None = None,
         layers: Any = None,
         key: Array | None = None,
@@ -281,7 +282,7 @@ class Stack(nnx.Module):
             # In a scan nothing can be computed but once per turn; outside, XLA would find the same value and keep it.
             run_group = jax.checkpoint(run_group, policy=policy, prevent_cse=self.unroll)
         groups, rest = self.layers() if layers is None else layers
-        carry = (constrain(x, "rows", None, None), cache)
+        carry = (constrain(jnp.asarray(x), "rows", None, None), cache)
         if not self.unroll:
             carry, _ = jax.lax.scan(run_group, carry, (groups, marks, user_kv))
         else:

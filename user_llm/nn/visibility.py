@@ -9,7 +9,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
+
+from user_llm.common.arrays import AnyArray
 
 
 @functools.partial(
@@ -47,7 +50,7 @@ class SelfMask:
         return mask
 
 
-def causal_mask(valid: Bool[Array, "B T"]) -> SelfMask:
+def causal_mask(valid: Bool[AnyArray, "B T"]) -> SelfMask:
     """Let each real position see itself and the real ones before it; padding neither is seen nor sees.
 
     For valid = 1 1 1 0:    1 . . .
@@ -55,10 +58,10 @@ def causal_mask(valid: Bool[Array, "B T"]) -> SelfMask:
                             1 1 1 .
                             . . . .
     """
-    return segment_mask(valid.astype(jnp.int32))
+    return segment_mask(valid.astype(np.int32))
 
 
-def segment_mask(segments: Int[Array, "B T"], *, causal: bool = True) -> SelfMask:
+def segment_mask(segments: Int[AnyArray, "B T"], *, causal: bool = True) -> SelfMask:
     """Causal, or both ways, within a segment of a packed row; segment 0 is padding and is neither seen nor sees.
 
     For segments = 1 1 2 2 0:   1 . . . .   not causal:   1 1 . . .
@@ -67,9 +70,9 @@ def segment_mask(segments: Int[Array, "B T"], *, causal: bool = True) -> SelfMas
                                 . . 1 1 .                 . . 1 1 .
                                 . . . . .                 . . . . .
     """
-    return SelfMask(segments, causal=causal)
+    return SelfMask(jnp.asarray(segments), causal=causal)
 
 
-def cache_mask(positions: Int[Array, "B T"], slots: int) -> Bool[Array, "B T S"]:
+def cache_mask(positions: Int[AnyArray, "B T"], slots: int) -> Bool[Array, "B T S"]:
     """Let the query at position p see cache slots 0..p, where slot s of the cache holds position s of its row."""
     return jnp.arange(slots) <= positions[..., None]
