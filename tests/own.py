@@ -138,7 +138,7 @@ class MeanConfig:
     kind: ClassVar[str] = "mean"
     objective: ClassVar[str] = "autoregressive"
     causal: ClassVar[bool] = True
-    longest: ClassVar[None] = None
+    longest: ClassVar[int] = 200
 
     schema: Schema
     size: Count

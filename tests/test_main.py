@@ -94,13 +94,15 @@ def test_another_config_in_the_same_workdir_is_refused(finished):
         main.run(config, epath.Path(finished))
 
 
-def test_which_phases_run_is_no_part_of_a_config_and_those_that_it_lacks_are_refused(tmp_path):
+def test_which_phases_run_is_no_part_of_a_config_and_those_that_it_lacks_are_refused(tmp_path, monkeypatch):
     config = tiny_config()
     config_hash = experiment.hash_config(check_config(config))
     config.phases, config.reuse = (*config.phases, "text_prompt_50", "user_llm_lora"), "runs/other"
-    experiment.save_config(check_config(config), epath.Path(tmp_path))
+    monkeypatch.setenv("PATH", "")  # a container without git
+    experiment.save_config(check_config(config), epath.Path(tmp_path), ["python", "x"])
     facts = json.loads((tmp_path / "config.json").read_text())
     assert experiment.hash_config(check_config(config)) == facts["config_hash"] == config_hash
+    assert facts["command"] == ["python", "x"] and facts["git"] == ""
     assert facts["config"]["phases"][-1] == "user_llm_lora" and facts["config"]["user_llm_lora"]["strategy"] == "lora"
     config.seed = 1
     assert experiment.hash_config(check_config(config)) != config_hash
@@ -116,8 +118,10 @@ def test_a_config_is_a_file_or_the_name_of_one_that_comes_along(tmp_path, monkey
     for path in ("configs/quickstart.py", "configs/amazon_xattn.py:small", "elsewhere/x", "x.py"):
         assert main.config_file(path) == path
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "quickstart").write_text("")  # a file of that name is meant
-    assert main.config_file("quickstart") == "quickstart"
+    (tmp_path / "quickstart").mkdir()  # such as a run
+    assert main.config_file("quickstart") == f"{comes_along}/quickstart.py"
+    (tmp_path / "amazon_xattn").write_text("")  # a file of that name is meant
+    assert main.config_file("amazon_xattn") == "amazon_xattn"
     with pytest.raises(
         SystemExit, match=r"^Error: --config=quikstart:x is neither .* \(did you mean quickstart\?\): choose a path, or"
     ):

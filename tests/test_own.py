@@ -1,5 +1,6 @@
 """A run on a dataset, a task, an encoder and an LLM family of one's own, and its model used from its directory."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 import user_llm
 from user_llm.config import experiments
-from user_llm.models.families import FAMILIES, config_from_settings, table
+from user_llm.models.families import FAMILIES, Family, config_from_settings, table
 from user_llm.models.pretrained import decoder_config, load_decoder
 from user_llm.phases.kinds import Kinds
 
@@ -91,11 +92,45 @@ def test_checkpoints_of_ones_own_family_are_read_by_its_table(tmp_path):
         ({"datasets": {"movielens": own.find_plays}}, "^datasets has 'movielens', which the package has itself"),
         ({"encoders": {"transformer": own.MeanConfig}}, "^encoders has 'transformer', which the package has itself"),
         ({"encoders": {"average": own.MeanConfig}}, "^encoders has 'average', whose own kind is 'mean'"),
+        ({"tasks": {"next_item": own.NEXT_GENRE}}, "^tasks has 'next_item', which the package has itself"),
+        ({"tasks": {"max_title_tokens": own.NEXT_GENRE}}, "^tasks has 'max_title_tokens', which the package has itself"),
+        ({"families": {"llama": own.LAMP}}, "^families has 'llama', which the package has itself"),
+        ({"tasks": {"mine": own.find_plays}}, "^tasks has 'mine', which must be a PromptTask, not a function"),
+        ({"encoders": {"mine": object}}, "^encoders has 'mine', which must be an EncoderConfig"),
+        ({"datasets": {"mine": "plays.tsv"}}, "^datasets has 'mine', which must be a function that returns a Raw, not a str"),
+        ({"families": [own.LAMP]}, "^families must be a dict of names, not a list"),
     ],
 )
-def test_names_that_cannot_be_told_apart_are_refused(kinds, sentence):
+def test_what_cannot_be_told_apart_or_is_none_of_its_kind_is_refused(kinds, sentence):
     with pytest.raises(ValueError, match=sentence):
-        Kinds(**kinds)
+        Kinds.of(**{"datasets": {}, "tasks": {}, "encoders": {}, "families": {}} | kinds)
+
+
+@pytest.mark.parametrize("config", [None, "configs/quickstart.py", 3])
+def test_what_is_no_config_is_refused(config, tmp_path):
+    with pytest.raises(ValueError, match="^A config is what `get_config` of a config file returns, not a "):
+        user_llm.run(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "sentence"),
+    [
+        ({"names": {"attn/query": "x"}}, "^names has 'attn/query', which is no parameter of a decoder"),
+        ({"post_norms": True}, "^names lacks 'attn_post_norm/scale', which a family with post_norms has"),
+    ],
+)
+def test_a_family_that_no_checkpoint_can_be_of_is_refused(family, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Family("X", **family)
+
+
+@pytest.mark.parametrize("missing", ["vocab_size", "num_attention_heads", "rms_norm_eps", "hidden_act"])
+def test_a_setting_that_neither_file_nor_family_has_is_named(missing):
+    defaults = {name: value for name, value in own.LAMP.defaults.items() if name != missing}
+    settings = {name: value for name, value in own.LAMP_SETTINGS.items() if name != missing}
+    families = {"lamp": dataclasses.replace(own.LAMP, defaults=defaults)}
+    with pytest.raises(ValueError, match=f"^config.json: the setting '{missing}' is missing"):
+        config_from_settings(settings, "config.json", families)
 
 
 @pytest.mark.parametrize(
@@ -106,6 +141,12 @@ def test_names_that_cannot_be_told_apart_are_refused(kinds, sentence):
         ({"encoder.options": {"sizes": 16}}, r"no key encoder\.options\.sizes \(did you mean size\?\)"),
         ({"encoder.options": {}}, r"lacks the key encoder\.options\.size"),
         ({"user_llm.prompts.next_genre.weight": -1.0}, r"^user_llm\.prompts\.next_genre\.weight=-1\.0: it must be 0 or more"),
+        ({"phases": ("bert4rec",)}, r"encoder\.objective='masked': the encoder mean has no objective but its own"),
+        (
+            {"pretrain_encoder.batch.window": 201, "pretrain_encoder.batch.row_length": 256},
+            r"^pretrain_encoder\.batch\.window=201: the encoder mean reads at most 200 events",
+        ),
+        ({"user_llm.examples.max_events": 201}, r"^user_llm\.examples\.max_events=201: the encoder mean reads at most 200"),
         (
             {"user_llm.prompts.next_gerne": {"weight": 1.0}},
             r"no key user_llm\.prompts\.next_gerne \(did you mean next_genre\?\)",

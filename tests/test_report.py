@@ -58,7 +58,7 @@ def make_run(directory, *, seed=0, dataset="toy", values=None, split="leave_last
     ]
     config = {
         "config_hash": "abc",
-        "command": ["/somewhere/main.py", "--config=a b.py"],
+        "command": ["python", "-m", "user_llm.main", "--config=a b.py"],
         "versions": {"jax": "0.10.2"},
         "config": {"seed": seed, "width": width},
     }

@@ -1,4 +1,4 @@
-"""`user_llm.run`: run all phases of a config, those of your own datasets and tasks too.
+"""`user_llm.run`: run all phases of a config, which may name datasets, tasks, encoders and LLM families of your own.
 
     raw files -> timelines -> split, audit -> phases (each: task -> loop -> result rows) -> results.json, report.md
 
@@ -10,8 +10,7 @@ import importlib.metadata
 import json
 import os
 import subprocess
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,10 +27,10 @@ from user_llm.config.phases import Contextualize
 from user_llm.config.reader import Config
 from user_llm.data import audits
 from user_llm.data.dataset import Dataset, Source, open_dataset
-from user_llm.models.families import FAMILIES, Family
+from user_llm.models.families import Family
 from user_llm.phases import depends, general_text
 from user_llm.phases.early import build_tasks
-from user_llm.phases.kinds import TASKS, Kinds
+from user_llm.phases.kinds import Kinds
 from user_llm.phases.run import Run
 from user_llm.report.build import write_report
 from user_llm.tasks.task import PromptTask
@@ -50,13 +49,14 @@ def run(
     tasks: Mapping[str, PromptTask] | None = None,
     encoders: Mapping[str, Any] | None = None,
     families: Mapping[str, Family] | None = None,
+    command: Sequence[str] = (),
 ) -> list[dict]:
     """Run all phases of a config, and return the result rows.
 
         from user_llm.configs import quickstart
 
         config = quickstart.get_config()
-        config.data.source = "my_log"
+        config.data.source, config.encoder.features = "my_log", ()  # all that its events have
         user_llm.run(config, "runs/mine", datasets={"my_log": find})
 
     Args:
@@ -66,18 +66,22 @@ def run(
       tasks: further tasks of the LLM, by what `prompts` calls them; see `PromptTask`.
       encoders: encoders of your own, by what `encoder.kind` calls them; see `EncoderConfig`.
       families: further families of open LLMs, by what config.json calls their `model_type`; see `Family`.
+      command: the command line that began the run, which report and model card show.
+
+    A finished phase stays finished when the code of a dataset, task or encoder of your own changes: only settings and files are
+    compared. In a run of several processes call `jax.distributed.initialize()` first.
 
     Raises:
       ValueError: a setting, data or a directory that does not fit, in one sentence.
     """
-    kinds = Kinds(datasets or {}, TASKS | dict(tasks or {}), encoders or {}, {**FAMILIES, **(families or {})})
+    kinds = Kinds.of(datasets or {}, tasks or {}, encoders or {}, families or {})
     read, directory = kinds.read(config), epath.Path(workdir)
     with hold(directory):
         depends.check_settings(read, directory)
         data = open_dataset(read, directory, kinds.datasets)
-        begun = Run(read, directory, meshes.make_mesh(**vars(read.mesh)), kinds)
+        begun = Run(read, directory, meshes.make_mesh(**vars(read.mesh)), kinds, command=tuple(command))
         settled = begun.of(depends.settle_run(begun, data))
-        save_config(read, directory)
+        save_config(read, directory, command)
         return run_phases(settled, data)
 
 
@@ -122,9 +126,28 @@ def hash_config(config: Config) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def save_config(config: Config, workdir: epath.Path) -> None:
-    """Write the run's config.json with versions and git hash."""
+def git_hash() -> str:
+    """Return the commit of the checkout that this package lies in; the empty string if it lies in none, or there is no git."""
+    package = os.path.dirname(__file__)
+    try:
+        found = subprocess.run(["git", "-C", package, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return found.stdout.strip()
+
+
+def save_config(config: Config, workdir: epath.Path, command: Sequence[str] = ()) -> None:
+    """Write the run's config.json with versions and git hash.
+
+    Args:
+      command: the command line that began the run; empty for one that a program began.
+    """
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    facts = {"config_hash": hash_config(config), "command": sys.argv, "git": git, "versions": versions, "config": config.said}
+    facts = {
+        "config_hash": hash_config(config),
+        "command": list(command),
+        "git": git_hash(),
+        "versions": versions,
+        "config": config.said,
+    }
     write_json(workdir / "config.json", facts)

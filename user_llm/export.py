@@ -6,13 +6,16 @@ DIR becomes a model directory that holds the whole LLM, with adapters merged int
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 from absl import app, flags, logging
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from user_llm.common.printable import printable
+from user_llm.models.families import FAMILIES, Family
 from user_llm.models.pretrained import is_hub_name
 from user_llm.serving import artifact
 from user_llm.serving.front import find_model
@@ -26,19 +29,27 @@ _PRIVATE = flags.DEFINE_bool("private", True, "Whether the repository of --push 
 _REPLACE = flags.DEFINE_bool("replace", False, "Whether --push may replace the model of a repository that exists.")
 
 
-def export(model: str | os.PathLike, out: Path, *, llm: str = "") -> None:
+def export(
+    model: str | os.PathLike,
+    out: Path,
+    *,
+    llm: str = "",
+    encoders: Mapping[str, Any] | None = None,
+    families: Mapping[str, Family] | None = None,
+) -> None:
     """Write a model with its whole LLM to the directory `out`.
 
     Args:
       model: a model directory, or the name of a model on the hub.
       llm: the directory or the hub name of the LLM that the model names; empty for the name in the model.
+      encoders, families: encoders and families of LLMs of your own, as in `user_llm.load`.
 
     Raises:
       ValueError: `out` exists, or `model` is not a model.
     """
     if out.exists():
         raise ValueError(f"{out} exists: choose another directory.")
-    artifact.export(find_model(model), out, llm=llm)
+    artifact.export(find_model(model), out, llm=llm, encoders=encoders, families={**FAMILIES, **(families or {})})
 
 
 def check_push(name: str, *, private: bool, replace: bool) -> None:

@@ -62,7 +62,7 @@ def config_file(name: str) -> str:
       SystemExit: neither is there.
     """
     stem, colon, variant = name.partition(":")
-    if os.path.exists(stem) or os.sep in stem or stem.endswith(".py"):
+    if os.path.isfile(stem) or os.sep in stem or stem.endswith(".py"):
         return name
     known = {file.stem: file for file in CONFIGS.glob("*.py")}
     if stem not in known:
@@ -116,7 +116,7 @@ def main(argv: list[str]) -> None:
         if _COMPILE_ONLY.value:
             sys.exit(0 if compile_only(config, _TOPOLOGY.value, _KERNELS.value) else "Error: not every step fits its chip.")
         initialize()
-        run(config, epath.Path(_WORKDIR.value or f"runs/{name}"))
+        run(config, _WORKDIR.value or f"runs/{name}", command=["python", "-m", "user_llm.main", *sys.argv[1:]])
     except KeyboardInterrupt:  # outside of training, whose loop saves first
         print("Interrupted: the same command goes on from what was saved.", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

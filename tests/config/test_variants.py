@@ -3,6 +3,7 @@
 import pytest
 
 from user_llm.config import experiments
+from user_llm.config.check import check
 from user_llm.config.reader import read_config
 from user_llm.config.variants import changed, nested, with_variants
 
@@ -20,6 +21,8 @@ def test_a_variant_exists_where_a_phase_of_the_run_needs_it():
     assert set(_read(("user_llm_lora",)).sections) == declared | {"user_llm_lora"}
     assert set(_read(("user_llm_bert4rec",)).sections) == declared | {"user_llm_bert4rec", "bert4rec"}
     assert set(_read(("user_llm",), **{"user_llm.encoder": "dual_encoder"}).sections) == declared | {"dual_encoder"}
+    loads = {"user_llm.load": (("^decoder/", "user_llm_lora"), (".*", "fresh"))}
+    assert set(_read(("user_llm",), **loads).sections) == declared | {"user_llm_lora"}
 
 
 def test_variants_follow_what_is_said_of_the_phase_that_they_are_like_where_they_are_not_set_apart():
@@ -63,13 +66,16 @@ def test_variants_that_lead_nowhere_add_nothing(variants):
 
 
 @pytest.mark.parametrize(
-    ("like", "sentence"), [("user_lm", "there is no phase user_llm_x"), (3, "variants.user_llm_x.like=3: it must be a text")]
+    ("like", "sentence"),
+    [
+        ("user_lm", r"^variants\.user_llm_x\.like='user_lm': it leads to no phase .* \(did you mean user_llm\?\)"),
+        ("user_llm_x", r"^variants\.user_llm_x\.like='user_llm_x': it leads to no phase that the config describes"),
+        (3, r"^variants\.user_llm_x\.like=3: it must be a text"),
+    ],
 )
 def test_a_variant_like_no_phase_is_named(like, sentence):
     config = experiments.experiment("movielens", "xattn", "small")
     config = config.to_dict() | {"phases": ("user_llm_x",), "variants": {"user_llm_x": {"like": like, "changes": {}}}}
-    from user_llm.config.check import check
-
     with pytest.raises(ValueError, match=sentence):
         check(config)
 

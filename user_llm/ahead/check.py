@@ -133,9 +133,9 @@ def check(
     Raises:
       ValueError: no such topology, or a mesh or a batch that does not fit it; or data that are neither here nor known by their sizes.
     """
+    read = check_config(config)
     jax.config.update("jax_platforms", "cpu")  # libtpu is there, a TPU is not
     chip, devices = find_topology(topology)
-    read = check_config(config)
     run, data = stand_in_run(read, meshes.make_mesh(**vars(read.mesh), devices=devices), workdir)
     found = []
     for name in phases or read.phases:

@@ -16,7 +16,7 @@ from user_llm.config.values import ENCODERS, SOURCES
 
 
 def check(
-    config: ConfigDict,
+    config: Mapping[str, Any] | ConfigDict,
     *,
     tasks: Mapping[str, type] = TASKS,
     sources: Collection[str] = SOURCES,
@@ -47,6 +47,9 @@ def conflicts(run: Config, sources: Collection[str], encoders: Collection[str]) 
         yield "phases", run.phases, f"name one or more of {', '.join(sorted({*phases, *run.variants}))}"
     known = sorted({*phases, *run.variants})
     for place, name in enumerate(run.phases):
+        if name in run.variants and name not in phases:
+            like, others = run.variants[name].like, [other for other in known if other != name]
+            yield f"variants.{name}.like", like, f"it leads to no phase that the config describes{near_miss(like, others)}"
         if name not in phases:
             yield (
                 "phases",

@@ -269,7 +269,7 @@ def pretrain_lm(*, total_steps: int, eval_steps: int, **changes) -> ConfigDict:
 
 
 def prompts(instruction: str, *, max_tokens: int, max_title_tokens: int = 24, history: str = "") -> dict:
-    """What is asked, `data.prompts`: a task of weight 0 is neither trained nor measured; `text` weighs the loss of its target.
+    """What is asked, a section `prompts`: a task of weight 0 is neither trained nor measured; `text` weighs the loss of its target.
 
     Args:
       instruction: of the next item.

@@ -80,8 +80,8 @@ METHODS = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "user_llm_soft_prompt": {"injection": "soft_prompt"},
     "user_llm_both": {"injection": "both"},
-    "user_llm_every_layer": {"cross.every": 1},
-    "user_llm_before_block": {"cross.seat": "before_block"},
+    "user_llm_every_layer": {"injection": "cross_attention", "cross.every": 1},
+    "user_llm_before_block": {"injection": "cross_attention", "cross.seat": "before_block"},
     "user_llm_no_perceiver": {"resampler.kind": "none"},
     "user_llm_8_latents": {"resampler.num_latents": 8},
     "user_llm_32_latents": {"resampler.num_latents": 32},

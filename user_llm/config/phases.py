@@ -1,6 +1,6 @@
 """What the section of a phase says, by its task: each key with its type and its range or choices.
 
-Every record has the form of what the function of its name in `user_llm/config/defaults.py` returns.
+The functions of `config/defaults.py` return sections of this form.
 """
 
 import dataclasses
@@ -213,7 +213,7 @@ class Prompts:
 
     @property
     def asked(self) -> dict[str, Any]:
-        """The tasks that are asked, in the order of the section; a phase monitors the first."""
+        """The tasks that are asked, in the order of the tasks that the run knows; a phase monitors the first."""
         return {name: settings for name, settings in self.tasks.items() if settings.weight}
 
 

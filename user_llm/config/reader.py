@@ -29,7 +29,7 @@ class Config(Shared):
     Attributes:
       sections: the settings of each phase that the config describes, by the phase's name, whether it runs or not. Variants that
         no phase of the run needs have none.
-      said: the same as JSON has it: what identities are made of, and what config.json holds.
+      said: the same config as plain JSON values; identities and config.json are made of it.
     """
 
     sections: Mapping[str, Phase]
@@ -84,7 +84,13 @@ def read_config(config: Mapping[str, Any] | ConfigDict, tasks: Mapping[str, type
         if section["task"] not in PHASES:
             raise fault(f"{name}.task", section["task"], f"choose {either(list(PHASES))}{near_miss(section['task'], PHASES)}")
         phases[name] = reader.read(PHASES[section["task"]], section, name)
-    return Config(**vars(shared), sections=phases, said=json.loads(json.dumps(values)))
+    try:
+        said = json.loads(json.dumps(values))
+    except TypeError as error:
+        raise ValueError(
+            f"A value of the config is none that JSON can hold ({error}): give plain numbers and texts."
+        ) from error
+    return Config(**vars(shared), sections=phases, said=said)
 
 
 def read_record(record: type[R], value: Any, key: str, instead: Mapping[Any, Any] | None = None) -> R:
@@ -92,12 +98,31 @@ def read_record(record: type[R], value: Any, key: str, instead: Mapping[Any, Any
 
     Args:
       key: of the section, for messages.
-      instead: records that stand for annotations which are none, such as a protocol.
+      instead: by a protocol, the dataclass that is read in its place.
 
     Raises:
       ValueError: the first key that does not fit, named.
     """
     return Reader({}, instead or {}).read(record, value, key)
+
+
+def read_options(record: type, value: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Return the fields of a record besides its `schema`, as its annotations read them.
+
+    Raises:
+      ValueError: the first key that does not fit, or that is missing.
+    """
+    found = Reader({})._section(record, value, key, partial=True)
+    if "schema" in found:
+        raise ValueError(f"The config has no key {key}.schema.")
+    for field in dataclasses.fields(record):
+        if field.name not in found and field.name != "schema" and not _has_default(field):
+            raise ValueError(f"The config lacks the key {key}.{field.name}.")
+    return found
+
+
+def _has_default(field: dataclasses.Field) -> bool:
+    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +131,7 @@ class Reader:
 
     Attributes:
       tasks: the settings of each task that a section of `Prompts` may name.
-      instead: records that stand for annotations which are none.
+      instead: by a protocol, the dataclass that is read in its place.
     """
 
     tasks: Mapping[str, type]
@@ -162,6 +187,8 @@ class Reader:
         if records and value is not None:
             return self.read(records[0], value, key)
         choices = [None if option is type(None) else option for option in options]
+        if unread := [choice for choice in choices if isinstance(choice, type)]:
+            raise ValueError(f"{key}: values annotated with {unread[0].__name__} are not read; `config/values.py` has what is.")
         if not any(type(value) is type(choice) and value == choice for choice in choices):
             raise fault(key, value, f"choose {either(choices)}{near_miss(value, choices)}")
         return value
@@ -179,13 +206,14 @@ class Reader:
 
     def _section(self, record: Any, value: Any, key: str, *, partial: bool = False) -> dict[str, Any]:
         """Return the fields of a section; `partial`, sections in it too, need not have all of them."""
-        section, hints = _mapping(value, key), typing.get_type_hints(record, include_extras=True)
+        section, every = _mapping(value, key), typing.get_type_hints(record, include_extras=True)
+        hints = {field.name: every[field.name] for field in dataclasses.fields(record)}
         dotted = lambda name: f"{key}.{name}" if key else name  # noqa: E731
         for name in section:
             if name not in hints:
                 raise ValueError(f"The config has no key {dotted(name)}{near_miss(name, hints)}.")
         for field in dataclasses.fields(record):
-            if field.name not in section and field.default is dataclasses.MISSING and not partial:
+            if field.name not in section and not _has_default(field) and not partial:
                 raise ValueError(f"The config lacks the key {dotted(field.name)}.")
         return {
             name: self._section(hints[name], entry, dotted(name), partial=True)
@@ -196,7 +224,7 @@ class Reader:
 
 
 def _without_none(parts: tuple) -> Any:
-    """Return what a value is that may be None; None where it is one of several."""
+    """Return X of `X | None`; None where more than one type is left."""
     rest = [part for part in parts if part is not type(None)]
     return rest[0] if len(rest) == 1 else None
 

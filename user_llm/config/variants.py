@@ -8,19 +8,22 @@ from typing import Any
 def with_variants(config: dict[str, Any]) -> dict[str, Any]:
     """Return a config with a section for each variant that its `phases` name, and for each that these start from.
 
-    A variant takes the keys of the phase that it is like as they are in the end, flags of the command line included. A section
-    that is there already stays.
+    The section of a variant is a copy of the phase that it is like, with all flags of the command line applied, and then changed.
+    A section that is there already stays.
     """
     found = dict(config)
     phases, variants = config.get("phases", ()), config.get("variants", {})
-    for name in phases if isinstance(phases, tuple | list) and isinstance(variants, Mapping) else ():
-        _add(found, variants, name, ())
+    if isinstance(phases, tuple | list) and isinstance(variants, Mapping):
+        for name in phases:
+            _add(found, variants, name, ())
     return found
 
 
 def _add(config: dict[str, Any], variants: Mapping[str, Any], name: Any, above: tuple[str, ...]) -> None:
     """Add the section of a variant and of those that it needs; `above` are the variants that need it."""
-    if name not in config and name in variants and name not in above:
+    if not isinstance(name, str) or name in above:
+        return
+    if name not in config and name in variants:
         variant = variants[name]
         if not isinstance(variant, Mapping) or not isinstance(variant.get("changes"), Mapping):
             return  # reading says what is wrong with it
@@ -29,9 +32,11 @@ def _add(config: dict[str, Any], variants: Mapping[str, Any], name: Any, above: 
         if isinstance(like, Mapping):
             config[name] = changed(like, variant["changes"])
     section = config.get(name)
-    encoder = section.get("encoder") if isinstance(section, Mapping) else None
-    if isinstance(encoder, str) and encoder not in (name, *above):
-        _add(config, variants, encoder, (*above, name))
+    if isinstance(section, Mapping):
+        rules = section.get("load", ())
+        sources = [rule[1] for rule in rules if isinstance(rule, tuple | list) and len(rule) == 2]
+        for source in (section.get("encoder"), *sources):
+            _add(config, variants, source, (*above, name))
 
 
 def changed(section: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,14 +1,16 @@
-"""What the rest of the house needs of a user encoder: protocols that `UserEncoder` satisfies, and that your own may.
+"""What the rest of the package needs of a user encoder: protocols that `UserEncoder` satisfies, and that your own may.
 
 An encoder is described by a dataclass of its sizes, `EncoderConfig`, which builds the module, `Encoder`. Both stand in for ours where
-`encoder.kind` of a config names them and `user_llm.run(..., encoders={...})` gives them.
+`encoder.kind` of a config names them and `user_llm.run(..., encoders={...})` gives them. The rule lists of a config (what trains, how
+fast, what decays, how it is sharded) must cover the names of the parameters: `item`, `project`, `stack/...`, `norm/scale` and others
+are covered; for further names add rules to `strategies`, `optimizer.lr_multiplier`, `optimizer.decay` and `loop.sharding`.
 
 Axis letters: B histories, E events of a history, A event features, J ends of a history, R rows, X ends of a row, D width of the
 encoder, V rows of the item table, Q any number of items.
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,10 +22,13 @@ from user_llm.data.schema import Schema
 
 
 class Encoded(NamedTuple):
-    """Encoded histories, B of them with J ends each: R rows with X ends, R X = B J in the same order.
+    """The states of B histories, each read at J ends.
+
+    A causal encoder reads a history once: one row (R = B) with its J ends (X = J). One that sees both ways reads it once for each
+    end: R = B J rows with X = 1.
 
     Attributes:
-      states: the states of events. Where all ends of a history can share its states, R = B.
+      states: the states of events.
       seen: how many of its row's states each end sees, from the first on; 0 for a user without events.
     """
 
@@ -31,16 +36,18 @@ class Encoded(NamedTuple):
     seen: Int[AnyArray, "R X"]
 
     def last(self) -> Float[Array, "R X D"]:
-        """Return the query of each end; of a user without events, what stands first in the row."""
+        """Return the state that each end sees last. A user without events gets the first state of the row, which means nothing."""
         return jnp.take_along_axis(self.states, jnp.maximum(self.seen - 1, 0)[..., None], axis=1)
 
 
+@runtime_checkable
 class Encoder(Protocol):
     """A Flax module that turns events into states, and whose last state ranks items.
 
     Attributes:
       config: its sizes.
-      heads: the weights [D, values] by which pretraining predicts features of the next event besides its item; empty for none.
+      heads: the weights [D, values] by which pretraining predicts features of the next event besides its item. An encoder of
+        your own has none: an empty dict.
     """
 
     config: Any
@@ -76,14 +83,15 @@ class Encoder(Protocol):
         """Return the score of every item for each state; -inf for rows that are no items."""
 
 
+@runtime_checkable
 class EncoderConfig(Protocol):
     """The sizes of an encoder: a frozen dataclass whose fields besides `schema` are the keys of `encoder.options` in a config.
 
     Attributes:
       kind: the name by which configs and model directories know it.
       schema: the features of an event, the item first.
-      objective: how it is pretrained: `autoregressive` (every state predicts the next event), or one of those of `UserEncoder`.
-      causal: whether a state has seen its own event and those before it alone.
+      objective: how it is pretrained. An encoder of your own has `autoregressive`: every state predicts the next event.
+      causal: whether a state has seen its own event and those before it alone. It is True for an encoder of your own.
       width: D, the width of states and item vectors.
       table_rows: V, the rows of the item table; more than there are items, as row 0 is padding.
       longest: the longest history that it can read; None for any.

@@ -31,6 +31,9 @@ class Family:
       names: what a checkpoint calls our parameters, where it is not as in LLAMA_NAMES.
       layer: what the names of a layer's tensors begin with; {} stands for the layer's number.
       defaults: settings for which config.json may say nothing; None where transformers knows the family and completes them.
+
+    Raises:
+      ValueError: `names` has what is no parameter of a decoder, or lacks one that has no name in LLAMA_NAMES.
     """
 
     architecture: str
@@ -45,6 +48,15 @@ class Family:
     layer: str = "layers.{}."
     defaults: Mapping[str, Any] | None = None
 
+    def __post_init__(self) -> None:
+        known = {*LLAMA_NAMES, *POST_NORMS}
+        if unknown := sorted(set(self.names) - known):
+            raise ValueError(
+                f"names has {unknown[0]!r}, which is no parameter of a decoder: choose {', '.join(sorted(known))}."
+            )
+        if missing := sorted(set(POST_NORMS) - set(self.names)) if self.post_norms else []:
+            raise ValueError(f"names lacks {missing[0]!r}, which a family with post_norms has.")
+
     def name(self, path: str) -> str:
         """Return what a checkpoint calls a parameter; of a layer's, what follows `layer`."""
         return self.names.get(path) or LLAMA_NAMES[path]
@@ -54,7 +66,7 @@ class Family:
 LLAMA_NAMES = {
     "embed": "embed_tokens.weight",
     "norm/scale": "norm.weight",
-    "head": "lm_head.weight",  # which nothing stands before
+    "head": "lm_head.weight",  # its name has no prefix such as `model.`
     "attn_norm/scale": "input_layernorm.weight",
     **{f"attn/{x}": f"self_attn.{x}_proj.weight" for x in "qkvo"},
     **{f"attn/{x}_bias": f"self_attn.{x}_proj.bias" for x in "qkv"},
@@ -64,6 +76,7 @@ LLAMA_NAMES = {
     "mlp/up": "mlp.up_proj.weight",
     "mlp/down": "mlp.down_proj.weight",
 }
+POST_NORMS = ("attn_post_norm/scale", "mlp_post_norm/scale")
 FAMILIES: Mapping[str, Family] = {
     "llama": Family("LlamaForCausalLM"),
     "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True),
@@ -176,7 +189,9 @@ def family_of(settings: Mapping[str, Any], source: str, families: Mapping[str, F
     name = settings.get("model_type")
     name = "gemma3_text" if name == "gemma3" else name
     if not isinstance(name, str) or name not in families:
-        raise ValueError(f"{source}: model_type {name!r} is not supported, only {', '.join(families)}.")
+        raise ValueError(
+            f"{source}: model_type {name!r} is not supported, only {', '.join(families)}, and those that families=... gives."
+        )
     return families[name]
 
 
@@ -192,6 +207,9 @@ def _with_defaults(settings: dict[str, Any], source: str, family: Family) -> dic
     """Complete settings by the family's defaults, older spellings turned into today's."""
     if family.defaults is not None:
         found = {"tie_word_embeddings": False, **family.defaults, **settings}
+        for name in ("vocab_size", "num_attention_heads", "rms_norm_eps", family.activation, family.query_scale):
+            if name is not None and name not in found:
+                raise ValueError(f"{source}: the setting {name!r} is missing, and the family's defaults do not have it.")
         return {"rope_parameters": {"rope_theta": found.pop("rope_theta", 10_000.0)}, **found}
     from transformers import AutoConfig  # here, since it takes seconds
 

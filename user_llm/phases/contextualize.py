@@ -34,11 +34,12 @@ from user_llm.nn.resampler import ResamplerConfig
 from user_llm.phases import general_text, starting
 from user_llm.phases.leaving import card_rows, leave
 from user_llm.phases.llm import decoder_config, tokenizer
-from user_llm.phases.pretrain_encoder import encoder_config
+from user_llm.phases.pretrain_encoder import check_longest, encoder_config
 from user_llm.phases.pretrain_lm import text_loss
 from user_llm.phases.run import Run
 from user_llm.phases.samples import draw_samples
 from user_llm.serving.predictor import Predictor
+from user_llm.serving.settings import kind_of
 from user_llm.tasks.asking import Asking
 from user_llm.training.task import Batch, Task
 
@@ -59,6 +60,7 @@ def model_config(name: str, run: Run, data: Dataset, base: DecoderConfig) -> Use
     }
     if not phase.examples.max_events:
         return UserLLMConfig(decoder=base, **shared)
+    check_longest(encoder, {"examples.max_events": phase.examples.max_events})
     return UserLLMConfig(
         decoder=dataclasses.replace(base, cross=cross_config(phase, encoder.width)),
         encoder=encoder,
@@ -198,6 +200,7 @@ def check_answers(name: str, run: Run, asked: Mapping[str, Examples]) -> None:
     """
     for number, (task, examples) in enumerate(asked.items()):
         with naming(f"prompts.{task}"):
+            kind_of(examples.template)  # refuses what the model directory could not hold
             run.kinds.tasks[task].check(examples, run.config.contextual(name).eval)
             for part in ("test", "validation") if number == 0 else ("test",):  # the first is monitored
                 if not len(examples.targets(part)[0]):

@@ -23,6 +23,7 @@ from user_llm.training import phases
 from user_llm.training.identity import Identity, changed_inputs, changed_settings, listed, read_identity
 
 BASELINES, LLM, TOKENIZER = "baselines", "llm", "tokenizer"  # folders of a run beside those of its phases
+WITHOUT_LABELS = {"next_item", "review"}  # tasks that do not read the section `labels`; others may
 SMALL_LLM = ("llm.vocab_size", "llm.num_layers", "llm.block")
 ITEM_TABLE = ("encoder.kind", "encoder.options", "encoder.features", "encoder.block.width")
 ANOTHER = "{} holds a run of another config ({}): choose another --workdir."
@@ -171,7 +172,7 @@ def phase_identity(
         if config.llm.checkpoint:
             files |= text_files(config)
             settings |= text_settings(config)
-        if any(key.startswith(f"{name}.prompts.favorite") for key in settings):
+        if phase.prompts.asked.keys() - WITHOUT_LABELS:
             settings |= flat(said["labels"], "labels")
     return Identity(files, settings, built_on)
 

@@ -76,7 +76,7 @@ def check_task(task: Task, run: Run, earlier: Mapping[str, Task]) -> None:
 
 
 def check_sources(task: Task, run: Run, earlier: Mapping[str, Task]) -> None:
-    """See that every parameter that starts from another phase has its like there.
+    """See that every parameter that starts from another phase exists there in the same shape.
 
     Raises:
       ValueError: a phase that neither runs before nor is finished, or whose parameters are others.

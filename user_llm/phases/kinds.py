@@ -1,13 +1,14 @@
 """`Kinds`: the datasets, tasks, encoders and LLM families that a config may name, those of the package and those of a caller."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from user_llm.config.check import check
-from user_llm.config.reader import Config
+from user_llm.config.phases import PretrainEncoder
+from user_llm.config.reader import Config, read_options
 from user_llm.config.values import ENCODERS, SOURCES
 from user_llm.data.dataset import Source
 from user_llm.models.families import FAMILIES, Family
@@ -24,16 +25,13 @@ TASKS = {
 
 @dataclasses.dataclass(frozen=True)
 class Kinds:
-    """What a config may name besides what the package itself has.
+    """All names that a config may use.
 
     Attributes:
-      datasets: finds a dataset, by what `data.source` calls it.
-      tasks: the tasks of the LLM, by what `prompts` calls them; those of the package among them.
-      encoders: dataclasses that satisfy `EncoderConfig`, by what `encoder.kind` calls them, which is their own `kind`.
-      families: the families of open LLMs, by what config.json calls their `model_type`; those of the package among them.
-
-    Raises:
-      ValueError: a name that the package itself has, or an encoder that goes by another name.
+      datasets: the caller's datasets: what finds each, by what `data.source` calls it.
+      tasks: the tasks of the LLM, by what `prompts` calls them: the package's and the caller's.
+      encoders: the caller's encoders: dataclasses that satisfy `EncoderConfig`, by what `encoder.kind` calls them.
+      families: the families of open LLMs, by what config.json calls their `model_type`: the package's and the caller's.
     """
 
     datasets: Mapping[str, Source] = dataclasses.field(default_factory=dict)
@@ -41,23 +39,56 @@ class Kinds:
     encoders: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     families: Mapping[str, Family] = dataclasses.field(default_factory=lambda: FAMILIES)
 
-    def __post_init__(self) -> None:
-        for kind, names, own in (("datasets", self.datasets, SOURCES), ("encoders", self.encoders, ENCODERS)):
-            if taken := sorted(set(names) & set(own)):
-                raise ValueError(f"{kind} has {taken[0]!r}, which the package has itself: choose another name.")
-        for name, encoder in self.encoders.items():
+    @classmethod
+    def of(
+        cls,
+        datasets: Mapping[str, Source],
+        tasks: Mapping[str, PromptTask],
+        encoders: Mapping[str, Any],
+        families: Mapping[str, Family],
+    ) -> "Kinds":
+        """Return the names of the package and those of a caller.
+
+        Raises:
+          ValueError: a name that the package has itself, or what is none of its kind.
+        """
+        given: dict[str, tuple[Any, Collection[str], Callable[[Any], bool], str]] = {
+            "datasets": (datasets, SOURCES, callable, "a function that returns a Raw"),
+            "tasks": (tasks, (*TASKS, "max_title_tokens"), lambda one: isinstance(one, PromptTask), "a PromptTask"),
+            "encoders": (encoders, ENCODERS, lambda one: hasattr(one, "kind") and hasattr(one, "build"), "an EncoderConfig"),
+            "families": (families, tuple(FAMILIES), lambda one: isinstance(one, Family), "a Family"),
+        }
+        for argument, (names, own, fits, what) in given.items():
+            if not isinstance(names, Mapping):
+                raise ValueError(f"{argument} must be a dict of names, not a {type(names).__name__}.")
+            for name, one in names.items():
+                if name in own:
+                    raise ValueError(f"{argument} has {name!r}, which the package has itself: choose another name.")
+                if not fits(one):
+                    raise ValueError(f"{argument} has {name!r}, which must be {what}, not a {type(one).__name__}.")
+        for name, encoder in encoders.items():
             if encoder.kind != name:
                 raise ValueError(f"encoders has {name!r}, whose own kind is {encoder.kind!r}: give it by that name.")
+        return cls(datasets, {**TASKS, **tasks}, encoders, {**FAMILIES, **families})
 
-    def read(self, config: ConfigDict) -> Config:
+    def read(self, config: Mapping[str, Any] | ConfigDict) -> Config:
         """Return a config, typed and checked.
 
         Raises:
           ValueError: the first key that is wrong; see `config.check.check`.
         """
-        return check(
+        if not isinstance(config, Mapping | ConfigDict):
+            raise ValueError(f"A config is what `get_config` of a config file returns, not a {type(config).__name__}.")
+        read = check(
             config,
             tasks={name: task.settings for name, task in self.tasks.items()},
             sources=(*SOURCES, *self.datasets),
             encoders=(*ENCODERS, *self.encoders),
         )
+        for section in (
+            read.encoder,
+            *(read.encoder_of(name) for name, phase in read.sections.items() if isinstance(phase, PretrainEncoder)),
+        ):
+            if section.kind in self.encoders:
+                read_options(self.encoders[section.kind], section.options, "encoder.options")
+        return read

@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -64,7 +63,7 @@ def leave(name: str, run: Run, load: trees.Rules, asking: Asking, rows: list[dic
     facts: dict[str, Any] = {
         "dataset": timelines.name, "users": len(timelines), "events": int(split.train_stop.sum()),
         "items": timelines.schema.num_items, "columns": model.vocabulary.fields.columns(), "phase": name,
-        "command": shlex.join(["python", "-m", "user_llm.main", *sys.argv[1:]]), "llm": checkpoint, "license": licence(source),
+        "command": shlex.join(run.command), "llm": checkpoint, "license": licence(source),
         "rows": rows,
     }  # fmt: skip
     made = artifact.Making(

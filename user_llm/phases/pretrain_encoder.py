@@ -24,7 +24,7 @@ from user_llm.common import trees
 from user_llm.common.errors import naming
 from user_llm.common.trees import Params
 from user_llm.config.phases import PretrainEncoder
-from user_llm.config.reader import read_record
+from user_llm.config.reader import read_options
 from user_llm.config.records import Encoder
 from user_llm.data.dataset import Dataset
 from user_llm.data.pipeline import BUCKET, HistoryBatch, packed_windows
@@ -62,13 +62,30 @@ def encoder_config(section: Encoder, schema: Schema, kinds: Mapping[str, Any]) -
     """
     chosen = Schema(tuple(schema[name] for name in section.features or schema.names))
     if section.kind in kinds:
-        options = section.options | {"schema": dataclasses.asdict(chosen)}
-        return read_record(kinds[section.kind], options, "encoder.options")
+        if section.objective != "autoregressive":
+            raise ValueError(
+                f"encoder.objective={section.objective!r}: the encoder {section.kind} has no objective but its own."
+            )
+        return kinds[section.kind](schema=chosen, **read_options(kinds[section.kind], section.options, "encoder.options"))
     block = BlockConfig(**vars(section.block), attention_kernel=section.attention_kernel)
     own = ("kind", "options", "features", "block", "attention_kernel")
     return UserEncoderConfig(
         schema=chosen, block=block, **{name: value for name, value in vars(section).items() if name not in own}
     )
+
+
+def check_longest(encoder: EncoderConfig, events: Mapping[str, int]) -> None:
+    """See that an encoder can read histories that are as long as settings ask for.
+
+    Args:
+      events: how many events are asked for, by the setting's key.
+
+    Raises:
+      ValueError: more than it can read.
+    """
+    for key, most in events.items():
+        if encoder.longest is not None and most > encoder.longest:
+            raise ValueError(f"{key}={most}: the encoder {encoder.kind} reads at most {encoder.longest} events.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,6 +207,7 @@ def build(name: str, run: Run, data: Dataset) -> Task:
     with naming("encoder"):
         data = data.select(section.features)
         model_config = encoder_config(section, data.timelines.schema, run.kinds.encoders)
+    check_longest(model_config, {"batch.window": phase.batch.window, "eval.max_events": phase.eval.max_events})
     timelines, split = data.timelines, data.split
     catalogue = item_catalogue(timelines, model_config)
     create = lambda: model_config.build(nnx.Rngs(params=run.seed), catalogue)  # noqa: E731

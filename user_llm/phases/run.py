@@ -33,6 +33,7 @@ class Run:
       kinds: what the config may name.
       identities: by phase, the hash of all that the phase depends on. Result rows hold it as `config_hash`. It is empty where nobody
         has settled what becomes of the run's directory (`depends.settle_run`).
+      command: the command line that began the run; empty for one that a program began.
     """
 
     config: Config
@@ -40,6 +41,7 @@ class Run:
     mesh: Mesh
     kinds: Kinds = dataclasses.field(default_factory=Kinds)
     identities: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    command: tuple[str, ...] = ()
 
     @property
     def seed(self) -> int:

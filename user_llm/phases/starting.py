@@ -23,8 +23,8 @@ def init(run: Run, create: Callable[[], nnx.Module], rules: Rules, place: Callab
     """Return a model's parameters, those that start from elsewhere read straight into their shardings.
 
     Args:
-      rules: to the name of a phase, whose own tree is that below the path's first part; to `checkpoint` for the weights of the open
-        LLM below `decoder`; or to `fresh`. See `sources`.
+      rules: ordered (regex, source). A source is `fresh` (drawn), `checkpoint` (the open LLM), or a phase; from a phase
+        `encoder/item` reads that phase's `item`.
       place: maps a tree of shapes to one of shardings.
     """
     shapes = trees.abstract(create)[1]

@@ -107,8 +107,8 @@ def _run_section(runs: list[Run], notes: list[Markdown]) -> list[Markdown]:
                 facts[name] = str(value)
         shown = listed(say("{} {}", name, code(value)) for name, value in facts.items())
         sections.append(say("{}: {}", code(run.directory.name), shown))
-        if "command" in run.config:
-            sections.append(command(shlex.join(["python", "-m", "user_llm.main", *run.config["command"][1:]])))
+        if run.config.get("command"):
+            sections.append(command(shlex.join(run.config["command"])))
     configs = [{**run.config["config"], "seed": None, "reuse": None} for run in runs if "config" in run.config]
     if any(config != configs[0] for config in configs):
         notes = [*notes, say("The configs of these runs differ in more than the seed.")]

@@ -42,7 +42,7 @@ class Run:
     audit: dict
     metrics: dict[str, list[dict]]
     measured: list[tuple[str, str, Measured]]  # (task, method, values of each target)
-    samples: list[dict]  # as tasks/samples.py leaves them
+    samples: list[dict]  # as phases/samples.py leaves them
 
 
 def read_run(workdir: epath.PathLike) -> Run:

@@ -162,9 +162,9 @@ def copy_to_store(directory: Path, target: epath.Path) -> None:
 def _settings(model: Personalizer, made: Making) -> dict[str, Any]:
     predictor, lines = model.predictor, model.lines
     limits = (field.name for field in dataclasses.fields(Limits))
-    encoder = predictor.config.encoder or UserEncoderConfig
+    kind = (predictor.config.encoder or UserEncoderConfig).kind
     return plain({
-        "encoder": encoder.kind, "model": dataclasses.asdict(predictor.config), "vocabulary": model.vocabulary.to_json(),
+        **({} if kind == UserEncoderConfig.kind else {"encoder": kind}), "model": dataclasses.asdict(predictor.config), "vocabulary": model.vocabulary.to_json(),
         "lines": {"max_title_tokens": lines.max_title_tokens, "history": lines.kind, "text_items": lines.text_items},
         "prompts": {task: {"kind": kind_of(of)} | of.settings for task, of in predictor.templates.items()},
         "names": model.names, "limits": {name: getattr(predictor, name) for name in limits}, "dtype": made.dtype,
@@ -284,20 +284,31 @@ def _dtype(dtype: DTypeLike) -> Any:
     return found
 
 
-def export(directory: Path, out: Path, *, llm: str = "") -> None:
+def export(
+    directory: Path,
+    out: Path,
+    *,
+    llm: str = "",
+    encoders: Mapping[str, Any] | None = None,
+    families: Mapping[str, Family] = FAMILIES,
+) -> None:
     """Copy a model directory to `out` with the whole LLM in it, for programs that load Hugging Face checkpoints.
 
     Adapters are merged into the LLM's weights. The copy has the same identity: a user that one of the two models encoded can be
     used with the other. A directory at `out` is replaced.
 
+    Args:
+      llm, encoders, families: as in `load`.
+
     Raises:
       ValueError: as in `load`.
     """
-    model, (written, settings) = load(directory, llm=llm), read_settings(directory)
+    model = load(directory, llm=llm, encoders=encoders, families=families)
+    written, settings = read_settings(directory, encoders)
     source = directory if settings.llm is None else _base(settings.llm, llm)
     counts = read_catalogue(directory / CATALOGUE, *schema_and_names(settings.vocabulary))[1]
     rules = _rules(settings, model.predictor.params)
-    made = Making(settings.llm, False, source, rules, settings.dtype, counts, written["facts"])
+    made = Making(settings.llm, False, source, rules, settings.dtype, counts, written["facts"], families)
     save(out, model, made, whole=True)
 
 

@@ -138,7 +138,6 @@ class Settings:
     format: Count
     identity: Text
     seal: str
-    encoder: Text
     model: UserLLMConfig
     vocabulary: Any
     lines: LineSettings
@@ -150,14 +149,23 @@ class Settings:
     files: dict[str, str]
     llm: Base | None
     facts: Facts
+    encoder: Text = UserEncoderConfig.kind
 
 
 KINDS: dict[str, tuple[Any, Any]] = {"next_item": (NextItem, NextItemSettings), "question": (Question, QuestionSettings)}
 
 
 def kind_of(template: Template) -> str:
-    """Return the name of a template's kind, a key of KINDS."""
-    return next(kind for kind, (of, _) in KINDS.items() if type(template) is of)
+    """Return the name of a template's kind, a key of KINDS.
+
+    Raises:
+      ValueError: a template of another class, which a model directory cannot hold.
+    """
+    for kind, (of, _) in KINDS.items():
+        if type(template) is of:
+            return kind
+    classes = either([of.__name__ for of, _ in KINDS.values()])
+    raise ValueError(f"no model directory can hold a template of class {type(template).__name__}: make it a {classes}.")
 
 
 def template(lines: Lines, task: str, settings: Any) -> Template:
@@ -200,7 +208,9 @@ def identity(settings: Mapping[str, Any]) -> str:
     llm = settings["llm"] and settings["llm"]["files"]
     # The adapters' settings repeat those of the model, and also say where the LLM is stored, which must not count.
     files = {name: checksum for name, checksum in settings["files"].items() if name != "adapter_config.json"}
-    return digest({name: settings[name] for name in COMPUTES} | {"files": files, "limits": limits, "llm": llm})
+    return digest(
+        {name: settings[name] for name in COMPUTES if name in settings} | {"files": files, "limits": limits, "llm": llm}
+    )
 
 
 def plain(value: Any) -> Any:
@@ -240,11 +250,14 @@ def read_settings(directory: Path, encoders: Mapping[str, Any] | None = None) ->
     if written.get("seal") != digest({key: value for key, value in written.items() if key != "seal"}):
         raise ValueError(f"{file} is not as it was written: {AGAIN}.")
     kinds = {UserEncoderConfig.kind: UserEncoderConfig, **(encoders or {})}
-    kind = written.get("encoder")
+    kind = written.get("encoder", UserEncoderConfig.kind)
     if isinstance(kind, str) and kind not in kinds:
-        raise ValueError(f"{file}: the model has an encoder of kind {kind[:50]!r}: give it by encoders={{{kind[:50]!r}: ...}}.")
+        raise ValueError(
+            f"{file}: the model has an encoder of kind {kind[:50]!r}, which this package has not: load it in Python, by "
+            f"user_llm.load(DIRECTORY, encoders={{{kind[:50]!r}: ...}})."
+        )
     with reading(file):
-        settings = read_record(Settings, written, "", {EncoderConfig: kinds.get(kind)})
+        settings = read_record(Settings, written, "", {EncoderConfig: kinds.get(kind) if isinstance(kind, str) else None})
     _check_files(directory, settings.files)
     return written, settings
 

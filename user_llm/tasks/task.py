@@ -45,15 +45,15 @@ def _nothing(*_: Any) -> dict:
 class PromptTask:
     """A task that an LLM with user tokens is trained on and measured by.
 
-    `name` is the task's name in the config, where `prompts.NAME` holds its settings. `part` is a part of the split, `validation` or
-    `test`. A question is named by a user and an end, an index into the user's events; its history is the events before the end.
+    In the functions below, `name` is what the config calls the task: its settings are the section `prompts.NAME`. `part` is a part of
+    the split, `validation` or `test`. A question is named by a user and an end, an index into the user's events; its history is the events before the end.
 
     Attributes:
       settings: a dataclass of the task's settings, whose annotations say what each key may be (`config/values.py`). It has at least
         `weight` and `text`; see `config.phases.Prompts`.
       metrics: the names of the metrics; the phase monitors one of them if the task is its first.
-      examples: (lines, dataset, settings, config) -> the questions about a dataset, with their prompts and targets. Raises
-        ValueError where the dataset lacks what the task takes.
+      examples: (lines, dataset, settings, config) -> the questions about a dataset, with their prompts and targets. Their template
+        is a `NextItem` or a `Question`, which a model directory can hold. Raises ValueError where the dataset lacks what the task takes.
       measure: (asking, name, part, limit, eval) -> what was measured on at most `limit` questions, None for all. `eval` is the
         phase's section of that name.
       show: (asking, name, users, ends) -> an answer for people to read to each question.
