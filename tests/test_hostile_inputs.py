@@ -354,7 +354,7 @@ def exported(place: Path) -> set[str]:
 SETTINGS = "user_llm.json"
 EXPORTED = {
     "as it is": (lambda folder: None, {"config.json", "model.safetensors", SETTINGS}),
-    "no model": (lambda folder: shutil.rmtree(folder), r"holds no user_llm\.json: name the directory of a model"),
+    "no model": (lambda folder: shutil.rmtree(folder), r"^There is no model at .*: name a model directory"),
     "out exists": (lambda folder: (folder.parent / "out").mkdir(), "out exists: choose another directory"),
     "settings deep": (write(SETTINGS, DEEP), r"user_llm\.json: it is nested too deeply"),
     "settings of a list": (write(SETTINGS, []), r"user_llm\.json: is no object"),

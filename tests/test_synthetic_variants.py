@@ -10,7 +10,7 @@ from etils import epath
 from user_llm import main
 from user_llm.common.metrics import read_metrics
 from user_llm.config import experiments
-from user_llm.tasks.asking import MEASURES
+from user_llm.phases.kinds import TASKS
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -25,7 +25,7 @@ def test_synthetic_variants_run_and_measure_every_task(tmp_path, name):
     config = tiny_config(experiments.experiment(dataset, kind, "synthetic"))
     config.phases = ("pretrain_encoder", "user_llm")  # the other phases are the quick start's (`test_main.py`)
     config.user_llm.load = ((r".*", "fresh"),)
-    asked = {task for task in MEASURES if config.user_llm.prompts[task].weight}
+    asked = {task for task in TASKS if config.user_llm.prompts[task].weight}
     assert ("review" in asked) == (dataset != "events")
     config.user_llm.eval.review_users = 8
     config.user_llm.loop.total_steps = 8  # each task has its turns

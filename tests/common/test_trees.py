@@ -1,4 +1,5 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -29,7 +30,7 @@ def test_split_gives_a_dict_of_arrays_that_merge_takes():
     module = _two()
     graphdef, params = trees.split(module)
     assert isinstance(params, dict) and isinstance(params["norm"]["scale"], jax.Array)
-    x = np.ones((1, 2))
+    x = jnp.ones((1, 2))
     np.testing.assert_array_equal(trees.merge(graphdef, params)(x), module(x))
     doubled = jax.tree.map(lambda a: 2 * a, params)
     np.testing.assert_array_equal(trees.merge(graphdef, doubled).norm.scale[...], [2.0, 2.0])

@@ -60,7 +60,7 @@ def test_a_command_writes_all_users_and_says_how_many(command, make_model, event
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "/no/such"}, "Error: No checkpoint at /no/such"),
+        ({"model": "/no/such"}, "Error: There is no model at /no/such: name a model directory"),
         ({"events": "/no/such.csv"}, "Error: .*/no/such.csv"),
         ({"share": "3/2"}, "Error: --share=3/2: name it as INDEX/COUNT"),
     ],

@@ -187,7 +187,7 @@ class Reader:
         if records and value is not None:
             return self.read(records[0], value, key)
         choices = [None if option is type(None) else option for option in options]
-        if unread := [choice for choice in choices if isinstance(choice, type)]:
+        if unread := [one for one in choices if isinstance(one, type) and not dataclasses.is_dataclass(one)]:
             raise ValueError(f"{key}: values annotated with {unread[0].__name__} are not read; `config/values.py` has what is.")
         if not any(type(value) is type(choice) and value == choice for choice in choices):
             raise fault(key, value, f"choose {either(choices)}{near_miss(value, choices)}")

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from user_llm.common.arrays import AnyArray
 from user_llm.common.mesh import BATCH_AXES
@@ -24,7 +24,7 @@ from user_llm.common.mesh import BATCH_AXES
 Whole = Mapping[str, Array]  # of a batch: its counts by name, and `parts`, into how many it is split
 
 
-def whole_count(weights: Float[AnyArray, " R"], whole: Whole | None, name: str) -> Float[Array, ""]:
+def whole_count(weights: Float[AnyArray, " R"], whole: Whole | None, name: str) -> Num[Array, ""]:
     """Return by what the mean over rows of weight 1 divides, at least 1: their number, or `whole[name]` where the rows are part of a batch.
 
     What only the part itself can tell, such as how many events it hides, is taken to be as many in each part.

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from user_llm.common import mesh as meshes
 from user_llm.models.families import FAMILIES, Family
-from user_llm.models.pretrained import find_checkpoint
+from user_llm.models.pretrained import find_checkpoint, is_hub_name
 from user_llm.serving import artifact
 from user_llm.serving.personalizer import Personalizer
 
@@ -64,7 +64,11 @@ def find_model(model: str | os.PathLike) -> Path:
     Raises:
       ValueError: there is neither such a directory nor such a model on the hub.
     """
-    return Path(model) if Path(model).exists() else find_checkpoint(model, artifact.PATTERNS)
+    if Path(model).exists():
+        return Path(model)
+    if not is_hub_name(str(model)):
+        raise ValueError(f"There is no model at {model}: name a model directory, such as RUN/user_llm/model, or one on the hub.")
+    return find_checkpoint(model, artifact.PATTERNS)
 
 
 def _device(device: jax.Device | str | None) -> jax.Device:
