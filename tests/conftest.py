@@ -75,11 +75,12 @@ def drawn() -> Callable[..., tuple[nnx.GraphDef, trees.Params]]:
         def leaf(path, like):
             name = path[-1].key
             if name.endswith("gate") and like.ndim < 2:
-                return jnp.asarray(np.full(like.shape, 0.5, like.dtype))
+                return np.full(like.shape, 0.5, like.dtype)
             noise = rng.normal(size=like.shape).astype(like.dtype)
-            return jnp.asarray(1 + 0.1 * noise if name == "scale" else 0.25 * noise)
+            return (1 + 0.1 * noise if name == "scale" else 0.25 * noise).astype(like.dtype)
 
-        return graphdef, jax.tree_util.tree_map_with_path(leaf, shapes)
+        # `jnp.asarray` would compile a program for each shape.
+        return graphdef, jax.device_put(jax.tree_util.tree_map_with_path(leaf, shapes))
 
     return draw
 

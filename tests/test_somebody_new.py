@@ -11,7 +11,7 @@
 directory names. Each pair of layout and injection, of layout and LLM, and of injection and LLM is in the table. All cells are of
 `test_a_new_user_needs_only_the_model_directory`, with drawn parameters. Cells with * run always, the others are slow.
 
-What trained models answer, beside what their run has measured: `test_synthetic_variants.py` (amazon, google_local and events with
+What trained models answer, beside what their run has measured: `test_synthetic_variants.py` (google_local and events with
 cross-attention; amazon with a soft prompt) and `test_main.py` (movielens, the quick start). Checkpoints that transformers wrote, in
 every family, with adapters too: `test_export.py`, both injections. Models without an encoder: `serving/test_personalizer.py`.
 """

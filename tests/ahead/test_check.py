@@ -75,6 +75,7 @@ def test_flops_with_all_layers_computed_again_are_8_n_a_token(lm_flops):
     assert again - plain == 2 * _size(weights, "stack/.*(attn/.|gate_proj|up)$") + attention
 
 
+@pytest.mark.slow
 def test_what_is_compiled_is_what_is_run(tmp_path, mesh_of):
     """Shapes, dtypes and shardings of the abstract state are those of the state that training starts from."""
     config, mesh = tiny_config(), mesh_of(2, 2, 2)

@@ -293,6 +293,7 @@ def test_history_batches_end_right_before_their_targets(unique, max_events):
     assert sorted(found) == list(range(len(users)))
 
 
+@pytest.mark.slow
 def test_batches_do_not_depend_on_who_reads_the_streams(unique):
     """One process with four streams, two with two each, four with one: the same rows, the dataset once in each epoch."""
     stops = np.array(LENGTHS)

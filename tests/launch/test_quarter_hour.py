@@ -78,6 +78,7 @@ def test_what_is_not_there_to_bring_along_is_named_before_anything_is_fetched(tm
     assert f"error: {name}={tmp_path / 'nowhere'}: there is nothing of that name" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_program_that_outruns_its_limit_is_stopped_with_what_it_started(tmp_path):
     """The second one does not listen: it ends all the same, and its child with it."""
     run = quarter_hour.Runner(tmp_path, None)

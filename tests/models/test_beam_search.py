@@ -52,6 +52,7 @@ def test_texts_equal_a_beam_search_by_hand(tiny, stops, penalty):
         assert len(lengths) > 1
 
 
+@pytest.mark.slow
 def test_all_texts_are_found_by_as_many_beams(tiny):
     # Of two tokens there are 1 + 11 * 12 texts where one stops: more beams than that find each, by score.
     found = beam_generate(*tiny.model, tiny.prompts, beams=140, max_tokens=2, stop_ids=[4], length_penalty=0.0, user=tiny.user)
@@ -69,6 +70,7 @@ def test_all_texts_are_found_by_as_many_beams(tiny):
         assert (np.diff(found.scores[row, :count]) <= 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("penalty", [0.0, 1.0])
 def test_texts_equal_those_of_transformers(tmp_path, penalty):
     torch = pytest.importorskip("torch", reason="torch is the reference here")

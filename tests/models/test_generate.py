@@ -37,6 +37,7 @@ def test_prompts_may_come_as_embeddings(tiny):
     np.testing.assert_array_equal(written.tokens, expected.tokens)
 
 
+@pytest.mark.slow
 def test_a_row_draws_the_same_wherever_it_stands_and_whatever_is_beside_it(tiny):
     alone = [
         generate(

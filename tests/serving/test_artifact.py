@@ -62,6 +62,7 @@ def test_another_llm_of_the_same_name_is_refused(named, llm, tmp_path):
     refused(named, r"model\.safetensors\.index\.json is another one", llm=str(index))
 
 
+@pytest.mark.slow
 def test_an_exported_model_is_the_same_model(named, tmp_path):
     artifact.export(named, tmp_path / "out")
     whole, model = artifact.load(tmp_path / "out"), artifact.load(named)

@@ -31,6 +31,7 @@ def test_devices_that_are_not_there_are_refused(make_model, settings, message):
         user_llm.load(make_model("cross").directory, **settings)
 
 
+@pytest.mark.slow
 def test_one_device_and_eight_answer_alike(make_model):
     made = make_model("cross")
     one, eight = user_llm.load(made.directory), user_llm.load(made.directory, mesh=(2, 2, 2))

@@ -1,6 +1,7 @@
 """Rankings: which items may stand in them, and what their scores are."""
 
 import numpy as np
+import pytest
 
 import user_llm
 
@@ -23,6 +24,7 @@ def test_what_may_be_recommended_is_said_by_ids(made, model):
     assert top.title == dict(zip(made.timelines.catalogue.keys, made.timelines.catalogue.titles, strict=True))[top.id]
 
 
+@pytest.mark.slow
 def test_a_model_without_item_head_scores_items_by_the_log_probability_of_their_titles(make_model):
     """What beam search finds is what `score` says of the same titles after the same prompt."""
     made = make_model("written")

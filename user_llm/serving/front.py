@@ -67,7 +67,9 @@ def find_model(model: str | os.PathLike) -> Path:
     if Path(model).exists():
         return Path(model)
     if not is_hub_name(str(model)):
-        raise ValueError(f"There is no model at {model}: name a model directory, such as RUN/user_llm/model, or one on the hub.")
+        raise ValueError(
+            f"There is no model at {model}: name a model directory, such as RUN/user_llm/model, or one on the hub."
+        )
     return find_checkpoint(model, artifact.PATTERNS)
 
 
