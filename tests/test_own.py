@@ -13,7 +13,6 @@ import user_llm
 from user_llm.config import experiments
 from user_llm.models.families import FAMILIES, Family, config_from_settings, table
 from user_llm.models.pretrained import decoder_config, load_decoder
-from user_llm.phases.kinds import Kinds
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -84,26 +83,6 @@ def test_checkpoints_of_ones_own_family_are_read_by_its_table(tmp_path):
     assert {t.path for t in table(config, own.LAMP)} == {t.path for t in table(llama)} and jax.tree.leaves(params)
     with pytest.raises(ValueError, match="model_type 'lamp' is not supported, only llama, "):
         decoder_config(tmp_path / "lamp")
-
-
-@pytest.mark.parametrize(
-    ("kinds", "sentence"),
-    [
-        ({"datasets": {"movielens": own.find_plays}}, "^datasets has 'movielens', which the package has itself"),
-        ({"encoders": {"transformer": own.MeanConfig}}, "^encoders has 'transformer', which the package has itself"),
-        ({"encoders": {"average": own.MeanConfig}}, "^encoders has 'average', whose own kind is 'mean'"),
-        ({"tasks": {"next_item": own.NEXT_GENRE}}, "^tasks has 'next_item', which the package has itself"),
-        ({"tasks": {"max_title_tokens": own.NEXT_GENRE}}, "^tasks has 'max_title_tokens', which the package has itself"),
-        ({"families": {"llama": own.LAMP}}, "^families has 'llama', which the package has itself"),
-        ({"tasks": {"mine": own.find_plays}}, "^tasks has 'mine', which must be a PromptTask, not a function"),
-        ({"encoders": {"mine": object}}, "^encoders has 'mine', which must be an EncoderConfig"),
-        ({"datasets": {"mine": "plays.tsv"}}, "^datasets has 'mine', which must be a function that returns a Raw, not a str"),
-        ({"families": [own.LAMP]}, "^families must be a dict of names, not a list"),
-    ],
-)
-def test_what_cannot_be_told_apart_or_is_none_of_its_kind_is_refused(kinds, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        Kinds.of(**{"datasets": {}, "tasks": {}, "encoders": {}, "families": {}} | kinds)
 
 
 @pytest.mark.parametrize("config", [None, "configs/quickstart.py", 3])

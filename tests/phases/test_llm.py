@@ -1,0 +1,59 @@
+"""The small LLM's words: what it learns from, and its tokenizer."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from etils import epath
+
+from user_llm.config import experiments
+from user_llm.config.reader import read_config
+from user_llm.data.dataset import Dataset
+from user_llm.data.splits import make_split
+from user_llm.phases import llm
+from user_llm.phases.run import Run
+
+
+@pytest.fixture
+def data(make_timelines):
+    """Two users who wrote of every event: user u of event t "u t"; nothing of event 0."""
+    timelines = make_timelines([[1, 2, 3], [2, 3, 1, 1]])
+    texts = np.array(["", "0 1", "0 2", "", "1 1", "1 2", "1 3"], np.dtypes.StringDType())
+    timelines = dataclasses.replace(timelines, columns=timelines.columns | {"review": texts})
+    return Dataset(timelines, make_split(timelines, "leave_last_out"))
+
+
+def test_the_corpus_is_the_catalogue_and_what_users_wrote_in_training(data, monkeypatch):
+    catalogue = ["Film 1 (2000) | Comedy\n", "Film 2 (2000) | Drama, War\n", "Film 3 (2000) | Action\n"]
+    assert llm.catalogue_lines(data.timelines) == catalogue
+    # The last two events of each user are validation and test.
+    assert llm.corpus(data, 0) == [*catalogue, "1 1\n"]
+    everything = dataclasses.replace(data, split=dataclasses.replace(data.split, train_stop=data.timelines.lengths))
+    written = ["0 1\n", "0 2\n", "1 1\n", "1 2\n", "1 3\n"]
+    assert sorted(llm.corpus(everything, 0)[3:]) == written
+    monkeypatch.setattr(llm, "CORPUS_TEXTS", 2)
+    drawn = [llm.corpus(everything, seed)[3:] for seed in (0, 0, 1, 2, 3)]
+    assert drawn[0] == drawn[1] and all(len(set(some)) == 2 and set(some) <= set(written) for some in drawn)
+    assert len({tuple(sorted(some)) for some in drawn}) > 1  # another seed draws others
+
+
+def test_a_tokenizer_is_made_once_and_knows_the_prompts(data, tmp_path, mesh_of):
+    config = experiments.experiment("movielens", "xattn", "small")
+    config.user_llm.prompts.next_item.instruction = "Zebra crossing:"
+    config.llm.vocab_size = 300
+    run = Run(read_config(config), epath.Path(tmp_path), mesh_of())
+    assert llm.sentences(run.config)[0] == "Zebra crossing:"
+    first = llm.tokenizer(run, data)
+    made = (tmp_path / "tokenizer" / "tokenizer.json").stat().st_mtime_ns
+    assert len(first.encode("Zebra crossing:")) < len(first.encode("gnissorc arbeZ:"))  # its words are tokens
+    assert llm.tokenizer(run, data).vocab_size == first.vocab_size <= 300
+    assert (tmp_path / "tokenizer" / "tokenizer.json").stat().st_mtime_ns == made
+    assert (tmp_path / "tokenizer" / "identity.json").exists()
+
+
+def test_the_small_llm_has_the_sizes_that_the_config_says(tmp_path, mesh_of):
+    config = experiments.experiment("movielens", "xattn", "small")
+    config.llm.update(num_layers=3, unroll=False, attention_kernel="reference")
+    found = llm.decoder_config(Run(read_config(config), epath.Path(tmp_path), mesh_of()), 333)
+    assert (found.vocab_size, found.num_layers, found.unroll) == (333, 3, False)
+    assert found.block.width == config.llm.block.width and found.block.attention_kernel == "reference"
