@@ -239,7 +239,7 @@ def test_killed_in_two_phases_gives_the_same_results(finished, tmp_path):
 def test_a_table_is_reproduced_by_one_command_and_not_run_again(tmp_path):
     """All methods read 16 events, so that they share their programs."""
     tiny = TINY | {"user_llm.prompts.next_item.max_tokens": 24, "user_llm.eval.generate_users": 0}
-    tiny |= {f"user_llm_{events}_events.examples.max_events": 16 for events in (50, 100)}
+    tiny |= {f"variants.user_llm_{events}_events.changes.examples.max_events": 16 for events in (50, 100)}
     flags = [f"--config.{key}={value}" for key, value in tiny.items() if not key.startswith("text_prompt")]
     command = ["launch/reproduce.sh", "lengths", "synthetic", *flags]
     settings = environment() | {"SEEDS": "1", "OUT": str(tmp_path / "out"), "PYTHON": sys.executable}
