@@ -57,7 +57,7 @@ def test_a_run_on_all_that_is_ones_own_and_its_model_elsewhere(tmp_path):
     (tmp_path / "run" / "user_llm" / "model").rename(tmp_path / "model")
     (tmp_path / "plays").rename(tmp_path / "gone")
 
-    with pytest.raises(ValueError, match=r"has an encoder of kind 'mean': give it by encoders="):
+    with pytest.raises(ValueError, match=r"has an encoder of kind 'mean', which this package has not: load it in Python"):
         user_llm.load(tmp_path / "model")
     kinds = {"encoders": OWN["encoders"], "families": OWN["families"]}
     model = user_llm.load(tmp_path / "model", **kinds)

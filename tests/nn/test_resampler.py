@@ -107,7 +107,7 @@ def test_latents_separate_in_training():
     mask = _mask(np.array([5, 16, 1, 9]), 16)
 
     def loss(params):
-        tokens = trees.merge(graphdef, params)(STATES, mask[:, None])[:, 0]
+        tokens = trees.merge(graphdef, params)(jnp.asarray(STATES), mask[:, None])[:, 0]
         return jnp.mean((jax.nn.logsumexp(4 * tokens, axis=1) / 4 - wanted) ** 2), tokens
 
     @jax.jit

@@ -84,4 +84,8 @@ def test_commands(make_model, events, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "user_llm.encode", "--model=/no/such", f"--events={events}", "--out=x"], capture_output=True, text=True
     )  # fmt: skip
-    assert done.returncode == 1 and "Traceback" not in done.stderr and done.stderr.splitlines()[-1].startswith("Error: No")
+    assert (
+        done.returncode == 1
+        and "Traceback" not in done.stderr
+        and done.stderr.splitlines()[-1].startswith("Error: There is no model at ")
+    )
