@@ -3,8 +3,8 @@
     python launch/benchmark_users.py --model=RUN/user_llm/model --users=100000 --events=200 --within=DIR
 
 Writes that many users' events, drawn from the model's own items, to a Parquet file below DIR, and runs the command in a process of its
-own. "FLOPs allow" is the time that the encoder's and the resampler's products take, of the events that the model reads, at the rate at which this machine multiplies
-matrices, measured in the same run.
+own. "FLOPs allow" is the time that the products of the encoder and the resampler take at the rate at which this machine multiplies
+matrices, measured in the same run. They are the products of the events that the model reads, `events_read` of each user's.
 """
 
 import argparse

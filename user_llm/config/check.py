@@ -43,9 +43,9 @@ def conflicts(run: Config, sources: Collection[str], encoders: Collection[str]) 
     for key, value, choices in (("data.source", run.data.source, sources), ("encoder.kind", run.encoder.kind, encoders)):
         if value not in choices:
             yield key, value, f"choose {either(list(choices))}{near_miss(value, choices)}"
-    if not run.phases:
-        yield "phases", run.phases, f"name one or more of {', '.join(sorted({*phases, *run.variants}))}"
     known = sorted({*phases, *run.variants})
+    if not run.phases:
+        yield "phases", run.phases, f"name one or more of {', '.join(known)}"
     for place, name in enumerate(run.phases):
         if name in run.variants and name not in phases:
             like, others = run.variants[name].like, [other for other in known if other != name]
@@ -65,7 +65,7 @@ def conflicts(run: Config, sources: Collection[str], encoders: Collection[str]) 
     if len(axes) > 1:
         yield list(axes)[1], -1, f"only one axis can take what the others leave, and {list(axes)[0]} does"
     for name in run.phases:
-        for key, value, why in _phase_conflicts(run, phases, phases[name]):
+        for key, value, why in _phase_conflicts(run, phases[name]):
             yield f"{name}.{key}", value, why
 
 
@@ -74,7 +74,7 @@ def _blocks(section: str, block: Block) -> Iterator[tuple[str, Any, str]]:
         yield f"{section}.block.kv_heads", block.kv_heads, f"it must divide the {block.heads} heads"
 
 
-def _phase_conflicts(run: Config, phases: Mapping[str, Phase], phase: Phase) -> Iterator[tuple[str, Any, str]]:
+def _phase_conflicts(run: Config, phase: Phase) -> Iterator[tuple[str, Any, str]]:
     """Yield the same of a phase, keys without its name."""
     loop, optimizer, (key, rows) = phase.loop, phase.optimizer, phase.rows
     if phase.strategy not in run.strategies:
@@ -94,7 +94,7 @@ def _phase_conflicts(run: Config, phases: Mapping[str, Phase], phase: Phase) -> 
     if isinstance(phase, PretrainEncoder):
         yield from _encoder_conflicts(run, phase)
     if isinstance(phase, Contextualize):
-        yield from _contextual_conflicts(run, phases, phase)
+        yield from _contextual_conflicts(run, phase)
 
 
 def _encoder_conflicts(run: Config, phase: PretrainEncoder) -> Iterator[tuple[str, Any, str]]:
@@ -117,8 +117,8 @@ def _encoder_conflicts(run: Config, phase: PretrainEncoder) -> Iterator[tuple[st
             yield key, events, f"an encoder of learned positions reads at most encoder.max_events, {encoder.max_events}"
 
 
-def _contextual_conflicts(run: Config, phases: Mapping[str, Phase], phase: Contextualize) -> Iterator[tuple[str, Any, str]]:
-    encoders = {name: other for name, other in phases.items() if isinstance(other, PretrainEncoder)}
+def _contextual_conflicts(run: Config, phase: Contextualize) -> Iterator[tuple[str, Any, str]]:
+    encoders = {name: other for name, other in run.sections.items() if isinstance(other, PretrainEncoder)}
     if phase.encoder not in encoders:
         known = sorted({*encoders, *(name for name, variant in run.variants.items() if variant.like in encoders)})
         why = f"choose a phase that pretrains an encoder: {either(known)}{near_miss(phase.encoder, known)}"
@@ -143,7 +143,7 @@ def _contextual_conflicts(run: Config, phases: Mapping[str, Phase], phase: Conte
         why = "with loss.catalogue=0 no item head is trained, and titles must be written: set it to 1 or more"
         yield "eval.generate_users", phase.eval.generate_users, why
     for number, (_, source) in enumerate(phase.load):
-        if source != "fresh" and source not in phases and not (source == "checkpoint" and run.llm.checkpoint):
+        if source != "fresh" and source not in run.sections and not (source == "checkpoint" and run.llm.checkpoint):
             yield (
                 f"load[{number}][1]",
                 source,
