@@ -35,7 +35,7 @@ class Count:
 
 def count(vocabulary: Vocabulary, events: Path, out: Path, place: str = "", calls: int = 0) -> None:
     """Count the events of all users; get SIGKILL where the function `place` (module:name) is called for the `calls`-th time."""
-    bulk.BYTES, bulk.USERS, left = 200, 1, calls
+    bulk.BYTES, bulk.EVENTS, bulk.USERS, left = 200, 3, 1, calls
     if place:
         module, _, names = place.partition(":")
         owner, (*path, name) = importlib.import_module(module), names.split(".")

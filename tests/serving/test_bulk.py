@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import killed
 
 import user_llm
+from user_llm.data.vocabulary import Vocabulary
 from user_llm.serving import bulk
 from user_llm.serving.tables import Encode, Recommend
 from user_llm.serving.user import User
@@ -59,15 +60,26 @@ def same(found: list[dict], wanted: list[dict]) -> None:
     np.testing.assert_allclose(*scores, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [10**9, 200])  # bytes of a part: all users in one, or several parts
-def test_all_users_of_a_file_are_those_one_by_one(known, events, tmp_path, monkeypatch, size):
+# Bytes of a part, and events of a piece: all users in one part, in several parts, in the pieces of one part, in those of several.
+@pytest.mark.parametrize(("size", "piece"), [(10**9, 10**9), (200, 10**9), (10**9, 4), (200, 1)])
+def test_all_users_of_a_file_are_those_one_by_one(known, events, tmp_path, monkeypatch, size, piece):
+    gathered = []
+
+    def gather(vocabulary, table, real=Vocabulary.gather):
+        gathered.append(len(table))
+        return real(vocabulary, table)
+
+    monkeypatch.setattr(Vocabulary, "gather", gather)
     monkeypatch.setattr(bulk, "BYTES", size)
+    monkeypatch.setattr(bulk, "EVENTS", piece)
     monkeypatch.setattr(bulk, "USERS", 2)
     rows, users = expected(known)
     model = user_llm.load(known.directory)
+    gathered.clear()
     assert bulk.run(Recommend(model, 3), str(events), tmp_path / "ranked") == 5
     same(read(tmp_path / "ranked"), rows)
-    assert (len(list((tmp_path / "ranked").glob("*.parquet"))) > 1) == (size == 200)
+    parts = len(list((tmp_path / "ranked").glob("*.parquet")))
+    assert (parts > 1) == (size == 200) and (len(gathered) > parts) == (piece < 10**9)
     assert bulk.run(Encode(model), str(events), tmp_path / "states") == 5
     for row in read(tmp_path / "states"):
         user = User.from_bytes(row["state"])
@@ -113,6 +125,7 @@ def test_a_run_that_is_killed_goes_on_without_loss_or_doubles(known, events, tmp
 PLACES = (  # in the order in which a run comes to them
     ("user_llm.serving.bulk:write_json", 1),  # OUT does not say yet what it is made of
     ("pyarrow.ipc:new_file", 2),  # one of the files of events is made
+    ("pathlib:Path.with_stem", 1),  # the first part is about to be divided into pieces
     ("user_llm.serving.bulk:Vocabulary.gather", 1),  # all events are read; no part is there
     ("pyarrow.parquet:ParquetWriter.write_table", 1),  # the file of the first part is begun
     ("pathlib:Path.rename", 1),  # the first part is complete, and does not have its name yet

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from user_llm.data.timelines import Timelines, order_events
-from user_llm.serving.user import MAGIC, User, from_timeline, joined, unknown_user
+from user_llm.serving.user import MAGIC, User, from_timelines, joined, unknown_user
 
 SCHEMA_WIDTH = 5  # item, rating, two genres, gap
 
@@ -27,7 +27,8 @@ def user_of(make_timelines, item, tick, keep, unknown=NONE) -> User:
         return unknown_user("m", SCHEMA_WIDTH, key=7, ticks_per_second=1)
     made = sorted_timelines(make_timelines, np.asarray(item), np.asarray(tick), 7)
     made.columns["rating"] = (1 + made.item % 10).astype(np.int32)  # of the item, wherever it stands
-    return from_timeline(made, 0, keep=keep, model="m", key=7, unknown=unknown, ticks_per_second=1)
+    those = np.array([0])
+    return from_timelines(made, those, keep=keep, model="m", keys=[7], unknown=[unknown], ticks_per_second=1)[0]
 
 
 def facts(user: User) -> tuple:

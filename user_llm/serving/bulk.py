@@ -1,9 +1,10 @@
 """Encode, or recommend items to, all users of event files that are larger than memory; the results are Parquet files.
 
-    event files -> one file of events per part, on disk -> some users of a part at a time -> OUT/part-00012-of-00064.parquet
+    event files -> one file of events per part, on disk -> pieces of a part -> some users at a time -> OUT/part-00012-of-00064.parquet
 
-A hash of the user's id chooses the user's part, so that all events of a user are in one part. A part's Parquet file appears when
-it is complete. The same command, given again after a run was killed, computes the missing parts only. Several processes can divide
+A hash of the user's id chooses the user's part, so that all events of a user are in one part. A part that has too many events for
+memory is divided into pieces in the same way. The memory in use therefore does not grow with the number of users. A part's Parquet
+file appears when it is complete. The same command, given again after a run was killed, computes the missing parts only. Several processes can divide
 the parts among them (`Share`). Each of them reads all event files, and stores the events of its own parts in OUT while it works.
 """
 
@@ -13,7 +14,8 @@ import json
 import math
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -33,10 +35,12 @@ from user_llm.data.event_files import find_files
 from user_llm.data.raw import BadRows
 from user_llm.data.vocabulary import REMEDY, Vocabulary
 from user_llm.serving.tables import Encode, Recommend
+from user_llm.serving.user import User
 
 BYTES = 32 << 20  # bytes of event files for each part
 MOST_PARTS = 200  # the most parts, each of which is an open file while events are read
-USERS = 2048  # users that are encoded at a time; the results of all of them are in memory together
+EVENTS = 1 << 19  # events of a piece, which are in memory together; a user with more is in memory as a whole nevertheless
+USERS = 1024  # users that are encoded at a time; the results of all of them are in memory together
 FACTS = "_made_of.json"  # readers of a folder of Parquet files leave out what begins so
 SCRATCH = "scratch"
 
@@ -92,13 +96,16 @@ def run(function: Encode | Recommend, events: str, out: Path, *, share: Share | 
         scratch.mkdir()
         if missing := [part for part in mine if not _path(out, part, parts).exists()]:
             with tqdm(unit=" events", unit_scale=True, desc="reading", mininterval=1) as progress:
-                sizes = _parted(
-                    vocabulary, events, scratch, set(missing), parts, BadRows(skip=skip_bad, remedy=REMEDY), progress
-                )
+                bad_rows = BadRows(skip=skip_bad, remedy=REMEDY)
+                those = {part: scratch / f"{part}.arrow" for part in missing}
+                sizes = _divided(vocabulary.batches(events, bad_rows), vocabulary.columns, those, lambda n: n % parts, progress)
+                if bad_rows.count:
+                    logging.warning("%d rows that cannot be read are left out.", bad_rows.count)
                 progress.reset(sum(sizes.values()))
                 progress.set_description("computing")
                 for part in missing:
-                    _compute(function, vocabulary, scratch / f"{part}.arrow", _path(out, part, parts), progress)
+                    pieces = _pieces(those[part], sizes[part], vocabulary.columns, parts)
+                    _compute(function, vocabulary, pieces, _path(out, part, parts), progress)
         shutil.rmtree(scratch)
     return sum(
         len(np.unique(pq.read_table(_path(out, part, parts), columns=["user"])["user"].to_numpy(zero_copy_only=False)))
@@ -147,49 +154,84 @@ def _settle(out: Path, function: Encode | Recommend, events: list, settings: dic
             raise ValueError(f"{out} holds results of other events: choose another --out.")
 
 
-def _parted(
-    vocabulary: Vocabulary, events: str, scratch: Path, wanted: set[int], parts: int, bad_rows: BadRows, progress: tqdm
+def _divided(
+    batches: Iterable[pa.RecordBatch],
+    schema: pa.Schema,
+    files: Mapping[int, Path],
+    chosen: Callable[[np.ndarray], np.ndarray],
+    progress: tqdm | None = None,
 ) -> dict[int, int]:
-    """Write the events of each wanted part to a file, and return the number of events by part."""
-    sizes = dict.fromkeys(wanted, 0)
-    schema = vocabulary.columns
+    """Divide events among files by their users, and return the number of events in each file.
+
+    Args:
+      batches: events, with the columns of `schema`.
+      files: where the events of each number are written.
+      chosen: from the hashes of users to the numbers of their files. Events whose number is not in `files` are left out.
+    """
+    sizes = dict.fromkeys(files, 0)
     with ExitStack() as stack:
-        writers = {
-            part: stack.enter_context(pa.ipc.new_file(str(scratch / f"{part}.arrow"), schema)) for part in sorted(wanted)
-        }
-        for batch in vocabulary.batches(events, bad_rows):
+        writers = {number: stack.enter_context(pa.ipc.new_file(str(file), schema)) for number, file in sorted(files.items())}
+        for batch in batches:
             users = batch.column("user").dictionary_encode()
-            of_user = np.array([zlib.crc32(user.encode()) % parts for user in users.dictionary.to_pylist()], np.int64)
+            of_user = chosen(np.array([zlib.crc32(user.encode()) for user in users.dictionary.to_pylist()], np.int64))
             of_row = of_user[users.indices.to_numpy()]
             order = np.argsort(of_row, kind="stable")
-            sorted_rows, found = batch.take(pa.array(order)), np.unique(of_row)
-            edges = np.searchsorted(of_row[order], [*found, parts])
-            for part, first, last in zip(found.tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-                if part in wanted:
-                    writers[part].write_batch(sorted_rows.slice(first, last - first))
-                    sizes[part] += last - first
-            progress.update(len(batch))
-    if bad_rows.count:
-        logging.warning("%d rows that cannot be read are left out.", bad_rows.count)
+            sorted_rows, (found, firsts) = batch.take(pa.array(order)), np.unique(of_row[order], return_index=True)
+            for number, first, last in zip(found.tolist(), firsts.tolist(), [*firsts.tolist()[1:], len(order)], strict=True):
+                if number in files:
+                    writers[number].write_batch(sorted_rows.slice(first, last - first))
+                    sizes[number] += last - first
+            if progress is not None:
+                progress.update(len(batch))
     return sizes
 
 
-def _compute(function: Encode | Recommend, vocabulary: Vocabulary, source: Path, target: Path, progress: tqdm) -> None:
-    """Write a part's results to `target`, which appears when it is complete, and delete the part's events at `source`."""
-    with pa.memory_map(str(source)) as file:
-        read = vocabulary.gather(pa.ipc.open_file(file).read_all())
+def _pieces(file: Path, size: int, schema: pa.Schema, parts: int) -> list[Path]:
+    """Return the files into which a part's events are divided, of some `EVENTS` each: `file` itself where it has no more.
+
+    Args:
+      size: the number of events in `file`, which is deleted when it is divided.
+      parts: the number of parts, by which the hashes of users are divided before the pieces are numbered: users of one part have
+        the same remainder.
+    """
+    count = min(math.ceil(size / EVENTS), MOST_PARTS)
+    if count < 2:
+        return [file]
+    pieces = {number: file.with_stem(f"{file.stem}-{number}") for number in range(count)}
+    with pa.memory_map(str(file)) as source:
+        opened = pa.ipc.open_file(source)
+        batches = (opened.get_batch(number) for number in range(opened.num_record_batches))
+        _divided(batches, schema, pieces, lambda n: n // parts % count)
+    file.unlink()
+    return list(pieces.values())
+
+
+def _compute(
+    function: Encode | Recommend, vocabulary: Vocabulary, pieces: Sequence[Path], target: Path, progress: tqdm
+) -> None:
+    """Write a part's results to `target`, which appears when it is complete, and delete the part's events in `pieces`."""
     unfinished = target.with_suffix(".unfinished")
-    with pq.ParquetWriter(unfinished, function.schema) as writer:
-        for numbers in _slices(len(read.timelines)):
-            writer.write_table(function.of_users(function.model.encode_read(read, numbers)))
-            progress.update(
-                int(
-                    read.timelines.lengths[numbers.start : numbers.stop].sum()
-                    + read.unknown[numbers.start : numbers.stop].sum()
-                )
-            )
+    with pq.ParquetWriter(unfinished, function.schema) as writer, ThreadPoolExecutor(1) as thread:
+        written = None  # one slice of users is written while the next one is computed
+        for file in pieces:
+            with pa.memory_map(str(file)) as source:
+                read = vocabulary.gather(pa.ipc.open_file(source).read_all())
+            for numbers in _slices(len(read.timelines)):
+                users = function.model.encode_read(read, numbers)
+                if written:
+                    written.result()
+                written = thread.submit(_write, writer, function, users)
+                known = read.timelines.lengths[numbers.start : numbers.stop].sum()
+                progress.update(int(known + read.unknown[numbers.start : numbers.stop].sum()))
+        if written:
+            written.result()
     unfinished.rename(target)
-    source.unlink()
+    for file in pieces:
+        file.unlink()
+
+
+def _write(writer: pq.ParquetWriter, function: Encode | Recommend, users: Mapping[str, User]) -> None:
+    writer.write_table(function.of_users(users))
 
 
 def _slices(count: int) -> Iterator[range]:

@@ -11,7 +11,7 @@ A `Personalizer` needs neither the training run nor its dataset. Its parts do th
 
 import dataclasses
 import functools
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -124,7 +124,7 @@ class Personalizer:
         return self.encode_read(read, range(len(read.timelines)))
 
     @on_mesh
-    def encode_read(self, read: Read, numbers: Iterable[int]) -> dict[str, User]:
+    def encode_read(self, read: Read, numbers: Sequence[int]) -> dict[str, User]:
         """Encode some of the users whose events `Vocabulary.read` or `Vocabulary.gather` has read.
 
         Args:

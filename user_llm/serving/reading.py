@@ -1,7 +1,7 @@
 """From raw events to users: events are read by the model's rules, joined to those that a user has, and encoded."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -44,17 +44,14 @@ class Reader:
             logging.warning("%d events are left out: the model does not know their items.", left_out)
         return read
 
-    def users(self, read: Read, numbers: Iterable[int], keep: int | None) -> dict[str, User]:
+    def users(self, read: Read, numbers: Sequence[int], keep: int | None) -> dict[str, User]:
         """Return users by their ids, with events but without user tokens."""
-        timelines = read.timelines
-        per_second = self.vocabulary.fields.ticks_per_second
-        return {
-            (key := timelines.user_keys[number]): users.from_timeline(
-                timelines, number, keep=keep, model=self.model, key=hash_key(key), unknown=_unknown(read, number),
-                ticks_per_second=per_second,
-            )
-            for number in numbers
-        }  # fmt: skip
+        places, keys = np.array(numbers, np.int64), [read.timelines.user_keys[number] for number in numbers]
+        found = users.from_timelines(
+            read.timelines, places, keep=keep, model=self.model, keys=list(map(hash_key, keys)),
+            unknown=[_unknown(read, number) for number in numbers], ticks_per_second=self.vocabulary.fields.ticks_per_second,
+        )  # fmt: skip
+        return dict(zip(keys, found, strict=True))
 
     def updated(self, user: User, events: Any) -> User:
         """Return a user with further events, but without user tokens; see `Personalizer.update`."""

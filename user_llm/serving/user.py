@@ -11,6 +11,7 @@ Axis letters: M user tokens, U width of a user token, E kept events, A features 
 import dataclasses
 import json
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -130,7 +131,9 @@ def check_user(user: Any, model: str) -> None:
 
 def _steps(numbers: np.ndarray) -> np.ndarray:
     """Return the first number and then the differences of neighbours. They are small, and so compress well; `np.cumsum` undoes this."""
-    return np.diff(numbers, prepend=numbers.dtype.type(0))
+    steps = numbers.copy()
+    steps[1:] -= numbers[:-1]
+    return steps
 
 
 def _planes(array: np.ndarray) -> bytes:
@@ -181,33 +184,42 @@ def _unpack(data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return header, arrays
 
 
-def from_timeline(
+def from_timelines(
     timelines: Timelines,
-    user: int,
+    those: Int[np.ndarray, " n"],
     *,
     keep: int | None,
     model: str,
-    key: int,
-    unknown: Int[np.ndarray, " X"],
+    keys: Sequence[int],
+    unknown: Sequence[Int[np.ndarray, " X"]],
     ticks_per_second: int,
-) -> User:
-    """Return a user with the events of a timeline but without user tokens.
+) -> list[User]:
+    """Return users with the events of timelines but without user tokens.
 
     Args:
-      user: the place of the user in the timelines.
-      keep: the number of latest events that the user keeps; None for all.
-      unknown: the ticks of the events that are left out, because the model does not know their item.
-      model, key, ticks_per_second: attributes of the `User`.
+      those: the places of the users in the timelines.
+      keep: the number of latest events that a user keeps; None for all.
+      keys: for each user, its attribute `key`.
+      unknown: for each user, the ticks of the events that are left out, because the model does not know their item.
+      model, ticks_per_second: attributes of all users.
     """
-    first, last = int(timelines.offsets[user]), int(timelines.offsets[user + 1])
-    start = first if keep is None else max(last - keep, first)
-    numbers, order = np.arange(start, last), timelines.order
-    return User(
-        model=model, tokens=np.zeros((0, 0), np.float32), events=timelines.features(numbers),
-        ticks=np.asarray(order[numbers], np.int64), before=int(order[start - 1]) if start > first else None,
-        seen=np.unique(timelines.item[first:last]).astype(np.int32), count=last - first, unknown=len(unknown),
-        last_unknown=_latest(unknown), key=key, ticks_per_second=ticks_per_second,
-    )  # fmt: skip
+    firsts, lasts = timelines.offsets[those], timelines.offsets[those + 1]
+    starts = firsts if keep is None else np.maximum(lasts - keep, firsts)
+    numbers = np.concatenate([np.arange(0), *map(np.arange, starts, lasts)])
+    edges = np.cumsum(lasts - starts)[:-1]  # the features of all users are made at once, and then divided
+    events, ticks = (
+        np.split(timelines.features(numbers), edges),
+        np.split(np.asarray(timelines.order[numbers], np.int64), edges),
+    )
+    return [
+        User(
+            model=model, tokens=np.zeros((0, 0), np.float32), events=events[n].copy(), ticks=ticks[n].copy(),
+            before=int(timelines.order[start - 1]) if start > first else None,
+            seen=np.unique(timelines.item[first:last]).astype(np.int32), count=last - first, unknown=len(unknown[n]),
+            last_unknown=_latest(unknown[n]), key=keys[n], ticks_per_second=ticks_per_second,
+        )
+        for n, (first, start, last) in enumerate(zip(firsts.tolist(), starts.tolist(), lasts.tolist(), strict=True))
+    ]  # fmt: skip
 
 
 def joined(
