@@ -8,10 +8,9 @@ matrices, measured in the same run. They are the products of the events that the
 """
 
 import argparse
+import contextlib
 import json
 import pathlib
-import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,6 +18,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -65,6 +65,22 @@ def flops_per_second() -> float:
     return 2 * SIZE**3 / best
 
 
+def watched(command: list[str]) -> tuple[float, int]:
+    """Run a command; return the seconds that it took, and the most bytes of memory that it held whenever it was looked at.
+
+    What the system records of a finished child (`ru_maxrss`) is not below the peak of its parent.
+    """
+    start, peak = time.perf_counter(), 0
+    process = psutil.Popen(command)
+    while process.poll() is None:
+        with contextlib.suppress(psutil.Error):
+            peak = max(peak, process.memory_info().rss)
+        time.sleep(0.05)
+    if process.returncode:
+        raise SystemExit(f"The command failed: {' '.join(command)}")
+    return time.perf_counter() - start, peak
+
+
 def main() -> None:
     """Write, run, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -93,10 +109,7 @@ def main() -> None:
             f"--events={events}",
             f"--out={folder}/out",
         ]
-        start = time.perf_counter()
-        subprocess.run(command, check=True)
-        seconds = time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+        seconds, peak = watched(command)
         states = sum(file.stat().st_size for file in (pathlib.Path(folder) / "out").glob("*.parquet"))
     rate = flops_per_second()
     print(

@@ -107,10 +107,17 @@ def run(function: Encode | Recommend, events: str, out: Path, *, share: Share | 
                     pieces = _pieces(those[part], sizes[part], vocabulary.columns, parts)
                     _compute(function, vocabulary, pieces, _path(out, part, parts), progress)
         shutil.rmtree(scratch)
-    return sum(
-        len(np.unique(pq.read_table(_path(out, part, parts), columns=["user"])["user"].to_numpy(zero_copy_only=False)))
-        for part in mine
-    )
+    return sum(_users(_path(out, part, parts)) for part in mine)
+
+
+def _users(file: Path) -> int:
+    """Return the number of users of a part's results, in which the rows of a user are side by side."""
+    count, last = 0, None
+    for batch in pq.ParquetFile(file).iter_batches(columns=["user"]):
+        if len(batch):
+            count += len(batch["user"].unique()) - (batch["user"][0] == last)
+            last = batch["user"][-1]
+    return count
 
 
 def _path(out: Path, part: int, parts: int) -> Path:
@@ -198,7 +205,7 @@ def _pieces(file: Path, size: int, schema: pa.Schema, parts: int) -> list[Path]:
     if count < 2:
         return [file]
     pieces = {number: file.with_stem(f"{file.stem}-{number}") for number in range(count)}
-    with pa.memory_map(str(file)) as source:
+    with pa.OSFile(str(file)) as source:  # pages of a file that is mapped would count as memory in use
         opened = pa.ipc.open_file(source)
         batches = (opened.get_batch(number) for number in range(opened.num_record_batches))
         _divided(batches, schema, pieces, lambda n: n // parts % count)
@@ -214,7 +221,7 @@ def _compute(
     with pq.ParquetWriter(unfinished, function.schema) as writer, ThreadPoolExecutor(1) as thread:
         written = None  # one slice of users is written while the next one is computed
         for file in pieces:
-            with pa.memory_map(str(file)) as source:
+            with pa.OSFile(str(file)) as source:
                 read = vocabulary.gather(pa.ipc.open_file(source).read_all())
             for numbers in _slices(len(read.timelines)):
                 users = function.model.encode_read(read, numbers)
