@@ -179,7 +179,7 @@ class Writer:
           stop_ids: tokens that end a row.
           stop: texts that end a row.
         """
-        texts = [_Text(self.tokenizer, frozenset(stop_ids), stop) for _ in rows]
+        texts = [Written(self.tokenizer, frozenset(stop_ids), stop) for _ in rows]
         with jax.set_mesh(self.predictor.mesh):
             decoder, inputs, sizes, kv = self.predictor.decoding(
                 *self.padded(rows), batch.present(self.predictor, those), leading
@@ -198,7 +198,7 @@ class Writer:
 
 
 @dataclasses.dataclass
-class _Text:
+class Written:
     """A text while it is being written.
 
     Attributes:

@@ -1,0 +1,440 @@
+"""One thread that owns a model: it writes texts in rows that come and go, and answers questions about users in batches.
+
+    requests ─> queue ─> free row ─> prompt is read, a chunk at a time ┐
+                                     one step: each row writes a token ┴─> pieces of text, as they come
+    questions ─> as many of one kind as there are, up to a batch ─> answers
+
+The thread alternates: one chunk of a prompt, one step of all rows, one batch of questions. No long prompt and no crowd of questions
+can therefore hold up the texts that are being written. All other threads, and the event loop of the server, only put things
+into the queues and receive what was made.
+"""
+
+import asyncio
+import dataclasses
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import logging
+
+from user_llm.common import mesh as meshes
+from user_llm.data.prompts.base import Ids, pad_rows
+from user_llm.models.sampling import GREEDY, Sampling
+from user_llm.models.slots import Slots
+from user_llm.serve.limits import Limits
+from user_llm.serving import batch
+from user_llm.serving.explaining import Seen
+from user_llm.serving.personalizer import Personalizer
+from user_llm.serving.ranking import Item
+from user_llm.serving.user import User
+from user_llm.serving.writing import Written
+
+
+class Busy(Exception):
+    """The queue is full.
+
+    Attributes:
+      seconds: when to try again, as far as can be told.
+    """
+
+    def __init__(self, seconds: int):
+        super().__init__(f"The server has as much to do as it takes: try again in {seconds} s.")
+        self.seconds = seconds
+
+
+class Closing(Exception):
+    """The server is shutting down."""
+
+
+class Piece(NamedTuple):
+    """A piece of a text.
+
+    Attributes:
+      text: what is added; it may be empty.
+      tokens: the number of tokens that were written for it.
+      finish: "" while more will come, "stop" where the text ended by itself or at a stop text, "length" at the most tokens.
+    """
+
+    text: str
+    tokens: int
+    finish: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """What is to be written.
+
+    Attributes:
+      row: the tokens of the prompt.
+      user: the user whom the text is for; None for the LLM without a user.
+      max_tokens: the most tokens that are written.
+      seed: seed of the random draws.
+      stop: texts that end the text.
+    """
+
+    row: Ids
+    user: User | None
+    max_tokens: int
+    sampling: Sampling = GREEDY
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A question: which items to recommend; the attributes are the arguments of `Personalizer.recommend_many`."""
+
+    k: int = 10
+    seen: bool = True
+    allow: tuple[str, ...] | None = None
+    deny: tuple[str, ...] = ()
+    candidates: tuple[str, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoding:
+    """A question: the state of a user with these events."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Explaining:
+    """A question: the `k` events that a user's tokens look at most."""
+
+    k: int
+
+
+@dataclasses.dataclass(eq=False)
+class _Writing:
+    """A text that is wanted, from its arrival to its end.
+
+    Attributes:
+      deliver: takes each piece; it is called in the engine's thread. An exception is delivered where the engine has failed.
+      left: the number of tokens that may still be written.
+      gone: whether nobody wants the text any longer.
+    """
+
+    prompt: Prompt
+    deliver: Callable[[Piece | Exception], None]
+    written: Written
+    left: int
+    gone: bool = False
+
+
+class Engine:
+    """A model in a thread of its own. `start` begins to compile; `ready` says when it answers.
+
+    Args:
+      model: the model.
+      limits: what it takes on at most.
+      observe: is told what is measured, by name and value: `tokens` written, `batch` of questions, seconds of a `step`.
+    """
+
+    def __init__(self, model: Personalizer, limits: Limits, observe: Callable[[str, float], None] = lambda name, value: None):
+        predictor = dataclasses.replace(model.predictor, batch_size=limits.batch, pad_whole=True)
+        self.model = dataclasses.replace(model, predictor=predictor)
+        self.limits, self.observe = limits, observe
+        self.failed: Exception | None = None
+        self._ready, self._closing = threading.Event(), False
+        self._wake = threading.Condition()
+        self._queue: deque[_Writing] = deque()
+        self._questions: deque[tuple[Hashable, Any, Future]] = deque()
+        self._rows: list[_Writing | None] = [None] * limits.rows
+        self._reading: deque[int] = deque()  # rows whose prompt is being read
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._seconds_of_text = 1.0  # a moving mean
+
+    @property
+    def ready(self) -> bool:
+        """Whether everything is compiled and the engine takes requests."""
+        return self._ready.is_set() and self.failed is None and not self._closing
+
+    @property
+    def waiting(self) -> int:
+        """The number of requests that wait for a row."""
+        return len(self._queue)
+
+    @property
+    def writing(self) -> int:
+        """The number of rows in use."""
+        return sum(row is not None for row in self._rows)
+
+    def start(self) -> None:
+        """Start the thread, which compiles first."""
+        self._thread.start()
+
+    def drain(self) -> None:
+        """Refuse what comes from now on and what waits for a row; finish what has begun."""
+        with self._wake:
+            self._closing = True
+            waiting, self._queue = list(self._queue), deque()
+            self._wake.notify()
+        for one in waiting:
+            one.deliver(Closing("The server is shutting down: ask again, it may be another one that answers."))
+
+    def close(self, seconds: float = 60.0) -> None:
+        """Drain, and wait until the thread has ended."""
+        self.drain()
+        if self._thread.is_alive():
+            self._thread.join(seconds)
+
+    def check(self, prompt: Prompt) -> None:
+        """Check that a prompt and its answer fit into a row.
+
+        Raises:
+          ValueError: they do not.
+        """
+        soft = 0 if prompt.user is None or not self.model.predictor.config.soft_prompt else len(prompt.user.tokens)
+        length = len(prompt.row) + soft
+        if prompt.max_tokens < 1 or length + prompt.max_tokens > self.limits.context:
+            of_user = f" ({soft} of them of the user)" if soft else ""
+            raise ValueError(
+                f"The prompt has {length} tokens{of_user} and the answer up to {prompt.max_tokens}: at least 1 can be written, and both "
+                f"together have at most {self.limits.context}."
+            )
+
+    async def write(self, prompt: Prompt) -> AsyncIterator[Piece]:
+        """Yield the pieces of a text. A caller who stops listening, or is cancelled, frees the row.
+
+        Raises:
+          Busy: the queue is full.
+          Closing: the server is shutting down.
+          ValueError: the prompt and the answer are longer than `limits.context`.
+        """
+        self.check(prompt)
+        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Piece | Exception]()
+        stops = frozenset(self.model.tokenizer.stop_ids)
+        written = Written(self.model.tokenizer, stops, prompt.stop)
+        deliver = lambda piece: _to(loop, pieces, piece)  # noqa: E731
+        one = _Writing(prompt, deliver, written, prompt.max_tokens)
+        with self._wake:
+            self._admissible(len(self._queue))
+            self._queue.append(one)
+            self._wake.notify()
+        try:
+            while True:
+                piece = await pieces.get()
+                if isinstance(piece, Exception):
+                    raise piece
+                yield piece
+                if piece.finish:
+                    return
+        finally:
+            one.gone = True
+
+    async def encode(self, user: str, rows: Sequence[Mapping[str, Any]]) -> User:
+        """Return the state of a user, given by id, with these events, which have the column of user ids.
+
+        Raises:
+          Busy, Closing: as in `write`.
+          ValueError: an event cannot be read.
+        """
+        return await self._ask(Encoding(), (user, rows))
+
+    async def recommend(self, user: User, choice: Choice) -> list[Item]:
+        """Return what to recommend to a user; errors as in `encode`, and those of `Personalizer.recommend_many`."""
+        return await self._ask(choice, user)
+
+    async def explain(self, user: User, k: int) -> list[Seen]:
+        """Return the events that the user's tokens look at most; errors as in `encode`, and those of `Personalizer.explain`."""
+        return await self._ask(Explaining(k), user)
+
+    async def _ask(self, question: Hashable, about: Any) -> Any:
+        future: Future = Future()
+        with self._wake:
+            self._admissible(len(self._questions))
+            self._questions.append((question, about, future))
+            self._wake.notify()
+        return await asyncio.wrap_future(future)
+
+    def _admissible(self, waiting: int) -> None:
+        if self.failed is not None:
+            raise self.failed
+        if self._closing:
+            raise Closing("The server is shutting down: ask again, it may be another one that answers.")
+        if waiting >= self.limits.queue:
+            raise Busy(max(1, round(self._seconds_of_text * (waiting + 1) / self.limits.rows)))
+
+    # What follows runs in the engine's thread.
+
+    def _run(self) -> None:
+        try:
+            with jax.set_mesh(self.model.predictor.mesh):
+                self._compile()
+                self._ready.set()
+                while self._wait():
+                    self._seat()
+                    self._read()
+                    self._step()
+                    self._answer()
+        except Exception as error:
+            logging.exception("The engine has failed.")
+            self.failed = RuntimeError(f"The model has failed ({type(error).__name__}): the server must be started again.")
+            with self._wake:
+                left = [*self._queue, *(row for row in self._rows if row is not None)]
+                questions = list(self._questions)
+                self._queue.clear()
+                self._questions.clear()
+            for one in left:
+                one.deliver(self.failed)
+            for _, _, future in questions:
+                future.set_exception(self.failed)
+
+    def _compile(self) -> None:
+        """Compile all programs, so that none is compiled while somebody waits."""
+        nobody = self._users_tokens(None)
+        self._slots = Slots(
+            *self._decoder(), rows=self.limits.rows, room=self.limits.context, users=None if nobody is None else nobody.kv
+        )
+        self._slots.compile()
+        start = np.array([*self.model.lines.start, self.model.lines.end_id], np.int32)
+        self._inputs(Prompt(start, None, 1))
+        user, size = self.model.reader.nobody(), 1
+        if self.model.predictor.max_events:
+            user = dataclasses.replace(user, events=np.ones((1, user.events.shape[1]), np.int32), ticks=np.zeros(1, np.int64))
+        while size <= self.limits.batch:
+            those = self.model.reader.encoded([user] * size)
+            if "next_item" in self.model.tasks and self.model.predictor.ranks:
+                self.model.recommend_many(those, 1)
+            size *= 2
+        if self.model.predictor.config.resampler is not None:
+            self.model.explain(those[0], 1)
+
+    def _wait(self) -> bool:
+        """Wait until there is something to do; return whether there is."""
+        with self._wake:
+            while not (self._queue or self._questions or self.writing):
+                if self._closing:
+                    return False
+                self._wake.wait()
+        return True
+
+    def _seat(self) -> None:
+        """Give free rows to those who wait."""
+        for row, one in enumerate(self._rows):
+            if one is not None and one.gone:
+                self._free(row)
+        for row in range(len(self._rows)):
+            while self._rows[row] is None:
+                with self._wake:
+                    if not self._queue:
+                        return
+                    one = self._queue.popleft()
+                if one.gone:
+                    continue
+                inputs, length, kv = self._inputs(one.prompt)
+                self._slots.start(
+                    row, inputs, length, user=kv, sampling=one.prompt.sampling, seed=one.prompt.seed
+                )  # fmt: skip
+                self._rows[row] = one
+                self._reading.append(row)
+
+    def _read(self) -> None:
+        """Read one chunk of one prompt."""
+        if self._reading:
+            row = self._reading[0]
+            token = self._slots.read(row)
+            if token is None:
+                self._reading.rotate(-1)
+            else:
+                self._reading.popleft()
+                self._deliver(row, token)
+
+    def _step(self) -> None:
+        """Let each row whose prompt has been read write one token."""
+        if self.writing > len(self._reading):
+            start = time.perf_counter()
+            for row, token in enumerate(self._slots.step().tolist()):
+                if token >= 0:
+                    self._deliver(row, token)
+            self.observe("step", time.perf_counter() - start)
+
+    def _deliver(self, row: int, token: int) -> None:
+        """Hand over what a token adds to a row's text; free the row where the text ends."""
+        one = self._rows[row]
+        if one is None or one.gone:
+            return
+        one.left -= 1
+        ended = token in one.written.stop_ids
+        text = one.written.more([token], ended=ended or not one.left)
+        finish = "stop" if ended or not one.written.open else "length" if not one.left else ""
+        self.observe("tokens", 1)
+        one.deliver(Piece(text, 1, finish))
+        if finish:
+            self._free(row)
+
+    def _free(self, row: int) -> None:
+        self._slots.end(row)
+        self._rows[row] = None
+        if row in self._reading:
+            self._reading.remove(row)
+
+    def _answer(self) -> None:
+        """Answer the first question that waits, and others of its kind with it."""
+        with self._wake:
+            if not self._questions:
+                return
+            first = self._questions[0][0]
+            chosen = [one for one in self._questions if one[0] == first][: self.limits.batch]
+            for one in chosen:
+                self._questions.remove(one)
+        chosen = [one for one in chosen if one[2].set_running_or_notify_cancel()]
+        self.observe("batch", len(chosen))
+        for part, answers in self._together(first, chosen):
+            for (_, _, future), answer in zip(part, answers, strict=True):
+                future.set_exception(answer) if isinstance(answer, Exception) else future.set_result(answer)
+
+    def _together(self, question: Hashable, chosen: list) -> list[tuple[list, list]]:
+        """Return answers by questions; where they cannot be answered together, each is answered, or refused, alone."""
+        if not chosen:
+            return []
+        try:
+            return [(chosen, self._answers(question, [about for _, about, _ in chosen]))]
+        except ValueError as error:
+            if len(chosen) == 1:
+                return [(chosen, [error])]
+        return [pair for one in chosen for pair in self._together(question, [one])]
+
+    def _answers(self, question: Hashable, about: list) -> list:
+        match question:
+            case Encoding():
+                found = self.model.encode_many([row for _, rows in about for row in rows])
+                if missing := [user for user, _ in about if user not in found]:
+                    raise ValueError(f"The model does not read the id {missing[0]!r} as it is.")
+                return [found[user] for user, _ in about]
+            case Choice():
+                return self.model.recommend_many(about, **dataclasses.asdict(question))
+            case Explaining():
+                return [self.model.explain(user, question.k) for user in about]
+        raise TypeError(question)
+
+    def _decoder(self) -> tuple:
+        row = np.array([[self.model.lines.end_id]], np.int32)
+        return self.model.predictor.decoding(*self._put(row, [1]), self._users_tokens(None), 0)[0]
+
+    def _inputs(self, prompt: Prompt) -> tuple:
+        """Return a prompt as embeddings, its length, and the keys and values of its user."""
+        text = pad_rows([prompt.row], self.limits.context)
+        leading = self.model.writer.leading([prompt.row])
+        _, inputs, sizes, kv = self.model.predictor.decoding(
+            *self._put(text, [len(prompt.row)]), self._users_tokens(prompt.user), leading
+        )
+        return inputs, int(meshes.fetch(sizes)[0]), kv
+
+    def _users_tokens(self, user: User | None) -> Any:
+        return batch.present(self.model.predictor, [user])
+
+    def _put(self, rows: np.ndarray, lengths: list[int]) -> tuple:
+        return meshes.put_rows((rows, np.array(lengths, np.int32)), self.model.predictor.mesh)
+
+
+def _to(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue, piece: Any) -> None:
+    """Put something into the queue of an event loop, from another thread."""
+    try:
+        loop.call_soon_threadsafe(queue.put_nowait, piece)
+    except RuntimeError:  # the loop has ended, and nobody listens
+        return

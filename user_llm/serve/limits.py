@@ -1,0 +1,38 @@
+"""What a server allows at most, so that no request and no number of requests can exhaust it."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """The limits of a server.
+
+    Attributes:
+      rows: the number of texts that are written at the same time.
+      context: the most tokens of a prompt and its answer together, a soft prompt included.
+      queue: the most requests that wait for a row, and the most questions (encodings, recommendations) that wait for an answer.
+      batch: the most users that are encoded, or recommended to, in one call of the model.
+      seconds: the time after which a request is given up.
+      body_bytes: the largest body of a request.
+      events: the most events in one request.
+      k: the most items of one answer.
+      cached: the number of users whose states are kept in memory, besides the store.
+
+    Raises:
+      ValueError: a limit is below 1.
+    """
+
+    rows: int = 8
+    context: int = 1024
+    queue: int = 64
+    batch: int = 8
+    seconds: float = 120.0
+    body_bytes: int = 8 << 20
+    events: int = 10_000
+    k: int = 1000
+    cached: int = 10_000
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if value < 1:
+                raise ValueError(f"The limit {name}={value} must be at least 1.")
