@@ -17,6 +17,7 @@ FLOORS = {
     "training": 3,
     "evals": 3,
     "serving": 4,
+    "serve": 5,
     "tasks": 5,
     "report": 5,
     "phases": 6,
