@@ -158,6 +158,10 @@ class Vocabulary:
             raise ValueError(f"The events are of {len(timelines)} users, such as {first!r} and {second!r}: give those of one.")
         return timelines.features(np.arange(len(timelines.item)))
 
+    def knows(self, item: str) -> bool:
+        """Return whether there is an item of this id in the catalogue."""
+        return item in self._item_numbers
+
     def to_json(self) -> dict[str, Any]:
         """Return the vocabulary as a JSON value without its catalogue, which `catalogue_file.py` writes."""
         names = {bag: values[1:] for bag, values in self.catalogue.vocab.items()}

@@ -99,8 +99,8 @@ def filter_logits(
     return jnp.where(logits >= least, logits, -jnp.inf)
 
 
-def choose(logits: Float[Array, "B V"], step: Int[AnyArray, ""], rows: RowSampling) -> Int[Array, " B"]:
-    """Choose each row's next token; its noise is a function of the row's seed and the step alone.
+def choose(logits: Float[Array, "B V"], step: Int[AnyArray, " #B"] | Int[AnyArray, ""], rows: RowSampling) -> Int[Array, " B"]:
+    """Choose each row's next token; its noise is a function of the row's seed and the row's step alone.
 
     Nothing is drawn where all rows are greedy, and nothing sorted where no row has a filter.
     """
@@ -112,7 +112,7 @@ def choose(logits: Float[Array, "B V"], step: Int[AnyArray, ""], rows: RowSampli
         scaled = (logits - logits.max(-1, keepdims=True)) / jnp.where(temperature > 0, temperature, 1.0)[:, None]
         filters = (temperature > 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0))
         kept = jax.lax.cond(filters.any(), lambda: filter_logits(scaled, top_k, top_p, min_p), lambda: scaled)
-        keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), step))(seeds)
+        keys = jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.key(seed), step))(seeds, jnp.broadcast_to(step, seeds.shape))
         drawn = jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
         return jnp.where(temperature > 0, drawn, greedy)
 

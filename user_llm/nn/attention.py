@@ -218,7 +218,7 @@ class Attention(nnx.Module):
         slots: Int[AnyArray, "B T"] | None = None,
         key: Array | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-        """Attend within `x` (S = T), or to this layer's part of a cache after writing to it at `slots`.
+        """Attend within `x` (S = T), or to the first S slots of this layer's part of a cache after writing to it at `slots`.
 
         With a `SelfMask` it is within `x` always, and a cache, empty so far, is but written. `rotate` None means no rotary
         positions.
@@ -242,7 +242,7 @@ class Attention(nnx.Module):
                 raise ValueError("A cache needs the slots that its new keys and values go to.")
             cache = cache.write(layer, k, v, slots)
             if not isinstance(mask, SelfMask):
-                k, v = cache.k[layer], cache.v[layer]
+                k, v = (a[layer, :, :, : mask.shape[-1]] for a in (cache.k, cache.v))
         heads = attention(q, k, v, mask=mask, scale=c.query_scale, kernel=c.attention_kernel)
         # As one matrix: XLA on CPU turns `o` around for a product over two axes.
         out = heads.reshape(*x.shape[:2], -1) @ self.o[...].reshape(-1, c.width)

@@ -239,8 +239,8 @@ class Stack(nnx.Module):
         """Run all layers.
 
         Args:
-          mask: True where the query may see the key; S = T, or the number of cache slots. Or how the inputs see each other, and
-            nothing in the cache.
+          mask: True where the query may see the key; S = T, or with a cache the number of its first slots that are read. Or how the
+            inputs see each other, and nothing in the cache.
           positions: rotary position of each query.
           key_positions: of each key; None for `positions`, or with a cache for the slots' numbers.
           cache: returned updated.
@@ -250,7 +250,7 @@ class Stack(nnx.Module):
           key: dropout key; None for evaluation.
         """
         if key_positions is None:
-            key_positions = positions if cache is None else jnp.arange(cache.slots)[None]
+            key_positions = positions if cache is None or isinstance(mask, SelfMask) else jnp.arange(mask.shape[-1])[None]
         full, near = self.views(mask, positions, key_positions)
         slots = positions if slots is None else slots
         block_def, cross_def = nnx.graphdef(self.blocks), None if user is None else nnx.graphdef(self.cross)

@@ -1,0 +1,161 @@
+"""What every request passes first: who asks, from where, how large the body is, how long it may take; and what is logged of it.
+
+The log has one line of JSON for each request. It never holds what was asked or answered, nor a user's id, nor a key.
+"""
+
+import asyncio
+import json
+import re
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from absl import logging
+
+from user_llm.serve.keys import Keys
+from user_llm.serve.limits import Limits
+from user_llm.serve.metrics import Metrics
+
+OPEN = ("/", "/health", "/ready")  # what is answered without a key
+READING = ("/v1/chat/completions", "/v1/completions")  # what changes nothing, though it is posted
+LOOPBACK = re.compile(r"(localhost|127(\.\d+){3}|\[::1\])(:\d+)?", re.IGNORECASE | re.ASCII)
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+class Refusal(Exception):
+    """A request that is refused before anybody reads it.
+
+    Attributes:
+      status: of the answer.
+      headers: of the answer.
+    """
+
+    def __init__(self, status: int, sentence: str, headers: dict[str, str] | None = None):
+        super().__init__(sentence)
+        self.status, self.headers = status, headers or {}
+
+
+def problem(sentence: str, status: int) -> dict[str, Any]:
+    """Return the body of an answer that refuses, in the form of OpenAI's API."""
+    kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+    kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": sentence, "type": kind, "param": None, "code": None}}
+
+
+class Front:
+    """The outermost layer of the server, an ASGI application around another.
+
+    Args:
+      app: the application.
+      keys: returns the keys at this moment; None where anybody may ask, which is allowed on this machine only.
+      limits: see `Limits`.
+      metrics: where requests are counted.
+    """
+
+    def __init__(self, app: Any, keys: Callable[[], Keys | None], limits: Limits, metrics: Metrics):
+        self._app, self._keys, self._limits, self._metrics = app, keys, limits, metrics
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begun, status, holder = time.perf_counter(), 499, ""  # 499 is what is logged where the client is gone before an answer
+
+        async def sent(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", []), *SAFE]
+            await send(message)
+
+        try:
+            try:
+                holder = self._allowed(scope)
+                async with asyncio.timeout(self._limits.seconds):
+                    await self._app(scope, await self._body(scope, receive), sent)
+            except Refusal as refusal:
+                await _refuse(sent, refusal)
+            except TimeoutError:
+                if status == 499:
+                    await _refuse(sent, Refusal(504, f"The answer took longer than {self._limits.seconds:g} s."))
+                else:  # the answer has begun: its end is missing, which the client can see
+                    status = 504
+        finally:
+            route = getattr(scope.get("route"), "path", "none")
+            seconds = time.perf_counter() - begun
+            self._metrics.requests.labels(route, status).inc()
+            self._metrics.seconds.labels(route).observe(seconds)
+            line = {"method": scope["method"], "route": route, "status": status, "ms": round(1000 * seconds, 1)}
+            line |= {"key": holder} if holder else {}
+            logging.info(json.dumps(line | scope.get("state", {}).get("logged", {})))
+
+    def _allowed(self, scope: Message) -> str:
+        """Return the name of the holder of the request's key, "" without one.
+
+        Raises:
+          Refusal: the key is missing or does not allow this, or a page of another site asks.
+        """
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        keys, host = self._keys(), headers.get("host", "")
+        if keys is None and not LOOPBACK.fullmatch(host):
+            raise Refusal(403, "Without keys only this machine is answered: name it as localhost, or start the server with --api_keys.")
+        if (origin := headers.get("origin")) and urlsplit(origin).netloc != host:
+            raise Refusal(403, "Pages of other sites may not ask this server.")
+        if keys is None or scope["path"] in OPEN:
+            return ""
+        kind, _, given = headers.get("authorization", "").partition(" ")
+        holder = keys.holder(given.strip()) if kind.lower() == "bearer" else None
+        if holder is None:
+            raise Refusal(401, "A key is needed: send it as `Authorization: Bearer KEY`.", {"www-authenticate": "Bearer"})
+        scope_needed = "read" if scope["method"] in ("GET", "HEAD") or scope["path"] in READING else "write"
+        if scope_needed not in holder.scopes:
+            raise Refusal(403, f"This key does not have the scope {scope_needed!r}.")
+        return holder.name
+
+    async def _body(self, scope: Message, receive: Receive) -> Receive:
+        """Read the body whole, and return what hands it on.
+
+        Raises:
+          Refusal: the body is too large, is no JSON by its header, or the client is gone.
+        """
+        most, parts, size = self._limits.body_bytes, [], 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise Refusal(400, "The client is gone.")
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > most:
+                raise Refusal(413, f"The body has more than {most} bytes: divide it.")
+            if not message.get("more_body"):
+                break
+        whole: Message | None = {"type": "http.request", "body": b"".join(parts), "more_body": False}
+
+        async def again() -> Message:
+            nonlocal whole
+            given, whole = whole, None
+            return given if given is not None else await receive()
+
+        return again
+
+
+SAFE = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"content-security-policy", b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:"),
+    (b"cache-control", b"no-store"),
+)  # fmt: skip
+
+
+async def _refuse(send: Send, refusal: Refusal) -> None:
+    body = json.dumps(problem(str(refusal), refusal.status)).encode()
+    headers = {"content-type": "application/json", "content-length": str(len(body))} | refusal.headers
+    pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": refusal.status, "headers": pairs})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,369 @@
+"""OpenAI's API: chat completions and completions, for the user whom the field `user` names.
+
+What changes an answer and is not implemented here is refused by name. What OpenAI's clients send besides, such as `metadata`, is ignored.
+"""
+
+import asyncio
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from user_llm.models.sampling import Sampling
+from user_llm.serve.engine import Engine, Piece, Prompt
+from user_llm.serve.front import problem
+from user_llm.serve.state import State
+from user_llm.serve.users import check_id
+from user_llm.serving.user import User
+
+T = TypeVar("T")
+IGNORED = ("metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls", "stream_options")
+NEUTRAL: dict[str, tuple] = {  # what may be said as long as it changes nothing
+    "presence_penalty": (0, None), "frequency_penalty": (0, None), "repetition_penalty": (1, None), "logit_bias": ({}, None),
+    "logprobs": (False, None), "top_logprobs": (None, 0), "tools": ([], None), "tool_choice": ("none", "auto", None),
+    "response_format": ({"type": "text"}, None), "echo": (False, None), "best_of": (1, None), "suffix": ("", None),
+    "modalities": (["text"], None), "reasoning_effort": ("none", None),
+}  # fmt: skip
+
+
+class Asked(BaseModel):
+    """What both kinds of completions have in common."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str
+    user: str | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float = Field(1.0, ge=0, le=100)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=-1)
+    min_p: float = Field(0.0, ge=0, le=1)
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    n: int = Field(1, ge=1, le=16)
+    stream: bool = False
+
+    def check(self) -> None:
+        """Check that nothing is asked for that is not implemented.
+
+        Raises:
+          ValueError: it is, or a setting is unknown.
+        """
+        for name, value in (self.model_extra or {}).items():
+            if name in NEUTRAL:
+                if value not in NEUTRAL[name]:
+                    raise ValueError(f"The setting {name!r} is not supported: leave it out.")
+            elif name not in IGNORED:
+                raise ValueError(f"Unknown setting {name!r}.")
+        if any(not text for text in self.stops):
+            raise ValueError("A stop text is empty.")
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop texts."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def usage_wanted(self) -> bool:
+        """Whether a stream ends with the numbers of tokens."""
+        options = (self.model_extra or {}).get("stream_options")
+        return isinstance(options, dict) and options.get("include_usage") is True
+
+    def prompts(self, rows: Sequence[np.ndarray], user: User | None, most: int, room: int) -> list[Prompt]:
+        """Return each row `n` times, as it is to be continued.
+
+        Args:
+          most: the most tokens of an answer where the request names no limit, as far as there is room.
+          room: the number of tokens of a prompt and its answer.
+        """
+        sampling = Sampling(self.temperature, max(self.top_k, 0), self.top_p, self.min_p)
+        first = secrets.randbits(32) if self.seed is None else self.seed
+        return [
+            Prompt(
+                row, user, self.max_tokens or max(min(most, room - len(row) - (0 if user is None else len(user.tokens))), 1),
+                sampling, (first + index * self.n + copy) % 2**32, self.stops,
+            )
+            for index, row in enumerate(rows)
+            for copy in range(self.n)
+        ]  # fmt: skip
+
+
+class Message(BaseModel):
+    """A message of a conversation. Parts of text are joined; other parts are refused."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[dict[str, Any]] | None = None
+
+    def plain(self) -> dict[str, str]:
+        """Return the message as a chat template takes it.
+
+        Raises:
+          ValueError: a part is no text.
+        """
+        parts = self.content if isinstance(self.content, list) else [{"type": "text", "text": self.content or ""}]
+        for part in parts:
+            if part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise ValueError(f"A message has a part of the type {part.get('type')!r}: only text is supported.")
+        return {"role": "system" if self.role == "developer" else self.role, "content": "".join(part["text"] for part in parts)}
+
+
+class ChatAsked(Asked):
+    """A request of /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+
+
+class TextAsked(Asked):
+    """A request of /v1/completions."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+
+
+def router(state: State) -> APIRouter:
+    """Return the routes."""
+    routes = APIRouter()
+
+    @routes.get("/v1/models")
+    def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_model(state)]}
+
+    @routes.get("/v1/models/{name}")
+    def model(name: str) -> Response:
+        if name != state.name:
+            return _unknown_model(name, state)
+        return JSONResponse(_model(state))
+
+    @routes.post("/v1/chat/completions")
+    async def chat(asked: ChatAsked, request: Request) -> Response:
+        if asked.max_completion_tokens is not None:
+            asked.max_tokens = asked.max_completion_tokens
+        messages = [message.plain() for message in asked.messages]
+
+        def rows(engine: Engine) -> list[np.ndarray]:
+            return [engine.model.writer.row(None, None, None, {}, messages)]
+
+        return await _answer(state, asked, request, rows, Chat(state.name), state.answer_tokens)
+
+    @routes.post("/v1/completions")
+    async def completions(asked: TextAsked, request: Request) -> Response:
+        prompts = asked.prompt
+        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+            prompts = [prompts]  # type: ignore[assignment,list-item]
+
+        def rows(engine: Engine) -> list[np.ndarray]:
+            return [_row(engine, prompt) for prompt in prompts]
+
+        return await _answer(state, asked, request, rows, Completion(state.name), 16)
+
+    return routes
+
+
+class Completion:
+    """The forms of answers of /v1/completions.
+
+    Args:
+      model: the name of the model.
+    """
+
+    kind, chunk, prefix = "text_completion", "text_completion", "cmpl"
+
+    def __init__(self, model: str):
+        self.head = {"id": f"{self.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+
+    def choice(self, index: int, text: str, finish: str | None) -> dict[str, Any]:
+        """Return a whole text."""
+        return {"index": index, "text": text, "finish_reason": finish, "logprobs": None}
+
+    def delta(self, index: int, text: str, finish: str | None) -> dict[str, Any]:
+        """Return a piece of a text."""
+        return self.choice(index, text, finish)
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """Return what a stream says of a text before its first piece."""
+        return None
+
+
+class Chat(Completion):
+    """The forms of answers of /v1/chat/completions."""
+
+    kind, chunk, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
+
+    def choice(self, index: int, text: str, finish: str | None) -> dict[str, Any]:
+        """Return a whole text."""
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {"index": index, "message": message, "finish_reason": finish, "logprobs": None}
+
+    def delta(self, index: int, text: str, finish: str | None) -> dict[str, Any]:
+        """Return a piece of a text."""
+        return {"index": index, "delta": {"content": text} if text else {}, "finish_reason": finish, "logprobs": None}
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """Return what a stream says of a text before its first piece."""
+        return {"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None, "logprobs": None}
+
+
+async def _answer(
+    state: State, asked: Asked, request: Request, rows_of: Callable[[Engine], list[np.ndarray]], form: Completion, most: int
+) -> Response:
+    """Write all texts of a request, and answer it whole or as a stream."""
+    if asked.model != state.name:
+        return _unknown_model(asked.model, state)
+    asked.check()
+    user, engine = None, state.engine
+    if asked.user is not None:
+        user, engine = await state.users.state(check_id(asked.user, "A user's id"))
+    prompts = asked.prompts(await asyncio.to_thread(rows_of, engine), user, most, engine.limits.context)
+    for prompt in prompts:
+        engine.check(prompt)
+    begun, tokens = time.perf_counter(), sum(len(prompt.row) for prompt in prompts[:: asked.n])
+    usage = Usage(tokens)
+    request.state.logged = usage.logged
+    pieces = _merged([engine.write(prompt) for prompt in prompts])
+
+    async def counted() -> AsyncIterator[tuple[int, Piece]]:
+        async for index, piece in pieces:
+            if not usage.written:
+                state.metrics.first.observe(time.perf_counter() - begun)
+            usage.add(piece.tokens)
+            yield index, piece
+
+    if asked.stream:
+        source = counted()
+        first = await anext(source)  # what cannot begin is refused with a status of its own
+        return StreamingResponse(_events(first, source, form, usage, asked, len(prompts)), media_type="text/event-stream")
+
+    async def whole() -> dict[str, Any]:
+        texts, ends = [""] * len(prompts), [""] * len(prompts)
+        async for index, piece in counted():
+            texts[index] += piece.text
+            ends[index] = piece.finish
+        choices = [form.choice(n, text, end) for n, (text, end) in enumerate(zip(texts, ends, strict=True))]
+        return {**form.head, "object": form.kind, "choices": choices, "usage": usage.report()}
+
+    return JSONResponse(await unless_gone(request, whole()))
+
+
+class Usage:
+    """The numbers of tokens of a request.
+
+    Args:
+      prompt: the tokens of the prompts, those of users left out.
+    """
+
+    def __init__(self, prompt: int):
+        self.prompt, self.written = prompt, 0
+        self.logged = {"prompt_tokens": prompt, "completion_tokens": 0}
+
+    def add(self, tokens: int) -> None:
+        """Count tokens that were written."""
+        self.written += tokens
+        self.logged["completion_tokens"] = self.written
+
+    def report(self) -> dict[str, int]:
+        """Return the numbers as OpenAI's API has them."""
+        return {**self.logged, "total_tokens": self.prompt + self.written}
+
+
+async def _events(
+    first: tuple[int, Piece], rest: AsyncIterator, form: Completion, usage: Usage, asked: Asked, count: int
+) -> AsyncIterator[str]:
+    """Yield the server-sent events of a stream."""
+
+    def event(choices: list, **more: Any) -> str:
+        return f"data: {json.dumps({**form.head, 'object': form.chunk, 'choices': choices, **more}, ensure_ascii=False)}\n\n"
+
+    for index in range(count):
+        if (opening := form.opening(index)) is not None:
+            yield event([opening])
+    try:
+        async for index, piece in _chained(first, rest):
+            if piece.text or piece.finish:
+                yield event([form.delta(index, piece.text, piece.finish or None)])
+        if asked.usage_wanted:
+            yield event([], usage=usage.report())
+        yield "data: [DONE]\n\n"
+    except Exception as error:  # the status has been sent: the error is part of the stream
+        yield f"data: {json.dumps(problem(str(error), 500))}\n\n"
+    finally:
+        await rest.aclose()  # type: ignore[attr-defined]
+
+
+async def _chained(first: T, rest: AsyncIterator[T]) -> AsyncIterator[T]:
+    yield first
+    async for one in rest:
+        yield one
+
+
+async def _merged(sources: Sequence[AsyncIterator[Piece]]) -> AsyncIterator[tuple[int, Piece]]:
+    """Yield the pieces of several texts as they come, each with the place of its text. The end of the caller ends all of them."""
+    queue: asyncio.Queue[tuple[int, Piece | Exception | None]] = asyncio.Queue()
+
+    async def pump(index: int, source: AsyncIterator[Piece]) -> None:
+        try:
+            async for piece in source:
+                queue.put_nowait((index, piece))
+            queue.put_nowait((index, None))
+        except Exception as error:
+            queue.put_nowait((index, error))
+
+    pumps = [asyncio.create_task(pump(index, source)) for index, source in enumerate(sources)]
+    try:
+        left = len(pumps)
+        while left:
+            index, piece = await queue.get()
+            if isinstance(piece, Exception):
+                raise piece
+            if piece is None:
+                left -= 1
+            else:
+                yield index, piece
+    finally:
+        for one in pumps:
+            one.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
+
+
+async def unless_gone(request: Request, answer: Awaitable[T]) -> T:
+    """Return an answer; give it up if the client is gone."""
+    task = asyncio.ensure_future(answer)
+    gone = asyncio.ensure_future(request.receive())  # the body has been read: what comes next says that the client is gone
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise asyncio.CancelledError
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+def _row(engine: Engine, prompt: str | list[int]) -> np.ndarray:
+    """Return the tokens of a prompt.
+
+    Raises:
+      ValueError: there are none, or a number is no token.
+    """
+    if isinstance(prompt, str):
+        return engine.model.writer.row(prompt, None, None, {}, None)
+    size = engine.model.predictor.config.decoder.vocab_size
+    if not prompt or not all(0 <= token < size for token in prompt):
+        raise ValueError(f"A prompt of tokens has at least one, and each is from 0 to {size - 1}.")
+    return np.array(prompt, np.int32)
+
+
+def _model(state: State) -> dict[str, Any]:
+    return {"id": state.name, "object": "model", "created": state.begun, "owned_by": "user-llm", "identity": state.engine.model.identity}
+
+
+def _unknown_model(name: str, state: State) -> Response:
+    return JSONResponse(problem(f"There is no model {name[:100]!r}: this server has {state.name!r}.", 404), 404)
