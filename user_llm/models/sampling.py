@@ -112,7 +112,9 @@ def choose(logits: Float[Array, "B V"], step: Int[AnyArray, " #B"] | Int[AnyArra
         scaled = (logits - logits.max(-1, keepdims=True)) / jnp.where(temperature > 0, temperature, 1.0)[:, None]
         filters = (temperature > 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0))
         kept = jax.lax.cond(filters.any(), lambda: filter_logits(scaled, top_k, top_p, min_p), lambda: scaled)
-        keys = jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.key(seed), step))(seeds, jnp.broadcast_to(step, seeds.shape))
+        keys = jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.key(seed), step))(
+            seeds, jnp.broadcast_to(step, seeds.shape)
+        )
         drawn = jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
         return jnp.where(temperature > 0, drawn, greedy)
 

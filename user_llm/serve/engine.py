@@ -167,6 +167,16 @@ class Engine:
         """Start the thread, which compiles first."""
         self._thread.start()
 
+    def wait(self) -> None:
+        """Wait until the engine is ready.
+
+        Raises:
+          RuntimeError: it has failed.
+        """
+        while not self._ready.wait(0.1):
+            if self.failed is not None:
+                raise self.failed
+
     def drain(self) -> None:
         """Refuse what comes from now on and what waits for a row; finish what has begun."""
         with self._wake:
@@ -288,8 +298,9 @@ class Engine:
         """Compile all programs, so that none is compiled while somebody waits."""
         nobody = self._users_tokens(None)
         self._slots = Slots(
-            *self._decoder(), rows=self.limits.rows, room=self.limits.context, users=None if nobody is None else nobody.kv
-        )
+            *self._decoder(), rows=self.limits.rows, room=self.limits.context, users=None if nobody is None else nobody.kv,
+            mesh=self.model.predictor.mesh,
+        )  # fmt: skip
         self._slots.compile()
         start = np.array([*self.model.lines.start, self.model.lines.end_id], np.int32)
         self._inputs(Prompt(start, None, 1))

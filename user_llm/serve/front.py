@@ -103,7 +103,9 @@ class Front:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         keys, host = self._keys(), headers.get("host", "")
         if keys is None and not LOOPBACK.fullmatch(host):
-            raise Refusal(403, "Without keys only this machine is answered: name it as localhost, or start the server with --api_keys.")
+            raise Refusal(
+                403, "Without keys only this machine is answered: name it as localhost, or start the server with --api_keys."
+            )
         if (origin := headers.get("origin")) and urlsplit(origin).netloc != host:
             raise Refusal(403, "Pages of other sites may not ask this server.")
         if keys is None or scope["path"] in OPEN:

@@ -23,7 +23,21 @@ from user_llm.serve.users import check_id
 from user_llm.serving.user import User
 
 T = TypeVar("T")
-IGNORED = ("metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls", "stream_options")
+
+
+class Gone(Exception):
+    """The client does not wait for the answer any longer."""
+
+
+IGNORED = (
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "parallel_tool_calls",
+    "stream_options",
+)
 NEUTRAL: dict[str, tuple] = {  # what may be said as long as it changes nothing
     "presence_penalty": (0, None), "frequency_penalty": (0, None), "repetition_penalty": (1, None), "logit_bias": ({}, None),
     "logprobs": (False, None), "top_logprobs": (None, 0), "tools": ([], None), "tool_choice": ("none", "auto", None),
@@ -333,13 +347,21 @@ async def _merged(sources: Sequence[AsyncIterator[Piece]]) -> AsyncIterator[tupl
 
 
 async def unless_gone(request: Request, answer: Awaitable[T]) -> T:
-    """Return an answer; give it up if the client is gone."""
-    task = asyncio.ensure_future(answer)
-    gone = asyncio.ensure_future(request.receive())  # the body has been read: what comes next says that the client is gone
+    """Return an answer; give it up if the client is gone.
+
+    Raises:
+      Gone: the client is gone.
+    """
+
+    async def disconnected() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task, gone = asyncio.ensure_future(answer), asyncio.ensure_future(disconnected())
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise asyncio.CancelledError
+            raise Gone("The client is gone.")
         return task.result()
     finally:
         task.cancel()
@@ -362,7 +384,13 @@ def _row(engine: Engine, prompt: str | list[int]) -> np.ndarray:
 
 
 def _model(state: State) -> dict[str, Any]:
-    return {"id": state.name, "object": "model", "created": state.begun, "owned_by": "user-llm", "identity": state.engine.model.identity}
+    return {
+        "id": state.name,
+        "object": "model",
+        "created": state.begun,
+        "owned_by": "user-llm",
+        "identity": state.engine.model.identity,
+    }
 
 
 def _unknown_model(name: str, state: State) -> Response:

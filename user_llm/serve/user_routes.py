@@ -1,0 +1,171 @@
+"""The routes of users: their events, recommendations, and what their tokens look at."""
+
+import asyncio
+import csv
+import io
+import json
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fastapi import APIRouter, Path, Query, Request
+from fastapi.responses import JSONResponse, Response
+
+from user_llm.serve.engine import Choice
+from user_llm.serve.front import problem
+from user_llm.serve.state import State
+from user_llm.serve.store import NOBODY
+from user_llm.serve.texts import unless_gone
+from user_llm.serve.users import Stored, check_id
+
+User = Annotated[str, Path(max_length=256)]
+Ids = Annotated[list[str] | None, Query(max_length=10_000)]
+
+
+def router(state: State) -> APIRouter:
+    """Return the routes."""
+    routes = APIRouter()
+
+    @routes.post("/v1/users/{user}/events")
+    async def add(user: User, request: Request) -> Response:
+        body = _json(await request.body())
+        keys = None
+        if isinstance(body, dict) and isinstance(body.get("events"), list):
+            unknown = set(body) - {"events", "keys"}
+            if unknown:
+                raise ValueError(f"Unknown field {sorted(unknown)[0]!r} beside the events.")
+            keys = body.get("keys")
+            if keys is not None and not isinstance(keys, list):
+                raise ValueError("The keys are a list, one for each event.")
+            body = body["events"]
+        rows = body if isinstance(body, list) else [body]
+        return _stored(await _add(state, rows, check_id(user, "A user's id"), keys), user)
+
+    @routes.post("/v1/events")
+    async def load(request: Request) -> Response:
+        rows = await asyncio.to_thread(_rows, await request.body(), request.headers.get("content-type", ""))
+        return _stored(await _add(state, rows, None, None), None)
+
+    @routes.get("/v1/users/{user}")
+    async def look(user: User) -> Response:
+        check_id(user, "A user's id")
+        version = (await asyncio.to_thread(state.store.versions, [user])).get(user, NOBODY)
+        if version == NOBODY:
+            return JSONResponse(problem("There is no such user.", 404), 404)
+        found, engine = await state.users.state(user)
+        return JSONResponse(
+            {"id": user, "events": version.events, "counted": found.count, "unknown": found.unknown, "last_time": found.last_time,
+             "tokens": len(found.tokens), "model": engine.model.identity}
+        )  # fmt: skip
+
+    @routes.get("/v1/users/{user}/events")
+    async def events(user: User, limit: Annotated[int, Query(ge=1, le=10_000)] = 1000) -> Response:
+        history = (await asyncio.to_thread(state.store.histories, [check_id(user, "A user's id")])).get(user)
+        if history is None:
+            return JSONResponse(problem("There is no such user.", 404), 404)
+        return JSONResponse({"id": user, "count": len(history.rows), "events": history.rows[-limit:]})
+
+    @routes.delete("/v1/users/{user}")
+    async def delete(user: User) -> Response:
+        there = await state.users.delete(check_id(user, "A user's id"))
+        return JSONResponse({"id": user, "deleted": there}, 200 if there else 404)
+
+    @routes.get("/v1/users/{user}/recommendations")
+    async def recommend(
+        user: User,
+        request: Request,
+        k: Annotated[int, Query(ge=1)] = 10,
+        seen: bool = True,
+        allow: Ids = None,
+        deny: Ids = None,
+    ) -> Response:
+        if k > state.limits.k:
+            raise ValueError(f"k={k}: at most {state.limits.k} items are recommended at a time.")
+        found, engine = await state.users.state(check_id(user, "A user's id"))
+        choice = Choice(k, seen, None if allow is None else _split(allow), _split(deny or []))
+        items = await unless_gone(request, engine.recommend(found, choice))
+        listed = [{"rank": rank, **item._asdict()} for rank, item in enumerate(items, 1)]
+        return JSONResponse({"id": user, "events": found.count, "model": engine.model.identity, "items": listed})
+
+    @routes.get("/v1/users/{user}/explain")
+    async def explain(user: User, request: Request, k: Annotated[int, Query(ge=1, le=1000)] = 10) -> Response:
+        found, engine = await state.users.state(check_id(user, "A user's id"))
+        seen = await unless_gone(request, engine.explain(found, k)) if found.count else []
+        return JSONResponse({"id": user, "model": engine.model.identity, "events": [one._asdict() for one in seen]})
+
+    return routes
+
+
+async def _add(state: State, rows: list[Any], user: str | None, keys: list[str] | None) -> Stored:
+    if not rows:
+        raise ValueError("There are no events.")
+    if len(rows) > state.limits.events:
+        raise ValueError(f"{len(rows)} events: a request has at most {state.limits.events}, so divide them.")
+    return await state.users.add(rows, user, keys)
+
+
+def _stored(found: Stored, user: str | None) -> Response:
+    """Return what became of events. The status is 422 where none of them could be read."""
+    refused = [one._asdict() for one in found.refused[:100]]
+    body = {"stored": found.stored, "repeated": found.repeated, "refused": len(found.refused), "unknown_items": found.unknown}
+    if user is None:
+        body["users"] = len(found.users)
+    else:
+        body |= {"id": user, "events": found.users[user].events if user in found.users else None}
+    return JSONResponse(body | {"reasons": refused}, 200 if found.users or not found.refused else 422)
+
+
+def _split(ids: list[str]) -> tuple[str, ...]:
+    """Return the ids of a parameter, which may be given several times."""
+    return tuple(sorted(set(ids)))
+
+
+def _json(body: bytes) -> Any:
+    """Return the value of a body of JSON.
+
+    Raises:
+      ValueError: the body is no JSON, or holds NaN or Infinity, which JSON does not have.
+    """
+
+    def no_number(name: str) -> None:
+        raise ValueError(f"{name} is no JSON")
+
+    try:
+        return json.loads(body, parse_constant=no_number)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"The body is no JSON: {error}.") from None
+
+
+def _rows(body: bytes, kind: str) -> list[dict[str, Any]]:
+    """Return the events of a file, as objects of the columns.
+
+    Raises:
+      ValueError: the type of the content is not known, or the file cannot be read.
+    """
+    match kind.split(";")[0].strip().lower():
+        case "application/x-ndjson" | "application/jsonl":
+            return [_json(line) for line in body.splitlines() if line.strip()]
+        case "text/csv":
+            return list(_csv(body))
+        case "application/vnd.apache.parquet":
+            try:
+                table = pq.read_table(io.BytesIO(body))
+                texts = [pc if not pa.types.is_temporal(pc.type) else pc.cast(pa.string()) for pc in table.columns]
+                return pa.table(texts, names=table.column_names).to_pylist()
+            except pa.ArrowException as error:
+                raise ValueError(f"The file is no Parquet: {' '.join(str(error).split())[:160]}.") from None
+    raise ValueError(
+        "Event files are sent with the content type text/csv, application/x-ndjson or application/vnd.apache.parquet."
+    )
+
+
+def _csv(body: bytes) -> Iterator[dict[str, Any]]:
+    try:
+        rows = csv.DictReader(io.StringIO(body.decode("utf-8-sig"), newline=""), strict=True)
+        for number, row in enumerate(rows, 1):
+            if None in row or None in row.values():
+                raise ValueError(f"row {number} has another number of fields than the header")
+            yield row
+    except (csv.Error, UnicodeDecodeError, ValueError) as error:
+        raise ValueError(f"The file is no CSV: {error}.") from None
