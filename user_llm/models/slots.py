@@ -22,7 +22,6 @@ from jaxtyping import Array, Float, Int
 from user_llm.common import mesh as meshes
 from user_llm.common.arrays import AnyArray
 from user_llm.common.trees import Params, merge
-from user_llm.models.decoder import Decoder
 from user_llm.models.sampling import GREEDY, RowSampling, Sampling, by_row, choose
 from user_llm.nn.attention import KVCache
 from user_llm.nn.cross_attention import UserKV
