@@ -117,6 +117,13 @@ def test_a_full_redis_is_named_without_the_events_and_still_reads_and_deletes(cl
     assert store.counts() == Counts(0, 0, 0)
 
 
+def test_a_message_does_not_quote_the_command_that_failed(client, redis_url, opened):
+    store = opened(redis_url)
+    client.set("user_llm:states:<ann>", "no hash")
+    with pytest.raises(StoreError, match=r"/s failed: WRONGTYPE [^<]*\.$"):
+        store.states(["<ann>"], "model")
+
+
 @pytest.mark.parametrize(
     "url",
     [
