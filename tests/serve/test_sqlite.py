@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -153,6 +154,25 @@ def test_a_reader_who_holds_the_log_is_named_and_the_next_deletion_empties_it(pa
     assert b"<ann>" not in bytes_on_disk(path)
 
 
+def test_what_a_kill_left_of_a_deleted_user_is_gone_after_the_next_start(path, tmp_path, opened, monkeypatch):
+    store, killed = opened(f"sqlite:{path}"), tmp_path / "killed"
+    store.add({"<ann>": [marked("<ann>", number, 100) for number in range(9)]})
+    empty_log = store._empty_log
+
+    def copy_first(wait):
+        """Copy the files as they are between the deletion and the emptying of the log."""
+        killed.mkdir()
+        for file in (path, path.with_name("users.db-wal")):
+            shutil.copy(file, killed)
+        return empty_log(wait)
+
+    monkeypatch.setattr(store, "_empty_log", copy_first)
+    assert store.delete("<ann>")
+    assert b"<ann>" in bytes_on_disk(killed / "users.db")
+    assert opened(f"sqlite:{killed}/users.db").counts() == Counts(0, 0, 0)
+    assert b"<ann>" not in bytes_on_disk(killed / "users.db")
+
+
 def test_only_the_owner_may_read_the_files(path, opened):
     before = os.umask(0)
     try:
@@ -169,9 +189,10 @@ def test_only_the_owner_may_read_the_files(path, opened):
 
 
 def test_a_write_waits_for_the_disk(path, opened):
-    store = opened(f"sqlite:{path}")
-    settings = [store._connect().execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous")]
-    assert settings == ["wal", 2]
+    """A kill of the process does not show this: the system still writes what the process had handed over."""
+    with opened(f"sqlite:{path}")._writing() as connection:
+        settings = [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous")]
+    assert settings == ["wal", 2]  # FULL
 
 
 def test_many_may_create_the_same_file_at_once(path, opened):

@@ -33,9 +33,10 @@ PREFIX = b"user_llm:"
 EPOCHS, EVENTS, STATES, ITEMS = (PREFIX + name for name in (b"epochs", b"events", b"states", b"items"))
 WAIT = 10.0  # seconds that a call waits for Redis
 CHUNK = 10_000  # the most events that one command carries
-# Redis runs a script, like a transaction, without any other command in between. The keys of the scripts are those of `_keys`:
-# 1 epochs by user, 2 the number of all events, 3 the number of all states, 4 the user's rows in their order, 5 the keys of the
-# user's events, 6 the user's states by model.
+# Redis runs a script, like a transaction, without any other command in between. What only reads or deletes is no transaction but a
+# script, because a Redis whose memory is full refuses transactions. The keys of the next three scripts are those of `_keys`: 1 epochs
+# by user, 2 the number of all events, 3 the number of all states, 4 the user's rows in their order, 5 the keys of the user's events,
+# 6 the user's states by model.
 ADD = """
 local stored = 0
 for i = 3, #ARGV, 2 do
@@ -58,10 +59,23 @@ redis.call('INCRBY', KEYS[3], redis.call('HSET', KEYS[6], ARGV[4], ARGV[5]))
 return 1
 """
 DELETE = """
-redis.call('DECRBY', KEYS[2], redis.call('LLEN', KEYS[4]))
-redis.call('DECRBY', KEYS[3], redis.call('HLEN', KEYS[6]))
+local events, states = redis.call('LLEN', KEYS[4]), redis.call('HLEN', KEYS[6])
+local deleted = redis.call('HDEL', KEYS[1], ARGV[1])
 redis.call('UNLINK', KEYS[4], KEYS[5], KEYS[6])
-return redis.call('HDEL', KEYS[1], ARGV[1])
+redis.call('DECRBY', KEYS[2], events)
+redis.call('DECRBY', KEYS[3], states)
+return deleted
+"""
+# The keys of these are the epochs by user, and the rows of each of the users that the arguments name.
+HISTORIES = """
+local found = {}
+for i, user in ipairs(ARGV) do found[i] = {redis.call('HGET', KEYS[1], user), redis.call('LRANGE', KEYS[i + 1], 0, -1)} end
+return found
+"""
+VERSIONS = """
+local found = {}
+for i, user in ipairs(ARGV) do found[i] = {redis.call('HGET', KEYS[1], user), redis.call('LLEN', KEYS[i + 1])} end
+return found
 """
 
 
@@ -95,7 +109,7 @@ class RedisStore:
     def add(self, events: Mapping[str, Sequence[Event]]) -> dict[str, Added]:
         """Store events; see `Store.add`."""
         packed = {user: [(text_bytes(event.key), pack(event.row)) for event in given] for user, given in events.items()}
-        with self._pipeline() as pipeline:
+        with self._pipeline(transaction=True) as pipeline:
             for user, rows in packed.items():
                 epoch = secrets.randbits(63)
                 for chunk in _chunks(rows):
@@ -112,29 +126,12 @@ class RedisStore:
 
     def histories(self, users: Sequence[str]) -> dict[str, History]:
         """Return histories; see `Store.histories`."""
-        with self._pipeline() as pipeline:
-            for user in users:
-                pipeline.hget(EPOCHS, text_bytes(user))
-                pipeline.lrange(_keys(user)[3], 0, -1)
-            answers = pipeline.execute()
-        return {
-            user: History(Version(int(epoch), len(rows)), [unpack(row) for row in rows])
-            for user, epoch, rows in zip(users, answers[::2], answers[1::2], strict=True)
-            if epoch is not None
-        }
+        found = self._read(HISTORIES, users)
+        return {user: History(Version(epoch, len(rows)), unpack(rows)) for user, (epoch, rows) in found.items()}
 
     def versions(self, users: Sequence[str]) -> dict[str, Version]:
         """Return versions; see `Store.versions`."""
-        with self._pipeline() as pipeline:
-            for user in users:
-                pipeline.hget(EPOCHS, text_bytes(user))
-                pipeline.llen(_keys(user)[3])
-            answers = pipeline.execute()
-        return {
-            user: Version(int(epoch), events)
-            for user, epoch, events in zip(users, answers[::2], answers[1::2], strict=True)
-            if epoch is not None
-        }
+        return {user: Version(*version) for user, version in self._read(VERSIONS, users).items()}
 
     def states(self, users: Sequence[str], model: str) -> dict[str, bytes]:
         """Return states; see `Store.states`."""
@@ -167,7 +164,8 @@ class RedisStore:
         """Return all items; see `Store.items`."""
         with self._translated():
             found: dict[Any, Any] = self._redis.hgetall(ITEMS)
-        return {bytes_text(item): unpack(found[item]) for item in sorted(found)}
+        ids = sorted(found)
+        return dict(zip(map(bytes_text, ids), unpack(found[item] for item in ids), strict=True))
 
     def counts(self) -> Counts:
         """Return the totals; see `Store.counts`."""
@@ -186,6 +184,13 @@ class RedisStore:
         """Close all connections; see `Store.close`."""
         self._redis.close()
 
+    def _read(self, script: str, users: Sequence[str]) -> dict[str, tuple[int, Any]]:
+        """Return the epoch of each user who exists, and what else a script returns of them."""
+        with self._translated():
+            keys = [EPOCHS, *(_keys(user)[3] for user in users)]
+            found: Any = self._redis.eval(script, len(keys), *keys, *map(text_bytes, users))
+        return {user: (int(epoch), rest) for user, (epoch, rest) in zip(users, found, strict=True) if epoch is not None}
+
     @contextmanager
     def _translated(self) -> Iterator[None]:
         """Raise errors of Redis as `StoreError`, without the commands that they quote: those hold events."""
@@ -196,9 +201,9 @@ class RedisStore:
             raise StoreError(f"The store in Redis at {self._name} failed: {reason}.") from None
 
     @contextmanager
-    def _pipeline(self) -> Iterator[redis.client.Pipeline]:
-        """Yield a transaction."""
-        with self._translated(), self._redis.pipeline(transaction=True) as pipeline:
+    def _pipeline(self, transaction: bool = False) -> Iterator[redis.client.Pipeline]:
+        """Yield what collects commands, to be sent at once."""
+        with self._translated(), self._redis.pipeline(transaction) as pipeline:
             yield pipeline
 
     def _warn(self) -> None:

@@ -38,9 +38,11 @@ WAIT = 10.0  # seconds that a call waits for other processes, or for readers
 class SQLiteStore:
     """A `Store` in a SQLite file that only its owner may read and write (mode 0600).
 
-    An acknowledged write survives the kill of the process and the loss of power. What `delete` returns from is neither in the
-    file nor in FILE-wal: SQLite overwrites the rows by zeros, and the log is then copied into the file and cut to length 0.
-    Copies that the file system or the disk makes of blocks on its own are beyond its reach.
+    An acknowledged write survives the kill of the process and the loss of power.
+
+    When `delete` returns, nothing of the user is left in the file, in FILE-wal or in FILE-shm. The table that held the user is
+    written anew without the user, its former pages are overwritten by zeros, and the log is copied into the file and cut to length
+    0. A copy that the file system or the disk makes of a block on its own is beyond the reach of the store.
 
     Args:
       path: the file; it is created if it is missing, its folder is not.
@@ -81,7 +83,7 @@ class SQLiteStore:
                 mine = UserRows(connection, user)
                 if (version := mine.version()) != NOBODY:
                     found[user] = version, mine.rows()
-        return {user: History(version, [unpack(row) for row in rows]) for user, (version, rows) in found.items()}
+        return {user: History(version, unpack(rows)) for user, (version, rows) in found.items()}
 
     def versions(self, users: Sequence[str]) -> dict[str, Version]:
         """Return versions; see `Store.versions`."""
@@ -109,7 +111,7 @@ class SQLiteStore:
     def delete(self, user: str) -> bool:
         """Delete a user; see `Store.delete` and, for what is left, `SQLiteStore`.
 
-        The call takes time in proportion to one part in sqlite_tables.TABLES of the file.
+        The call takes time in proportion to the size of one of the tables, of which sqlite_tables.TABLES share the users.
 
         Raises:
           StoreError: the user is deleted, but a reader of another process holds the log for longer than WAIT seconds. The next
@@ -133,8 +135,8 @@ class SQLiteStore:
     def items(self) -> dict[str, dict[str, Any]]:
         """Return all items; see `Store.items`."""
         with self._reading() as connection:
-            found = connection.execute("SELECT id, row FROM items ORDER BY id").fetchall()
-        return {bytes_text(item): unpack(row) for item, row in found}
+            found = dict(connection.execute("SELECT id, row FROM items ORDER BY id"))
+        return dict(zip(map(bytes_text, found), unpack(found.values()), strict=True))
 
     def counts(self) -> Counts:
         """Return the totals; see `Store.counts`."""
@@ -156,7 +158,7 @@ class SQLiteStore:
     def _connect(self, wait: float = WAIT) -> sqlite3.Connection:
         """Return another connection, which waits as many seconds for locks."""
         connection = sqlite3.connect(self._path, timeout=wait, isolation_level=None, check_same_thread=False)
-        for setting in ("synchronous = FULL", "secure_delete = ON", "foreign_keys = ON", "temp_store = MEMORY"):
+        for setting in ("synchronous = FULL", "secure_delete = ON", "temp_store = MEMORY"):
             connection.execute(f"PRAGMA {setting}")
         return connection
 

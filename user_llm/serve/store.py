@@ -5,7 +5,7 @@ processes may use the same one at the same time.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 FORMS = "sqlite:FILE, redis://HOST[:PORT][/DB], rediss://HOST[:PORT][/DB] or unix:///SOCKET[?db=DB]"
@@ -172,9 +172,9 @@ def pack(row: Mapping[str, Any]) -> bytes:
         raise ValueError(f"A row cannot be written as JSON: {error}.") from None
 
 
-def unpack(data: bytes) -> dict[str, Any]:
-    """Return the JSON object whose `pack` is given."""
-    return json.loads(bytes_text(data))
+def unpack(rows: Iterable[bytes]) -> list[dict[str, Any]]:
+    """Return the JSON objects whose `pack` are given. They are parsed as one list, which is several times as fast as one by one."""
+    return json.loads(bytes_text(b"[" + b",".join(rows) + b"]"))
 
 
 def pack_items(rows: Sequence[Mapping[str, Any]]) -> dict[bytes, bytes]:
