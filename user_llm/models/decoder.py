@@ -81,8 +81,8 @@ class Decoder(nnx.Module):
 
         Args:
           inputs: embeddings, of tokens or not.
-          mask: True where the query may see the key; S = T, or with a cache the number of its first slots that are
-            read. Or how the inputs see each other, and nothing in the cache.
+          mask: True where the query may see the key; S = T, or with a cache the number of its first slots that are read. Or how the
+            inputs see each other, and nothing in the cache.
           positions: of `inputs` in their rows.
           key_positions: of each key, for layers with a window; None for `positions`, or with a cache for the slots' numbers.
           cache: from `init_cache`.

@@ -99,8 +99,8 @@ def filter_logits(
     return jnp.where(logits >= least, logits, -jnp.inf)
 
 
-def choose(logits: Float[Array, "B V"], step: Int[AnyArray, " #B"] | Int[AnyArray, ""], rows: RowSampling) -> Int[Array, " B"]:
-    """Choose each row's next token; its noise is a function of the row's seed and the row's step alone.
+def choose(logits: Float[Array, "B V"], step: Int[AnyArray, ""] | Int[AnyArray, " B"], rows: RowSampling) -> Int[Array, " B"]:
+    """Choose each row's next token; its noise is a function of the row's seed and step alone.
 
     Nothing is drawn where all rows are greedy, and nothing sorted where no row has a filter.
     """

@@ -1,155 +1,152 @@
-"""Rows that are decoded together and come and go: a row takes a prompt, reads it in chunks, writes tokens, and is free again.
+"""Decoding by rows that come and go (continuous batching).
 
-    cache    row 0  [prompt . . . . . . | written . . |       free       ]
-             row 1  [prompt . . | written . . . . . . . . |     free     ]
-             row 2  [prompt . . being read, 64 positions at a time       ]
+A fixed number of rows share one cache and one compiled step. A row takes a prompt, reads it in chunks, writes a token in each
+step, and is free again; the caller decides when each of these happens. What a row writes equals what `generate` writes for its
+prompt alone: it does not depend on the other rows, on the row's place, or on what the row held before.
 
-What a row writes depends on its own prompt, user, settings and seed only: never on the other rows, its place, or what was in its
-place before. Prompts are read one row at a time; all rows that have read theirs write a token in one step.
+    cache of a row    [prompt | what is written | free slots]
+
+Position p of a row is at slot p. Programs are compiled for a few chunk sizes and for a few numbers of slots that attention reads,
+so that short rows do not pay for the room of long ones.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from user_llm.common import mesh as meshes
 from user_llm.common.arrays import AnyArray
+from user_llm.common.mesh import constrain
 from user_llm.common.trees import Params, merge
 from user_llm.models.sampling import GREEDY, RowSampling, Sampling, by_row, choose
 from user_llm.nn.attention import KVCache
 from user_llm.nn.cross_attention import UserKV
 from user_llm.nn.visibility import cache_mask
 
-CHUNKS = (16, 64, 256)  # positions of a prompt that are read in one call: the fewest that hold the rest, or the most
-SHORTEST = 128  # slots of the cache that a step looks at; the double where a row is longer, and so on
+LEAST_SEEN = 128  # The least number of slots that a program reads; the others are its doubles.
 
 
-class _Memory(NamedTuple):
-    """What stays on the devices from one call to the next: the cache, and the users of all rows."""
-
-    cache: KVCache
-    user: UserKV | None
-
-
-class _Rows(NamedTuple):
-    """What the rows are fed, one entry for each row.
+@dataclasses.dataclass
+class _Row:
+    """A row in use.
 
     Attributes:
-      token: the token that was written last.
-      position: the position of that token.
-      slot: where its keys and values are written; a slot that does not exist for a row that writes nothing.
+      inputs: the embeddings of its prompt, without padding.
+      read: the number of positions of the prompt that have been read.
       written: the number of tokens that the row has written.
+      token: the latest of these tokens.
     """
 
-    token: Int[AnyArray, " R"]
-    position: Int[AnyArray, " R"]
-    slot: Int[AnyArray, " R"]
-    written: Int[AnyArray, " R"]
+    inputs: Float[np.ndarray, "X D"]
+    read: int = 0
+    written: int = 0
+    token: int = 0
+
+    @property
+    def position(self) -> int:
+        """The position of the latest token, which the next step reads."""
+        return len(self.inputs) + self.written - 1
 
 
-class _Row(NamedTuple):
-    """A row whose prompt is being read.
-
-    Attributes:
-      inputs: the prompt as embeddings, with zeros behind it.
-      length: the length of the prompt.
-      read: how much of the prompt has been read.
-    """
-
-    inputs: Float[Array, "1 X D"]
-    length: int
-    read: int
+def _split(cache: KVCache, users: UserKV | None) -> tuple[KVCache, UserKV | None]:
+    """Spread the rows and the heads of what stays on the devices over the mesh."""
+    over = lambda a: constrain(a, None, "rows", "heads", None, None)  # noqa: E731
+    if users is not None:
+        users = UserKV(over(users.k), over(users.v), constrain(jnp.asarray(users.mask), "rows", None))
+    return KVCache(over(cache.k), over(cache.v)), users
 
 
-def _empty(graphdef: nnx.GraphDef, params: Params, user: UserKV | None, rows: int, room: int) -> _Memory:
+def _of_row(tree: Any, row: Int[Array, ""], axis: int = 1) -> Any:
+    """Return one row of arrays, its axis kept. Devices that hold rows send this row alone to each other."""
+    return jax.tree.map(lambda a: jnp.take(a, row[None], axis=axis, mode="clip"), tree)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "rows", "room", "users"))
+def _empty(graphdef: nnx.GraphDef, params: Params, rows: int, room: int, users: Any) -> tuple[KVCache, UserKV | None]:
+    """Return the cache and the users' K/V of free rows; `users` are the leaves' shapes and types of one user, or None."""
     decoder = merge(graphdef, params)
-    dtype = decoder.embed_tokens(jnp.zeros((1, 1), jnp.int32)).dtype
-    spread = lambda a, axis: jnp.zeros((*a.shape[:axis], rows, *a.shape[axis + 1 :]), a.dtype)  # noqa: E731
-    nobody = user and UserKV(spread(user.k, 1), spread(user.v, 1), spread(user.mask, 0))
-    return _Memory(decoder.init_cache(rows, room, dtype), nobody)
+    cache = decoder.init_cache(rows, room, decoder.embed[...].dtype)
+    if users is None:
+        return _split(cache, None)
+    k, v, mask = (jnp.zeros(shape, dtype) for shape, dtype in users)
+    return _split(cache, UserKV(jnp.repeat(k, rows, 1), jnp.repeat(v, rows, 1), jnp.repeat(mask, rows, 0)))
 
 
-@functools.partial(jax.jit, donate_argnames="memory")
-def _seat(memory: _Memory, row: Int[AnyArray, ""], user: UserKV) -> _Memory:
-    """Give a row its user."""
-    put = jax.lax.dynamic_update_slice_in_dim
-    there = memory.user
-    k, v = put(there.k, user.k.astype(there.k.dtype), row, 1), put(there.v, user.v.astype(there.v.dtype), row, 1)
-    return memory._replace(user=UserKV(k, v, put(there.mask, user.mask, row, 0)))
+@functools.partial(jax.jit, donate_argnames=("cache", "users"))
+def _take(cache: KVCache, users: UserKV | None, row: Int[Array, ""], user: UserKV | None) -> tuple[KVCache, UserKV | None]:
+    """Empty a row's cache, so that not even a NaN of its former text remains, and store its user."""
+    cache = KVCache(*(a.at[:, row].set(0) for a in cache))
+    if users is not None and user is not None:
+        k, v = (a.at[:, row].set(own[:, 0]) for a, own in ((users.k, user.k), (users.v, user.v)))
+        users = UserKV(k, v, jnp.asarray(users.mask).at[row].set(user.mask[0]))
+    return _split(cache, users)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "chunk"), donate_argnames="memory")
+@functools.partial(jax.jit, static_argnames=("graphdef", "seen"), donate_argnames="cache")
 def _read(
     graphdef: nnx.GraphDef,
     params: Params,
-    layers: object,
-    memory: _Memory,
-    inputs: Float[Array, "1 X D"],
-    row: Int[AnyArray, ""],
-    start: Int[AnyArray, ""],
-    length: Int[AnyArray, ""],
+    layers: Any,
+    cache: KVCache,
+    users: UserKV | None,
+    row: Int[Array, ""],
+    inputs: Float[Array, "1 C D"],
+    first: Int[Array, ""],
+    count: Int[Array, ""],
     sampling: RowSampling,
-    chunk: int,
-) -> tuple[_Memory, Int[Array, ""]]:
-    """Read `chunk` positions of a row's prompt; return the token after the last of its positions that was read."""
+    seen: int,
+) -> tuple[KVCache, Int[Array, ""]]:
+    """Read `count` embeddings from position `first` on into a row; return the token that follows them, too."""
     decoder = merge(graphdef, params)
-    take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=row, slice_size=1)
-    positions = (start + jnp.arange(chunk))[None]
-    cache = KVCache(take(memory.cache.k, axis=1), take(memory.cache.v, axis=1))
-    user = memory.user and UserKV(take(memory.user.k, axis=1), take(memory.user.v, axis=1), take(memory.user.mask, axis=0))
-    hidden, cache = decoder(
-        jax.lax.dynamic_slice_in_dim(inputs, start, chunk, axis=1), mask=cache_mask(positions, cache.slots), positions=positions,
-        cache=cache, user=user, layers=layers,
+    positions = (first + jnp.arange(inputs.shape[1]))[None]
+    user = None if users is None else UserKV(*_of_row((users.k, users.v), row), _of_row(users.mask, row, axis=0))
+    hidden, own = decoder(
+        inputs, mask=cache_mask(positions, seen), positions=positions, user=user, layers=layers,
+        cache=_of_row(jax.tree.map(lambda a: a[..., :seen, :], cache), row),
     )  # fmt: skip
-    put = jax.lax.dynamic_update_slice_in_dim
-    memory = memory._replace(cache=KVCache(put(memory.cache.k, cache.k, row, 1), put(memory.cache.v, cache.v, row, 1)))
-    last = jax.lax.dynamic_slice_in_dim(hidden, jnp.clip(length - 1 - start, 0, chunk - 1), 1, axis=1)[:, 0]
-    return memory, choose(decoder.logits(last), jnp.int32(0), sampling)[0]
+    cache = KVCache(*(a.at[:, row[None], :, :seen].set(b) for a, b in zip(cache, own, strict=True)))
+    token = choose(decoder.logits(jnp.take(hidden, count - 1, axis=1, mode="clip")), jnp.int32(0), sampling)[0]
+    return _split(cache, None)[0], token
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "slots"), donate_argnames="memory")
+@functools.partial(jax.jit, static_argnames=("graphdef", "seen"), donate_argnames="cache")
 def _step(
-    graphdef: nnx.GraphDef, params: Params, layers: object, memory: _Memory, rows: _Rows, sampling: RowSampling, slots: int
-) -> tuple[_Memory, Int[Array, " R"]]:
-    """Let every row write a token."""
+    graphdef: nnx.GraphDef,
+    params: Params,
+    layers: Any,
+    cache: KVCache,
+    users: UserKV | None,
+    tokens: Int[Array, " R"],
+    positions: Int[Array, " R"],
+    written: Int[Array, " R"],
+    sampling: RowSampling,
+    seen: int,
+) -> tuple[KVCache, Int[Array, " R"]]:
+    """Read each row's latest token and choose the next one. A row at position -1 sees nothing and stores nothing."""
     decoder = merge(graphdef, params)
-    positions = rows.position[:, None]
     hidden, cache = decoder(
-        decoder.embed_tokens(rows.token[:, None]), mask=cache_mask(positions, slots), positions=positions, cache=memory.cache,
-        slots=rows.slot[:, None], user=memory.user, layers=layers,
+        decoder.embed_tokens(tokens[:, None]), mask=cache_mask(positions[:, None], seen), positions=positions[:, None],
+        cache=cache, user=users, layers=layers,
     )  # fmt: skip
-    return memory._replace(cache=cache), choose(decoder.logits(hidden[:, 0]), rows.written, sampling)
+    return _split(cache, None)[0], choose(decoder.logits(hidden[:, 0]), written, sampling)
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
-def _layers(graphdef: nnx.GraphDef, params: Params) -> object:
+def _layers(graphdef: nnx.GraphDef, params: Params) -> Any:
     return merge(graphdef, params).stack.layers()
 
 
 class Slots:
-    """A fixed number of rows of a decoder.
+    """A fixed number of rows that are decoded together; a row takes a prompt, writes tokens, and is free again.
 
-        slots.start(0, inputs, length)        # row 0 takes a prompt
-        while (token := slots.read(0)) is None: ...
-        tokens = slots.step()                 # the next token of every row that has read its prompt
-        slots.end(0)
-
-    It is used from one thread, inside `jax.set_mesh(mesh)`.
-
-    Args:
-      graphdef, params: of a `Decoder`.
-      rows: the number of rows.
-      room: the most positions of a row: its prompt, soft prompt and what is written, together.
-      users: keys and values of any one user, whose shapes are those of all users; None for a decoder without cross-attention.
-      mesh: the devices.
-      chunks: the numbers of positions of a prompt that may be read in one call, ascending.
+    All calls come from one thread. Where the parameters lie on a mesh, all calls are made inside `jax.set_mesh`.
     """
 
     def __init__(
@@ -160,29 +157,39 @@ class Slots:
         rows: int,
         room: int,
         users: UserKV | None,
-        mesh: Mesh,
-        chunks: Sequence[int] = CHUNKS,
+        chunks: Sequence[int] = (16, 64, 256),
     ):
-        if rows < 1 or room < 2:
-            raise ValueError(f"{rows} rows of {room} positions: there must be at least 1 row of 2.")
-        self._graphdef, self._params, self._room = graphdef, params, room
-        self._chunks = [*(chunk for chunk in chunks if chunk < room), *([] if room > max(chunks) else [room])]
-        # XLA on CPU copies what it slices of a stack of layers: the slices are made once, where layers are inlined.
-        unrolled = merge(graphdef, params).stack.unroll
-        self._of_layers = _layers(graphdef, params) if unrolled else None
-        shapes = jax.eval_shape(functools.partial(_empty, graphdef, rows=rows, room=room), params, users)
-        like = meshes.rows_like(shapes, mesh, axis=1)
+        """Make free rows.
+
+        Args:
+          graphdef: the structure of a `Decoder`.
+          params: the parameters of the same decoder.
+          rows: the number of rows.
+          room: the number of positions of a row. A soft prompt counts, and so does what is written, but for its last token.
+          users: the K/V of any one user, or their shapes; None for a decoder without cross-attention.
+          chunks: the numbers of positions that are read at once.
+
+        Raises:
+          ValueError: rows, room or chunks below 1, or K/V that are not of one user.
+        """
+        if min(rows, room, *(chunks or [0])) < 1:
+            raise ValueError(f"rows {rows}, room {room} and chunks {tuple(chunks)} must be at least 1.")
+        self._model = (graphdef, params)
+        # Copies of the weights that a compiled loop would make once, and a single step would make each time.
+        self._layers = _layers(graphdef, params) if merge(graphdef, params).config.unroll else None
+        self.rows, self.room = rows, room
+        self._chunks = sorted({min(chunk, room) for chunk in chunks})
+        self._lengths = [n for n in (LEAST_SEEN << power for power in range(room.bit_length())) if n < room] + [room]
+        self._nobody, shapes = None, None
         if users is not None:
-            like = like._replace(user=like.user._replace(mask=meshes.rows_like(shapes.user.mask, mesh)))
-        place = jax.tree.map(lambda shape: shape.sharding, like)
-        empty = jax.jit(_empty, static_argnames=("graphdef", "rows", "room"), out_shardings=place)
-        self._memory = empty(graphdef, params, users, rows=rows, room=room)
-        self._users, self._width, self._dtype = users, merge(graphdef, params).embed.shape[1], self._memory.cache.k.dtype
-        self._reading: dict[int, _Row] = {}
-        self._sampling, self._seeds = [GREEDY] * rows, [0] * rows
-        self._of_rows = by_row(self._sampling, self._seeds, rows)
-        self._writing = np.zeros(rows, bool)
-        self._token, self._position, self._written = (np.zeros(rows, np.int32) for _ in range(3))
+            if users.k.shape[1] != 1 or users.mask.shape[0] != 1:
+                raise ValueError(f"K/V of {users.mask.shape[0]} users: the rows take K/V of the shape of one user.")
+            shapes = tuple((leaf.shape, np.dtype(leaf.dtype)) for leaf in users)
+            self._nobody = UserKV(*(np.zeros(shape, dtype) for shape, dtype in shapes))
+        self._cache, self._users = _empty(graphdef, params, rows, room, shapes)
+        self._used: dict[int, _Row] = {}
+        self._greedy = RowSampling(*(np.asarray(a) for a in by_row(GREEDY, None, 1)))
+        self._sampling = RowSampling(*(np.repeat(a, rows) for a in self._greedy))
 
     def start(
         self,
@@ -190,101 +197,119 @@ class Slots:
         inputs: Float[AnyArray, "1 X D"],
         length: int,
         *,
-        user: UserKV | None = None,
+        user: UserKV | None,
         sampling: Sampling = GREEDY,
         seed: int = 0,
     ) -> None:
-        """Give a row a prompt.
+        """Take a free row for a prompt, of which nothing is read yet.
 
         Args:
-          row: a row that is free.
-          inputs: the prompt as right-padded embeddings, soft prompt included.
-          length: the length of the prompt.
-          user: keys and values of the row's user; None where the decoder has no cross-attention.
-          sampling: how tokens are drawn.
-          seed: what they are drawn with.
+          inputs: right-padded embeddings, as `embed_prompts` returns them.
+          length: the number of real positions of `inputs`.
+          user: the K/V of the prompt's user; None for no user.
+          seed: what a sampled row draws depends on it and on the number of tokens that the row has written.
 
         Raises:
-          ValueError: the row is in use, the prompt does not fit, or a user is missing or superfluous.
+          ValueError: the row is in use or does not exist, the prompt does not fit, or the user is not of the shape of one.
         """
-        if row in self._reading or self._writing[row]:
-            raise ValueError(f"Row {row} is in use: end it first.")
-        if not 1 <= length < self._room or length > inputs.shape[1]:
-            raise ValueError(f"A prompt of {length} positions: it has at least 1, and leaves room in {self._room} for a token.")
-        if (user is None) != (self._users is None):
-            raise ValueError("A row has a user if and only if the decoder has cross-attention.")
-        # Chunks may reach beyond the prompt: what they read there is never seen.
-        width = self._room + self._chunks[-1]
-        inputs = jnp.pad(inputs[:, :width], [(0, 0), (0, max(width - inputs.shape[1], 0)), (0, 0)])
-        if user is not None:
-            self._memory = _seat(self._memory, np.int32(row), user)
-        self._reading[row] = _Row(inputs, length, 0)
-        self._sampling[row], self._seeds[row] = sampling, seed
-        self._of_rows = by_row(self._sampling, self._seeds, len(self._sampling))
+        if not 0 <= row < self.rows or row in self._used:
+            raise ValueError(f"Row {row} is not free: there are rows 0 to {self.rows - 1}, in use are {sorted(self._used)}.")
+        if inputs.ndim != 3 or len(inputs) != 1 or not 1 <= length <= inputs.shape[1]:
+            raise ValueError(f"Embeddings of shape {inputs.shape} hold no prompt [1, X, D] of {length} positions.")
+        if length > self.room:
+            raise ValueError(f"A prompt of {length} positions does not fit a row's room of {self.room}.")
+        own = self._user(user)
+        drawn = by_row([sampling], [seed], 1)
+        prompt = meshes.fetch(inputs)[0, :length].astype(self._cache.k.dtype)
+        self._cache, self._users = _take(self._cache, self._users, np.int32(row), own)
+        for of_all, value in zip(self._sampling, drawn, strict=True):
+            of_all[row] = value[0]
+        self._used[row] = _Row(prompt)
 
     def read(self, row: int) -> int | None:
-        """Read the next chunk of a row's prompt; return the first token that is written once all is read, else None."""
-        inputs, length, start = self._reading[row]
-        chunk = next((chunk for chunk in self._chunks if chunk >= length - start), self._chunks[-1])
-        one = by_row(self._sampling[row], [self._seeds[row]], 1)
-        self._memory, token = _read(
-            self._graphdef, self._params, self._of_layers, self._memory, inputs, np.int32(row), np.int32(start), np.int32(length),
-            one, chunk=chunk,
-        )  # fmt: skip
-        if start + chunk < length:
-            self._reading[row] = _Row(inputs, length, start + chunk)
-            return None
-        del self._reading[row]
-        self._writing[row], self._token[row], self._position[row], self._written[row] = True, int(token), length, 1
-        return int(token)
-
-    def step(self) -> Int[np.ndarray, " R"]:
-        """Let all rows that have read their prompts write a token; return the tokens, -1 for the other rows.
+        """Read the next chunk of a row's prompt; return the row's first token if the prompt ends with it, else None.
 
         Raises:
-          ValueError: a row has no room left.
+          ValueError: the row has no prompt, or has read it.
         """
-        if self._writing.any() and self._position[self._writing].max() >= self._room:
-            raise ValueError(f"A row holds {self._room} positions already: end it.")
-        position = np.where(self._writing, self._position, 0).astype(np.int32)
-        tokens = self._run(position, self._looked_at(int(position.max()) + 1))
-        found = np.where(self._writing, tokens, -1).astype(np.int32)
-        self._token = np.maximum(found, 0)
-        self._position, self._written = self._position + self._writing, self._written + self._writing
-        return found
+        state = self._used.get(row)
+        if state is None or state.written:
+            raise ValueError(f"Row {row} has no prompt left to read.")
+        rest = state.inputs[state.read :]
+        size = next((chunk for chunk in self._chunks if chunk >= len(rest)), self._chunks[-1])
+        count = min(size, len(rest))
+        chunk = np.zeros((1, size, rest.shape[1]), rest.dtype)
+        chunk[0, :count] = rest[:count]
+        token = self._read(row, chunk, state.read, count, self._seen(min(state.read + size, self.room)))
+        state.read += count
+        if state.read < len(state.inputs):
+            return None
+        state.written, state.token = 1, int(meshes.fetch(token))
+        return state.token
+
+    def step(self) -> Int[np.ndarray, " rows"]:
+        """Let each row whose prompt has been read write one token; return these tokens, -1 for the other rows.
+
+        Raises:
+          ValueError: a row has no room left; nothing has been done then.
+        """
+        tokens, written, positions = np.zeros((3, self.rows), np.int32)
+        positions -= 1
+        writing = {row: state for row, state in self._used.items() if state.written}
+        for row, state in writing.items():
+            tokens[row], written[row], positions[row] = state.token, state.written, state.position
+        last = int(positions.max())
+        if last >= self.room:
+            raise ValueError(f"Row {positions.argmax()} is full: its prompt and text fill its room of {self.room}.")
+        if not writing:
+            return positions
+        drawn = self._step(tokens, positions, written, self._seen(last + 1))
+        for row, state in writing.items():
+            state.written, state.token = state.written + 1, int(drawn[row])
+        return np.where(positions >= 0, drawn, -1)
 
     def end(self, row: int) -> None:
-        """Free a row, whatever it does."""
-        self._reading.pop(row, None)
-        self._writing[row], self._sampling[row] = False, GREEDY
+        """Free a row, whatever it was doing; a free row stays free."""
+        if self._used.pop(row, None) is not None:
+            for of_all, value in zip(self._sampling, self._greedy, strict=True):
+                of_all[row] = value[0]
 
     def compile(self) -> None:
-        """Compile all programs, by running each while all rows are free: no later call compiles anything.
+        """Compile every program that `start`, `read` and `step` can need. Rows in use keep what they hold."""
+        # A row that does not exist, and positions outside the cache: nothing is stored.
+        self._cache, self._users = _take(self._cache, self._users, np.int32(self.rows), self._nobody)
+        width = self._model[1]["embed"].shape[-1]
+        idle = np.zeros(self.rows, np.int32)
+        for seen in self._lengths:
+            self._step(idle, idle - 1, idle, seen)
+            for size in self._chunks:
+                if size <= seen:
+                    self._read(0, np.zeros((1, size, width), self._cache.k.dtype), self.room, 1, seen)
 
-        Raises:
-          ValueError: a row is in use.
-        """
-        if self._reading or self._writing.any():
-            raise ValueError("Rows are in use: compile before they are.")
-        for chunk in self._chunks:
-            self.start(0, jnp.zeros((1, chunk, self._width), self._dtype), min(chunk, self._room - 1), user=self._users)
-            self.read(0)
-            self.end(0)
-        for length in sorted({self._looked_at(length) for length in range(1, self._room + 1)}):
-            self._run(np.zeros(len(self._writing), np.int32), length)
-
-    def _run(self, position: Int[np.ndarray, " R"], slots: int) -> Int[np.ndarray, " R"]:
-        """Run a step; return a token for each row, which is not meant for rows that do not write."""
-        slot = np.where(self._writing, position, self._room).astype(np.int32)
-        rows = _Rows(self._token, position, slot, self._written)
-        self._memory, tokens = _step(
-            self._graphdef, self._params, self._of_layers, self._memory, rows, self._of_rows, slots=slots
+    def _read(self, row: int, chunk: np.ndarray, first: int, count: int, seen: int) -> Array:
+        sampling = RowSampling(*(a[row : row + 1] for a in self._sampling))
+        self._cache, token = _read(
+            *self._model, self._layers, self._cache, self._users, np.int32(row), chunk, np.int32(first), np.int32(count),
+            sampling, seen=seen,
         )  # fmt: skip
-        return meshes.fetch(tokens)
+        return token
 
-    def _looked_at(self, length: int) -> int:
-        """Return how many slots of the cache a call looks at, whose rows are at most this long."""
-        slots = SHORTEST
-        while slots < length:
-            slots *= 2
-        return min(slots, self._room)
+    def _step(self, tokens: np.ndarray, positions: np.ndarray, written: np.ndarray, seen: int) -> Int[np.ndarray, " rows"]:
+        self._cache, drawn = _step(
+            *self._model, self._layers, self._cache, self._users, tokens, positions, written, self._sampling, seen=seen
+        )
+        return meshes.fetch(drawn)
+
+    def _seen(self, slots: int) -> int:
+        return next(length for length in self._lengths if length >= slots)
+
+    def _user(self, user: UserKV | None) -> UserKV | None:
+        """Return a user's K/V on the host, those of nobody for None; refuse other shapes than that of one user."""
+        if user is None or self._nobody is None:
+            if user is not None:
+                raise ValueError("These rows take no user: make them with the shape of one user's K/V.")
+            return self._nobody
+        shapes = [leaf.shape for leaf in user]
+        if shapes != [leaf.shape for leaf in self._nobody]:
+            raise ValueError(f"K/V of shapes {shapes} are not those of one user, {[leaf.shape for leaf in self._nobody]}.")
+        return jax.tree.map(lambda a, like: meshes.fetch(a).astype(like.dtype), user, self._nobody)

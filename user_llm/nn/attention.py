@@ -163,7 +163,10 @@ class KVCache(NamedTuple):
         return self.k.shape[3]
 
     def write(self, layer: int | np.integer | Int[Array, ""], k: Array, v: Array, slots: Int[AnyArray, "B T"]) -> "KVCache":
-        """Return the cache with `k`, `v` [B, K, T, H] of one layer stored at `slots`; rows may be at different slots."""
+        """Return the cache with `k`, `v` [B, K, T, H] of one layer stored at `slots`; rows may be at different slots.
+
+        What goes to a slot that the cache does not have, such as -1, is dropped.
+        """
         layers = jnp.broadcast_to(jnp.asarray(layer, slots.dtype), slots.shape)
         at = jnp.stack([layers, slots], axis=-1)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
@@ -242,7 +245,8 @@ class Attention(nnx.Module):
                 raise ValueError("A cache needs the slots that its new keys and values go to.")
             cache = cache.write(layer, k, v, slots)
             if not isinstance(mask, SelfMask):
-                k, v = (a[layer, :, :, : mask.shape[-1]] for a in (cache.k, cache.v))
+                seen = mask.shape[-1]
+                k, v = cache.k[layer, :, :, :seen], cache.v[layer, :, :, :seen]
         heads = attention(q, k, v, mask=mask, scale=c.query_scale, kernel=c.attention_kernel)
         # As one matrix: XLA on CPU turns `o` around for a product over two axes.
         out = heads.reshape(*x.shape[:2], -1) @ self.o[...].reshape(-1, c.width)

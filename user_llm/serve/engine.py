@@ -299,8 +299,7 @@ class Engine:
         nobody = self._users_tokens(None)
         self._slots = Slots(
             *self._decoder(), rows=self.limits.rows, room=self.limits.context, users=None if nobody is None else nobody.kv,
-            mesh=self.model.predictor.mesh,
-        )  # fmt: skip
+        )
         self._slots.compile()
         start = np.array([*self.model.lines.start, self.model.lines.end_id], np.int32)
         self._inputs(Prompt(start, None, 1))
