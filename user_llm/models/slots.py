@@ -219,7 +219,7 @@ class Slots:
         if length > self.room:
             raise ValueError(f"A prompt of {length} positions does not fit a row's room of {self.room}.")
         own = self._user(user)
-        drawn = by_row([sampling], [seed], 1)
+        drawn = meshes.fetch(by_row([sampling], [seed], 1))
         prompt = meshes.fetch(inputs)[0, :length].astype(self._cache.k.dtype)
         self._cache, self._users = _take(self._cache, self._users, np.int32(row), own)
         for of_all, value in zip(self._sampling, drawn, strict=True):

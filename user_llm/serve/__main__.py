@@ -59,6 +59,13 @@ class Server(uvicorn.Server):
         self._state.engine.drain()
         super().handle_exit(sig, frame)
 
+    async def startup(self, sockets: Any = None) -> None:
+        """Listen, and say where."""
+        await super().startup(sockets)
+        if self.started:
+            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            print(f"Serving {self._state.name} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+
     async def serve(self, sockets: Any = None) -> None:
         """Serve until a signal ends it."""
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload)

@@ -116,6 +116,7 @@ class _Writing:
       deliver: takes each piece; it is called in the engine's thread. An exception is delivered where the engine has failed.
       left: the number of tokens that may still be written.
       gone: whether nobody wants the text any longer.
+      seated: when it got its row, by `time.perf_counter`.
     """
 
     prompt: Prompt
@@ -123,6 +124,7 @@ class _Writing:
     written: Written
     left: int
     gone: bool = False
+    seated: float = 0.0
 
 
 class Engine:
@@ -146,7 +148,7 @@ class Engine:
         self._rows: list[_Writing | None] = [None] * limits.rows
         self._reading: deque[int] = deque()  # rows whose prompt is being read
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._seconds_of_text = 1.0  # a moving mean
+        self._seconds = 1.0  # that a text takes in its row, a moving mean
 
     @property
     def ready(self) -> bool:
@@ -222,7 +224,7 @@ class Engine:
         deliver = lambda piece: _to(loop, pieces, piece)  # noqa: E731
         one = _Writing(prompt, deliver, written, prompt.max_tokens)
         with self._wake:
-            self._admissible(len(self._queue))
+            self._admissible(len(self._queue) + self.writing - self.limits.rows)
             self._queue.append(one)
             self._wake.notify()
         try:
@@ -267,7 +269,7 @@ class Engine:
         if self._closing:
             raise Closing("The server is shutting down: ask again, it may be another one that answers.")
         if waiting >= self.limits.queue:
-            raise Busy(max(1, round(self._seconds_of_text * (waiting + 1) / self.limits.rows)))
+            raise Busy(max(1, round(self._seconds * (waiting + 1) / self.limits.rows)))
 
     # What follows runs in the engine's thread.
 
@@ -298,7 +300,10 @@ class Engine:
         """Compile all programs, so that none is compiled while somebody waits."""
         nobody = self._users_tokens(None)
         self._slots = Slots(
-            *self._decoder(), rows=self.limits.rows, room=self.limits.context, users=None if nobody is None else nobody.kv,
+            *self._decoder(),
+            rows=self.limits.rows,
+            room=self.limits.context,
+            users=None if nobody is None else nobody.kv,
         )
         self._slots.compile()
         start = np.array([*self.model.lines.start, self.model.lines.end_id], np.int32)
@@ -340,7 +345,7 @@ class Engine:
                 self._slots.start(
                     row, inputs, length, user=kv, sampling=one.prompt.sampling, seed=one.prompt.seed
                 )  # fmt: skip
-                self._rows[row] = one
+                one.seated, self._rows[row] = time.perf_counter(), one
                 self._reading.append(row)
 
     def _read(self) -> None:
@@ -375,6 +380,7 @@ class Engine:
         self.observe("tokens", 1)
         one.deliver(Piece(text, 1, finish))
         if finish:
+            self._seconds += 0.1 * (time.perf_counter() - one.seated - self._seconds)
             self._free(row)
 
     def _free(self, row: int) -> None:
@@ -423,16 +429,14 @@ class Engine:
         raise TypeError(question)
 
     def _decoder(self) -> tuple:
-        row = np.array([[self.model.lines.end_id]], np.int32)
-        return self.model.predictor.decoding(*self._put(row, [1]), self._users_tokens(None), 0)[0]
+        text, lengths = self._put(np.array([[self.model.lines.end_id]], np.int32), [1])
+        return self.model.predictor.decoding(text, lengths, self._users_tokens(None), 0)[0]
 
     def _inputs(self, prompt: Prompt) -> tuple:
         """Return a prompt as embeddings, its length, and the keys and values of its user."""
-        text = pad_rows([prompt.row], self.limits.context)
+        text, lengths = self._put(pad_rows([prompt.row], self.limits.context), [len(prompt.row)])
         leading = self.model.writer.leading([prompt.row])
-        _, inputs, sizes, kv = self.model.predictor.decoding(
-            *self._put(text, [len(prompt.row)]), self._users_tokens(prompt.user), leading
-        )
+        _, inputs, sizes, kv = self.model.predictor.decoding(text, lengths, self._users_tokens(prompt.user), leading)
         return inputs, int(meshes.fetch(sizes)[0]), kv
 
     def _users_tokens(self, user: User | None) -> Any:

@@ -169,9 +169,10 @@ def router(state: State) -> APIRouter:
 
     @routes.post("/v1/completions")
     async def completions(asked: TextAsked, request: Request) -> Response:
-        prompts = asked.prompt
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-            prompts = [prompts]  # type: ignore[assignment,list-item]
+        one = isinstance(asked.prompt, str) or (asked.prompt and isinstance(asked.prompt[0], int))
+        prompts: list[Any] = [asked.prompt] if one else list(asked.prompt)
+        if not prompts:
+            raise ValueError("There is no prompt.")
 
         def rows(engine: Engine) -> list[np.ndarray]:
             return [_row(engine, prompt) for prompt in prompts]

@@ -108,7 +108,12 @@ async def _add(state: State, rows: list[Any], user: str | None, keys: list[str] 
 def _stored(found: Stored, user: str | None) -> Response:
     """Return what became of events. The status is 422 where none of them could be read."""
     refused = [one._asdict() for one in found.refused[:100]]
-    body = {"stored": found.stored, "repeated": found.repeated, "refused": len(found.refused), "unknown_items": found.unknown}
+    body: dict[str, Any] = {
+        "stored": found.stored,
+        "repeated": found.repeated,
+        "refused": len(found.refused),
+        "unknown_items": found.unknown,
+    }
     if user is None:
         body["users"] = len(found.users)
     else:

@@ -24,11 +24,11 @@ class Refused(NamedTuple):
     """An event that was not stored.
 
     Attributes:
-      index: the place of the event in the request, from 0.
+      place: the place of the event in the request, from 0.
       reason: what is wrong, as one sentence.
     """
 
-    index: int
+    place: int
     reason: str
 
 
@@ -150,10 +150,12 @@ def check_id(text: Any, what: str) -> str:
     """Return an id.
 
     Raises:
-      ValueError: it is no text, is empty or too long, or holds characters that cannot be shown.
+      ValueError: it is no text, is empty or too long, holds characters that cannot be shown, or cannot be part of a path.
     """
     if not isinstance(text, str) or not 0 < len(text) <= LONGEST_ID or not text.isprintable() or text != text.strip():
         raise ValueError(f"{what} is a text of 1 to {LONGEST_ID} printable characters, without spaces around it.")
+    if "/" in text or text in (".", ".."):
+        raise ValueError(f"{what} is {text!r}, which cannot be part of a path.")
     return text
 
 

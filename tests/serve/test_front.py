@@ -1,0 +1,141 @@
+"""Who may ask, from where and how much; and what is logged of it."""
+
+import json
+import logging
+import subprocess
+import sys
+import time
+
+import httpx2
+import pytest
+from absl import logging as absl_logging
+from absl.flags import FLAGS
+from absl.testing import flagsaver
+
+from user_llm.serve import __main__ as command
+from user_llm.serve.keys import add_key, read_keys
+
+BODY = {"model": "tiny", "prompt": "Secret words", "user": "secret-user", "max_tokens": 3}
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory):
+    file = tmp_path_factory.mktemp("keys") / "keys.txt"
+    made = {scopes: add_key(file, f"holder:{scopes}") for scopes in ("read", "write", "read,write")}
+    assert file.stat().st_mode & 0o077 == 0 and not any(key in file.read_text() for key in made.values())
+    return read_keys(file), made
+
+
+@pytest.fixture(scope="module")
+def guarded(serve, model, keys):
+    with serve(model, keys=keys[0], body_bytes=5000, events=5) as served:
+        yield served
+
+
+def test_keys_open_what_their_scopes_name(guarded, keys):
+    for scopes, key in [*keys[1].items(), ("", "ul-wrong"), ("", "")]:
+        with httpx2.Client(base_url=guarded.url, headers={"authorization": f"Bearer {key}"} if key else {}) as http:
+            reads = [http.get(path) for path in ("/v1/models", "/v1/users/u", "/v1/users/u/recommendations", "/metrics")]
+            reads.append(http.post("/v1/completions", json=BODY))
+            event = {"item": "10", "rating": 3, "timestamp": 1}
+            writes = [http.post("/v1/users/u/events", json=event), http.delete("/v1/users/u")]
+            for answers, scope in ((reads, "read"), (writes, "write")):
+                for answer in answers:
+                    if not scopes:
+                        assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
+                    elif scope in scopes.split(","):
+                        assert answer.status_code in (200, 404), answer.text
+                    else:
+                        assert answer.status_code == 403 and repr(scope) in answer.text
+            assert http.get("/health").status_code == http.get("/ready").status_code == http.get("/").status_code == 200
+
+
+def test_without_keys_only_this_machine_and_this_page_are_answered(server):
+    for headers, status in (
+        ({"host": "localhost:1"}, 200), ({"host": "127.0.0.1"}, 200), ({"host": "[::1]:8000"}, 200),
+        ({"host": "evil.example"}, 403), ({"host": "127.0.0.1.evil.example"}, 403), ({"origin": "http://evil.example"}, 403),
+        ({"origin": "null"}, 403), ({"origin": server.url}, 200),
+    ):  # fmt: skip
+        assert httpx2.get(f"{server.url}/v1/models", headers=headers).status_code == status, headers
+
+
+def test_a_body_that_is_too_large_is_refused_whether_or_not_it_says_so(guarded, keys):
+    headers = {"authorization": f"Bearer {keys[1]['read,write']}"}
+    large = b'{"item": "' + b"x" * 6000 + b'"}'
+    parts = (large[place : place + 100] for place in range(0, len(large), 100))
+    for content in (large, parts):
+        answer = httpx2.post(f"{guarded.url}/v1/users/u/events", content=content, headers=headers)
+        assert answer.status_code == 413 and "more than 5000 bytes" in answer.text
+    many = [{"item": "10", "rating": 3, "timestamp": time} for time in range(6)]
+    answer = httpx2.post(f"{guarded.url}/v1/users/u/events", json=many, headers=headers)
+    assert answer.status_code == 400 and "at most 5" in answer.text
+
+
+def test_the_log_has_a_line_without_contents(server, caplog):
+    absl_logging.set_verbosity(absl_logging.INFO)
+    with caplog.at_level(logging.INFO, logger="absl"):
+        httpx2.post(f"{server.url}/v1/completions", json=BODY)
+        httpx2.get(f"{server.url}/v1/users/secret-user")
+        httpx2.get(f"{server.url}/secret-path")
+        while sum(record.message.startswith("{") for record in caplog.records) < 3:  # a line comes after its answer
+            time.sleep(0.01)
+    lines = [json.loads(record.message) for record in caplog.records if record.message.startswith("{")]
+    assert [(line["route"], line["status"]) for line in lines] == [
+        ("/v1/completions", 200),
+        ("/v1/users/{user}", 404),
+        ("none", 404),
+    ]
+    assert lines[0]["completion_tokens"] == 3 and "ecret" not in caplog.text
+
+
+def test_unknown_paths_and_methods_end_in_a_sentence(server):
+    for answer in (httpx2.get(f"{server.url}/no"), httpx2.put(f"{server.url}/v1/models")):
+        assert answer.status_code in (404, 405) and answer.json()["error"]["message"]
+
+
+def test_metrics_count_what_happened(server):
+    before = metrics(server)
+    httpx2.post(f"{server.url}/v1/completions", json=BODY)
+    after = metrics(server)
+    assert after["user_llm_tokens_total"] - before["user_llm_tokens_total"] == 3
+    count = 'user_llm_requests_total{route="/v1/completions",status="200"}'
+    assert after[count] - before.get(count, 0) == 1
+    assert after["user_llm_time_to_first_token_seconds_count"] - before["user_llm_time_to_first_token_seconds_count"] == 1
+    assert after['user_llm_store{what="users"}'] >= 0 and after["user_llm_rows_in_use"] == 0
+
+
+def metrics(server) -> dict[str, float]:
+    lines = httpx2.get(f"{server.url}/metrics").text.splitlines()
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if not line.startswith("#"))}
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--host=0.0.0.0", "--model=m"], "--host=0.0.0.0 can be reached from other machines"),
+        (["--host=example.org", "--model=m"], "can be reached from other machines"),
+        (["--host=0.0.0.0", "--model=m", "--api_keys=none.txt"], "cannot be read from none.txt"),
+        ([], "--model is missing"),
+        (["--model=nowhere"], "There is no model at nowhere"),
+        (["--model=nowhere", "--store=mongo:x"], "not of a known form"),
+        (["--new_key=app:read"], "--new_key needs --api_keys"),
+        (["--new_key=app:all", "--api_keys=k.txt"], "name a holder and scopes"),
+    ],
+)
+def test_the_command_refuses_in_a_sentence(flags, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "set_up_log", lambda: None)
+    if not FLAGS.is_parsed():
+        FLAGS(["serve"])
+    given = (flag.removeprefix("--").partition("=") for flag in flags)
+    with flagsaver.flagsaver(**{name: value for name, _, value in given}), pytest.raises(SystemExit) as ended:
+        command.main(["serve"])
+    assert words in str(ended.value) and "\n" not in str(ended.value)
+
+
+def test_a_key_is_made_by_the_command(tmp_path):
+    command = [sys.executable, "-m", "user_llm.serve", f"--api_keys={tmp_path}/keys.txt", "--new_key=app:read,write"]
+    key = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    holder = read_keys(tmp_path / "keys.txt").holder(key)
+    assert holder.name == "app" and holder.scopes == {"read", "write"}
+    assert read_keys(tmp_path / "keys.txt").holder(key[:-1]) is None
