@@ -90,10 +90,10 @@ class Runner:
     def __init__(self, out: pathlib.Path, site: pathlib.Path | None, *, rehearse: bool = False):
         self.out, self.grace_s = out, 15.0
         paths = [str(path) for path in (site, ROOT) if path]
-        # Methods share what their evaluation computes, which is compiled once.
+        # Methods share what their evaluation computes, which is compiled once. A cache that the caller names is taken instead.
         cache = {"JAX_COMPILATION_CACHE_DIR": str(out / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
         python = {"PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")]), "PYTHONUNBUFFERED": "1"}
-        self.env = os.environ | cache | python | ({"XLA_FLAGS": QUICK_TO_COMPILE} if rehearse else {})
+        self.env = cache | os.environ | python | ({"XLA_FLAGS": QUICK_TO_COMPILE} if rehearse else {})
 
     def __call__(self, name: str, command: Sequence[str], until: float) -> bool:
         """Run a program of this python and say whether it ended well; at the time `until` it is asked to stop, and soon after made to."""

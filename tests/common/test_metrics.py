@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import subprocess
 import sys
 
 import jax
@@ -190,3 +192,11 @@ def test_a_remote_workdir_gets_copies_and_a_resumed_run_goes_on_from_them(tmp_pa
             ] == seen  # until the next evaluation, save or end
     assert [row["step"] for row in read_metrics(remote / "metrics.jsonl")] == [1, 2, 2, 3, 4, 4, 5]
     assert len(list((remote / "tensorboard").iterdir())) >= 1
+
+
+def test_importing_the_log_imports_no_torch_and_torch_can_be_imported_after_it(tmp_path):
+    """The module of that name stands in for an installed torch, which takes seconds to import."""
+    (tmp_path / "torch.py").write_text("KNOWN = True\n")
+    code = "import sys, user_llm.common.metrics; assert 'torch' not in sys.modules; import torch; assert torch.KNOWN"
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, check=True)

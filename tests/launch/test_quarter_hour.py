@@ -95,6 +95,13 @@ def test_a_program_that_outruns_its_limit_is_stopped_with_what_it_started(tmp_pa
     assert subprocess.run(["pgrep", "-f", "import time; time.sleep(60)"], capture_output=True, check=False).stdout == b""
 
 
+def test_compiled_programs_are_kept_in_the_callers_cache_or_beside_the_results(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
+    assert quarter_hour.Runner(tmp_path, None).env["JAX_COMPILATION_CACHE_DIR"] == "elsewhere"
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    assert quarter_hour.Runner(tmp_path, None).env["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "compiled")
+
+
 def test_the_busiest_operations_of_a_trace_by_hand(tmp_path):
     """Of 100 microseconds one stream works 40 and another 30, 20 of them at the same time: half of it is idle; the host counts for nothing."""
     span = lambda pid, tid, name, start, took: {"ph": "X", "pid": pid, "tid": tid, "name": name, "ts": start, "dur": took}  # noqa: E731

@@ -54,9 +54,9 @@ def test_ray_recommends_as_one_process(known, rows, tmp_path, monkeypatch):
     for number in range(2):
         pq.write_table(pa.Table.from_pylist(rows[number::2]), events / f"{number}.parquet")
 
-    def run(model=known.directory, events=events, out=out) -> str | None:
+    def run(model=known.directory, events=events, out=out, workers=1) -> str | None:
         """Run the example; return the message with which it ends, if any."""
-        args = [f"--model={model}", f"--events={events}", f"--out={out}", "--k=3", "--blocks=6"]
+        args = [f"--model={model}", f"--events={events}", f"--out={out}", "--k=3", "--blocks=6", f"--workers={workers}"]
         monkeypatch.setattr(sys, "argv", ["ray_recommend.py", *args])
         try:
             example.main()
@@ -65,7 +65,7 @@ def test_ray_recommends_as_one_process(known, rows, tmp_path, monkeypatch):
 
     ray.init(num_cpus=2)  # as many as the workers are: none is left if the workers reserve them
     try:
-        assert run() is None
+        assert run(workers=2) is None
         same(pq.read_table(out), Recommend(known.directory, 3)(pa.Table.from_pylist(rows)))
         pq.write_table(pa.Table.from_pylist([rows[0] | {"rating": 99}, *rows[1:]]), tmp_path / "99.parquet")
         pq.write_table(pa.Table.from_pylist(rows).drop_columns("user"), tmp_path / "nobody.parquet")

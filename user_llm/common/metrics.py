@@ -16,11 +16,18 @@ from typing import Any, Self
 import jax
 from absl import logging
 from etils import epath
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from user_llm.common import records
 from user_llm.common.files import is_remote, local_folder, whole
+
+# tensorboardX imports torch wherever torch is installed, although it needs torch only for torch's tensors. Importing torch takes seconds.
+# While `sys.modules` holds None for a name, Python takes the module for missing.
+sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+from tensorboardX import SummaryWriter  # noqa: E402
+
+if sys.modules["torch"] is None:
+    del sys.modules["torch"]
 
 LINE = {"step": records.whole_number, "kind": records.text}
 # Of results.json: what `evals/ranking.py: result_rows` returns.
