@@ -26,7 +26,10 @@ def process(model: Path, folder: Path, *flags: str) -> Iterator[tuple[subprocess
     """Start a server; yield its process and its address."""
     command = [sys.executable, "-m", "user_llm.serve", f"--model={model}", f"--store=sqlite:{folder}/users.db", "--port=0"]
     command += ["--rows=2", "--context=64", *flags]
-    with open(folder / "log.txt", "ab") as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as started:
+    with (
+        open(folder / "log.txt", "ab") as log,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as started,
+    ):
         try:
             line = started.stdout.readline()
             assert (found := re.search(r"http://\S+", line)), (line, (folder / "log.txt").read_text()[-2000:])
@@ -68,15 +71,20 @@ def test_kill_9_loses_and_doubles_no_acknowledged_event(made, tmp_path):
             writers = [threading.Thread(target=write, args=(number,)) for number in range(4)]
             for writer in writers:
                 writer.start()
-            time.sleep(0.3 + 0.13 * round)
+            before = acknowledged.total()
+            while acknowledged.total() < before + 20:
+                time.sleep(0.005)
+            time.sleep(0.01 * round)
             server.kill()
             stop.set()
             for writer in writers:
                 writer.join()
-    assert len(acknowledged) > 20 * KILLS
+    assert len(acknowledged) >= 20 * KILLS
     store = open_store(f"sqlite:{tmp_path}/users.db")
     there = Counter(
-        (user, row["timestamp"]) for user, history in store.histories([f"w{n}" for n in range(4)]).items() for row in history.rows
+        (user, row["timestamp"])
+        for user, history in store.histories([f"w{n}" for n in range(4)]).items()
+        for row in history.rows
     )
     store.close()
     assert not set(acknowledged) - set(there) and max(there.values()) == 1
@@ -107,7 +115,7 @@ def test_sigterm_finishes_what_has_begun_and_sighup_takes_another_model(make_mod
             server.send_signal(signal.SIGTERM)
             rest = [line for line in lines if line]
         assert first.startswith("data: {") and rest[-1] == "data: [DONE]" and '"finish_reason": "' in rest[-2]
-        assert server.wait(30) == 0
+        assert server.wait(30) in (0, -signal.SIGTERM)  # uvicorn ends by the signal that it was given, once all is done
     store = open_store(f"sqlite:{tmp_path}/users.db")
     assert store.versions(["u"])["u"].events == 3
     store.close()

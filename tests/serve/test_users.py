@@ -156,7 +156,9 @@ def test_other_ids_are_refused(http, name):
 
 @pytest.mark.parametrize("name", ["a/b", ".", ".."])
 def test_an_id_that_no_path_can_name_is_refused_wherever_it_comes(http, name):
-    answer = http.post("/v1/events", content=json.dumps(event("10", 1, user=name)), headers={"content-type": "application/x-ndjson"})
+    answer = http.post(
+        "/v1/events", content=json.dumps(event("10", 1, user=name)), headers={"content-type": "application/x-ndjson"}
+    )
     assert answer.status_code == 422 and "cannot be part of a path" in answer.text
     chat = http.post("/v1/completions", json={"model": "tiny", "prompt": "x", "user": name})
     assert chat.status_code == 400 and "cannot be part of a path" in chat.text
