@@ -1,14 +1,15 @@
 """A User-LLM with gated cross-attention as a model of vLLM: a plugin of the entry point `vllm.general_plugins`.
 
+    pip install --no-deps user_llm    # in the environment of vLLM
     vllm serve DIR --enable-mm-embeds --hf-overrides '{"architectures": ["UserLLM"], "is_encoder_decoder": true}'
 
-DIR is written by `python -m user_llm.export`; its LLM is of the Llama family. To vLLM the LLM is the decoder of an encoder-decoder
-model, and a user is its encoder's output: the user tokens, which a request gives as embeddings of an image. vLLM computes the keys
-and values of a user in the first step and keeps them in its cache for cross-attention, as it does for speech. It caches no prefixes
-of such models, so that nothing of one user can be read for another.
+DIR is written by `python -m user_llm.export`. To vLLM the LLM is the decoder of an encoder-decoder model, and a user is what the
+encoder has computed: a request gives the user tokens as embeddings of an image (`vllm.conversation`). vLLM computes the keys and
+values of a user in the first step of a request and keeps them in its cache for cross-attention, as it does for speech. It caches no
+prefixes for such models, so that nothing of one user can be read for another.
 
-This file is loaded by vLLM and imports neither jax nor the rest of the package. Left out: tensor parallelism, and models without a
-resampler, whose cross-attention has a bias of its own for each event.
+This file is loaded by vLLM. It imports neither jax nor the rest of the package. Left out: LLMs of other families than Llama's,
+tensor parallelism, cross-attention before a layer, and models without a resampler, whose cross-attention has a bias for each event.
 """
 
 import json
@@ -172,6 +173,8 @@ class UserLLM(LlamaForCausalLM, SupportsMultiModal):
     """The LLM with cross-attention to the user of each request."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        if (family := vllm_config.model_config.hf_config.model_type) != "llama":
+            raise ValueError(f"This plugin serves LLMs of the family llama, and not of {family}.")
         if get_tensor_model_parallel_world_size() > 1:
             raise ValueError("This plugin does not split cross-attention: serve with --tensor-parallel-size=1.")
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=UserLayer)
