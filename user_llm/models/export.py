@@ -102,10 +102,10 @@ def save_decoder(
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
         save_file(shard, directory / file, metadata={"format": "pt"})
         names |= dict.fromkeys(shard, file)
-    if len(shards) > 1:
-        total = sum(a.nbytes for shard in shards for a in shard.values())
-        index = {"metadata": {"total_size": total}, "weight_map": names}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    # Even one file has an index: without it vLLM takes every other safetensors file beside it for one of the LLM's.
+    total = sum(a.nbytes for shard in shards for a in shard.values())
+    index = {"metadata": {"total_size": total}, "weight_map": names}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     (directory / "config.json").write_text(json.dumps(settings | {"dtype": written}, indent=1))
 
 

@@ -106,7 +106,9 @@ def _read(
     """Read `count` embeddings from position `first` on into a row; return the token that follows them, too."""
     decoder = merge(graphdef, params)
     positions = (first + jnp.arange(inputs.shape[1]))[None]
-    user = None if users is None else UserKV(*_of_row((users.k, users.v), row), _of_row(users.mask, row, axis=0))
+    user = None
+    if users is not None:
+        user = UserKV(_of_row(users.k, row), _of_row(users.v, row), _of_row(users.mask, row, axis=0))
     hidden, own = decoder(
         inputs, mask=cache_mask(positions, seen), positions=positions, user=user, layers=layers,
         cache=_of_row(jax.tree.map(lambda a: a[..., :seen, :], cache), row),
@@ -185,11 +187,11 @@ class Slots:
             if users.k.shape[1] != 1 or users.mask.shape[0] != 1:
                 raise ValueError(f"K/V of {users.mask.shape[0]} users: the rows take K/V of the shape of one user.")
             shapes = tuple((leaf.shape, np.dtype(leaf.dtype)) for leaf in users)
-            self._nobody = UserKV(*(np.zeros(shape, dtype) for shape, dtype in shapes))
+            self._nobody = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), users)
         self._cache, self._users = _empty(graphdef, params, rows, room, shapes)
         self._used: dict[int, _Row] = {}
-        self._greedy = RowSampling(*(np.asarray(a) for a in by_row(GREEDY, None, 1)))
-        self._sampling = RowSampling(*(np.repeat(a, rows) for a in self._greedy))
+        self._greedy = meshes.fetch(by_row(GREEDY, None, 1))
+        self._sampling = jax.tree.map(lambda a: np.repeat(a, rows), self._greedy)
 
     def start(
         self,

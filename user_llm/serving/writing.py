@@ -64,7 +64,7 @@ class Writer:
         if isinstance(stop, str) or not all(stop):
             raise ValueError(f"stop={stop!r}: pass a list of texts that are not empty.")
         sampling = Sampling(temperature, top_k, top_p, min_p)
-        template = self._template(task, fields) if task else None
+        template = self.template(task, fields) if task else None
         rows = [self.row(prompt, user, template, fields or {}, chat) for prompt, user in zip(prompts, those, strict=True)]
         if task in self.names:
             return iter([self._named(task, rows, those)])
@@ -108,7 +108,12 @@ class Writer:
         begins = all(np.array_equal(row[: len(start)], start) for row in rows)
         return len(start) if self.predictor.after_instruction and begins else 0
 
-    def _template(self, task: str, fields: Mapping[str, Any] | None) -> Template:
+    def template(self, task: str, fields: Mapping[str, Any] | None) -> Template:
+        """Return what asks a task.
+
+        Raises:
+          ValueError: the model was not trained for the task, or a value that the task's question names is missing.
+        """
         if task not in self.predictor.templates:
             raise ValueError(
                 f"This model was not trained for the task {task!r}, but for {', '.join(self.predictor.templates)}."
