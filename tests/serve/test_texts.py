@@ -1,5 +1,6 @@
 """OpenAI's API by OpenAI's client: what it gets is what the model writes for each user alone."""
 
+import asyncio
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -134,7 +135,15 @@ def test_texts_do_not_depend_on_who_else_is_asked(client, users, model):
         ({"max_tokens": 0}, "max_tokens: "),
         ({"max_tokens": 1000}, "both together have at most 64"),
         ({"n": 100}, "n: "),
-        ({"stop": [""]}, "stop text is empty"),
+        ({"stop": [""]}, "stop texts, of 1 to"),
+        ({"stop": ["x" * 300]}, "stop texts, of 1 to"),
+        ({"stop": ["x"] * 17}, "at most 16 stop texts"),
+        ({"stop": 7}, "stop texts, of 1 to"),
+        ({"prompt": [1.5] * 60}, "a text or a list of tokens"),
+        ({"prompt": {}}, "a text or a list of tokens"),
+        ({"prompt": "a" * 10_000}, "10000 characters, more than"),
+        ({"prompt": ["a"] * 1000}, "more than the server takes on"),
+        ({"extra_body": {"top_k": 2**40}}, "top_k: "),
         ({"prompt": []}, "prompt"),
         ({"prompt": [10**6]}, "each is from 0 to"),
         ({"user": " u"}, "user's id is a text"),
@@ -152,6 +161,19 @@ def test_other_parts_than_text_are_refused(client):
     image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
     with pytest.raises(openai.BadRequestError, match="only text is supported"):
         client.chat.completions.create(model="tiny", messages=image)
+
+
+def test_calls_of_tools_are_refused(client):
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    with pytest.raises(openai.BadRequestError, match="'tool_calls'"):
+        client.chat.completions.create(model="tiny", messages=[*CHAT, {"role": "assistant", "tool_calls": [call]}])
+
+
+def test_null_is_what_is_not_said(server, model):
+    names = ("user", "max_tokens", "top_p", "top_k", "min_p", "seed", "stop", "n", "stream", "logprobs", "tools")
+    body = {"model": "tiny", "prompt": "Next:", "temperature": 0, **dict.fromkeys(names)}
+    answer = httpx2.post(f"{server.url}/v1/completions", json=body).json()
+    assert answer["choices"][0]["text"] == model.generate("Next:", max_tokens=16)
 
 
 def test_a_user_without_events_gets_an_answer(client, model):
@@ -223,6 +245,9 @@ def test_an_answer_that_takes_too_long_is_given_up(serve, model):
         body = {"model": "tiny", "prompt": "Next:", "max_tokens": 50}
         answer = httpx2.post(f"{served.url}/v1/completions", json=body, timeout=20)
         assert answer.status_code == 504 and "longer than 1 s" in answer.json()["error"]["message"]
+        client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+        with pytest.raises(openai.APIError, match="took too long"):
+            list(client.completions.create(**body, stream=True))
 
 
 def test_a_shutdown_finishes_what_has_begun_and_refuses_what_waits(serve, model):
@@ -245,3 +270,53 @@ def test_a_shutdown_finishes_what_has_begun_and_refuses_what_waits(serve, model)
             found = sorted(one.result() for one in asked)
         assert found == sorted([*[model.generate("Next:", None, max_tokens=30)] * 3, "refused", "refused"])
         assert httpx2.get(f"{served.url}/ready").status_code == 503
+
+
+def test_what_goes_wrong_with_one_question_harms_no_other(serve, model):
+    with serve(model) as served:
+        http = httpx2.Client(base_url=served.url, timeout=60)
+        for name in ("good", "bad"):
+            http.post(f"/v1/users/{name}/events", json={"item": "10", "rating": 3, "timestamp": 1})
+        engine, real = served.state.engine, type(served.state.engine)._answers
+
+        def answers(question, about):
+            if any(user == "bad" for user, _ in about):
+                raise KeyError("not foreseen")
+            return real(engine, question, about)
+
+        engine._answers = answers
+        with ThreadPoolExecutor(2) as threads:
+            bad, good = threads.map(lambda name: http.get(f"/v1/users/{name}"), ("bad", "good"))
+        assert good.json()["events"] == 1
+        assert bad.status_code == 500 and "could not be answered (KeyError)" in bad.json()["error"]["message"]
+        del engine._answers
+        assert "error" not in http.get("/v1/users/bad").json()
+        assert http.get("/v1/users/bad").json()["events"] == 1 and http.get("/ready").status_code == 200
+        with pytest.raises(openai.BadRequestError, match="more than the server takes on"):
+            openai.OpenAI(base_url=f"{served.url}/v1", api_key="none").completions.create(model="tiny", prompt=["a"] * 1000)
+
+
+def test_events_of_two_moments_of_a_user_do_not_come_together(serve, model, made):
+    rows = made.rows(2)
+    with serve(model) as served:
+        engine = served.state.engine
+
+        async def both():
+            return await asyncio.gather(engine.encode("u2", rows[:3]), engine.encode("u2", rows[3:]), engine.encode("u2", rows))
+
+        for found, events in zip(asyncio.run(both()), (rows[:3], rows[3:], rows), strict=True):
+            np.testing.assert_array_equal(found.events, model.encode(events).events)
+
+
+def test_texts_that_nobody_waits_for_leave_the_queue(serve, model):
+    with serve(model, queue=2) as served:
+        engine = served.state.engine
+        slowed(engine, 0.05)
+        body = {"model": "tiny", "prompt": "Next:", "max_tokens": 50}
+        with ThreadPoolExecutor(5) as threads:
+            for _ in range(5):
+                threads.submit(impatient, f"{served.url}/v1/completions", body)
+        deadline = time.monotonic() + 5
+        while (engine.waiting or engine.writing) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not engine.waiting and not engine.writing

@@ -65,6 +65,12 @@ def test_events_are_stored_once_and_refused_one_by_one(http, model):
     assert (look["events"], look["counted"], look["unknown"], look["last_time"]) == (4, 3, 1, 6.0)
     rows = http.get("/v1/users/a1/events").json()["events"]
     assert [row["item"] for row in rows] == ["10", "20", "no such", "50"] and rows[0] == {**event("10", 1), "user": "a1"}
+    odd = [event(user=7.5), event(user=["a1"]), event(user=None, time=8), {**event(time=9), "more": "\ud800"}]
+    answer = http.post("/v1/users/a1/events", content=json.dumps(odd)).json()
+    assert (answer["stored"], answer["refused"]) == (2, 2)
+    assert http.get("/v1/users/a1/events").json()["events"][-1]["more"] == "\ud800"
+    many = http.post("/v1/users/a1/events", json=[event("20", "soon")] * 500).json()
+    assert many["refused"] == 500 and len(many["reasons"]) == 100
     nothing = http.post("/v1/users/a1/events", json=[event("20", "soon")])
     assert nothing.status_code == 422 and nothing.json()["refused"] == 1
 

@@ -8,6 +8,7 @@ import asyncio
 import ipaddress
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -39,7 +40,7 @@ _NEW_KEY = flags.DEFINE_string(
 _ROWS = flags.DEFINE_integer("rows", Limits.rows, "Texts that are written at the same time.", lower_bound=1)
 _CONTEXT = flags.DEFINE_integer("context", Limits.context, "The most tokens of a prompt and its answer.", lower_bound=2)
 _QUEUE = flags.DEFINE_integer("queue", Limits.queue, "Requests that wait; more are refused.", lower_bound=1)
-_SECONDS = flags.DEFINE_float("seconds", Limits.seconds, "The time after which a request is given up.", lower_bound=0.1)
+_SECONDS = flags.DEFINE_float("seconds", Limits.seconds, "The time after which a request is given up.", lower_bound=1)
 
 
 class Server(uvicorn.Server):
@@ -101,22 +102,27 @@ def _serve() -> None:
     engine = lambda: Engine(load(str(_MODEL.value), llm=_LLM.value), limits, metrics.observe)  # noqa: E731
     state = State(_NAME.value, engine(), store, limits, metrics)
 
+    one_at_a_time = threading.Lock()
+
     def reload() -> None:
-        async def exchange() -> None:
-            try:
-                if _KEYS.value:
-                    keys[0] = read_keys(_KEYS.value)
-                await asyncio.to_thread(exchange_engine, state, engine)
-            except (ValueError, OSError) as error:
-                logging.error("Nothing was loaded: %s", printable(error))
+        if not one_at_a_time.acquire(blocking=False):
+            logging.error("A model is being loaded already: nothing else is loaded.")
+            return
+        threading.Thread(target=exchange, daemon=True).start()
 
-        tasks.add(task := asyncio.get_running_loop().create_task(exchange()))
-        task.add_done_callback(tasks.discard)
+    def exchange() -> None:
+        try:
+            if _KEYS.value:
+                keys[0] = read_keys(_KEYS.value)
+            exchange_engine(state, engine)
+        except Exception as error:
+            logging.error("The model was not loaded again: %s", printable(error))
+        finally:
+            one_at_a_time.release()
 
-    tasks: set[asyncio.Task] = set()
     config = uvicorn.Config(
         make_app(state, lambda: keys[0]), host=_HOST.value, port=_PORT.value, log_level="warning", access_log=False,
-        server_header=False, timeout_graceful_shutdown=int(limits.seconds) + 5, h11_max_incomplete_event_size=1 << 16,
+        server_header=False, limit_concurrency=1000, timeout_graceful_shutdown=int(limits.seconds) + 5, h11_max_incomplete_event_size=1 << 16,
     )  # fmt: skip
     Server(config, state, reload).run()
 
@@ -126,8 +132,11 @@ def exchange_engine(state: State, make: Callable[[], Engine]) -> None:
     engine = make()
     engine.start()
     engine.wait()
+    if state.engine.closing:  # the server ends
+        engine.close()
+        return
     before, state.engine = state.engine, engine
-    time.sleep(state.limits.seconds)  # no request that has the engine before in hand is older
+    time.sleep(state.limits.seconds)  # a request that began with the engine before has ended by then
     before.close()
 
 

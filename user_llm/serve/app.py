@@ -42,7 +42,7 @@ def make_app(state: State, keys: Callable[[], Keys | None] = lambda: None) -> Fr
     @app.get("/health")
     def health() -> Response:
         failed = state.engine.failed
-        return JSONResponse({"status": str(failed) if failed else "ok"}, 500 if failed else 200)
+        return JSONResponse({"status": f"failed: {failed}" if failed else "ok"}, 500 if failed else 200)
 
     @app.get("/ready")
     def ready() -> Response:
@@ -84,6 +84,7 @@ def make_app(state: State, keys: Callable[[], Keys | None] = lambda: None) -> Fr
     app.add_exception_handler(StoreError, refused(503))
     app.add_exception_handler(RuntimeError, refused(500))
     app.add_exception_handler(texts.Gone, refused(499))
+    app.add_exception_handler(Exception, lambda request, error: JSONResponse(problem("The server has failed.", 500), 500))
     app.add_exception_handler(RequestValidationError, unreadable)
     app.add_exception_handler(HTTPException, http)
     return Front(app, keys, state.limits, state.metrics)

@@ -10,6 +10,7 @@ into the queues and receive what was made.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import threading
 import time
@@ -140,7 +141,7 @@ class Engine:
         predictor = dataclasses.replace(model.predictor, batch_size=limits.batch, pad_whole=True)
         self.model = dataclasses.replace(model, predictor=predictor)
         self.limits, self.observe = limits, observe
-        self.failed: Exception | None = None
+        self.failed = ""  # the name of the error by which the engine has failed
         self._ready, self._closing = threading.Event(), False
         self._wake = threading.Condition()
         self._queue: deque[_Writing] = deque()
@@ -153,7 +154,12 @@ class Engine:
     @property
     def ready(self) -> bool:
         """Whether everything is compiled and the engine takes requests."""
-        return self._ready.is_set() and self.failed is None and not self._closing
+        return self._ready.is_set() and not self.failed and not self._closing
+
+    @property
+    def closing(self) -> bool:
+        """Whether the engine takes no further requests."""
+        return self._closing
 
     @property
     def waiting(self) -> int:
@@ -176,8 +182,8 @@ class Engine:
           RuntimeError: it has failed.
         """
         while not self._ready.wait(0.1):
-            if self.failed is not None:
-                raise self.failed
+            if self.failed:
+                raise self.failure()
 
     def drain(self) -> None:
         """Refuse what comes from now on and what waits for a row; finish what has begun."""
@@ -236,7 +242,10 @@ class Engine:
                 if piece.finish:
                     return
         finally:
-            one.gone = True
+            with self._wake:
+                one.gone = True
+                if one in self._queue:
+                    self._queue.remove(one)
 
     async def encode(self, user: str, rows: Sequence[Mapping[str, Any]]) -> User:
         """Return the state of a user, given by id, with these events, which have the column of user ids.
@@ -264,8 +273,8 @@ class Engine:
         return await asyncio.wrap_future(future)
 
     def _admissible(self, waiting: int) -> None:
-        if self.failed is not None:
-            raise self.failed
+        if self.failed:
+            raise self.failure()
         if self._closing:
             raise Closing("The server is shutting down: ask again, it may be another one that answers.")
         if waiting >= self.limits.queue:
@@ -285,16 +294,21 @@ class Engine:
                     self._answer()
         except Exception as error:
             logging.exception("The engine has failed.")
-            self.failed = RuntimeError(f"The model has failed ({type(error).__name__}): the server must be started again.")
+            self.failed = type(error).__name__
             with self._wake:
                 left = [*self._queue, *(row for row in self._rows if row is not None)]
                 questions = list(self._questions)
                 self._queue.clear()
                 self._questions.clear()
             for one in left:
-                one.deliver(self.failed)
+                one.deliver(self.failure())
             for _, _, future in questions:
-                future.set_exception(self.failed)
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(self.failure())
+
+    def failure(self) -> RuntimeError:
+        """Return what callers get after the engine has failed."""
+        return RuntimeError(f"The model has failed ({self.failed}): the server must be started again.")
 
     def _compile(self) -> None:
         """Compile all programs, so that none is compiled while somebody waits."""
@@ -318,6 +332,9 @@ class Engine:
             size *= 2
         if self.model.predictor.config.resampler is not None:
             self.model.explain(those[0], 1)
+        if self.model.tokenizer.chat_template is not None:  # the first conversation imports what takes seconds
+            with contextlib.suppress(ValueError):
+                self.model.tokenizer.chat([{"role": "user", "content": "Hello"}])
 
     def _wait(self) -> bool:
         """Wait until there is something to do; return whether there is."""
@@ -341,10 +358,15 @@ class Engine:
                     one = self._queue.popleft()
                 if one.gone:
                     continue
-                inputs, length, kv = self._inputs(one.prompt)
-                self._slots.start(
-                    row, inputs, length, user=kv, sampling=one.prompt.sampling, seed=one.prompt.seed
-                )  # fmt: skip
+                try:
+                    inputs, length, kv = self._inputs(one.prompt)
+                    self._slots.start(row, inputs, length, user=kv, sampling=one.prompt.sampling, seed=one.prompt.seed)
+                except (ValueError, TypeError, OverflowError) as error:  # of this prompt alone
+                    one.deliver(ValueError(f"The prompt cannot be read: {error}"))
+                    continue
+                except Exception:
+                    one.deliver(RuntimeError("The model has failed."))
+                    raise
                 one.seated, self._rows[row] = time.perf_counter(), one
                 self._reading.append(row)
 
@@ -395,9 +417,16 @@ class Engine:
             if not self._questions:
                 return
             first = self._questions[0][0]
-            chosen = [one for one in self._questions if one[0] == first][: self.limits.batch]
-            for one in chosen:
-                self._questions.remove(one)
+            chosen: list[tuple[Hashable, Any, Future]] = []
+            named: set[Any] = set()
+            for one in list(self._questions):
+                # Events of one user that are asked about twice may be of two moments, and must not come together.
+                user = one[1][0] if isinstance(first, Encoding) and one[0] == first else one
+                if one[0] == first and user not in named and len(chosen) < self.limits.batch:
+                    chosen.append(one)
+                    named.add(user)
+            kept = {id(one) for one in chosen}
+            self._questions = deque(one for one in self._questions if id(one) not in kept)
         chosen = [one for one in chosen if one[2].set_running_or_notify_cancel()]
         self.observe("batch", len(chosen))
         for part, answers in self._together(first, chosen):
@@ -410,8 +439,11 @@ class Engine:
             return []
         try:
             return [(chosen, self._answers(question, [about for _, about, _ in chosen]))]
-        except ValueError as error:
+        except Exception as error:
             if len(chosen) == 1:
+                if not isinstance(error, ValueError):
+                    logging.exception("A question could not be answered.")
+                    error = RuntimeError(f"The question could not be answered ({type(error).__name__}).")
                 return [(chosen, [error])]
         return [pair for one in chosen for pair in self._together(question, [one])]
 

@@ -9,7 +9,6 @@ import re
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
-from urllib.parse import urlsplit
 
 from absl import logging
 
@@ -82,7 +81,7 @@ class Front:
                 await _refuse(sent, refusal)
             except TimeoutError:
                 if status == 499:
-                    await _refuse(sent, Refusal(504, f"The answer took longer than {self._limits.seconds:g} s."))
+                    await _refuse(sent, Refusal(504, f"The answer took longer than {self._limits.seconds:g} s.", NO_RETRY))
                 else:  # the answer has begun: its end is missing, which the client can see
                     status = 504
         finally:
@@ -106,7 +105,7 @@ class Front:
             raise Refusal(
                 403, "Without keys only this machine is answered: name it as localhost, or start the server with --api_keys."
             )
-        if (origin := headers.get("origin")) and urlsplit(origin).netloc != host:
+        if (origin := headers.get("origin")) and origin.partition("://")[2] != host:
             raise Refusal(403, "Pages of other sites may not ask this server.")
         if keys is None or scope["path"] in OPEN:
             return ""
@@ -126,6 +125,9 @@ class Front:
           Refusal: the body is too large, is no JSON by its header, or the client is gone.
         """
         most, parts, size = self._limits.body_bytes, [], 0
+        said = dict(scope["headers"]).get(b"content-length", b"0")
+        if said.isdigit() and int(said) > most:
+            raise Refusal(413, f"The body has more than {most} bytes: divide it.")
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
@@ -146,6 +148,7 @@ class Front:
         return again
 
 
+NO_RETRY = {"x-should-retry": "false"}  # OpenAI's clients ask again otherwise
 SAFE = (
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),

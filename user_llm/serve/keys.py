@@ -89,8 +89,10 @@ def add_key(file: str | os.PathLike, spelled: str) -> str:
     if not re.fullmatch(r"[\w.-]{1,64}", name) or not set(scopes.split(",")) <= set(SCOPES):
         raise ValueError(f"--new_key={spelled}: name a holder and scopes, such as app:read,write.")
     key = f"ul-{secrets.token_urlsafe(32)}"
+    begun = Path(file).read_text() if Path(file).exists() else ""
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     with os.fdopen(descriptor, "a") as lines:
+        lines.write("" if begun.endswith("\n") or not begun else "\n")
         lines.write(f"{name}  {scopes}  {_hash(key)}\n")
     return key
 

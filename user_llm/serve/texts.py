@@ -7,7 +7,8 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -23,6 +24,8 @@ from user_llm.serve.users import check_id
 from user_llm.serving.user import User
 
 T = TypeVar("T")
+STOPS, LONGEST_STOP = 16, 256  # stop texts, and characters of one
+LONGEST_TOKEN = 64  # characters that a token stands for at most, in texts that anybody writes
 
 
 class Gone(Exception):
@@ -54,14 +57,14 @@ class Asked(BaseModel):
     model: str
     user: str | None = None
     max_tokens: int | None = Field(None, ge=1)
-    temperature: float = Field(1.0, ge=0, le=100)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=-1)
-    min_p: float = Field(0.0, ge=0, le=1)
+    temperature: float | None = Field(None, ge=0, le=100)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, le=1_000_000)
+    min_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = None
-    stop: str | list[str] | None = None
-    n: int = Field(1, ge=1, le=16)
-    stream: bool = False
+    stop: Any = None
+    n: int | None = Field(None, ge=1, le=16)
+    stream: bool | None = None
 
     def check(self) -> None:
         """Check that nothing is asked for that is not implemented.
@@ -75,13 +78,19 @@ class Asked(BaseModel):
                     raise ValueError(f"The setting {name!r} is not supported: leave it out.")
             elif name not in IGNORED:
                 raise ValueError(f"Unknown setting {name!r}.")
-        if any(not text for text in self.stops):
-            raise ValueError("A stop text is empty.")
+        given = self.stop if isinstance(self.stop, list) else [] if self.stop is None else [self.stop]
+        if len(given) > STOPS or not all(isinstance(text, str) and 0 < len(text) <= LONGEST_STOP for text in given):
+            raise ValueError(f"There are at most {STOPS} stop texts, of 1 to {LONGEST_STOP} characters each.")
 
     @property
     def stops(self) -> tuple[str, ...]:
         """The stop texts."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def copies(self) -> int:
+        """The number of answers to each prompt."""
+        return self.n or 1
 
     @property
     def usage_wanted(self) -> bool:
@@ -96,25 +105,26 @@ class Asked(BaseModel):
           most: the most tokens of an answer where the request names no limit, as far as there is room.
           room: the number of tokens of a prompt and its answer.
         """
-        sampling = Sampling(self.temperature, max(self.top_k, 0), self.top_p, self.min_p)
+        temperature, top_p = (1.0 if value is None else value for value in (self.temperature, self.top_p))
+        sampling = Sampling(temperature, max(self.top_k or 0, 0), top_p, self.min_p or 0.0)
         first = secrets.randbits(32) if self.seed is None else self.seed
         return [
             Prompt(
                 row, user, self.max_tokens or max(min(most, room - len(row) - (0 if user is None else len(user.tokens))), 1),
-                sampling, (first + index * self.n + copy) % 2**32, self.stops,
+                sampling, (first + index * self.copies + copy) % 2**32, self.stops,
             )
             for index, row in enumerate(rows)
-            for copy in range(self.n)
+            for copy in range(self.copies)
         ]  # fmt: skip
 
 
 class Message(BaseModel):
     """A message of a conversation. Parts of text are joined; other parts are refused."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="allow")
 
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[dict[str, Any]] | None = None
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Any = None
 
     def plain(self) -> dict[str, str]:
         """Return the message as a chat template takes it.
@@ -122,24 +132,28 @@ class Message(BaseModel):
         Raises:
           ValueError: a part is no text.
         """
+        for name in ("tool_calls", "function_call", "audio"):
+            if (self.model_extra or {}).get(name):
+                raise ValueError(f"A message has {name!r}: only text is supported.")
         parts = self.content if isinstance(self.content, list) else [{"type": "text", "text": self.content or ""}]
         for part in parts:
-            if part.get("type") != "text" or not isinstance(part.get("text"), str):
-                raise ValueError(f"A message has a part of the type {part.get('type')!r}: only text is supported.")
+            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+                raise ValueError(f"A message has a part of the type {str(kind)[:50]!r}: only text is supported.")
         return {"role": "system" if self.role == "developer" else self.role, "content": "".join(part["text"] for part in parts)}
 
 
 class ChatAsked(Asked):
     """A request of /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=1000)
     max_completion_tokens: int | None = Field(None, ge=1)
 
 
 class TextAsked(Asked):
     """A request of /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Any
 
 
 def router(state: State) -> APIRouter:
@@ -150,7 +164,7 @@ def router(state: State) -> APIRouter:
     def models() -> dict[str, Any]:
         return {"object": "list", "data": [_model(state)]}
 
-    @routes.get("/v1/models/{name}")
+    @routes.get("/v1/models/{name:path}")
     def model(name: str) -> Response:
         if name != state.name:
             return _unknown_model(name, state)
@@ -163,16 +177,16 @@ def router(state: State) -> APIRouter:
         messages = [message.plain() for message in asked.messages]
 
         def rows(engine: Engine) -> list[np.ndarray]:
+            _check_length(engine, sum(len(message["content"]) for message in messages))
             return [engine.model.writer.row(None, None, None, {}, messages)]
 
         return await _answer(state, asked, request, rows, Chat(state.name), state.answer_tokens)
 
     @routes.post("/v1/completions")
     async def completions(asked: TextAsked, request: Request) -> Response:
-        one = isinstance(asked.prompt, str) or (asked.prompt and isinstance(asked.prompt[0], int))
-        prompts: list[Any] = [asked.prompt] if one else list(asked.prompt)
-        if not prompts:
-            raise ValueError("There is no prompt.")
+        given = asked.prompt
+        prompts = given if isinstance(given, list) and given and not isinstance(given[0], int) else [given]
+        _check_number(len(prompts) * asked.copies, state)
 
         def rows(engine: Engine) -> list[np.ndarray]:
             return [_row(engine, prompt) for prompt in prompts]
@@ -235,26 +249,31 @@ async def _answer(
     asked.check()
     user, engine = None, state.engine
     if asked.user is not None:
-        user, engine = await state.users.state(check_id(asked.user, "A user's id"))
-    prompts = asked.prompts(await asyncio.to_thread(rows_of, engine), user, most, engine.limits.context)
+        user, engine = await unless_gone(request, state.users.state(check_id(asked.user, "A user's id")))
+    rows = await asyncio.to_thread(rows_of, engine)
+    _check_number(len(rows) * asked.copies, state)
+    prompts = asked.prompts(rows, user, most, engine.limits.context)
     for prompt in prompts:
         engine.check(prompt)
-    begun, tokens = time.perf_counter(), sum(len(prompt.row) for prompt in prompts[:: asked.n])
+    begun, tokens = time.perf_counter(), sum(len(prompt.row) for prompt in prompts[:: asked.copies])
     usage = Usage(tokens)
     request.state.logged = usage.logged
     pieces = _merged([engine.write(prompt) for prompt in prompts])
 
-    async def counted() -> AsyncIterator[tuple[int, Piece]]:
-        async for index, piece in pieces:
-            if not usage.written:
-                state.metrics.first.observe(time.perf_counter() - begun)
-            usage.add(piece.tokens)
-            yield index, piece
+    async def counted() -> AsyncGenerator[tuple[int, Piece]]:
+        async with aclosing(pieces):
+            async for index, piece in pieces:
+                if not usage.written:
+                    state.metrics.first.observe(time.perf_counter() - begun)
+                usage.add(piece.tokens)
+                yield index, piece
 
     if asked.stream:
         source = counted()
-        first = await anext(source)  # what cannot begin is refused with a status of its own
-        return StreamingResponse(_events(first, source, form, usage, asked, len(prompts)), media_type="text/event-stream")
+        first = await unless_gone(request, anext(source))  # what cannot begin is refused with a status of its own
+        left = engine.limits.seconds - (time.perf_counter() - begun) - 0.5  # before the whole request is given up
+        events = _events(first, _in_time(source, left), form, usage, asked, len(prompts))
+        return StreamingResponse(events, media_type="text/event-stream")
 
     async def whole() -> dict[str, Any]:
         texts, ends = [""] * len(prompts), [""] * len(prompts)
@@ -289,7 +308,7 @@ class Usage:
 
 
 async def _events(
-    first: tuple[int, Piece], rest: AsyncIterator, form: Completion, usage: Usage, asked: Asked, count: int
+    first: tuple[int, Piece], rest: AsyncGenerator, form: Completion, usage: Usage, asked: Asked, count: int
 ) -> AsyncIterator[str]:
     """Yield the server-sent events of a stream."""
 
@@ -300,25 +319,57 @@ async def _events(
         if (opening := form.opening(index)) is not None:
             yield event([opening])
     try:
-        async for index, piece in _chained(first, rest):
-            if piece.text or piece.finish:
-                yield event([form.delta(index, piece.text, piece.finish or None)])
+        async with aclosing(rest):
+            yield event([form.delta(first[0], first[1].text, first[1].finish or None)])
+            async for index, piece in rest:
+                if piece.text or piece.finish:
+                    yield event([form.delta(index, piece.text, piece.finish or None)])
         if asked.usage_wanted:
             yield event([], usage=usage.report())
         yield "data: [DONE]\n\n"
     except Exception as error:  # the status has been sent: the error is part of the stream
         yield f"data: {json.dumps(problem(str(error), 500))}\n\n"
-    finally:
-        await rest.aclose()  # type: ignore[attr-defined]
 
 
-async def _chained(first: T, rest: AsyncIterator[T]) -> AsyncIterator[T]:
-    yield first
-    async for one in rest:
-        yield one
+async def _in_time(source: AsyncGenerator[T], seconds: float) -> AsyncGenerator[T]:
+    """Yield what comes within some seconds.
+
+    Raises:
+      TimeoutError: more would have come.
+    """
+    end = time.perf_counter() + seconds
+    async with aclosing(source):
+        while True:
+            try:
+                one = await asyncio.wait_for(anext(source), max(end - time.perf_counter(), 0.01))
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                raise TimeoutError("The answer took too long, and ends here.") from None
+            yield one
 
 
-async def _merged(sources: Sequence[AsyncIterator[Piece]]) -> AsyncIterator[tuple[int, Piece]]:
+def _check_number(texts: int, state: State) -> None:
+    """Check that a request does not want more texts than there is room for.
+
+    Raises:
+      ValueError: it does.
+    """
+    if texts > (most := state.limits.rows + state.limits.queue):
+        raise ValueError(f"{texts} texts are wanted, more than the server takes on at a time ({most}): ask for fewer.")
+
+
+def _check_length(engine: Engine, characters: int) -> None:
+    """Check that a text is not far too long, before it is made into tokens, which takes time.
+
+    Raises:
+      ValueError: it has more characters than so many tokens can have.
+    """
+    if characters > (most := LONGEST_TOKEN * engine.limits.context):
+        raise ValueError(f"The prompt has {characters} characters, more than {most}.")
+
+
+async def _merged(sources: Sequence[AsyncIterator[Piece]]) -> AsyncGenerator[tuple[int, Piece]]:
     """Yield the pieces of several texts as they come, each with the place of its text. The end of the caller ends all of them."""
     queue: asyncio.Queue[tuple[int, Piece | Exception | None]] = asyncio.Queue()
 
@@ -370,17 +421,18 @@ async def unless_gone(request: Request, answer: Awaitable[T]) -> T:
         await asyncio.gather(task, gone, return_exceptions=True)
 
 
-def _row(engine: Engine, prompt: str | list[int]) -> np.ndarray:
-    """Return the tokens of a prompt.
+def _row(engine: Engine, prompt: Any) -> np.ndarray:
+    """Return the tokens of a prompt, which is a text or a list of tokens.
 
     Raises:
-      ValueError: there are none, or a number is no token.
+      ValueError: it is neither, there are no tokens, or a number is no token.
     """
     if isinstance(prompt, str):
+        _check_length(engine, len(prompt))
         return engine.model.writer.row(prompt, None, None, {}, None)
     size = engine.model.predictor.config.decoder.vocab_size
-    if not prompt or not all(0 <= token < size for token in prompt):
-        raise ValueError(f"A prompt of tokens has at least one, and each is from 0 to {size - 1}.")
+    if not isinstance(prompt, list) or not prompt or not all(type(token) is int and 0 <= token < size for token in prompt):
+        raise ValueError(f"The prompt is a text or a list of tokens: there is at least one, and each is from 0 to {size - 1}.")
     return np.array(prompt, np.int32)
 
 

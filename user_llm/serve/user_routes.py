@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, Response
 
 from user_llm.serve.engine import Choice
 from user_llm.serve.front import problem
+from user_llm.serve.limits import Limits
 from user_llm.serve.state import State
 from user_llm.serve.store import NOBODY
 from user_llm.serve.texts import unless_gone
@@ -44,7 +45,8 @@ def router(state: State) -> APIRouter:
 
     @routes.post("/v1/events")
     async def load(request: Request) -> Response:
-        rows = await asyncio.to_thread(_rows, await request.body(), request.headers.get("content-type", ""))
+        kind = request.headers.get("content-type", "")
+        rows = await asyncio.to_thread(_rows, await request.body(), kind, state.limits)
         return _stored(await _add(state, rows, None, None), None)
 
     @routes.get("/v1/users/{user}")
@@ -64,7 +66,8 @@ def router(state: State) -> APIRouter:
         history = (await asyncio.to_thread(state.store.histories, [check_id(user, "A user's id")])).get(user)
         if history is None:
             return JSONResponse(problem("There is no such user.", 404), 404)
-        return JSONResponse({"id": user, "count": len(history.rows), "events": history.rows[-limit:]})
+        body = {"id": user, "count": len(history.rows), "events": history.rows[-limit:]}
+        return Response(json.dumps(body), media_type="application/json")  # in ASCII, since texts may hold halves of characters
 
     @routes.delete("/v1/users/{user}")
     async def delete(user: User) -> Response:
@@ -142,7 +145,7 @@ def _json(body: bytes) -> Any:
         raise ValueError(f"The body is no JSON: {error}.") from None
 
 
-def _rows(body: bytes, kind: str) -> list[dict[str, Any]]:
+def _rows(body: bytes, kind: str, limits: Limits) -> list[dict[str, Any]]:
     """Return the events of a file, as objects of the columns.
 
     Raises:
@@ -155,14 +158,32 @@ def _rows(body: bytes, kind: str) -> list[dict[str, Any]]:
             return list(_csv(body))
         case "application/vnd.apache.parquet":
             try:
-                table = pq.read_table(io.BytesIO(body))
-                texts = [pc if not pa.types.is_temporal(pc.type) else pc.cast(pa.string()) for pc in table.columns]
-                return pa.table(texts, names=table.column_names).to_pylist()
-            except pa.ArrowException as error:
+                return _parquet(body, limits)
+            except (pa.ArrowException, OSError) as error:
                 raise ValueError(f"The file is no Parquet: {' '.join(str(error).split())[:160]}.") from None
     raise ValueError(
         "Event files are sent with the content type text/csv, application/x-ndjson or application/vnd.apache.parquet."
     )
+
+
+def _parquet(body: bytes, limits: Limits) -> list[dict[str, Any]]:
+    """Return the rows of a Parquet file, times as text.
+
+    Raises:
+      ValueError: there are more than `limits.events`, or they take far more memory than a body may.
+    """
+    file = pq.ParquetFile(io.BytesIO(body))
+    if file.metadata.num_rows > limits.events:
+        raise ValueError(f"{file.metadata.num_rows} events: a request has at most {limits.events}, so divide them.")
+    found: list[dict[str, Any]] = []
+    size, most = 0, 8 * limits.body_bytes
+    # A few bytes of a file may stand for very many: they are looked at a few rows at a time.
+    for batch in file.iter_batches(100):
+        if (size := size + batch.nbytes) > most:
+            raise ValueError(f"The events take more than {most} bytes: divide them.")
+        columns = [column.cast(pa.string()) if pa.types.is_temporal(column.type) else column for column in batch.columns]
+        found += pa.record_batch(columns, names=batch.schema.names).to_pylist()
+    return found
 
 
 def _csv(body: bytes) -> Iterator[dict[str, Any]]:

@@ -11,12 +11,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from absl import logging
+
 from user_llm.data.timelines import hash_key
 from user_llm.data.vocabulary import Vocabulary
 from user_llm.serve.engine import Engine
-from user_llm.serve.store import NOBODY, Event, Store, Version
+from user_llm.serve.store import NOBODY, Event, Store, Version, pack
 from user_llm.serving.user import User
 
+MOST_REFUSED = 100  # events of a request that are looked at each for itself
 LONGEST_ID = 256  # characters of a user's id, and of an event's key
 
 
@@ -71,6 +74,7 @@ class Users:
 
     def __init__(self, store: Store, engine: Callable[[], Engine], cached: int, encoded: Callable[[], None] = lambda: None):
         self.store, self._engine, self._most, self._encoded = store, engine, cached, encoded
+        self._deletions = 0  # a state that is computed while one happens is not kept in memory
         self._cache: OrderedDict[str, tuple[str, Version, User]] = OrderedDict()
 
     async def state(self, user: str) -> tuple[User, Engine]:
@@ -82,7 +86,7 @@ class Users:
           StoreError: the store failed.
           Busy, Closing: see `Engine`.
         """
-        engine = self._engine()
+        engine, deletions = self._engine(), self._deletions
         model = engine.model
         version = (await asyncio.to_thread(self.store.versions, [user])).get(user, NOBODY)
         if version == NOBODY:
@@ -92,7 +96,8 @@ class Users:
             self._cache.move_to_end(user)
             return there[2], engine
         data = (await asyncio.to_thread(self.store.states, [user], model.identity)).get(user)
-        if data is None:
+        found = None if data is None else _read_state(data, user)
+        if found is None:
             history = (await asyncio.to_thread(self.store.histories, [user])).get(user)
             if history is None:  # deleted meanwhile
                 return model.reader.nobody(), engine
@@ -100,11 +105,10 @@ class Users:
             data = (await engine.encode(user, history.rows)).to_bytes()
             self._encoded()
             await asyncio.to_thread(self.store.keep, model.identity, {user: (version, data)})
-        # What is kept in memory is what the store keeps, rounded tokens included: an answer does not depend on where it came from.
-        found = User.from_bytes(data)
-        if found.key != hash_key(user):
-            raise RuntimeError("The store has returned the state of another user.")
-        self._cache[user] = (model.identity, version, found)
+            # What is used is what the store keeps, rounded tokens included: an answer does not depend on where it came from.
+            found = User.from_bytes(data)
+        if deletions == self._deletions:
+            self._cache[user] = (model.identity, version, found)
         while len(self._cache) > self._most:
             self._cache.popitem(last=False)
         return found, engine
@@ -139,11 +143,26 @@ class Users:
 
     async def delete(self, user: str) -> bool:
         """Delete a user's events and states, and return whether there were any."""
+        self._deletions += 1
         self._cache.pop(user, None)
         try:
             return await asyncio.to_thread(self.store.delete, user)
         finally:
+            self._deletions += 1
             self._cache.pop(user, None)
+
+
+def _read_state(data: bytes, user: str) -> User | None:
+    """Return the state that a store kept; None, and a line in the log, where it is damaged or another user's."""
+    try:
+        found = User.from_bytes(data)
+    except ValueError as error:
+        logging.error("A state of the store cannot be read, and is computed again: %s", error)
+        return None
+    if found.key != hash_key(user):
+        logging.error("A state of the store is of another user, and is computed again.")
+        return None
+    return found
 
 
 def check_id(text: Any, what: str) -> str:
@@ -167,10 +186,14 @@ def readable(vocabulary: Vocabulary, rows: Sequence[Any], user: str | None, keys
         try:
             if not isinstance(row, Mapping):
                 raise ValueError("An event is an object of its columns.")
-            named = row.get(column, user)
+            named = user if row.get(column) is None else row[column]
+            if type(named) not in (str, int):
+                raise ValueError("A user's id is a text or a whole number.")
             if user is not None and str(named) != user:
                 raise ValueError(f"The event is of another user, by its column {column!r}.")
-            there.append((index, {**row, column: check_id(named if isinstance(named, str) else str(named), "A user's id")}))
+            given = {**row, column: check_id(str(named), "A user's id")}
+            pack(given)
+            there.append((index, given))
         except ValueError as error:
             found.refused.append(Refused(index, str(error)))
     _read(vocabulary, there, keys, found)
@@ -181,6 +204,9 @@ def readable(vocabulary: Vocabulary, rows: Sequence[Any], user: str | None, keys
 def _read(vocabulary: Vocabulary, rows: list[tuple[int, dict]], keys: Sequence[str] | None, found: _Readable) -> None:
     """Read rows with their places; where some cannot be read, each half is read alone, until these are found."""
     if not rows:
+        return
+    if len(found.refused) > MOST_REFUSED:
+        found.refused += [Refused(place, f"Not read, after {MOST_REFUSED} events that cannot be.") for place, _ in rows]
         return
     try:
         batches = list(vocabulary.batches([row for _, row in rows]))
