@@ -27,7 +27,7 @@ from user_llm.serve.state import State
 from user_llm.serve.store import open_store
 
 pytestmark = pytest.mark.slow
-HOSTILE = ["<script>document.title='ran'</script>", "<img src=x onerror=\"document.title='ran'\">", "</ol><h1>Big</h1> & \"so\""]
+HOSTILE = ["<script>document.title='ran'</script>", "<img src=x onerror=\"document.title='ran'\">", '</ol><h1>Big</h1> & "so"']
 SECONDS = 30  # that the page may take for anything
 
 
@@ -116,7 +116,9 @@ class Page:
 
     def chosen(self) -> str:
         """Wait until a user is shown with all that is known of the user, and return the id."""
-        self.until(lambda: self.count("#history li") and self.count("#ranking tr") and self.count("#bars li"), "a user is shown")
+        self.until(
+            lambda: self.count("#history li") and self.count("#ranking tr") and self.count("#bars li"), "a user is shown"
+        )
         return self.text("#name")
 
     def watch(self) -> None:
@@ -156,11 +158,17 @@ def test_a_walk(page, served, browser):
     assert page.text("#about").startswith("tiny · trained on toy, 9 items")
     page.click("#samples button")
     user = page.chosen()
-    assert user.startswith("page-") and users(served) == 1 and not page.run("document.querySelector('#samples button').ariaPressed != 'true'")
+    assert user.startswith("page-") and users(served) == 1
+    assert page.run("[...document.querySelectorAll('#samples button')].map(button => button.ariaPressed)")[:2] == [
+        "true",
+        "false",
+    ]
     titles = page.run("[...document.querySelectorAll('#history span:first-child')].map(span => span.textContent)")
     ranked = page.run("[...document.querySelectorAll('#ranking tr')].map(row => row.cells[1].textContent)")
     catalogue = served.state.engine.model.vocabulary.catalogue.titles[1:]
-    assert set(titles) <= set(catalogue) and sorted(titles + ranked) == sorted(catalogue)  # the rest of the catalogue: unseen only
+    assert set(titles) <= set(catalogue) and sorted(titles + ranked) == sorted(
+        catalogue
+    )  # the rest of the catalogue: unseen only
     page.click("#unseen")
     page.until(lambda: page.count("#ranking tr") == 9, "seen items are recommended")
     page.click("#k")
@@ -168,6 +176,7 @@ def test_a_walk(page, served, browser):
     page.until(lambda: page.count("#ranking tr") == 3, "three items are recommended")
     # Both answers grow while they are written, and nothing moves.
     page.watch()
+    page.run("document.getElementById('temperature').value = 1")  # at 0, this model writes bytes that are no characters
     page.click("#go")
     page.answered()
     seen = page.run("window.seen")
@@ -175,7 +184,7 @@ def test_a_walk(page, served, browser):
         lengths = [length for length, _ in seen[name]]
         assert len(set(lengths)) > 5 and lengths == sorted(lengths), lengths
         assert len({height for _, height in seen[name]}) == 1
-        assert page.text(f"[data-with={name}] .state") in ("ended", "as long as it may be")
+        assert page.text(f"[data-with={name}] .state") in ("ended", "cut off at the most tokens")
     assert page.text("[data-with=no] .text") != page.text("[data-with=yes] .text")
     # Which events were looked at: each with a bar, of which the first is the longest.
     widths = page.run("[...document.querySelectorAll('.bar > span')].map(bar => bar.getBoundingClientRect().width)")
@@ -213,7 +222,9 @@ def test_the_keyboard_alone(page, served):
     page.until(lambda: page.count("#items li") > 2, "items are found")
     page.press(page.key.ARROW_DOWN)
     second = page.text("#items li[aria-selected=true]")
-    assert second == page.run("document.getElementById(document.activeElement.getAttribute('aria-activedescendant')).textContent")
+    assert second == page.run(
+        "document.getElementById(document.activeElement.getAttribute('aria-activedescendant')).textContent"
+    )
     page.press(page.key.ENTER)
     page.until(lambda: page.count("#history li") == before + 1, "an event was added")
     assert page.text("#history li span") == second and page.text("#name") == user
@@ -222,6 +233,8 @@ def test_the_keyboard_alone(page, served):
     page.until(lambda: not page.run("document.getElementById('items').hidden"), "the list opens")
     page.press(page.key.ESCAPE)
     assert page.run("document.getElementById('items').hidden")
+    page.run("document.getElementById('temperature').value = 1")
+    page.run("document.getElementById('tokens').value = 100")
     page.tab_to("#question")
     page.press(page.key.ENTER)
     page.until(lambda: page.text("[data-with=yes] .text"), "the answer has begun")
@@ -237,7 +250,10 @@ def test_the_keyboard_alone(page, served):
     assert page.run("document.activeElement.matches('#samples button')") and users(served) == 0
 
 
-ROWS = [{"user": "u", "item": "40", "rating": 3, "timestamp": 3600}, {"user": "u", "item": "50", "rating": 4, "timestamp": 7200}]
+ROWS = [
+    {"user": "u", "item": "40", "rating": 3, "timestamp": 3600},
+    {"user": "u", "item": "50", "rating": 4, "timestamp": 7200},
+]
 PASTED = {
     "a list": json.dumps(ROWS),
     "lines": "\n".join(map(json.dumps, ROWS)),
@@ -278,7 +294,10 @@ def paste(page: Page, text: str) -> None:
         ("[1", "The JSON list cannot be read"),
         ("item,rating\n1", "Row 1 of the CSV has 1 fields, and its header 2."),
         ('a,b\n1,"2', "The CSV has a quote that does not end."),
-        (json.dumps([ROWS[0], ROWS[1] | {"user": "v"}]), "These are events of 2 users by their column “user”: paste those of one."),
+        (
+            json.dumps([ROWS[0], ROWS[1] | {"user": "v"}]),
+            "These are events of 2 users by their column “user”: paste those of one.",
+        ),
         (json.dumps([ROWS[0] | {"rating": 99}]), "Event 1: "),
         ("7", "A CSV has a header and at least one row below it."),
     ],
@@ -331,7 +350,7 @@ def test_keys(page, served, browser, tmp_path):
     browser.refresh()
     page.until(lambda: page.text("#about") == "This server answers those who have a key.", "a key is asked for")
     give(page, "wrong")
-    page.until(lambda: page.text("#key-form .error").startswith("A key is needed"), "the key is wrong")
+    page.until(lambda: page.text("#about").startswith("A key is needed"), "the key is wrong")
     give(page, key)
     page.ready()
     page.click("#samples button")
@@ -374,7 +393,8 @@ def test_no_part_is_wider_than_the_window(page, width, served):
         page.ready()
         page.click("#samples button")
         page.chosen()
-        assert page.run("document.documentElement.scrollWidth") == page.run("innerWidth") == width
+        seen, whole = page.run("[document.documentElement.clientWidth, document.documentElement.scrollWidth]")
+        assert page.run("innerWidth") == width and whole == seen
         page.click("#delete")
         page.until(lambda: users(served) == 0, "the user is deleted")
     finally:

@@ -20,7 +20,7 @@ from user_llm.serve.metrics import Metrics
 PAGE = {  # the files of the page, which hold nobody's data, and their types
     "/": ("page.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
-    **{f"/{name}": (name, "text/javascript") for name in ("page.js", "page_events.js", "page_server.js")},
+    **{f"/page{part}.js": (f"page{part}.js", "text/javascript") for part in ("", "_answers", "_events", "_picker", "_server")},
 }
 OPEN = (*PAGE, "/health", "/ready")  # what is answered without a key
 READING = ("/v1/chat/completions", "/v1/completions")  # what changes nothing, though it is posted

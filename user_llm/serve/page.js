@@ -1,7 +1,9 @@
 // The page: it asks the server that it came from, and nobody else. Whatever comes from there is put into the page as text, never as HTML.
 
-import { ask, pathOf, pieces, send } from "/page_server.js";
+import { SIDES, clear, settle, write } from "/page_answers.js";
 import { ofOneUser, parse } from "/page_events.js";
+import { makePicker } from "/page_picker.js";
+import { ask, pathOf } from "/page_server.js";
 
 const $ = (id) => document.getElementById(id);
 const element = (name, text = "", properties = {}) => Object.assign(document.createElement(name), { textContent: text }, properties);
@@ -14,18 +16,23 @@ let history = []; // the user's events, as they are stored
 
 // ---------------------------------------------------------------- work, and its errors
 
-/** Do some work whose errors are shown at `place`. Work of the same name that is still going on is given up. */
+/** Return what some work returns; its errors are shown at `place`. Work of the same name that is still going on is given up. */
 const going = {};
 async function attempt(name, place, work) {
   going[name]?.abort();
   const control = (going[name] = new AbortController());
   place.textContent = "";
   try {
-    await work(control.signal);
+    return await work(control.signal);
   } catch (error) {
-    if (error.status === 401) $("key-form").hidden = false;
-    if (going[name] === control && error.name !== "AbortError") place.textContent = error.message;
+    if (going[name] === control && error.name !== "AbortError") fail(place, error);
   }
+}
+
+/** Show an error, and the field for a key where it is one of keys. */
+function fail(place, error) {
+  place.textContent = error.message;
+  if (error.status === 401 || error.status === 403) $("key-form").hidden = false;
 }
 
 /** Do some work that changes the user, when the changes before it are done. Its errors are shown in the section of the user. */
@@ -38,17 +45,16 @@ function inTurn(work) {
 // ---------------------------------------------------------------- beginning
 
 async function begin() {
+  $("about").textContent = "Asking the server …";
   try {
     about = await ask("/v1/description");
     const { samples } = await ask("/v1/samples");
-    errorOf("key-form").textContent = "";
     $("samples").replaceChildren(...samples.map(sampleButton));
     describe();
-    await Promise.all([restore(), untilReady()]);
+    await Promise.all([inTurn(restore), untilReady()]);
   } catch (error) {
-    if (error.status === 401) $("key-form").hidden = false;
-    if (error.status === 401) errorOf("key-form").textContent = sessionStorage.getItem("key") ? error.message : "";
-    $("about").textContent = error.status === 401 ? "This server answers those who have a key." : error.message;
+    if (error.status === 401 && !sessionStorage.getItem("key")) error.message = "This server answers those who have a key.";
+    fail($("about"), error);
   }
 }
 
@@ -68,11 +74,11 @@ async function untilReady() {
   $("about").textContent = `${what} · ready`;
 }
 
-function numberField({ column, allowed, required, typical }) {
+function numberField({ column, allowed, required, high }) {
   const field = element(allowed.length ? "select" : "input", "", { name: column, required });
   if (allowed.length) field.append(...(required ? [] : [""]).concat(allowed).map((value) => element("option", value)));
   else Object.assign(field, { type: "number", step: "any" });
-  if (required) field.value = typical;
+  if (required) field.value = high;
   const label = element("label", column);
   label.append(field);
   return label;
@@ -109,21 +115,33 @@ async function show(next) {
   const before = user;
   user = next;
   sessionStorage.setItem("user", JSON.stringify(user));
-  if (before?.made && before.id !== next?.id) await ask(pathOf(before.id), { method: "DELETE" });
+  if (before?.made && before.id !== next?.id) await remove(before.id);
+  if (before?.id !== next?.id) {
+    stop();
+    SIDES.forEach(clear);
+  }
   for (const button of $("samples").children) button.ariaPressed = String(button.textContent === user?.sample);
   for (const hint of document.querySelectorAll(".nobody")) hint.hidden = Boolean(user);
   $("chosen").hidden = !user;
   if (!user) {
-    for (const name of ["look", "recommend", "explain", "ask"]) going[name]?.abort();
+    for (const name of ["look", "recommend", "explain"]) going[name]?.abort();
     history = [];
     for (const id of ["history", "bars", "ranking"]) $(id).replaceChildren();
     return;
   }
   $("name").textContent = user.id;
-  $("kept").textContent = user.made ? "This page has made this user, and deletes it when you choose another." : "";
+  $("kept").textContent = user.made ? "This page has made this user. It deletes the user when you choose another, but not when you close the page." : "";
   await look();
   recommend();
   explain();
+}
+
+async function remove(id) {
+  try {
+    await ask(pathOf(id), { method: "DELETE" });
+  } catch (error) {
+    if (error.status !== 404) throw error; // somebody else has deleted the user
+  }
 }
 
 function look() {
@@ -133,7 +151,11 @@ function look() {
       ask(pathOf(user.id, "/events?limit=100"), { signal }),
     ]);
     history = stored.events;
-    $("count").textContent = `${events} event${events === 1 ? "" : "s"}, of which the model keeps ${counted}${unknown ? ` and does not know ${unknown}` : ""}`;
+    $("count").textContent = [
+      `${events} event${events === 1 ? "" : "s"}`,
+      ...(unknown ? [`${unknown} of items that the model does not know`] : []),
+      ...(counted < events - unknown ? [`the model looks at the latest ${counted}`] : []),
+    ].join(", ");
     const ids = [...new Set(history.map((event) => String(event[about.columns.item])))];
     const { items } = await ask(`/v1/items?${new URLSearchParams(ids.map((id) => ["id", id]))}`, { signal });
     const titles = new Map(items.map(({ id, title }) => [id, title]));
@@ -187,8 +209,8 @@ $("delete").addEventListener("click", () => {
   const { id, made } = user;
   if (!made && !confirm(`Delete the user ${id}, with all events?`)) return;
   inTurn(async () => {
-    await ask(pathOf(id), { method: "DELETE" });
-    user = null;
+    await remove(id);
+    user.made = false; // there is nothing left to delete
     await show(null);
     say(`${id} is deleted.`);
     $("samples").querySelector("button")?.focus();
@@ -197,68 +219,28 @@ $("delete").addEventListener("click", () => {
 
 // ---------------------------------------------------------------- events that are picked or pasted
 
-let found = Promise.resolve([]); // the items that the list shows, or is about to show
-let active = 0; // the place of the one that Enter picks
+const pick = makePicker(
+  $("item"),
+  $("items"),
+  async (q) => {
+    const answer = await attempt("search", errorOf("user"), (signal) => ask(`/v1/items?${new URLSearchParams({ q, limit: 8 })}`, { signal }));
+    return answer?.items ?? [];
+  },
+  (item, part) => {
+    if (item) inTurn(() => store([eventOf(item.id)]));
+    else if (part) errorOf("user").textContent = `No title holds “${part}”.`;
+  },
+);
 
-function search() {
-  active = 0;
-  const part = $("item").value.trim();
-  found = new Promise((done) => {
-    attempt("search", errorOf("user"), async (signal) => {
-      signal.addEventListener("abort", () => done([]));
-      const { items } = await ask(`/v1/items?${new URLSearchParams({ q: part, limit: 8 })}`, { signal });
-      $("items").replaceChildren(...items.map(({ title }, place) => element("li", title, { role: "option", id: `item-${place}` })));
-      [...$("items").children].forEach((option, place) => option.addEventListener("click", () => pick(place)));
-      mark(0, items.length > 0);
-      done(items);
-    }).then(() => done([]));
-  });
-}
-
-function mark(place, open) {
-  active = place;
-  $("items").hidden = !open;
-  $("item").ariaExpanded = String(open);
-  [...$("items").children].forEach((option, other) => (option.ariaSelected = String(other === place)));
-  if (open) {
-    $("item").setAttribute("aria-activedescendant", `item-${place}`);
-    $("items").children[place].scrollIntoView({ block: "nearest" });
-  } else $("item").removeAttribute("aria-activedescendant");
-}
-
-async function pick(place) {
-  const part = $("item").value.trim();
-  const item = (await found)[place ?? active];
-  mark(0, false);
-  if (!item) {
-    if (part) errorOf("user").textContent = `No title holds “${part}”.`;
-    return;
-  }
-  $("item").value = "";
-  found = Promise.resolve([]);
-  const { columns } = about;
+/** Return an event of an item, with the numbers that stand beside the field. It happens at this moment, or after the other events. */
+function eventOf(id) {
+  const { item, time, timed } = about.columns;
   const given = [...$("numbers").querySelectorAll("select, input")].filter((field) => field.value !== "");
-  const values = Object.fromEntries(given.map((field) => [field.name, Number(field.value)]));
-  inTurn(() => {
-    const last = Math.max(0, ...history.map((event) => Number(event[columns.time])).filter(Number.isFinite));
-    return store([{ [columns.item]: item.id, [columns.time]: columns.timed ? new Date().toISOString() : last + 1, ...values }]);
-  });
+  const orders = history.map((event) => Number(event[time])).filter(Number.isFinite);
+  const at = timed ? new Date().toISOString() : 1 + Math.max(0, ...orders);
+  return { [item]: id, [time]: at, ...Object.fromEntries(given.map((field) => [field.name, Number(field.value)])) };
 }
 
-$("item").addEventListener("input", search);
-$("item").addEventListener("blur", () => mark(0, false));
-$("items").addEventListener("mousedown", (event) => event.preventDefault()); // the field keeps the focus
-$("item").addEventListener("keydown", (event) => {
-  const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
-  const count = $("items").children.length;
-  if (step && $("items").hidden) search();
-  else if (step) mark((active + step + count) % count, true);
-  else if (event.key === "Escape" && !$("items").hidden) {
-    mark(0, false);
-    event.stopPropagation();
-  } else return;
-  event.preventDefault();
-});
 $("pick").addEventListener("submit", (event) => {
   event.preventDefault();
   pick();
@@ -319,14 +301,6 @@ $("k").addEventListener("change", () => $("k").reportValidity() && recommend());
 
 // ---------------------------------------------------------------- texts
 
-const SIDES = [...document.querySelectorAll(".answer")].map((side) => ({
-  user: side.dataset.with === "yes",
-  text: side.querySelector(".text"),
-  state: side.querySelector(".state"),
-  error: side.querySelector(".error"),
-}));
-const ENDS = { stop: "ended", length: "as long as it may be" };
-
 function askBoth() {
   const settings = { model: about.model, stream: true, seed: 0, max_tokens: Number($("tokens").value), temperature: Number($("temperature").value) };
   const asked = about.chat ? { messages: [{ role: "user", content: $("question").value }] } : { prompt: $("question").value };
@@ -338,29 +312,15 @@ function askBoth() {
 }
 
 async function answer(side, body, signal) {
-  side.text.replaceChildren();
-  side.error.textContent = side.state.textContent = "";
+  clear(side);
   try {
     if (side.user && !user) throw new Error("Choose a user first.");
-    side.state.textContent = "writing …";
-    side.text.ariaBusy = "true"; // assistive technology reads the text when it is whole
     const path = about.chat ? "/v1/chat/completions" : "/v1/completions";
-    const response = await send(path, { method: "POST", body: side.user ? { ...body, user: user.id } : body, signal });
-    let end = "";
-    for await (const { choices: [choice] } of pieces(response)) {
-      if (signal.aborted) return; // a later question has the place
-      const below = side.text.scrollHeight - side.text.scrollTop - side.text.clientHeight;
-      side.text.append(choice.delta?.content ?? choice.text ?? "");
-      if (below < 8) side.text.scrollTop = side.text.scrollHeight;
-      end = choice.finish_reason ?? end;
-    }
-    side.state.textContent = ENDS[end] ?? "";
+    await write(side, path, side.user ? { ...body, user: user.id } : body, signal);
   } catch (error) {
-    if (signal.aborted) return;
-    side.state.textContent = "";
-    side.error.textContent = error.message;
-  } finally {
-    if (going.ask.signal === signal) side.text.ariaBusy = "false";
+    if (signal.aborted) return; // somebody has stopped it, or another question has the place
+    settle(side, "");
+    fail(side.error, error);
   }
 }
 
@@ -373,7 +333,7 @@ function stop() {
   if ($("stop").disabled) return;
   going.ask.abort();
   writing(false);
-  for (const side of SIDES) if (side.state.textContent === "writing …") side.state.textContent = "stopped";
+  for (const side of SIDES) settle(side, "stopped");
 }
 
 $("question-form").addEventListener("submit", (event) => {

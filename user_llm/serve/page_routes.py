@@ -11,8 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from fastapi import APIRouter, Query
 
+from user_llm.data.fields import Number
 from user_llm.data.vocabulary import Vocabulary
 from user_llm.serve.state import State
+from user_llm.serving.personalizer import Personalizer
 from user_llm.serving.ranking import RANKING
 
 SAMPLES, EVENTS = 5, 8  # sample users, and the events of each
@@ -25,19 +27,7 @@ def router(state: State) -> APIRouter:
 
     @routes.get("/v1/description")
     def describe() -> dict[str, Any]:
-        model = state.engine.model
-        template = model.predictor.templates.get(RANKING)
-        return {
-            "model": state.name,
-            "identity": model.identity,
-            "dataset": model.facts.get("dataset", ""),
-            "items": len(model.vocabulary.catalogue.keys) - 1,
-            "chat": model.tokenizer.chat_template is not None,
-            "recommends": template is not None,
-            "explains": model.predictor.config.resampler is not None,
-            "instruction": "" if template is None else template.settings["instruction"],
-            "columns": columns(model.vocabulary),
-        }
+        return {"model": state.name, **description(state.engine.model)}
 
     @routes.get("/v1/samples")
     def sample() -> dict[str, Any]:
@@ -61,11 +51,26 @@ def router(state: State) -> APIRouter:
     return routes
 
 
+def description(model: Personalizer) -> dict[str, Any]:
+    """Return what can be asked of a model, and what it was trained on, as a JSON value."""
+    template = model.predictor.templates.get(RANKING)
+    return {
+        "identity": model.identity,
+        "dataset": model.facts.get("dataset", ""),
+        "items": len(model.vocabulary.catalogue.keys) - 1,
+        "chat": model.tokenizer.chat_template is not None,
+        "recommends": template is not None,
+        "explains": model.predictor.config.resampler is not None,
+        "instruction": "" if template is None else template.settings["instruction"],
+        "columns": columns(model.vocabulary),
+    }
+
+
 def columns(vocabulary: Vocabulary) -> dict[str, Any]:
     """Return the columns of an event, as a JSON value that says which column holds what."""
     fields = vocabulary.fields
     numbers = [
-        {"column": one.column, "allowed": list(one.allowed), "required": name in vocabulary.needed, "typical": _typical(one)}
+        {"column": one.column, "allowed": list(one.allowed), "required": name in vocabulary.needed, "high": _high(one)}
         for name, one in fields.numbers.items()
     ]
     texts = [one.column for one in fields.texts.values()]
@@ -86,7 +91,7 @@ def samples(vocabulary: Vocabulary, now: datetime.datetime) -> list[dict[str, An
         of = {name: np.flatnonzero((rows == number).any(1)) for number, name in enumerate(catalogue.vocab[bag]) if number}
         largest = sorted((name for name in of if len(of[name])), key=lambda name: -len(of[name]))[:SAMPLES]
         named = [(name, of[name].tolist()) for name in largest] or named
-    high = {one.column: _typical(one) for name, one in fields.numbers.items() if name in vocabulary.needed}
+    high = {one.column: _high(one) for name, one in fields.numbers.items() if name in vocabulary.needed}
     made = []
     for name, numbers in named:
         chosen = [numbers[place] for place in np.unique(np.linspace(0, len(numbers) - 1, EVENTS).astype(int))]
@@ -111,6 +116,6 @@ def _titles(vocabulary: Vocabulary) -> pa.Array:
     return pa.array(vocabulary.catalogue.titles[1:], pa.string())
 
 
-def _typical(number: Any) -> float:
-    """Return a high value of a column of numbers."""
+def _high(number: Number) -> float:
+    """Return a high value of a column: the highest that is allowed, or else the one above which no further level is told apart."""
     return (number.allowed or number.edges or (1.0,))[-1]

@@ -30,22 +30,3 @@ export function pathOf(id, rest = "") {
   if (id === "." || id === "..") throw new Error("A browser cannot ask for a user of this name.");
   return `/v1/users/${encodeURIComponent(id)}${rest}`;
 }
-
-/** Yield the values of a stream of server-sent events. */
-export async function* pieces(response) {
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let waiting = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) throw new Error("The answer has broken off.");
-    const parts = (waiting + value).split("\n\n");
-    waiting = parts.pop();
-    for (const part of parts) {
-      const data = part.replace(/^data: /, "");
-      if (data === "[DONE]") return;
-      const read = JSON.parse(data);
-      if (read.error) throw new Error(read.error.message);
-      yield read;
-    }
-  }
-}
