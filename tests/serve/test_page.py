@@ -385,6 +385,27 @@ def test_errors_stand_beside_what_caused_them(page, served):
     page.until(lambda: "4000: at least 1 can be written" in page.text("[data-with=no] .error"), "the answer is too long")
 
 
+def test_a_model_of_conversations(page, served, browser, monkeypatch):
+    """Where the tokenizer has a chat template, the question is a message of a conversation."""
+    tokenizer, asked = served.state.engine.model.tokenizer, []
+    monkeypatch.setitem(
+        vars(tokenizer), "chat_template", "{% for one in messages %}{{ one.role }}: {{ one.content }}{% endfor %}"
+    )
+    monkeypatch.setattr(
+        type(tokenizer),
+        "chat",
+        lambda self, messages, real=type(tokenizer).chat: asked.append(messages) or real(self, messages),
+    )
+    browser.refresh()
+    page.ready()
+    page.run("document.getElementById('temperature').value = 1")
+    page.click("#question")
+    page.press(" Why?", page.key.ENTER)
+    page.until(lambda: page.text("[data-with=no] .state") in ("ended", "cut off at the most tokens"), "the answer has ended")
+    assert page.text("[data-with=no] .text") and not page.text("[data-with=no] .error")
+    assert asked == [[{"role": "user", "content": "What would you recommend? Why?"}]]
+
+
 @pytest.mark.parametrize("width", [1200, 390])
 def test_no_part_is_wider_than_the_window(page, width, served):
     size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": False}
