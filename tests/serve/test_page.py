@@ -388,13 +388,14 @@ def test_errors_stand_beside_what_caused_them(page, served):
 def test_a_model_of_conversations(page, served, browser, monkeypatch):
     """Where the tokenizer has a chat template, the question is a message of a conversation."""
     tokenizer, asked = served.state.engine.model.tokenizer, []
+    real = type(tokenizer).chat
     monkeypatch.setitem(
         vars(tokenizer), "chat_template", "{% for one in messages %}{{ one.role }}: {{ one.content }}{% endfor %}"
     )
     monkeypatch.setattr(
         type(tokenizer),
         "chat",
-        lambda self, messages, real=type(tokenizer).chat: asked.append(messages) or real(self, messages),
+        lambda self, messages: asked.append(messages) or real(self, messages),
     )
     browser.refresh()
     page.ready()
