@@ -2,10 +2,12 @@
 
 import math
 import os
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 # Tests compile much and compute little: without LLVM's optimisations they take a fraction of the time. Eight devices, on any
 # machine, are for the meshes; what names no mesh runs on the first.
@@ -159,3 +161,21 @@ def mesh_of() -> Callable[..., Mesh]:
         return jax.make_mesh(sizes, meshes.AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Headless Chromium, driven by selenium; the test skips, with the reason, where one of them is missing."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install -e '.[browser]'")
+    programs = [shutil.which("chromium"), shutil.which("chromedriver")]
+    if not all(programs):
+        pytest.skip("no browser: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = programs[0]
+    # Containers run as root and without shared memory, where Chromium's own sandbox cannot start.
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--window-size=1100,1600"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(programs[1]))
+    yield driver
+    driver.quit()

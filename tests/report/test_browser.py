@@ -1,7 +1,6 @@
 """The page in a real browser: headless Chromium, driven by selenium; skipped, with the reason, where one of them is missing."""
 
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -27,23 +26,6 @@ SCRIPTS = [
     "<link rel=stylesheet href=secret.txt>",
     "<meta http-equiv=refresh content='0;url=secret.txt'>",
 ]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install -e '.[browser]'")
-    programs = [shutil.which("chromium"), shutil.which("chromedriver")]
-    if not all(programs):
-        pytest.skip("no browser: apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = programs[0]
-    # Containers run as root and without shared memory, where Chromium's own sandbox cannot start.
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--window-size=1100,1600"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(programs[1]))
-    yield driver
-    driver.quit()
 
 
 @pytest.mark.slow

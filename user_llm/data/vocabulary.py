@@ -102,7 +102,7 @@ class Vocabulary:
           ValueError: as in `read`.
         """
         fields, bad_rows = self.fields, bad_rows or BadRows(remedy=REMEDY)
-        needed = [fields.item, fields.time, *(fields.numbers[name].column for name in self._needed)]
+        needed = [fields.item, fields.time, *(fields.numbers[name].column for name in self.needed)]
         there, pieces = event_pieces(events, fields.columns(), needed=needed, numbers=fields.only_numbers(), bad_rows=bad_rows)
         for piece in pieces:
             if len(piece.rows):
@@ -162,6 +162,10 @@ class Vocabulary:
         """Return whether there is an item of this id in the catalogue."""
         return item in self._item_numbers
 
+    def title(self, item: str) -> str | None:
+        """Return the title of an item; None if there is no item of this id in the catalogue."""
+        return self.catalogue.titles[self._item_numbers[item]] if self.knows(item) else None
+
     def to_json(self) -> dict[str, Any]:
         """Return the vocabulary as a JSON value without its catalogue, which `catalogue_file.py` writes."""
         names = {bag: values[1:] for bag, values in self.catalogue.vocab.items()}
@@ -211,8 +215,8 @@ class Vocabulary:
         return ""
 
     @functools.cached_property
-    def _needed(self) -> set[str]:
-        """The columns of numbers that every event must have: they are features, and have no level for a missing number."""
+    def needed(self) -> set[str]:
+        """The names of the numbers that every event must have: they are features, and have no level for a missing number."""
         return {name for name, number in self.fields.numbers.items() if not number.missing and name in self.schema.names}
 
     @functools.cached_property
@@ -246,7 +250,7 @@ class Vocabulary:
         for name, number in fields.numbers.items():
             numbers = rows.numbers(number.column)
             scale = f"; it is one of {', '.join(f'{one:g}' for one in number.allowed)}" if number.allowed else ""
-            rows.refuse(number.refused(numbers, needed=name in self._needed), number.column, "number", scale)
+            rows.refuse(number.refused(numbers, needed=name in self.needed), number.column, "number", scale)
             levels.append(pa.array(number.levels(numbers)))
         texts = []
         for one in fields.texts.values():

@@ -10,14 +10,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from user_llm.serve import texts, user_routes
+from user_llm.serve import page_routes, texts, user_routes
 from user_llm.serve.engine import Busy, Closing
-from user_llm.serve.front import Front, problem
+from user_llm.serve.front import PAGE, Front, problem
 from user_llm.serve.keys import Keys
 from user_llm.serve.state import State
 from user_llm.serve.store import StoreError
-
-PAGE = {"/": ("page.html", "text/html"), "/page.js": ("page.js", "text/javascript"), "/page.css": ("page.css", "text/css")}
 
 
 def make_app(state: State, keys: Callable[[], Keys | None] = lambda: None) -> Front:
@@ -38,6 +36,7 @@ def make_app(state: State, keys: Callable[[], Keys | None] = lambda: None) -> Fr
     app = FastAPI(lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)
     app.include_router(texts.router(state))
     app.include_router(user_routes.router(state))
+    app.include_router(page_routes.router(state))
 
     @app.get("/health")
     def health() -> Response:

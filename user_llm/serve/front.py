@@ -16,7 +16,12 @@ from user_llm.serve.keys import Keys
 from user_llm.serve.limits import Limits
 from user_llm.serve.metrics import Metrics
 
-OPEN = ("/", "/health", "/ready")  # what is answered without a key
+PAGE = {  # the files of the page, which hold nobody's data, and their types
+    "/": ("page.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    **{f"/page{part}.js": (f"page{part}.js", "text/javascript") for part in ("", "_answers", "_events", "_picker", "_server")},
+}
+OPEN = (*PAGE, "/health", "/ready")  # what is answered without a key
 READING = ("/v1/chat/completions", "/v1/completions")  # what changes nothing, though it is posted
 LOOPBACK = re.compile(r"(localhost|127(\.\d+){3}|\[::1\])(:\d+)?", re.IGNORECASE | re.ASCII)
 
