@@ -107,7 +107,7 @@ async function store(events, { sample } = {}) {
   await show(fresh ? { id, made: true, sample } : { ...user, sample: null });
   const { stored, repeated, refused, unknown_items: unknown, reasons } = answer;
   say(`${stored} stored${repeated ? `, ${repeated} there already` : ""}${unknown ? `, ${unknown} of items that the model does not know` : ""}.`);
-  if (refused) throw new Error(`${refused} of ${events.length} events were refused. Event ${reasons[0].index + 1}: ${reasons[0].reason}`);
+  if (refused) throw new Error(`${refused} of ${events.length} events were refused. Event ${reasons[0].place + 1}: ${reasons[0].reason}`);
 }
 
 /** Show a user. A user whom the page has made before, and who is shown no longer, is deleted. */

@@ -4,7 +4,7 @@
 export class Refused extends Error {
   constructor(status, body) {
     const reason = body?.reasons?.[0];
-    super(body?.error?.message ?? (reason ? `Event ${reason.index + 1}: ${reason.reason}` : `The server has answered ${status}.`));
+    super(body?.error?.message ?? (reason ? `Event ${reason.place + 1}: ${reason.reason}` : `The server has answered ${status}.`));
     this.status = status;
   }
 }
