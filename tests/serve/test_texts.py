@@ -10,6 +10,7 @@ import numpy as np
 import openai
 import pytest
 
+from user_llm.data.timelines import hash_key
 from user_llm.serving.user import User
 
 CHAT = [{"role": "system", "content": "Films."}, {"role": "user", "content": "Next?"}]
@@ -280,7 +281,7 @@ def test_what_goes_wrong_with_one_question_harms_no_other(serve, model):
         engine, real = served.state.engine, type(served.state.engine)._answers
 
         def answers(question, about):
-            if any(user == "bad" for user, _ in about):
+            if any(user.key == hash_key("bad") for user in about):
                 raise KeyError("not foreseen")
             return real(engine, question, about)
 
@@ -302,7 +303,8 @@ def test_events_of_two_moments_of_a_user_do_not_come_together(serve, model, made
         engine = served.state.engine
 
         async def both():
-            return await asyncio.gather(engine.encode("u2", rows[:3]), engine.encode("u2", rows[3:]), engine.encode("u2", rows))
+            moments = [model.reader.unencoded(part, model.keep)["u2"] for part in (rows[:3], rows[3:], rows)]
+            return await asyncio.gather(*map(engine.encode, moments))
 
         for found, events in zip(asyncio.run(both()), (rows[:3], rows[3:], rows), strict=True):
             np.testing.assert_array_equal(found.events, model.encode(events).events)

@@ -15,7 +15,7 @@ import dataclasses
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
@@ -99,7 +99,7 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Encoding:
-    """A question: the state of a user with these events."""
+    """A question: what a user's tokens are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,14 +247,13 @@ class Engine:
                 if one in self._queue:
                     self._queue.remove(one)
 
-    async def encode(self, user: str, rows: Sequence[Mapping[str, Any]]) -> User:
-        """Return the state of a user, given by id, with these events, which have the column of user ids.
+    async def encode(self, user: User) -> User:
+        """Return a user with their tokens computed.
 
         Raises:
           Busy, Closing: as in `write`.
-          ValueError: an event cannot be read.
         """
-        return await self._ask(Encoding(), (user, rows))
+        return await self._ask(Encoding(), user)
 
     async def recommend(self, user: User, choice: Choice) -> list[Item]:
         """Return what to recommend to a user; errors as in `encode`, and those of `Personalizer.recommend_many`."""
@@ -417,14 +416,7 @@ class Engine:
             if not self._questions:
                 return
             first = self._questions[0][0]
-            chosen: list[tuple[Hashable, Any, Future]] = []
-            named: set[Any] = set()
-            for one in list(self._questions):
-                # Events of one user that are asked about twice may be of two moments, and must not come together.
-                user = one[1][0] if isinstance(first, Encoding) and one[0] == first else one
-                if one[0] == first and user not in named and len(chosen) < self.limits.batch:
-                    chosen.append(one)
-                    named.add(user)
+            chosen = [one for one in self._questions if one[0] == first][: self.limits.batch]
             kept = {id(one) for one in chosen}
             self._questions = deque(one for one in self._questions if id(one) not in kept)
         chosen = [one for one in chosen if one[2].set_running_or_notify_cancel()]
@@ -450,10 +442,7 @@ class Engine:
     def _answers(self, question: Hashable, about: list) -> list:
         match question:
             case Encoding():
-                found = self.model.encode_many([row for _, rows in about for row in rows])
-                if missing := [user for user, _ in about if user not in found]:
-                    raise ValueError(f"The model does not read the id {missing[0]!r} as it is.")
-                return [found[user] for user, _ in about]
+                return self.model.reader.encoded(about)
             case Choice():
                 return self.model.recommend_many(about, **dataclasses.asdict(question))
             case Explaining():

@@ -102,7 +102,10 @@ class Users:
             if history is None:  # deleted meanwhile
                 return model.reader.nobody(), engine
             version = history.version
-            data = (await engine.encode(user, history.rows)).to_bytes()
+            read = await asyncio.to_thread(model.reader.unencoded, history.rows, model.keep)
+            if user not in read:
+                raise ValueError(f"The model does not read the id {user!r} as it is.")
+            data = (await engine.encode(read[user])).to_bytes()
             self._encoded()
             await asyncio.to_thread(self.store.keep, model.identity, {user: (version, data)})
             # What is used is what the store keeps, rounded tokens included: an answer does not depend on where it came from.

@@ -53,6 +53,11 @@ class Reader:
         )  # fmt: skip
         return dict(zip(keys, found, strict=True))
 
+    def unencoded(self, events: Any, keep: int | None) -> dict[str, User]:
+        """Return the users of raw events by their ids, with events but without user tokens."""
+        read = self.read(events)
+        return self.users(read, range(len(read.timelines)), keep)
+
     def updated(self, user: User, events: Any) -> User:
         """Return a user with further events, but without user tokens; see `Personalizer.update`."""
         read, fields = self.read(events), self.vocabulary.fields
