@@ -9,10 +9,8 @@ import time
 import httpx2
 import pytest
 from absl import logging as absl_logging
-from absl.flags import FLAGS
-from absl.testing import flagsaver
 
-from user_llm.serve import __main__ as command
+from user_llm.serve import server as process
 from user_llm.serve.keys import add_key, read_keys
 
 BODY = {"model": "tiny", "prompt": "Secret words", "user": "secret-user", "max_tokens": 3}
@@ -110,27 +108,31 @@ def metrics(server) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("options", "words"),
     [
-        (["--host=0.0.0.0", "--model=m"], "--host=0.0.0.0 can be reached from other machines"),
-        (["--host=example.org", "--model=m"], "can be reached from other machines"),
-        (["--host=0.0.0.0", "--model=m", "--api_keys=none.txt"], "cannot be read from none.txt"),
-        ([], "--model is missing"),
-        (["--model=nowhere"], "There is no model at nowhere"),
-        (["--model=nowhere", "--store=mongo:x"], "not of a known form"),
-        (["--new_key=app:read"], "--new_key needs --api_keys"),
-        (["--new_key=app:all", "--api_keys=k.txt"], "name a holder and scopes"),
+        ({"host": "0.0.0.0"}, "--host=0.0.0.0 can be reached from other machines"),
+        ({"host": "example.org"}, "can be reached from other machines"),
+        ({"host": "0.0.0.0", "api_keys": "none.txt"}, "cannot be read from none.txt"),
+        ({"model": ""}, "--model is missing"),
+        ({"store": "sqlite:users.db"}, "There is no model at nowhere"),
+        ({"store": "mongo:x"}, "not of a known form"),
     ],
 )
-def test_the_command_refuses_in_a_sentence(flags, words, tmp_path, monkeypatch):
+def test_a_server_that_cannot_be_started_says_why_in_a_sentence(options, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command, "set_up_log", lambda: None)
-    if not FLAGS.is_parsed():
-        FLAGS(["serve"])
-    given = (flag.removeprefix("--").partition("=") for flag in flags)
-    with flagsaver.flagsaver(**{name: value for name, _, value in given}), pytest.raises(SystemExit) as ended:
-        command.main(["serve"])
-    assert words in str(ended.value) and "\n" not in str(ended.value)
+    with pytest.raises(ValueError) as error:
+        process.serve(process.Options(**{"model": "nowhere", **options}))
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "spelled", "words"), [("", "app:read", "--new_key needs"), ("k.txt", "app:all", "name a holder and scopes")]
+)
+def test_a_key_that_cannot_be_made_is_refused(file, spelled, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        add_key(file, spelled)
+    assert not (tmp_path / "k.txt").exists()
 
 
 def test_a_key_is_made_by_the_command(tmp_path):

@@ -85,6 +85,8 @@ def add_key(file: str | os.PathLike, spelled: str) -> str:
     Raises:
       ValueError: the name or a scope is of another form.
     """
+    if not file:
+        raise ValueError("--new_key needs --api_keys=FILE, to which the hash of the key is added.")
     name, _, scopes = spelled.partition(":")
     if not re.fullmatch(r"[\w.-]{1,64}", name) or not set(scopes.split(",")) <= set(SCOPES):
         raise ValueError(f"--new_key={spelled}: name a holder and scopes, such as app:read,write.")
