@@ -35,10 +35,8 @@ def main(argv: list[str]) -> None:
     set_up_log()
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}")
-    keys, limits = (
-        _KEYS.value or "",
-        Limits(rows=_ROWS.value, context=_CONTEXT.value, queue=_QUEUE.value, seconds=_SECONDS.value),
-    )
+    keys = _KEYS.value or ""
+    limits = Limits(rows=_ROWS.value, context=_CONTEXT.value, queue=_QUEUE.value, seconds=_SECONDS.value)
     try:
         if _NEW_KEY.value:
             print(add_key(keys, _NEW_KEY.value))

@@ -4,8 +4,8 @@
                                      one step: each row writes a token ┴─> pieces of text, as they come
     questions ─> as many of one kind as there are, up to a batch ─> answers
 
-The thread alternates: one chunk of a prompt, one step of all rows, one batch of questions. No long prompt and no crowd of questions
-can therefore hold up the texts that are being written. All other threads, and the event loop of the server, only put things
+The thread alternates: one chunk of a prompt, one step of all rows, one batch of questions. Texts that are being written therefore wait
+for one chunk and one batch at most between two tokens. All other threads, and the event loop of the server, only put things
 into the queues and receive what was made.
 """
 
@@ -88,13 +88,12 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A question: which items to recommend; the attributes are the arguments of `Personalizer.recommend_many`."""
+    """A question: which items to recommend; the attributes are arguments of `Personalizer.recommend_many`."""
 
     k: int = 10
     seen: bool = True
     allow: tuple[str, ...] | None = None
     deny: tuple[str, ...] = ()
-    candidates: tuple[str, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -417,8 +416,8 @@ class Engine:
                 return
             first = self._questions[0][0]
             chosen = [one for one in self._questions if one[0] == first][: self.limits.batch]
-            kept = {id(one) for one in chosen}
-            self._questions = deque(one for one in self._questions if id(one) not in kept)
+            taken = {id(one) for one in chosen}
+            self._questions = deque(one for one in self._questions if id(one) not in taken)
         chosen = [one for one in chosen if one[2].set_running_or_notify_cancel()]
         self.observe("batch", len(chosen))
         for part, answers in self._together(first, chosen):

@@ -1,4 +1,4 @@
-"""What a server allows at most, so that no request and no number of requests can exhaust it."""
+"""What a server allows at most."""
 
 import dataclasses
 
