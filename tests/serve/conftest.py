@@ -90,9 +90,9 @@ def url(request, tmp_path: Path) -> str:
     """The URL of an empty store."""
     if request.param == "sqlite":
         return f"sqlite:{tmp_path}/users.db"
+    url = request.getfixturevalue("redis_url")  # which skips the test where Redis cannot be had
     import redis
 
-    url = request.getfixturevalue("redis_url")
     with redis.Redis.from_url(url) as client:
         client.flushall()
     return url
