@@ -14,7 +14,7 @@ from user_llm.models.generate import generate
 from user_llm.models.sampling import GREEDY, Sampling
 from user_llm.models.slots import Slots
 from user_llm.models.user import SoftPrompt, User, embed_prompts
-from user_llm.nn.cross_attention import UserKV
+from user_llm.nn.cross_attention import LayersKV, UserKV
 from user_llm.nn.transformer import BlockConfig
 
 ROOM = 40
@@ -118,6 +118,22 @@ def test_thirty_requests_through_four_rows_write_what_each_writes_alone(tiny, ki
 def test_windows_and_groups_of_heads(gemma):
     requests = _requests(gemma, "none", 8)
     assert _serve(_slots(gemma, "none"), requests) == [_alone(gemma, "none", r) for r in requests]
+
+
+def test_inlined_layers_hold_their_own_part_of_the_users(tiny, drawn):
+    config = dataclasses.replace(nnx.merge(*tiny.model).config, unroll=True)
+    inlined, _ = drawn(lambda: Decoder(config, rngs=nnx.Rngs(params=0)))
+    requests = _requests(tiny.model, "cross", 8)
+    slots = _slots((inlined, tiny.params), "cross")
+    assert isinstance(slots._users, LayersKV)
+    assert _serve(slots, requests) == [_alone(tiny.model, "cross", r) for r in requests]
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_a_row_that_writes_alone_takes_the_program_of_one_row(tiny, monkeypatch, number):
+    request = _requests(tiny.model, "cross", 5, seed=6)[number]
+    monkeypatch.setattr(module, "_step", None)
+    assert _serve(_slots(tiny.model, "cross"), [request]) == [_alone(tiny.model, "cross", request)]
 
 
 def test_programs_of_fewer_slots_write_the_same(tiny, monkeypatch):

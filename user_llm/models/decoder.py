@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from user_llm.common.arrays import AnyArray
 from user_llm.nn.attention import KVCache
-from user_llm.nn.cross_attention import CrossAttentionConfig, UserKV
+from user_llm.nn.cross_attention import CrossAttentionConfig, LayersKV, UserKV
 from user_llm.nn.layers import RMSNorm, embedding_param, linear_param
 from user_llm.nn.transformer import BlockConfig, Stack
 from user_llm.nn.visibility import SelfMask
@@ -73,7 +73,7 @@ class Decoder(nnx.Module):
         key_positions: Int[AnyArray, "B S"] | None = None,
         cache: KVCache | None = None,
         slots: Int[AnyArray, "B T"] | None = None,
-        user: UserKV | None = None,
+        user: UserKV | LayersKV | None = None,
         layers: Any = None,
         key: Array | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:

@@ -7,7 +7,7 @@ prompt alone: it does not depend on the other rows, on the row's place, or on wh
     cache of a row    [prompt | what is written | free slots]
 
 Position p of a row is at slot p. Programs are compiled for a few chunk sizes and for a few numbers of slots that attention reads,
-so that short rows do not pay for the room of long ones.
+so that short rows do not pay for the room of long ones. A row that writes while no other does goes through a program for one row.
 """
 
 import dataclasses
@@ -27,8 +27,10 @@ from user_llm.common.mesh import constrain
 from user_llm.common.trees import Params, merge
 from user_llm.models.sampling import GREEDY, RowSampling, Sampling, by_row, choose
 from user_llm.nn.attention import KVCache
-from user_llm.nn.cross_attention import UserKV
+from user_llm.nn.cross_attention import LayersKV, UserKV
 from user_llm.nn.visibility import cache_mask
+
+Users = UserKV | LayersKV  # The K/V of all rows' users; of each layer where layers are inlined.
 
 LEAST_SEEN = 128  # The least number of slots that a program reads; the others are its doubles.
 
@@ -55,37 +57,41 @@ class _Row:
         return len(self.inputs) + self.written - 1
 
 
-def _split(cache: KVCache, users: UserKV | None) -> tuple[KVCache, UserKV | None]:
+def _split(cache: KVCache, users: Users | None) -> tuple[KVCache, Users | None]:
     """Spread the rows and the heads of what stays on the devices over the mesh."""
-    over = lambda a: constrain(a, None, "rows", "heads", None, None)  # noqa: E731
+    over = lambda a: constrain(a, *[None] * (a.ndim - 4), "rows", "heads", None, None)  # noqa: E731
     if users is not None:
-        users = UserKV(over(users.k), over(users.v), constrain(jnp.asarray(users.mask), "rows", None))
+        k, v = jax.tree.map(over, (users.k, users.v))
+        users = users._replace(k=k, v=v, mask=constrain(jnp.asarray(users.mask), "rows", None))
     return KVCache(over(cache.k), over(cache.v)), users
 
 
-def _of_row(tree: Any, row: Int[Array, ""], axis: int = 1) -> Any:
-    """Return one row of arrays, its axis kept. Devices that hold rows send this row alone to each other."""
+def _of_row(tree: Any, row: Int[Array, ""], axis: int = -4) -> Any:
+    """Return one row of arrays [..., rows, heads, slots, H], its axis kept. Devices send this row alone to each other."""
     return jax.tree.map(lambda a: jnp.take(a, row[None], axis=axis, mode="clip"), tree)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "rows", "room", "users"))
-def _empty(graphdef: nnx.GraphDef, params: Params, rows: int, room: int, users: Any) -> tuple[KVCache, UserKV | None]:
+def _empty(graphdef: nnx.GraphDef, params: Params, rows: int, room: int, users: Any) -> tuple[KVCache, Users | None]:
     """Return the cache and the users' K/V of free rows; `users` are the leaves' shapes and types of one user, or None."""
     decoder = merge(graphdef, params)
     cache = decoder.init_cache(rows, room, decoder.embed[...].dtype)
     if users is None:
         return _split(cache, None)
     k, v, mask = (jnp.zeros(shape, dtype) for shape, dtype in users)
-    return _split(cache, UserKV(jnp.repeat(k, rows, 1), jnp.repeat(v, rows, 1), jnp.repeat(mask, rows, 0)))
+    of_all = UserKV(jnp.repeat(k, rows, 1), jnp.repeat(v, rows, 1), jnp.repeat(mask, rows, 0))
+    return _split(cache, of_all.by_layer() if decoder.config.unroll else of_all)
 
 
 @functools.partial(jax.jit, donate_argnames=("cache", "users"))
-def _take(cache: KVCache, users: UserKV | None, row: Int[Array, ""], user: UserKV | None) -> tuple[KVCache, UserKV | None]:
+def _take(cache: KVCache, users: Users | None, row: Int[Array, ""], user: UserKV | None) -> tuple[KVCache, Users | None]:
     """Empty a row's cache, so that not even a NaN of its former text remains, and store its user."""
     cache = KVCache(*(a.at[:, row].set(0) for a in cache))
     if users is not None and user is not None:
-        k, v = (a.at[:, row].set(own[:, 0]) for a, own in ((users.k, user.k), (users.v, user.v)))
-        users = UserKV(k, v, jnp.asarray(users.mask).at[row].set(user.mask[0]))
+        own = user.by_layer() if isinstance(users, LayersKV) else user
+        store = lambda a, new: a.at[..., row, :, :, :].set(new[..., 0, :, :, :])  # noqa: E731
+        k, v = jax.tree.map(store, (users.k, users.v), (own.k, own.v))
+        users = users._replace(k=k, v=v, mask=jnp.asarray(users.mask).at[row].set(user.mask[0]))
     return _split(cache, users)
 
 
@@ -95,26 +101,34 @@ def _read(
     params: Params,
     layers: Any,
     cache: KVCache,
-    users: UserKV | None,
+    users: Users | None,
     row: Int[Array, ""],
-    inputs: Float[Array, "1 C D"],
+    inputs: Float[Array, "1 C D"] | Int[Array, " 1"],
     first: Int[Array, ""],
     count: Int[Array, ""],
+    written: Int[Array, ""],
     sampling: RowSampling,
     seen: int,
 ) -> tuple[KVCache, Int[Array, ""]]:
-    """Read `count` embeddings from position `first` on into a row; return the token that follows them, too."""
+    """Read `count` embeddings from position `first` on into a row; return the token that follows them, too.
+
+    Args:
+      inputs: embeddings, or in their place the token that the row wrote last.
+      written: the number of tokens that the row has written.
+    """
     decoder = merge(graphdef, params)
+    if inputs.ndim == 1:
+        inputs = decoder.embed_tokens(inputs[:, None])
     positions = (first + jnp.arange(inputs.shape[1]))[None]
     user = None
     if users is not None:
-        user = UserKV(_of_row(users.k, row), _of_row(users.v, row), _of_row(users.mask, row, axis=0))
+        user = users._replace(k=_of_row(users.k, row), v=_of_row(users.v, row), mask=_of_row(users.mask, row, axis=0))
     hidden, own = decoder(
         inputs, mask=cache_mask(positions, seen), positions=positions, user=user, layers=layers,
         cache=_of_row(jax.tree.map(lambda a: a[..., :seen, :], cache), row),
     )  # fmt: skip
     cache = KVCache(*(a.at[:, row[None], :, :seen].set(b) for a, b in zip(cache, own, strict=True)))
-    token = choose(decoder.logits(jnp.take(hidden, count - 1, axis=1, mode="clip")), jnp.int32(0), sampling)[0]
+    token = choose(decoder.logits(jnp.take(hidden, count - 1, axis=1, mode="clip")), written, sampling)[0]
     return _split(cache, None)[0], token
 
 
@@ -124,7 +138,7 @@ def _step(
     params: Params,
     layers: Any,
     cache: KVCache,
-    users: UserKV | None,
+    users: Users | None,
     tokens: Int[Array, " R"],
     positions: Int[Array, " R"],
     written: Int[Array, " R"],
@@ -242,7 +256,7 @@ class Slots:
         count = min(size, len(rest))
         chunk = np.zeros((1, size, rest.shape[1]), rest.dtype)
         chunk[0, :count] = rest[:count]
-        token = self._read(row, chunk, state.read, count, self._seen(min(state.read + size, self.room)))
+        token = self._read(row, chunk, state.read, count, 0, self._seen(min(state.read + size, self.room)))
         state.read += count
         if state.read < len(state.inputs):
             return None
@@ -265,7 +279,13 @@ class Slots:
             raise ValueError(f"Row {positions.argmax()} is full: its prompt and text fill its room of {self.room}.")
         if not writing:
             return positions
-        drawn = self._step(tokens, positions, written, self._seen(last + 1))
+        seen = self._seen(last + 1)
+        if len(writing) == 1:
+            (row,) = writing
+            drawn = np.zeros_like(tokens)
+            drawn[row] = meshes.fetch(self._read(row, tokens[row : row + 1], last, 1, int(written[row]), seen))
+        else:
+            drawn = self._step(tokens, positions, written, seen)
         for row, state in writing.items():
             state.written, state.token = state.written + 1, int(drawn[row])
         return np.where(positions >= 0, drawn, -1)
@@ -284,16 +304,17 @@ class Slots:
         idle = np.zeros(self.rows, np.int32)
         for seen in self._lengths:
             self._step(idle, idle - 1, idle, seen)
+            self._read(0, idle[:1], self.room, 1, 0, seen)
             for size in self._chunks:
                 if size <= seen:
-                    self._read(0, np.zeros((1, size, width), self._cache.k.dtype), self.room, 1, seen)
+                    self._read(0, np.zeros((1, size, width), self._cache.k.dtype), self.room, 1, 0, seen)
 
-    def _read(self, row: int, chunk: np.ndarray, first: int, count: int, seen: int) -> Array:
+    def _read(self, row: int, inputs: np.ndarray, first: int, count: int, written: int, seen: int) -> Array:
         sampling = RowSampling(*(a[row : row + 1] for a in self._sampling))
+        at = (np.int32(number) for number in (first, count, written))
         self._cache, token = _read(
-            *self._model, self._layers, self._cache, self._users, np.int32(row), chunk, np.int32(first), np.int32(count),
-            sampling, seen=seen,
-        )  # fmt: skip
+            *self._model, self._layers, self._cache, self._users, np.int32(row), inputs, *at, sampling, seen=seen
+        )
         return token
 
     def _step(self, tokens: np.ndarray, positions: np.ndarray, written: np.ndarray, seen: int) -> Int[np.ndarray, " rows"]:

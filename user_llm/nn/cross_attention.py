@@ -58,6 +58,21 @@ class UserKV(NamedTuple):
     v: Float[Array, "L B N M H"]
     mask: Bool[AnyArray, "B M"]
 
+    def by_layer(self) -> "LayersKV":
+        """Return the same with each layer's own arrays."""
+        return LayersKV(tuple(self.k), tuple(self.v), self.mask)
+
+
+class LayersKV(NamedTuple):
+    """What `UserKV` holds, with each layer's own arrays, which inlined layers read where they lie.
+
+    XLA on CPU copies a layer's slice of a `UserKV` before it multiplies by it. A loop does so once, a single step each time.
+    """
+
+    k: tuple[Float[Array, "B N M H"], ...]
+    v: tuple[Float[Array, "B N M H"], ...]
+    mask: Bool[AnyArray, "B M"]
+
 
 class GatedCrossAttention(nnx.Module):
     """Parameters: q [D, N, H], k and v [user width, N, H], o [N, H, D], gate []; by config recency [N, R], mlp and mlp_gate."""

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from user_llm.common.arrays import AnyArray
 from user_llm.common.mesh import constrain
 from user_llm.nn.attention import Attention, AttentionConfig, KVCache, RopeScaling, Rotation, rope_frequencies, rotation
-from user_llm.nn.cross_attention import CrossAttentionConfig, GatedCrossAttention, UserKV
+from user_llm.nn.cross_attention import CrossAttentionConfig, GatedCrossAttention, LayersKV, UserKV
 from user_llm.nn.layers import RMSNorm, dropout, linear_param
 from user_llm.nn.lora import LoRAConfig
 from user_llm.nn.mlp import MLP
@@ -232,7 +232,7 @@ class Stack(nnx.Module):
         key_positions: Int[AnyArray, "B S"] | None = None,
         cache: KVCache | None = None,
         slots: Int[AnyArray, "B T"] | None = None,
-        user: UserKV | None = None,
+        user: UserKV | LayersKV | None = None,
         layers: Any = None,
         key: Array | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
@@ -256,7 +256,6 @@ class Stack(nnx.Module):
         block_def, cross_def = nnx.graphdef(self.blocks), None if user is None else nnx.graphdef(self.cross)
         keys = None if key is None else jax.random.split(key, len(self.windowed))
         marks, rest_marks = self._grouped((np.arange(len(self.windowed)), np.array(self.windowed), keys))
-        user_kv = None if user is None else (user.k, user.v)
 
         def run_layer(carry, params, mark, cross=None):
             (x, cache), (number, windowed, key) = carry, mark
@@ -284,9 +283,10 @@ class Stack(nnx.Module):
         groups, rest = self.layers() if layers is None else layers
         carry = (constrain(jnp.asarray(x), "rows", None, None), cache)
         if not self.unroll:
-            carry, _ = jax.lax.scan(run_group, carry, (groups, marks, user_kv))
+            carry, _ = jax.lax.scan(run_group, carry, (groups, marks, None if user is None else (user.k, user.v)))
         else:
-            for group in zip(groups, *(unstack(tree, self.groups) for tree in (marks, user_kv)), strict=True):
+            kv = [None] * self.groups if user is None else zip(user.k, user.v, strict=True)
+            for group in zip(groups, unstack(marks, self.groups), kv, strict=True):
                 carry, _ = run_group(carry, group)
         for params, mark in zip(rest, rest_marks, strict=True):
             carry = run_layer(carry, params, mark)
