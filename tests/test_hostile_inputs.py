@@ -300,7 +300,7 @@ def reuse(place: Path) -> set[str]:
     return {row["method"] for row in main.run(config, epath.Path(place.parent / "next"))}
 
 
-METHODS = {"encoder", "popularity", "popularity_7d"}
+METHODS = {"encoder", "popularity", "popularity_7d", "transitions"}
 ENCODER = "pretrain_encoder"
 DAMAGED = (f"{ENCODER}/results.json", f"{ENCODER}/identity.json", f"{ENCODER}/params/checksums.json", "baselines/identity.json")
 DAMAGES = {

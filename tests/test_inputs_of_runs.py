@@ -72,7 +72,7 @@ def test_results_of_old_data_do_not_stand_beside_baselines_of_new(finished, trai
         main.run(untrained_config(data), epath.Path(workdir))
     assert (workdir / "results.json").read_text() == before and not trained
     rows = main.run(untrained_config(data, **{"data.accept_changes": True}), epath.Path(workdir))
-    assert not trained and {row["method"] for row in rows} == {"popularity", "popularity_7d", "encoder"}
+    assert not trained and {row["method"] for row in rows} == {"popularity", "popularity_7d", "transitions", "encoder"}
     hashes = {row["method"]: row["config_hash"] for row in rows}
     assert hashes["encoder"] in before and hashes["popularity"] not in before
     (tmp := workdir.parent / "other").mkdir()
@@ -96,7 +96,7 @@ def test_a_phase_is_reused_where_another_ones_settings_changed(finished, trained
     config.variants.bert4rec.changes.loop = {"total_steps": 4}
     rows = main.run(config, epath.Path(workdir))
     assert trained == ["bert4rec", "bert4rec"]
-    assert {row["method"] for row in rows} == {"popularity", "popularity_7d", "encoder", "bert4rec"}
+    assert {row["method"] for row in rows} == {"popularity", "popularity_7d", "transitions", "encoder", "bert4rec"}
     assert len({row["config_hash"] for row in rows}) == 3
     config.variants.bert4rec.changes.loop = {}
     main.run(config, epath.Path(workdir))  # what was set aside comes back

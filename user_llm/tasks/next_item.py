@@ -1,7 +1,7 @@
 """The task `next_item`: which item comes next? Every item of the catalogue is ranked.
 
 The item head ranks all items by one product. Where titles are written, beam search in a trie of all titles ranks those that it
-finds. Without a model, popularity ranks them: of all time, and of the seven days before.
+finds. Without a model, popularity ranks them, of all time and of the seven days before, and the graph of transitions does.
 """
 
 import numpy as np
@@ -18,6 +18,7 @@ from user_llm.data.splits import Split
 from user_llm.data.timelines import Timelines
 from user_llm.evals.measured import Measured
 from user_llm.evals.popularity import popularity_ranks, recent_popularity_ranks
+from user_llm.evals.transitions import transition_ranks
 from user_llm.evals.ranking import RANKING
 from user_llm.models.trie import Trie
 from user_llm.tasks.asking import Asking
@@ -116,10 +117,11 @@ def show(asking: Asking, name: str, users: np.ndarray, ends: np.ndarray) -> list
 
 
 def baselines(data: Dataset, config: Config) -> dict[str, Measured]:
-    """Return the ranks by popularity: of all time, and, where events have times, of the seven days before."""
+    """Return the ranks by popularity, of all time and, where events have times, of the seven days before, and by transitions."""
     found = {"popularity": popularity_ranks(data.timelines, data.split, "test").measured()}
     if "timestamp" in data.timelines.columns:
         found["popularity_7d"] = recent_popularity_ranks(data.timelines, data.split, "test", days=7).measured()
+    found["transitions"] = transition_ranks(data.timelines, data.split, "test").measured()
     return found
 
 

@@ -1,0 +1,95 @@
+"""The transition baseline: what others went on to from a user's last two items, with nothing trained.
+
+Han et al. (arXiv 2605.07125) rank the items around a user's last ones in the graph of item transitions, and found no better
+model on 10 of 14 public datasets. They take items ring by ring, and within a ring by how alike their texts are. Here an item's
+score is a sum instead, which ranks better on our real datasets (BUILD_NOTES.md, "A graph of transitions"):
+
+    the probability that it is one or two steps on, from the last item and half as much from the one before;
+    where an item was seldom left, the items' shares of all events make up for the steps that are missing;
+    and a little for an item whose title and bags (genres, categories) are like those of these two items.
+"""
+
+import numpy as np
+import scipy.sparse as sparse
+
+from user_llm.data.pipeline import HistoryBatch
+from user_llm.data.splits import Split, train_counts
+from user_llm.data.timelines import WORD, Catalogue, Timelines
+from user_llm.evals.evaluator import rank_targets
+from user_llm.evals.ranking import Ranks
+
+# Chosen on the validation targets of four datasets together, by hand.
+BACKWARDS = 0.5  # What a step counts for that was taken the other way.
+MISSING = 20.0  # How many steps from an item the shares of all events stand for.
+BEFORE = 0.5  # What the item before the last counts for, beside the last.
+ALIKE = 0.01  # What the cosine of two items' words counts for, beside a probability.
+SECOND = 100  # How many items, those most often gone to, a second step may lead to: it bounds the work.
+
+
+def transition_ranks(timelines: Timelines, split: Split, part: str) -> Ranks:
+    """Rank the targets of `part` by the steps that training events take from the last two items of each history."""
+    counts = train_counts(timelines, split)
+    share = (counts / max(counts.sum(), 1)).astype(np.float32)
+    steps = transitions(timelines, split)
+    steps = steps + BACKWARDS * steps.T
+    left = np.asarray(steps.sum(axis=1)).ravel() + MISSING
+    chance, missing = sparse.diags_array(1 / left).tocsr() @ steps, (MISSING / left).astype(np.float32)
+    second, words = largest(chance, SECOND), item_words(timelines.catalogue)
+
+    def around(items: np.ndarray) -> np.ndarray:
+        """Return [B, V]: the scores of all items around one item a row; item 0 is none."""
+        step = chance[items]
+        likely = (step + step @ second).toarray() + missing[items, None] * share
+        return likely + ALIKE * (words[items] @ words.T).toarray()
+
+    def score(batch: HistoryBatch) -> np.ndarray:
+        ends = timelines.offsets[batch.users] + batch.positions
+        last, before = (np.where(batch.positions >= back, timelines.item[np.maximum(ends - back, 0)], 0) for back in (1, 2))
+        return (around(last) + BEFORE * around(before)).astype(np.float32)
+
+    return rank_targets(score, timelines, split, part, max_events=1, batch_size=256)
+
+
+def transitions(timelines: Timelines, split: Split) -> sparse.csr_array:
+    """Return [V, V]: how often training events go from one item (row) to the next (column); the items are numbered from 1."""
+    size = timelines.schema.num_items + 1
+    counts = sparse.csr_array((size, size), dtype=np.float32)
+    for chunk in timelines.chunks():
+        item = np.asarray(timelines.item[chunk.events])
+        trained = chunk.positions < split.train_stop[chunk.users]
+        goes = trained[1:] & (chunk.users[1:] == chunk.users[:-1])
+        steps = np.ones(np.count_nonzero(goes), np.float32), (item[:-1][goes], item[1:][goes])
+        counts = counts + sparse.csr_array(steps, shape=counts.shape)  # adds what occurs more than once
+    return counts
+
+
+def largest(matrix: sparse.csr_array, count: int) -> sparse.csr_array:
+    """Return the same matrix with the `count` largest entries of each row alone."""
+    kept = np.ones(matrix.nnz, bool)
+    for row in np.flatnonzero(np.diff(matrix.indptr) > count):
+        entries = slice(*matrix.indptr[row : row + 2])
+        kept[entries][np.argsort(-matrix.data[entries], kind="stable")[count:]] = False
+    data = np.where(kept, matrix.data, 0).astype(matrix.dtype)
+    found = sparse.csr_array((data, matrix.indices, matrix.indptr), shape=matrix.shape, copy=True)
+    found.eliminate_zeros()
+    return found
+
+
+def item_words(catalogue: Catalogue) -> sparse.csr_array:
+    """Return [V, W]: a vector of length 1 for each item, of the words of its title and its bags by tf-idf; 0 for no words."""
+    names: dict[tuple[str, str | int], int] = {}
+    found: set[tuple[int, int]] = set()
+    for item, title in enumerate(catalogue.titles):
+        found.update((item, names.setdefault(("title", word), len(names))) for word in WORD.findall(title.lower()))
+    for bag, members in catalogue.multi.items():
+        for item, place in zip(*np.nonzero(members), strict=True):
+            found.add((int(item), names.setdefault((bag, int(members[item, place])), len(names))))
+    at = np.array(sorted(found), np.int64).reshape(-1, 2).T
+    shape = (len(catalogue.titles), max(len(names), 1))
+    words = sparse.csr_array((np.ones(at.shape[1], np.float32), (at[0], at[1])), shape=shape)
+    rare = np.log((1 + shape[0]) / (1 + np.bincount(at[1], minlength=shape[1])))
+    words = words @ sparse.diags_array(rare.astype(np.float32)).tocsr()
+    length = np.sqrt(np.asarray(words.multiply(words).sum(axis=1)).ravel())
+    return (
+        sparse.diags_array(np.where(length > 0, 1 / np.maximum(length, 1e-9), 0.0).astype(np.float32)).tocsr() @ words
+    ).tocsr()
