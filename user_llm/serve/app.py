@@ -1,5 +1,6 @@
 """The server: its routes, and what its errors look like."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib import resources
@@ -16,6 +17,8 @@ from user_llm.serve.front import PAGE, Front, problem
 from user_llm.serve.keys import Keys
 from user_llm.serve.state import State
 from user_llm.serve.store import StoreError
+
+STORE_SECONDS = 2.0  # that /metrics waits for the store; Prometheus itself gives a scrape up after 10 s by default
 
 
 def make_app(state: State, keys: Callable[[], Keys | None] = lambda: None) -> Front:
@@ -52,11 +55,14 @@ def make_app(state: State, keys: Callable[[], Keys | None] = lambda: None) -> Fr
         return JSONResponse({"status": "ready"}) if state.engine.ready else JSONResponse({"status": "not ready"}, 503)
 
     @app.get("/metrics")
-    def metrics() -> Response:
+    async def metrics() -> Response:
         state.metrics.queue.set(state.engine.waiting)
         state.metrics.rows.set(state.engine.writing)
-        for what, count in state.store.counts()._asdict().items():
-            state.metrics.store.labels(what).set(count)
+        try:
+            counts = await asyncio.wait_for(asyncio.to_thread(state.store.counts), STORE_SECONDS)
+        except (StoreError, TimeoutError):
+            counts = None
+        state.metrics.stored(counts)
         return Response(state.metrics.text(), media_type="text/plain; version=0.0.4")
 
     for path, (name, kind) in PAGE.items():
