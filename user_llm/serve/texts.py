@@ -249,7 +249,7 @@ async def _answer(
     asked.check()
     user, engine = None, state.engine
     if asked.user is not None:
-        user, engine = await unless_gone(request, state.users.state(check_id(asked.user, "A user's id")))
+        user, engine = await unless_gone(request, state.states.of(check_id(asked.user, "A user's id")))
     rows = await asyncio.to_thread(rows_of, engine)
     _check_number(len(rows) * asked.copies, state)
     prompts = asked.prompts(rows, user, most, engine.limits.context)
