@@ -72,6 +72,7 @@ class Prompt:
 
     Attributes:
       row: the tokens of the prompt.
+      leading: the number of these tokens that stand before a soft prompt.
       user: the user whom the text is for; None for the LLM without a user.
       max_tokens: the most tokens that are written.
       seed: seed of the random draws.
@@ -79,6 +80,7 @@ class Prompt:
     """
 
     row: Ids
+    leading: int
     user: User | None
     max_tokens: int
     sampling: Sampling = GREEDY
@@ -319,13 +321,13 @@ class Engine:
         )
         self._slots.compile()
         start = np.array([*self.model.lines.start, self.model.lines.end_id], np.int32)
-        self._inputs(Prompt(start, None, 1))
+        self._inputs(Prompt(start, 0, None, 1))
         user, size = self.model.reader.nobody(), 1
         if self.model.predictor.max_events:
             user = dataclasses.replace(user, events=np.ones((1, user.events.shape[1]), np.int32), ticks=np.zeros(1, np.int64))
         while size <= self.limits.batch:
             those = self.model.reader.encoded([user] * size)
-            if "next_item" in self.model.tasks and self.model.predictor.ranks:
+            if "next_item" in self.model.tasks:
                 self.model.recommend_many(those, 1)
             size *= 2
         if self.model.predictor.config.resampler is not None:
@@ -455,8 +457,7 @@ class Engine:
     def _inputs(self, prompt: Prompt) -> tuple:
         """Return a prompt as embeddings, its length, and the keys and values of its user."""
         text, lengths = self._put(pad_rows([prompt.row], self.limits.context), [len(prompt.row)])
-        leading = self.model.writer.leading([prompt.row])
-        _, inputs, sizes, kv = self.model.predictor.decoding(text, lengths, self._users_tokens(prompt.user), leading)
+        _, inputs, sizes, kv = self.model.predictor.decoding(text, lengths, self._users_tokens(prompt.user), prompt.leading)
         return inputs, int(meshes.fetch(sizes)[0]), kv
 
     def _users_tokens(self, user: User | None) -> Any:

@@ -24,6 +24,7 @@ from user_llm.serve.users import check_id
 from user_llm.serving.user import User
 
 T = TypeVar("T")
+Row = tuple[np.ndarray, int]  # the tokens of a prompt, and how many of them stand before a soft prompt
 STOPS, LONGEST_STOP = 16, 256  # stop texts, and characters of one
 LONGEST_TOKEN = 64  # characters that a token stands for at most, in texts that anybody writes
 
@@ -98,10 +99,11 @@ class Asked(BaseModel):
         options = (self.model_extra or {}).get("stream_options")
         return isinstance(options, dict) and options.get("include_usage") is True
 
-    def prompts(self, rows: Sequence[np.ndarray], user: User | None, most: int, room: int) -> list[Prompt]:
+    def prompts(self, rows: Sequence[Row], user: User | None, most: int, room: int) -> list[Prompt]:
         """Return each row `n` times, as it is to be continued.
 
         Args:
+          rows: the tokens of each prompt, and how many of them stand before a soft prompt.
           most: the most tokens of an answer where the request names no limit, as far as there is room.
           room: the number of tokens of a prompt and its answer.
         """
@@ -110,10 +112,10 @@ class Asked(BaseModel):
         first = secrets.randbits(32) if self.seed is None else self.seed
         return [
             Prompt(
-                row, user, self.max_tokens or max(min(most, room - len(row) - (0 if user is None else len(user.tokens))), 1),
+                row, leading, user, self.max_tokens or max(min(most, room - len(row) - (0 if user is None else len(user.tokens))), 1),
                 sampling, (first + index * self.copies + copy) % 2**32, self.stops,
             )
-            for index, row in enumerate(rows)
+            for index, (row, leading) in enumerate(rows)
             for copy in range(self.copies)
         ]  # fmt: skip
 
@@ -176,9 +178,9 @@ def router(state: State) -> APIRouter:
             asked.max_tokens = asked.max_completion_tokens
         messages = [message.plain() for message in asked.messages]
 
-        def rows(engine: Engine) -> list[np.ndarray]:
+        def rows(engine: Engine) -> list[Row]:
             _check_length(engine, sum(len(message["content"]) for message in messages))
-            return [engine.model.writer.row(None, None, None, {}, messages)]
+            return [engine.model.writer.conversation(messages)]
 
         return await _answer(state, asked, request, rows, Chat(state.name), state.answer_tokens)
 
@@ -188,8 +190,8 @@ def router(state: State) -> APIRouter:
         prompts = given if isinstance(given, list) and given and not isinstance(given[0], int) else [given]
         _check_number(len(prompts) * asked.copies, state)
 
-        def rows(engine: Engine) -> list[np.ndarray]:
-            return [_row(engine, prompt) for prompt in prompts]
+        def rows(engine: Engine) -> list[Row]:
+            return [(row, engine.model.writer.leading([row])) for row in (_row(engine, prompt) for prompt in prompts)]
 
         return await _answer(state, asked, request, rows, Completion(state.name), 16)
 
@@ -241,7 +243,7 @@ class Chat(Completion):
 
 
 async def _answer(
-    state: State, asked: Asked, request: Request, rows_of: Callable[[Engine], list[np.ndarray]], form: Completion, most: int
+    state: State, asked: Asked, request: Request, rows_of: Callable[[Engine], list[Row]], form: Completion, most: int
 ) -> Response:
     """Write all texts of a request, and answer it whole or as a stream."""
     if asked.model != state.name:
