@@ -12,11 +12,12 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from user_llm.serve import page_routes, texts, user_routes
-from user_llm.serve.engine import Busy, Closing
 from user_llm.serve.front import PAGE, Front, problem
 from user_llm.serve.keys import Keys
 from user_llm.serve.state import State
 from user_llm.serve.store import StoreError
+from user_llm.serve.waiting import Gone
+from user_llm.serve.work import Busy, Closing
 
 STORE_SECONDS = 2.0  # that /metrics waits for the store; Prometheus itself gives a scrape up after 10 s by default
 
@@ -88,7 +89,7 @@ def make_app(state: State, keys: Callable[[], Keys | None] = lambda: None) -> Fr
     app.add_exception_handler(Closing, refused(503))
     app.add_exception_handler(StoreError, refused(503))
     app.add_exception_handler(RuntimeError, refused(500))
-    app.add_exception_handler(texts.Gone, refused(499))
+    app.add_exception_handler(Gone, refused(499))
     app.add_exception_handler(Exception, lambda request, error: JSONResponse(problem("The server has failed.", 500), 500))
     app.add_exception_handler(RequestValidationError, unreadable)
     app.add_exception_handler(HTTPException, http)

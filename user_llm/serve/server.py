@@ -26,6 +26,8 @@ from user_llm.serve.state import State
 from user_llm.serve.store import open_store
 from user_llm.serving.front import load
 
+ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # names such as localhost have an IPv6 address even where a machine has none
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -48,9 +50,6 @@ class Options:
     port: int = 8000
     api_keys: str = ""
     limits: Limits = Limits()
-
-
-ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # names such as localhost have an IPv6 address even where a machine has none
 
 
 class Server(uvicorn.Server):

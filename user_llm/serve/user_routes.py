@@ -12,13 +12,13 @@ import pyarrow.parquet as pq
 from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import JSONResponse, Response
 
-from user_llm.serve.engine import Choice
 from user_llm.serve.front import problem
 from user_llm.serve.limits import Limits
 from user_llm.serve.state import State
 from user_llm.serve.store import NOBODY
-from user_llm.serve.texts import unless_gone
 from user_llm.serve.users import Stored, check_id
+from user_llm.serve.waiting import unless_gone
+from user_llm.serve.work import Choice
 
 User = Annotated[str, Path(max_length=256)]
 Ids = Annotated[list[str] | None, Query(max_length=10_000)]
