@@ -1,14 +1,9 @@
 """Texts for users: whole, in pieces, in batches, drawn, and until a stop text."""
 
-import dataclasses
-
-import jax
 import numpy as np
 
-import user_llm
 from user_llm.common import trees
 from user_llm.models.generate import generate
-from user_llm.serving import batch
 
 
 def test_a_text_is_what_the_decoder_writes_whole_or_in_pieces(made, model):
@@ -48,23 +43,3 @@ def test_writing_stops_at_a_text(model):
 def test_who_draws_with_a_seed_draws_the_same_again(model):
     drawn = [model.generate("Next:", max_tokens=12, temperature=1.5, seed=seed) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
-
-
-def test_in_a_conversation_a_soft_prompt_stands_in_front_of_the_users_first_text(make_model):
-    made = make_model("soft")
-    model = user_llm.load(made.directory)
-    template = "{% for m in messages %}<bos>{{ m.role }}\n{{ m.content }}\n{% endfor %}bot:"
-    model.lines.tokenizer = dataclasses.replace(model.tokenizer, chat_template=template)
-    user, encode = model.encode(made.rows(1)), model.tokenizer.encode
-    bos = model.tokenizer.bos_id
-    before = [bos, *encode("system\nFilms.\n"), bos, *encode("user\n")]
-    row = np.array([*before, *encode("Next?\nbot:")], np.int32)
-    with jax.set_mesh(model.predictor.mesh):
-        inputs = model.predictor.decoding(*model.writer.padded([row]), batch.present(model.predictor, [user]), len(before))
-        decoder, embedded, sizes, kv = inputs
-        tokens = generate(*decoder, embedded, lengths=sizes.tolist(), max_tokens=12, stop_ids=model.tokenizer.stop_ids, user=kv)
-    chat = [{"role": "system", "content": "Films."}, {"role": "user", "content": "Next?"}]
-    text = model.generate(chat=chat, user=user, max_tokens=12)
-    assert text == model.tokenizer.decode(tokens.rows()[0]) != model.generate(chat=chat, max_tokens=12)
-    ids, leading = model.writer.conversation(chat)
-    assert ids.tolist() == row.tolist() and leading == len(before)
