@@ -1,3 +1,4 @@
+import contextlib
 import json
 
 import numpy as np
@@ -191,6 +192,36 @@ def test_a_template_is_found_wherever_a_checkpoint_keeps_it(with_files, files):
     assert tokenizer.chat(messages, add_generation_prompt=False) == [1, *hello, 2]
     # `encode` still parses no special token.
     assert not {0, 1, 2} & set(tokenizer.encode("<bos>"))
+
+
+def test_a_soft_prompt_has_its_place_in_front_of_the_users_first_text(with_files, models_dir):
+    tokenizer = with_files({"chat_template.jinja": TEMPLATE.replace("m.content", "m.content | trim")})
+    system, user = [1, *tokenizer.encode("system: Answer briefly."), 2], [*tokenizer.encode("user: ")]
+    hello = [*tokenizer.encode("Hello"), 2]
+    bot = tokenizer.encode("bot:")
+    talk = [TALK[0], {"role": "user", "content": " Hello"}]
+    assert tokenizer.chat_around(talk) == ([*system, *user], [*hello, *bot])
+    assert talk[1] == {"role": "user", "content": " Hello"}
+    more = tokenizer.chat_around([*talk, {"role": "user", "content": "Hello"}])
+    assert more[0] == [*system, *user] and more[1][: len(hello)] == hello
+    marked = tokenizer.chat_around(
+        [TALK[0], {"role": "user", "content": "\U000ffffdHe\U000ffffdllo"}]
+    )  # a text writes no place
+    assert marked == ([*system, *user], [*hello, *bot])
+    alone = tokenizer.chat_around(TALK[:1])  # without a user's message
+    assert alone == ([1, *tokenizer.encode("system: ")], [*tokenizer.encode("Answer briefly."), 2, *bot])
+    for nowhere in ([], [{"role": "assistant"}], [{"role": "user", "content": 7}]):
+        with contextlib.suppress(ValueError):  # trim takes texts alone
+            assert tokenizer.chat_around(nowhere) == ([], tokenizer.chat(nowhere))
+    parts = with_files(
+        {"chat_template.jinja": "{% for m in messages %}{% for p in m.content %}{{ p.text }}|{% endfor %}{% endfor %}"}
+    )
+    content = [{"type": "image"}, {"type": "text", "text": "Hello"}]
+    assert parts.chat_around([{"role": "user", "content": content}]) == (parts.encode("|"), parts.encode("Hello|"))
+    qwen = load_tokenizer(models_dir / "qwen3-tokenizer")
+    before, rest = qwen.chat_around(TALK)
+    assert [*before, *rest] == qwen.chat(TALK)
+    assert qwen.backend.decode(before, skip_special_tokens=False).endswith("<|im_start|>user\n") and before.count(151644) == 2
 
 
 def test_chats_that_cannot_be_written_are_refused(trained, with_files):

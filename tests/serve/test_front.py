@@ -2,16 +2,21 @@
 
 import json
 import logging
+import socket
 import subprocess
 import sys
+import threading
 import time
 
 import httpx2
 import pytest
 from absl import logging as absl_logging
 
+from user_llm.serve import app
 from user_llm.serve import server as process
 from user_llm.serve.keys import add_key, read_keys
+from user_llm.serve.limits import Limits
+from user_llm.serve.store import StoreError
 
 BODY = {"model": "tiny", "prompt": "Secret words", "user": "secret-user", "max_tokens": 3}
 
@@ -69,6 +74,38 @@ def test_a_body_that_is_too_large_is_refused_whether_or_not_it_says_so(guarded, 
     assert answer.status_code == 400 and "at most 5" in answer.text
 
 
+def test_bodies_in_progress_are_bounded_all_together(serve, model):
+    """A client that announces much, and sends nothing of it, leaves room for small requests alone, until it goes."""
+    with serve(model, body_bytes=5000, bodies_bytes=6000) as served:
+        host, port = served.url.removeprefix("http://").split(":")
+        path, event = f"{served.url}/v1/users/b/events", {"item": "10", "rating": 3, "timestamp": 1}
+        head = f"POST /v1/users/a/events HTTP/1.1\r\nhost: {host}\r\ncontent-length: 5000\r\n\r\n".encode()
+        large = json.dumps([event] * 30).encode()
+        with socket.create_connection((host, int(port))) as slow:
+            slow.sendall(head)
+            answers = posted(path, large, until=503)
+            assert answers[-1].headers["retry-after"] == "1" and "try again" in answers[-1].json()["error"]["message"]
+            parts = (large[place : place + 100] for place in range(0, len(large), 100))
+            assert httpx2.post(path, content=parts).status_code == 503  # a body that does not say how large it is
+            assert httpx2.post(path, json=event).status_code == httpx2.get(f"{served.url}/health").status_code == 200
+        posted(path, large, until=200)
+        for _ in range(8):  # nothing stays set aside
+            assert httpx2.post(path, content=large).status_code == 200
+            assert httpx2.post(path, content=b"x" * 5001).status_code == 413
+    with pytest.raises(ValueError, match="bodies_bytes=10 must be at least body_bytes=11"):
+        Limits(body_bytes=11, bodies_bytes=10)
+
+
+def posted(url: str, content: bytes, until: int) -> list[httpx2.Response]:
+    """Post a body again and again until it is answered with a status."""
+    answers = [httpx2.post(url, content=content)]
+    while answers[-1].status_code != until:
+        assert len(answers) < 500
+        time.sleep(0.01)
+        answers.append(httpx2.post(url, content=content))
+    return answers
+
+
 def test_the_log_has_a_line_without_contents(server, caplog):
     absl_logging.set_verbosity(absl_logging.INFO)
     with caplog.at_level(logging.INFO, logger="absl"):
@@ -99,11 +136,31 @@ def test_metrics_count_what_happened(server):
     count = 'user_llm_requests_total{route="/v1/completions",status="200"}'
     assert after[count] - before.get(count, 0) == 1
     assert after["user_llm_time_to_first_token_seconds_count"] - before["user_llm_time_to_first_token_seconds_count"] == 1
-    assert after['user_llm_store{what="users"}'] >= 0 and after["user_llm_rows_in_use"] == 0
+    assert after['user_llm_store{what="users"}'] >= 0 and after["user_llm_rows_in_use"] == 0 and after["user_llm_store_up"] == 1
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_metrics_are_answered_where_the_store_is_not(server, monkeypatch, hangs):
+    metrics(server)
+    go = threading.Event()
+
+    def counts():
+        go.wait(30 if hangs else 0)
+        raise StoreError("The store failed.")
+
+    monkeypatch.setattr(server.state.store, "counts", counts)
+    monkeypatch.setattr(app, "STORE_SECONDS", 0.1)
+    found = metrics(server)
+    go.set()
+    assert found["user_llm_store_up"] == 0 and 'user_llm_store{what="users"}' not in found
+    monkeypatch.undo()
+    assert metrics(server)['user_llm_store{what="users"}'] >= 0
 
 
 def metrics(server) -> dict[str, float]:
-    lines = httpx2.get(f"{server.url}/metrics").text.splitlines()
+    answer = httpx2.get(f"{server.url}/metrics")
+    assert answer.status_code == 200
+    lines = answer.text.splitlines()
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if not line.startswith("#"))}
 
 
@@ -121,8 +178,21 @@ def metrics(server) -> dict[str, float]:
 def test_a_server_that_cannot_be_started_says_why_in_a_sentence(options, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError) as error:
-        process.serve(process.Options(**{"model": "nowhere", **options}))
+        process.serve(process.Options(**{"model": "nowhere", "port": 0, **options}))
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_address_that_cannot_be_had_is_refused_before_anything_is_opened(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with process.listening("127.0.0.1", 0) as (taken,):
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=rf"cannot listen at 127.0.0.1, port {port}: Address already in use\. Name another"):
+            process.serve(process.Options("nowhere", port=port))
+    with process.listening("127.0.0.1", port):  # it is free again
+        pass
+    with pytest.raises(OSError, match="cannot listen at no host, port 1: "), process.listening("no host", 1):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_a_sample_user_for_each_of_the_largest_categories(vocabulary):
 def test_the_model_reads_its_sample_users(vocabulary, fields):
     of = vocabulary(**fields)
     for sample in samples(of, NOW):
-        found = readable(of, sample["events"], "page-1", None)
+        found = readable(of, sample["events"], "page-1", None, 1 << 16)
         assert not found.refused and not found.unknown and len(found.events["page-1"]) == len(sample["events"])
 
 
@@ -80,7 +80,7 @@ def test_sample_users_of_orders_without_categories(vocabulary):
     assert [event["timestamp"] for event in sample["events"]] == list(range(1, EVENTS + 1))
     items = [event["item"] for event in sample["events"]]
     assert len(set(items)) == EVENTS and (items[0], items[-1]) == ("10", "90")
-    assert not readable(of, sample["events"], "page-1", None).refused
+    assert not readable(of, sample["events"], "page-1", None, 1 << 16).refused
 
 
 def test_search_of_titles():

@@ -61,7 +61,7 @@ def test_many_events_travel_in_several_commands_of_one_transaction(client, redis
     assert {user: one[:2] for user, one in added.items()} == {"ann": (10, 0), "bob": (0, 0), "eve": (1, 0)}
     assert [row["movie"] for row in store.histories(["ann"])["ann"].rows] == keys
     again = store.add({"ann": events(*keys, "10")})["ann"]
-    assert again == (1, 10, store.versions(["ann"])["ann"]) and again.version.epoch == added["ann"].version.epoch
+    assert again == (1, 10, [], store.versions(["ann"])["ann"]) and again.version.epoch == added["ann"].version.epoch
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from user_llm.serve.sqlite import SQLiteStore
 from user_llm.serve.store import NOBODY, Added, Counts, Event, History, Version, open_store
 
 MODEL = "model-1"
@@ -54,15 +55,29 @@ def test_events_come_back_in_the_order_in_which_they_were_stored(store):
 def test_an_event_that_is_sent_again_is_not_stored_again(store):
     store.add({"ann": events("a", "b")})
     other = Event("a", {"movie": "other"})
-    assert store.add({"ann": [other, *events("c", "c")]})["ann"] == Added(1, 2, version(store))
+    assert store.add({"ann": [other, *events("c", "c")]})["ann"] == Added(1, 2, [], version(store))
     assert store.histories(["ann"])["ann"].rows == rows("a", "b", "c")
-    assert store.add({"ann": events("a", "b", "c")})["ann"] == Added(0, 3, version(store))
+    assert store.add({"ann": events("a", "b", "c")})["ann"] == Added(0, 3, [], version(store))
     assert store.add({"bob": events("a")})["bob"].stored == 1  # keys are of a user
     assert store.counts() == Counts(2, 4, 0)
 
 
+@pytest.mark.parametrize("chunk", [2, 100])
+def test_a_user_gets_no_more_than_the_most_events(store, chunk, monkeypatch):
+    if not isinstance(store, SQLiteStore):
+        monkeypatch.setattr("user_llm.serve.redis.CHUNK", chunk)
+    added = store.add({"ann": events("a", "b", "a", "c", "b", "d"), "bob": events("x")}, 2)
+    assert added["ann"] == Added(2, 2, [3, 5], version(store)) and added["bob"][:3] == (1, 0, [])
+    store.keep(MODEL, {"ann": (version(store), b"state")})
+    assert store.add({"ann": events("e", "a")}, 2)["ann"] == Added(0, 1, [0], version(store))
+    assert store.states(["ann"], MODEL) == {"ann": b"state"}  # nothing has changed
+    assert store.add({"ann": events("e")}, 1)["ann"].beyond == [0]  # a limit that was lowered
+    assert store.histories(["ann"])["ann"].rows == rows("a", "b") and store.counts() == Counts(2, 3, 1)
+    assert store.add({"ann": events("c", "b")}, 3)["ann"][:3] == (1, 1, [])
+
+
 def test_without_events_there_is_no_user(store):
-    assert store.add({"ann": []}) == {"ann": Added(0, 0, NOBODY)} and store.add({}) == {}
+    assert store.add({"ann": []}) == {"ann": Added(0, 0, [], NOBODY)} and store.add({}) == {}
     assert store.versions(["ann"]) == store.histories(["ann"]) == store.states(["ann"], MODEL) == store.histories([]) == {}
     assert store.keep(MODEL, {"ann": (NOBODY, b"state")}) == 0 == store.keep(MODEL, {})
     assert not store.delete("ann")
@@ -89,9 +104,10 @@ def test_a_state_meets_neither_a_later_event_nor_another_model(store):
     assert store.states(["ann", "bob", "nobody"], MODEL) == {"ann": b"ann\0\xff", "bob": b"bob\0\xff"}
     assert store.states(["ann", "bob"], "model-2") == {}
     assert store.keep("model-2", {"ann": (first["ann"].version, b"2")}) == 1
-    assert store.counts().states == 3
+    assert store.states(["ann", "bob"], MODEL) == {"bob": b"bob\0\xff"}  # a user has one state
+    assert store.counts().states == 2
     store.add({"ann": events("a")})  # is there already
-    assert store.states(["ann"], MODEL) == {"ann": b"ann\0\xff"}
+    assert store.states(["ann"], "model-2") == {"ann": b"2"}
     later = store.add({"ann": events("b")})["ann"].version
     assert store.states(["ann", "bob"], MODEL) == {"bob": b"bob\0\xff"} and store.states(["ann"], "model-2") == {}
     assert store.keep(MODEL, {"ann": (first["ann"].version, b"late"), "bob": (first["bob"].version, b"again")}) == 1

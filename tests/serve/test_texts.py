@@ -1,6 +1,7 @@
 """OpenAI's API by OpenAI's client: what it gets is what the model writes for each user alone."""
 
 import asyncio
+import dataclasses
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ import numpy as np
 import openai
 import pytest
 
+import user_llm
 from user_llm.data.timelines import hash_key
 from user_llm.serving.user import User
 
@@ -67,6 +69,23 @@ def test_a_conversation_is_what_the_model_writes_for_that_user(client, users, mo
         assert chunks[0].choices[0].delta.role == "assistant" and chunks[-1].choices[0].finish_reason == "length"
         assert last.usage.completion_tokens == 10 and not last.choices
     assert len(set(written.values())) > 2  # users are told apart
+
+
+@pytest.mark.slow
+def test_soft_prompts_stand_where_the_model_puts_them(serve, make_model, model):
+    made = make_model("soft")
+    soft = user_llm.load(made.directory)
+    soft.lines.tokenizer = dataclasses.replace(soft.tokenizer, chat_template=model.tokenizer.chat_template)
+    rows = made.rows(1)
+    user = User.from_bytes(soft.encode(rows).to_bytes())
+    with serve(soft, context=96) as served:
+        assert httpx2.post(f"{served.url}/v1/users/u1/events", json=rows).json()["stored"] == len(rows)
+        ask = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+        settings = {"model": "tiny", "user": "u1", "max_tokens": 12, "temperature": 0}
+        chat = ask.chat.completions.create(messages=CHAT, **settings).choices[0].message.content
+        assert chat == soft.generate(chat=CHAT, user=user, max_tokens=12) != soft.generate(chat=CHAT, max_tokens=12)
+        text = ask.completions.create(prompt="Next:", **settings).choices[0].text
+        assert text == soft.generate("Next:", user, max_tokens=12)
 
 
 def test_parts_of_text_and_developers_are_understood(client, model):

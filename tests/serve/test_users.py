@@ -75,6 +75,26 @@ def test_events_are_stored_once_and_refused_one_by_one(http, model):
     assert nothing.status_code == 422 and nothing.json()["refused"] == 1
 
 
+def test_a_user_has_at_most_so_many_events_of_at_most_so_many_bytes(serve, model):
+    with serve(model, user_events=3, event_bytes=200) as served, httpx2.Client(base_url=served.url, timeout=60) as http:
+        long = event("10", 7, more="x" * 200)
+        answer = http.post("/v1/users/m1/events", json=[event("10", 1), long, event("no", 2), event("20", 3), event("30", 4)])
+        assert answer.status_code == 200
+        reasons = {one["place"]: one["reason"] for one in answer.json()["reasons"]}
+        assert sorted(reasons) == [1, 4] and "more than 200" in reasons[1] and "at most 3 events" in reasons[4]
+        assert (answer.json()["stored"], answer.json()["refused"], answer.json()["events"]) == (3, 2, 3)
+        rows = [event("20", 3), event("40", 5), event("10", 1, user="m2")]
+        answer = http.post(
+            "/v1/events", content=json.dumps({**rows[0], "user": "m1"}) + "\n" + json.dumps({**rows[1], "user": "m1"}) + "\n" + json.dumps(rows[2]),
+            headers={"content-type": "application/x-ndjson"},
+        ).json()  # fmt: skip
+        assert (answer["stored"], answer["repeated"], answer["refused"]) == (1, 1, 1) and answer["reasons"][0]["place"] == 1
+        full = http.post("/v1/users/m1/events", json=event("40", 5))
+        assert full.status_code == 422 and full.json()["events"] == 3
+        assert http.post("/v1/users/m1/events", json=event("10", 1)).json()["repeated"] == 1
+        assert [row["item"] for row in http.get("/v1/users/m1/events").json()["events"]] == ["10", "no", "20"]
+
+
 def test_keys_tell_events_apart(http):
     rows, keys = [event("10", 1), event("10", 1)], ["first", "second"]
     assert http.post("/v1/users/k1/events", json={"events": rows, "keys": keys}).json()["stored"] == 2

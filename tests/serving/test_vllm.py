@@ -262,10 +262,9 @@ def test_conversations_are_ours(server, exported, request):
     chat = CHAT if request.node.callspec.params["exported"] == "tiny" else CHAT[1:]
     users = encode_users(model, USERS)
     reference, here = transformers.AutoTokenizer.from_pretrained(exported), "\ue000"
-    marked = [
-        {**chat[0], "content": f"{here}\n{chat[0]['content']}"},
-        *chat[1:],
-    ]  # as a template that takes texts has the parts
+    marked = [  # as a template that takes texts has the parts
+        {**message, "content": f"{here}\n{message['content']}"} if message["role"] == "user" else message for message in chat
+    ]
     text = reference.apply_chat_template(marked, tokenize=False, add_generation_prompt=True)
     before, after = (reference.encode(part, add_special_tokens=False) for part in text.split(here))
     expected = greedy(model, [*before, *after], users, len(before))

@@ -23,7 +23,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from user_llm.common.records import misfit, read_file, read_json, read_text, text, whole_number
 
 SPECIALS = ("<pad>", "<bos>", "<eos>")
-GUARD = 0xF0000  # first of 65,534 private-use characters, which stand for what only looks like special tokens
+GUARD = 0xF0000  # first of 65,533 private-use characters, which stand for what only looks like special tokens
+PLACE = chr(0xFFFFD)  # the last private-use character there marks a place in a conversation
 BATCH = 10_000  # texts that are encoded at once
 MIN_BPE_VOCAB = len(SPECIALS) + 256  # one token per byte, so that any text can be encoded
 
@@ -83,18 +84,44 @@ class Tokenizer:
         Raises:
           ValueError: a tokenizer without a template, or messages that its template refuses.
         """
+        return self._parsed(self._rendered(self._guarded(list(messages)), add_generation_prompt, variables))
+
+    def chat_around(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
+        """Return the ids of a conversation in two parts: what stands before the text of the user's first message, and the rest.
+
+        In front of this text is the place of a soft prompt: behind the system's message, and outside of the template's own marks. In
+        a conversation without a user's message it is the first message's text. Joined, the parts are the ids of `chat`, but for a
+        token that would reach across the place. Where the template writes no such text, all ids are in the second part.
+
+        Raises:
+          ValueError: as in `chat`.
+        """
+        marked = self._guarded(list(messages))
+        if marked:
+            message = marked[first_of_user(marked)]
+            message["content"] = _marked(message.get("content"))
+        before, place, after = self._rendered(marked, True, {}).partition(PLACE)
+        parts = (before, after.replace(PLACE, "")) if place else ("", before)
+        first, second = map(self._parsed, parts)
+        return first, second
+
+    def _rendered(self, messages: list, add_generation_prompt: bool, variables: Mapping[str, Any]) -> str:
+        """Return what the template makes of guarded messages; errors as in `chat`."""
         if self.chat_template is None:
             raise ValueError("This tokenizer has no chat template: build the prompt from `encode` and special ids.")
         from transformers.utils import chat_template_utils  # here, since it takes seconds
 
         given = [{key: value for key, value in message.items() if value is not None} for message in messages]
         try:
-            rendered = chat_template_utils.render_jinja_template(
-                [self._guarded(given)], chat_template=self.chat_template, add_generation_prompt=add_generation_prompt,
+            return chat_template_utils.render_jinja_template(
+                [given], chat_template=self.chat_template, add_generation_prompt=add_generation_prompt,
                 **{**self.special_tokens, **self._guarded(variables)},
             )[0][0]  # fmt: skip
         except jinja2.TemplateError as error:
             raise ValueError(f"The chat template refuses these messages: {error}.") from error
+
+    def _parsed(self, rendered: str) -> list[int]:
+        """Return the ids of a rendered conversation: the template's special tokens as such, those of messages as text."""
         ids = []
         for part in re.split(f"([{self._guards}])", rendered):
             if re.fullmatch(f"[{self._guards}]", part):
@@ -107,7 +134,7 @@ class Tokenizer:
         """Replace each special token in all texts of a message by one character, which no template can cut apart."""
         if isinstance(value, str):
             special = "|".join(map(re.escape, self._specials)) or "(?!)"
-            plain = re.sub(f"[{self._guards}]", "", value)
+            plain = re.sub(f"[{self._guards}{PLACE}]", "", value)
             return re.sub(special, lambda match: chr(GUARD + self._specials.index(match[0])), plain)
         if isinstance(value, Mapping):
             return {key: self._guarded(item) for key, item in value.items()}
@@ -127,6 +154,26 @@ class Tokenizer:
     def _parsing(self) -> tokenizers.Tokenizer:
         """A backend of its own that reads special tokens as such, since threads may share the other."""
         return tokenizers.Tokenizer.from_str(self.backend.to_str())  # what `_wrap` sets is not stored
+
+
+def first_of_user(messages: Sequence[Mapping[str, Any]]) -> int:
+    """Return the place in a conversation of the user's first message; 0 where there is none."""
+    return next((place for place, message in enumerate(messages) if message.get("role") == "user"), 0)
+
+
+def _marked(content: Any) -> Any:
+    """Return a message's content with PLACE in front of its text; templates may strip the spaces before that."""
+    if isinstance(content, list):
+        at = next((n for n, part in enumerate(content) if isinstance(part, dict) and isinstance(part.get("text"), str)), None)
+        return (
+            content
+            if at is None
+            else [*content[:at], {**content[at], "text": _marked(content[at]["text"])}, *content[at + 1 :]]
+        )
+    if not isinstance(content, str):
+        return content
+    text = content.lstrip()
+    return content[: len(content) - len(text)] + PLACE + text
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, directory: str | os.PathLike) -> Tokenizer:

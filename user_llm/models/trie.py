@@ -91,6 +91,16 @@ class Trie:
             fanout=int(max(children[1:].max(), 1)),
         )
 
+    def of_shape(self, other: "Trie") -> "Trie":
+        """Return the same trie with arrays and bounds as large as those of a trie that holds these titles and more.
+
+        One compiled program then serves both, at the cost of the larger one.
+        """
+        more = len(other.token) - len(self.token)
+        token, item = (jnp.pad(array, (0, more)) for array in (self.token, self.item))
+        first = jnp.pad(self.first, (0, more), mode="edge")  # nodes without children, which nothing leads to
+        return dataclasses.replace(other, first=first, token=token, item=item)
+
     def expand(
         self, node: Int[AnyArray, "B R"], logits: Float[Array, "B R V"], fanout: int
     ) -> tuple[Int[Array, "B R C"], Float[Array, "B R C"]]:

@@ -27,6 +27,7 @@ _NEW_KEY = flags.DEFINE_string(
 _ROWS = flags.DEFINE_integer("rows", Limits.rows, "Texts that are written at the same time.", lower_bound=1)
 _CONTEXT = flags.DEFINE_integer("context", Limits.context, "The most tokens of a prompt and its answer.", lower_bound=2)
 _QUEUE = flags.DEFINE_integer("queue", Limits.queue, "Requests that wait; more are refused.", lower_bound=1)
+_USER_EVENTS = flags.DEFINE_integer("user_events", Limits.user_events, "The most events of one user.", lower_bound=1)
 _SECONDS = flags.DEFINE_float("seconds", Limits.seconds, "The time after which a request is given up.", lower_bound=1)
 
 
@@ -36,7 +37,9 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}")
     keys = _KEYS.value or ""
-    limits = Limits(rows=_ROWS.value, context=_CONTEXT.value, queue=_QUEUE.value, seconds=_SECONDS.value)
+    limits = Limits(
+        rows=_ROWS.value, context=_CONTEXT.value, queue=_QUEUE.value, seconds=_SECONDS.value, user_events=_USER_EVENTS.value
+    )
     try:
         if _NEW_KEY.value:
             print(add_key(keys, _NEW_KEY.value))

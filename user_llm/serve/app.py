@@ -1,5 +1,6 @@
 """The server: its routes, and what its errors look like."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib import resources
@@ -11,11 +12,14 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from user_llm.serve import page_routes, texts, user_routes
-from user_llm.serve.engine import Busy, Closing
 from user_llm.serve.front import PAGE, Front, problem
 from user_llm.serve.keys import Keys
 from user_llm.serve.state import State
 from user_llm.serve.store import StoreError
+from user_llm.serve.waiting import Gone
+from user_llm.serve.work import Busy, Closing
+
+STORE_SECONDS = 2.0  # that /metrics waits for the store; Prometheus itself gives a scrape up after 10 s by default
 
 
 def make_app(state: State, keys: Callable[[], Keys | None] = lambda: None) -> Front:
@@ -52,11 +56,14 @@ def make_app(state: State, keys: Callable[[], Keys | None] = lambda: None) -> Fr
         return JSONResponse({"status": "ready"}) if state.engine.ready else JSONResponse({"status": "not ready"}, 503)
 
     @app.get("/metrics")
-    def metrics() -> Response:
+    async def metrics() -> Response:
         state.metrics.queue.set(state.engine.waiting)
         state.metrics.rows.set(state.engine.writing)
-        for what, count in state.store.counts()._asdict().items():
-            state.metrics.store.labels(what).set(count)
+        try:
+            counts = await asyncio.wait_for(asyncio.to_thread(state.store.counts), STORE_SECONDS)
+        except (StoreError, TimeoutError):
+            counts = None
+        state.metrics.stored(counts)
         return Response(state.metrics.text(), media_type="text/plain; version=0.0.4")
 
     for path, (name, kind) in PAGE.items():
@@ -82,7 +89,7 @@ def make_app(state: State, keys: Callable[[], Keys | None] = lambda: None) -> Fr
     app.add_exception_handler(Closing, refused(503))
     app.add_exception_handler(StoreError, refused(503))
     app.add_exception_handler(RuntimeError, refused(500))
-    app.add_exception_handler(texts.Gone, refused(499))
+    app.add_exception_handler(Gone, refused(499))
     app.add_exception_handler(Exception, lambda request, error: JSONResponse(problem("The server has failed.", 500), 500))
     app.add_exception_handler(RequestValidationError, unreadable)
     app.add_exception_handler(HTTPException, http)

@@ -10,121 +10,25 @@ into the queues and receive what was made.
 """
 
 import asyncio
-import contextlib
 import dataclasses
 import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Hashable
 from concurrent.futures import Future
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import numpy as np
 from absl import logging
 
-from user_llm.common import mesh as meshes
-from user_llm.data.prompts.base import Ids, pad_rows
-from user_llm.models.sampling import GREEDY, Sampling
-from user_llm.models.slots import Slots
+from user_llm.serve.inputs import Inputs, compiled
 from user_llm.serve.limits import Limits
-from user_llm.serving import batch
+from user_llm.serve.work import Busy, Choice, Closing, Encoding, Explaining, Piece, Prompt, Writing, together
 from user_llm.serving.explaining import Seen
 from user_llm.serving.personalizer import Personalizer
 from user_llm.serving.ranking import Item
 from user_llm.serving.user import User
 from user_llm.serving.writing import Written
-
-
-class Busy(Exception):
-    """The queue is full.
-
-    Attributes:
-      seconds: when to try again, as far as can be told.
-    """
-
-    def __init__(self, seconds: int):
-        super().__init__(f"The server has as much to do as it takes: try again in {seconds} s.")
-        self.seconds = seconds
-
-
-class Closing(Exception):
-    """The server is shutting down."""
-
-
-class Piece(NamedTuple):
-    """A piece of a text.
-
-    Attributes:
-      text: what is added; it may be empty.
-      tokens: the number of tokens that were written for it.
-      finish: "" while more will come, "stop" where the text ended by itself or at a stop text, "length" at the most tokens.
-    """
-
-    text: str
-    tokens: int
-    finish: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-    """What is to be written.
-
-    Attributes:
-      row: the tokens of the prompt.
-      user: the user whom the text is for; None for the LLM without a user.
-      max_tokens: the most tokens that are written.
-      seed: seed of the random draws.
-      stop: texts that end the text.
-    """
-
-    row: Ids
-    user: User | None
-    max_tokens: int
-    sampling: Sampling = GREEDY
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """A question: which items to recommend; the attributes are arguments of `Personalizer.recommend_many`."""
-
-    k: int = 10
-    seen: bool = True
-    allow: tuple[str, ...] | None = None
-    deny: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Encoding:
-    """A question: what a user's tokens are."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Explaining:
-    """A question: the `k` events that a user's tokens look at most."""
-
-    k: int
-
-
-@dataclasses.dataclass(eq=False)
-class _Writing:
-    """A text that is wanted, from its arrival to its end.
-
-    Attributes:
-      deliver: takes each piece; it is called in the engine's thread. An exception is delivered where the engine has failed.
-      left: the number of tokens that may still be written.
-      gone: whether nobody wants the text any longer.
-      seated: when it got its row, by `time.perf_counter`.
-    """
-
-    prompt: Prompt
-    deliver: Callable[[Piece | Exception], None]
-    written: Written
-    left: int
-    gone: bool = False
-    seated: float = 0.0
 
 
 class Engine:
@@ -140,12 +44,13 @@ class Engine:
         predictor = dataclasses.replace(model.predictor, batch_size=limits.batch, pad_whole=True)
         self.model = dataclasses.replace(model, predictor=predictor)
         self.limits, self.observe = limits, observe
+        self._inputs = Inputs(self.model, limits.context)
         self.failed = ""  # the name of the error by which the engine has failed
         self._ready, self._closing = threading.Event(), False
         self._wake = threading.Condition()
-        self._queue: deque[_Writing] = deque()
+        self._queue: deque[Writing] = deque()
         self._questions: deque[tuple[Hashable, Any, Future]] = deque()
-        self._rows: list[_Writing | None] = [None] * limits.rows
+        self._rows: list[Writing | None] = [None] * limits.rows
         self._reading: deque[int] = deque()  # rows whose prompt is being read
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._seconds = 1.0  # that a text takes in its row, a moving mean
@@ -227,7 +132,7 @@ class Engine:
         stops = frozenset(self.model.tokenizer.stop_ids)
         written = Written(self.model.tokenizer, stops, prompt.stop)
         deliver = lambda piece: _to(loop, pieces, piece)  # noqa: E731
-        one = _Writing(prompt, deliver, written, prompt.max_tokens)
+        one = Writing(prompt, deliver, written, prompt.max_tokens)
         with self._wake:
             self._admissible(len(self._queue) + self.writing - self.limits.rows)
             self._queue.append(one)
@@ -283,7 +188,7 @@ class Engine:
     def _run(self) -> None:
         try:
             with jax.set_mesh(self.model.predictor.mesh):
-                self._compile()
+                self._slots = compiled(self.model, self._inputs, self.limits)
                 self._ready.set()
                 while self._wait():
                     self._seat()
@@ -308,32 +213,6 @@ class Engine:
         """Return what callers get after the engine has failed."""
         return RuntimeError(f"The model has failed ({self.failed}): the server must be started again.")
 
-    def _compile(self) -> None:
-        """Compile all programs, so that none is compiled while somebody waits."""
-        nobody = self._users_tokens(None)
-        self._slots = Slots(
-            *self._decoder(),
-            rows=self.limits.rows,
-            room=self.limits.context,
-            users=None if nobody is None else nobody.kv,
-        )
-        self._slots.compile()
-        start = np.array([*self.model.lines.start, self.model.lines.end_id], np.int32)
-        self._inputs(Prompt(start, None, 1))
-        user, size = self.model.reader.nobody(), 1
-        if self.model.predictor.max_events:
-            user = dataclasses.replace(user, events=np.ones((1, user.events.shape[1]), np.int32), ticks=np.zeros(1, np.int64))
-        while size <= self.limits.batch:
-            those = self.model.reader.encoded([user] * size)
-            if "next_item" in self.model.tasks and self.model.predictor.ranks:
-                self.model.recommend_many(those, 1)
-            size *= 2
-        if self.model.predictor.config.resampler is not None:
-            self.model.explain(those[0], 1)
-        if self.model.tokenizer.chat_template is not None:  # the first conversation imports what takes seconds
-            with contextlib.suppress(ValueError):
-                self.model.tokenizer.chat([{"role": "user", "content": "Hello"}])
-
     def _wait(self) -> bool:
         """Wait until there is something to do; return whether there is."""
         with self._wake:
@@ -357,7 +236,7 @@ class Engine:
                 if one.gone:
                     continue
                 try:
-                    inputs, length, kv = self._inputs(one.prompt)
+                    inputs, length, kv = self._inputs.of(one.prompt)
                     self._slots.start(row, inputs, length, user=kv, sampling=one.prompt.sampling, seed=one.prompt.seed)
                 except (ValueError, TypeError, OverflowError) as error:  # of this prompt alone
                     one.deliver(ValueError(f"The prompt cannot be read: {error}"))
@@ -420,23 +299,9 @@ class Engine:
             self._questions = deque(one for one in self._questions if id(one) not in taken)
         chosen = [one for one in chosen if one[2].set_running_or_notify_cancel()]
         self.observe("batch", len(chosen))
-        for part, answers in self._together(first, chosen):
+        for part, answers in together(self._answers, first, chosen):
             for (_, _, future), answer in zip(part, answers, strict=True):
                 future.set_exception(answer) if isinstance(answer, Exception) else future.set_result(answer)
-
-    def _together(self, question: Hashable, chosen: list) -> list[tuple[list, list]]:
-        """Return answers by questions; where they cannot be answered together, each is answered, or refused, alone."""
-        if not chosen:
-            return []
-        try:
-            return [(chosen, self._answers(question, [about for _, about, _ in chosen]))]
-        except Exception as error:
-            if len(chosen) == 1:
-                if not isinstance(error, ValueError):
-                    logging.exception("A question could not be answered.")
-                    error = RuntimeError(f"The question could not be answered ({type(error).__name__}).")
-                return [(chosen, [error])]
-        return [pair for one in chosen for pair in self._together(question, [one])]
 
     def _answers(self, question: Hashable, about: list) -> list:
         match question:
@@ -447,23 +312,6 @@ class Engine:
             case Explaining():
                 return [self.model.explain(user, question.k) for user in about]
         raise TypeError(question)
-
-    def _decoder(self) -> tuple:
-        text, lengths = self._put(np.array([[self.model.lines.end_id]], np.int32), [1])
-        return self.model.predictor.decoding(text, lengths, self._users_tokens(None), 0)[0]
-
-    def _inputs(self, prompt: Prompt) -> tuple:
-        """Return a prompt as embeddings, its length, and the keys and values of its user."""
-        text, lengths = self._put(pad_rows([prompt.row], self.limits.context), [len(prompt.row)])
-        leading = self.model.writer.leading([prompt.row])
-        _, inputs, sizes, kv = self.model.predictor.decoding(text, lengths, self._users_tokens(prompt.user), leading)
-        return inputs, int(meshes.fetch(sizes)[0]), kv
-
-    def _users_tokens(self, user: User | None) -> Any:
-        return batch.present(self.model.predictor, [user])
-
-    def _put(self, rows: np.ndarray, lengths: list[int]) -> tuple:
-        return meshes.put_rows((rows, np.array(lengths, np.int32)), self.model.predictor.mesh)
 
 
 def _to(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue, piece: Any) -> None:

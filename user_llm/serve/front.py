@@ -4,6 +4,7 @@ The log has one line of JSON for each request. It never holds what was asked or 
 """
 
 import asyncio
+import dataclasses
 import json
 import re
 import time
@@ -50,6 +51,13 @@ def problem(sentence: str, status: int) -> dict[str, Any]:
     return {"error": {"message": sentence, "type": kind, "param": None, "code": None}}
 
 
+@dataclasses.dataclass
+class _Body:
+    """The body of one request. `held` is the number of bytes that are set aside for it."""
+
+    held: int = 0
+
+
 class Front:
     """The outermost layer of the server, an ASGI application around another.
 
@@ -62,12 +70,14 @@ class Front:
 
     def __init__(self, app: Any, keys: Callable[[], Keys | None], limits: Limits, metrics: Metrics):
         self._app, self._keys, self._limits, self._metrics = app, keys, limits, metrics
+        self._held = 0  # bytes of the bodies of all requests that have not been answered yet
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        body = _Body()
         begun, status, holder = time.perf_counter(), 499, ""  # 499 is what is logged where the client is gone before an answer
 
         async def sent(message: Message) -> None:
@@ -81,7 +91,7 @@ class Front:
             try:
                 holder = self._allowed(scope)
                 async with asyncio.timeout(self._limits.seconds):
-                    await self._app(scope, await self._body(scope, receive), sent)
+                    await self._app(scope, await self._read(body, scope, receive), sent)
             except Refusal as refusal:
                 await _refuse(sent, refusal)
             except TimeoutError:
@@ -90,6 +100,7 @@ class Front:
                 else:  # the answer has begun: its end is missing, which the client can see
                     status = 504
         finally:
+            self._held -= body.held
             route = getattr(scope.get("route"), "path", "none")
             seconds = time.perf_counter() - begun
             self._metrics.requests.labels(route, status).inc()
@@ -123,24 +134,38 @@ class Front:
             raise Refusal(403, f"This key does not have the scope {scope_needed!r}.")
         return holder.name
 
-    async def _body(self, scope: Message, receive: Receive) -> Receive:
-        """Read the body whole, and return what hands it on.
+    def _hold(self, body: "_Body", size: int) -> None:
+        """Set aside as many bytes for a body, all in all, before they are read.
 
         Raises:
-          Refusal: the body is too large, is no JSON by its header, or the client is gone.
+          Refusal: the body is too large, or there is no room for it beside the bodies of other requests.
         """
-        most, parts, size = self._limits.body_bytes, [], 0
-        said = dict(scope["headers"]).get(b"content-length", b"0")
-        if said.isdigit() and int(said) > most:
+        if size > (most := self._limits.body_bytes):
             raise Refusal(413, f"The body has more than {most} bytes: divide it.")
+        more = max(size - body.held, 0)
+        if self._held + more > self._limits.bodies_bytes:
+            raise Refusal(
+                503, "The server holds as many bytes of other requests as it takes: try again in 1 s.", {"retry-after": "1"}
+            )
+        self._held += more
+        body.held += more
+
+    async def _read(self, body: "_Body", scope: Message, receive: Receive) -> Receive:
+        """Read a body whole, and return what hands it on.
+
+        Raises:
+          Refusal: the body is too large, there is no room for it, or the client is gone.
+        """
+        parts, size = [], 0
+        said = dict(scope["headers"]).get(b"content-length", b"0")
+        self._hold(body, int(said) if said.isdigit() else 0)
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise Refusal(400, "The client is gone.")
             parts.append(message.get("body", b""))
             size += len(parts[-1])
-            if size > most:
-                raise Refusal(413, f"The body has more than {most} bytes: divide it.")
+            self._hold(body, size)
             if not message.get("more_body"):
                 break
         whole: Message | None = {"type": "http.request", "body": b"".join(parts), "more_body": False}

@@ -14,12 +14,15 @@ class Limits:
       batch: the most users that are encoded, or recommended to, in one call of the model.
       seconds: the time after which a request is given up.
       body_bytes: the largest body of a request.
+      bodies_bytes: the most bytes of the bodies of all requests that have not been answered yet.
       events: the most events in one request.
+      user_events: the most events of one user. What a request for a user costs grows with the user's events.
+      event_bytes: the most bytes of an event, as JSON.
       k: the most items of one answer.
       cached: the number of users whose states are kept in memory, besides the store.
 
     Raises:
-      ValueError: a limit is below 1.
+      ValueError: a limit is below 1, or `bodies_bytes` is below `body_bytes`.
     """
 
     rows: int = 8
@@ -28,7 +31,10 @@ class Limits:
     batch: int = 8
     seconds: float = 120.0
     body_bytes: int = 8 << 20
+    bodies_bytes: int = 64 << 20
     events: int = 10_000
+    user_events: int = 50_000
+    event_bytes: int = 64 << 10
     k: int = 1000
     cached: int = 10_000
 
@@ -36,3 +42,5 @@ class Limits:
         for name, value in dataclasses.asdict(self).items():
             if value < 1:
                 raise ValueError(f"The limit {name}={value} must be at least 1.")
+        if self.bodies_bytes < self.body_bytes:
+            raise ValueError(f"The limit bodies_bytes={self.bodies_bytes} must be at least body_bytes={self.body_bytes}.")

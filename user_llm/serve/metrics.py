@@ -2,6 +2,8 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from user_llm.serve.store import Counts
+
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
@@ -24,7 +26,10 @@ class Metrics:
         self.encodings = Counter("user_llm_encodings", "States that were computed from events.", registry=of)
         self.queue = Gauge("user_llm_queue", "Requests that wait for a row.", registry=of)
         self.rows = Gauge("user_llm_rows_in_use", "Rows in which a text is written.", registry=of)
-        self.store = Gauge("user_llm_store", "What the store holds.", ["what"], registry=of)
+        self.store = Gauge(
+            "user_llm_store", "What the store holds; missing where the store does not answer.", ["what"], registry=of
+        )
+        self.store_up = Gauge("user_llm_store_up", "1 where the store answers, 0 where it does not.", registry=of)
 
     def observe(self, name: str, value: float) -> None:
         """Take what an `Engine` measures."""
@@ -35,6 +40,13 @@ class Metrics:
                 self.step.observe(value)
             case "batch":
                 self.batch.observe(value)
+
+    def stored(self, counts: Counts | None) -> None:
+        """Take what the store holds; None where it does not answer."""
+        self.store_up.set(counts is not None)
+        self.store.clear()  # numbers of before would look like numbers of now
+        for what, count in ({} if counts is None else counts._asdict()).items():
+            self.store.labels(what).set(count)
 
     def text(self) -> bytes:
         """Return all metrics as text."""

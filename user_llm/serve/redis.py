@@ -16,6 +16,7 @@ from absl import logging
 
 from user_llm.serve.store import (
     FORMS,
+    UNLIMITED,
     Added,
     Counts,
     Event,
@@ -38,9 +39,12 @@ CHUNK = 10_000  # the most events that one command carries
 # by user, 2 the number of all events, 3 the number of all states, 4 the user's rows in their order, 5 the keys of the user's events,
 # 6 the user's states by model.
 ADD = """
-local stored = 0
-for i = 3, #ARGV, 2 do
-  if redis.call('SADD', KEYS[5], ARGV[i]) == 1 then
+local stored, beyond = 0, {}
+local room = tonumber(ARGV[3]) - redis.call('LLEN', KEYS[4])
+for i = 4, #ARGV, 2 do
+  if stored >= room then
+    if redis.call('SISMEMBER', KEYS[5], ARGV[i]) == 0 then beyond[#beyond + 1] = (i - 4) / 2 end
+  elseif redis.call('SADD', KEYS[5], ARGV[i]) == 1 then
     redis.call('RPUSH', KEYS[4], ARGV[i + 1])
     stored = stored + 1
   end
@@ -51,10 +55,12 @@ if stored > 0 then
   redis.call('DECRBY', KEYS[3], redis.call('HLEN', KEYS[6]))
   redis.call('DEL', KEYS[6])
 end
-return {stored, redis.call('HGET', KEYS[1], ARGV[1]), redis.call('LLEN', KEYS[4])}
+return {stored, beyond, redis.call('HGET', KEYS[1], ARGV[1]), redis.call('LLEN', KEYS[4])}
 """
 KEEP = """
 if redis.call('HGET', KEYS[1], ARGV[1]) ~= ARGV[2] or redis.call('LLEN', KEYS[4]) ~= tonumber(ARGV[3]) then return 0 end
+redis.call('DECRBY', KEYS[3], redis.call('HLEN', KEYS[6]))
+redis.call('DEL', KEYS[6])
 redis.call('INCRBY', KEYS[3], redis.call('HSET', KEYS[6], ARGV[4], ARGV[5]))
 return 1
 """
@@ -106,22 +112,23 @@ class RedisStore:
             raise ValueError(f"The store is not of a known form: name it as {FORMS}; write / in a password as %2F.") from None
         self._warn()
 
-    def add(self, events: Mapping[str, Sequence[Event]]) -> dict[str, Added]:
+    def add(self, events: Mapping[str, Sequence[Event]], most: int = UNLIMITED) -> dict[str, Added]:
         """Store events; see `Store.add`."""
         packed = {user: [(text_bytes(event.key), pack(event.row)) for event in given] for user, given in events.items()}
         with self._pipeline(transaction=True) as pipeline:
             for user, rows in packed.items():
                 epoch = secrets.randbits(63)
                 for chunk in _chunks(rows):
-                    _eval(pipeline, ADD, user, epoch, *(word for row in chunk for word in row))
+                    _eval(pipeline, ADD, user, epoch, most, *(word for row in chunk for word in row))
             answers = iter(pipeline.execute())
         added = {}
         for user, rows in packed.items():
-            stored = 0
-            for _ in _chunks(rows):
-                count, epoch, length = next(answers)
+            stored, beyond = 0, []
+            for number, _ in enumerate(_chunks(rows)):
+                count, left_out, epoch, length = next(answers)
                 stored += count
-            added[user] = Added(stored, len(rows) - stored, Version(int(epoch or 0), length))
+                beyond += [number * CHUNK + place for place in left_out]
+            added[user] = Added(stored, len(rows) - stored - len(beyond), beyond, Version(int(epoch or 0), length))
         return added
 
     def histories(self, users: Sequence[str]) -> dict[str, History]:

@@ -1,12 +1,16 @@
 """A server as a process: what starts it, what its signals do, and how a model takes the place of another."""
 
 import asyncio
+import contextlib
 import dataclasses
+import errno
 import ipaddress
+import os
 import signal
+import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import uvicorn
@@ -21,6 +25,8 @@ from user_llm.serve.metrics import Metrics
 from user_llm.serve.state import State
 from user_llm.serve.store import open_store
 from user_llm.serving.front import load
+
+ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # names such as localhost have an IPv6 address even where a machine has none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +87,8 @@ def serve(options: Options) -> None:
 
     Raises:
       ValueError: there is no such model, store or file of keys, or other machines could ask without a key.
-      OSError: the store or the address cannot be used.
+      OSError: the store or the address cannot be used. The address is taken before the model is loaded; whoever connects
+        meanwhile waits.
     """
     if not options.model:
         raise ValueError("--model is missing: name a model directory, such as RUN/user_llm/model.")
@@ -90,6 +97,12 @@ def serve(options: Options) -> None:
         raise ValueError(
             f"--host={options.host} can be reached from other machines: start it with --api_keys=FILE, whose keys --new_key makes."
         )
+    with listening(options.host, options.port) as sockets:
+        _serve(options, keys, sockets)
+
+
+def _serve(options: Options, keys: list[Keys | None], sockets: list[socket.socket]) -> None:
+    """Open the store, load the model, and answer what comes to some sockets. A new reading of the keys takes the place of `keys[0]`."""
     limits, metrics, store = options.limits, Metrics(), open_store(options.store)
     engine = lambda: Engine(load(options.model, llm=options.llm), limits, metrics.observe)  # noqa: E731
     state = State(options.name, engine(), store, limits, metrics)
@@ -113,10 +126,10 @@ def serve(options: Options) -> None:
             one_at_a_time.release()
 
     config = uvicorn.Config(
-        make_app(state, lambda: keys[0]), host=options.host, port=options.port, log_level="warning", access_log=False,
-        server_header=False, limit_concurrency=1000, timeout_graceful_shutdown=int(limits.seconds) + 5, h11_max_incomplete_event_size=1 << 16,
+        make_app(state, lambda: keys[0]), log_level="warning", access_log=False, server_header=False, limit_concurrency=1000,
+        timeout_graceful_shutdown=int(limits.seconds) + 5, h11_max_incomplete_event_size=1 << 16,
     )  # fmt: skip
-    Server(config, state, reload).run()
+    Server(config, state, reload).run(sockets)
 
 
 def exchange_engine(state: State, make: Callable[[], Engine]) -> None:
@@ -130,6 +143,37 @@ def exchange_engine(state: State, make: Callable[[], Engine]) -> None:
     before, state.engine = state.engine, engine
     time.sleep(state.limits.seconds)  # a request that began with the engine before has ended by then
     before.close()
+
+
+@contextlib.contextmanager
+def listening(host: str, port: int) -> Iterator[list[socket.socket]]:
+    """Yield sockets that listen at every address of a host (`localhost` may have two), all at the same port; close them at the end.
+
+    Args:
+      port: 0 for any that is free.
+
+    Raises:
+      OSError: the host is not known or is not this machine, or the port is taken.
+    """
+    sockets: list[socket.socket] = []
+    with contextlib.ExitStack() as opened:
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            for place, (family, _, _, _, address) in enumerate(found):
+                same = sockets[0].getsockname()[1] if sockets else port
+                try:
+                    one = socket.create_server((address[0], same, *address[2:]), family=family)
+                except OSError as error:
+                    if error.errno not in ABSENT or (not sockets and place == len(found) - 1):
+                        raise
+                else:
+                    sockets.append(opened.enter_context(one))
+        except OSError as error:
+            reason = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
+            raise OSError(
+                f"The server cannot listen at {host}, port {port}: {reason}. Name another --host or --port."
+            ) from None
+        yield sockets
 
 
 def _loopback(host: str) -> bool:

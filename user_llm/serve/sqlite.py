@@ -19,6 +19,7 @@ from absl import logging
 from user_llm.serve.sqlite_tables import UserRows, prepare
 from user_llm.serve.store import (
     NOBODY,
+    UNLIMITED,
     Added,
     Counts,
     Event,
@@ -69,11 +70,11 @@ class SQLiteStore:
         except (sqlite3.Error, OSError) as error:
             raise ValueError(f"{self._path} cannot be used as a store: {_reason(error)}.") from None
 
-    def add(self, events: Mapping[str, Sequence[Event]]) -> dict[str, Added]:
+    def add(self, events: Mapping[str, Sequence[Event]], most: int = UNLIMITED) -> dict[str, Added]:
         """Store events; see `Store.add`."""
         packed = {user: [(text_bytes(event.key), pack(event.row)) for event in given] for user, given in events.items()}
         with self._writing() as connection:
-            return {user: UserRows(connection, user).add(rows) for user, rows in packed.items()}
+            return {user: UserRows(connection, user).add(rows, most) for user, rows in packed.items()}
 
     def histories(self, users: Sequence[str]) -> dict[str, History]:
         """Return histories; see `Store.histories`."""

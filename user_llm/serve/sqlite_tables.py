@@ -18,8 +18,8 @@ HEAD, EVENT, STATE = range(3)  # the kinds of rows
 # Ids, keys and the identities of models are the UTF-8 bytes of texts. The rows of a user lie side by side:
 #   kind HEAD, one row: its `place` is the number of the user's events, its `value` the epoch;
 #   kind EVENT, one row for each event: its `place` is the number of events before it, its `value` the JSON object;
-#   kind STATE, one row for each model with that identity as `key`: its `value` is the state, which belongs to the present version,
-#     because the transaction that adds events of a user deletes the user's states.
+#   kind STATE, at most one row, with the identity of its model as `key`: its `value` is the state, which belongs to the present
+#     version, because the transaction that adds events of a user deletes the user's state. Files of before hold one of each model.
 SCHEMA = (
     *(
         f"CREATE TABLE users_{number} (user BLOB, kind INTEGER, key BLOB, place INTEGER, value BLOB NOT NULL,"
@@ -90,29 +90,33 @@ class UserRows:
         row = self._connection.execute(query, (self._user, text_bytes(model))).fetchone()
         return row[0] if row else None
 
-    def add(self, events: Sequence[tuple[bytes, bytes]]) -> Added:
-        """Insert events, given as keys and packed rows; delete the states if an event was inserted."""
-        before = self.version()
+    def add(self, events: Sequence[tuple[bytes, bytes]], most: int) -> Added:
+        """Insert events, given as keys and packed rows, up to the most; delete the states if an event was inserted."""
+        before, beyond = self.version(), []
         count, query = before.events, f"INSERT INTO {self._table} VALUES (?, {EVENT}, ?, ?, ?) ON CONFLICT DO NOTHING"
-        for key, row in events:
-            count += self._connection.execute(query, (self._user, key, count, row)).rowcount
+        for place, (key, row) in enumerate(events):
+            if count < most:
+                count += self._connection.execute(query, (self._user, key, count, row)).rowcount
+            elif not self._has(key):
+                beyond.append(place)
         stored = count - before.events
         after = Version(secrets.randbits(63) if before == NOBODY else before.epoch, count) if stored else before
         if stored:
             head = f"INSERT OR REPLACE INTO {self._table} VALUES (?, {HEAD}, x'', ?, ?)"
             self._connection.execute(head, (self._user, after.events, after.epoch))
-            query = f"DELETE FROM {self._table} WHERE user = ? AND kind = {STATE}"
-            states = self._connection.execute(query, (self._user,)).rowcount
-            self._count(int(before == NOBODY), stored, -states)
-        return Added(stored, len(events) - stored, after)
+            self._count(int(before == NOBODY), stored, -self._forget_states())
+        return Added(stored, len(events) - stored - len(beyond), beyond, after)
+
+    def _has(self, key: bytes) -> bool:
+        """Return whether the user has an event of this key."""
+        query = f"SELECT 1 FROM {self._table} WHERE user = ? AND kind = {EVENT} AND key = ?"
+        return self._connection.execute(query, (self._user, key)).fetchone() is not None
 
     def keep(self, model: str, state: bytes) -> None:
-        """Insert a state in the place of an earlier one."""
-        key = self._user, text_bytes(model)
-        replaced = self._connection.execute(
-            f"DELETE FROM {self._table} WHERE user = ? AND kind = {STATE} AND key = ?", key
-        ).rowcount
-        self._connection.execute(f"INSERT INTO {self._table} VALUES (?, {STATE}, ?, NULL, ?)", (*key, state))
+        """Insert a state in the place of an earlier one, of whatever model that was."""
+        replaced = self._forget_states()
+        row = self._user, text_bytes(model), state
+        self._connection.execute(f"INSERT INTO {self._table} VALUES (?, {STATE}, ?, NULL, ?)", row)
         self._count(0, 0, 1 - replaced)
 
     def delete(self) -> bool:
@@ -128,6 +132,10 @@ class UserRows:
         self._connection.execute("DROP TABLE others")
         self._count(-1, -version.events, -states)
         return True
+
+    def _forget_states(self) -> int:
+        """Delete the states, and return how many there were."""
+        return self._connection.execute(f"DELETE FROM {self._table} WHERE user = ? AND kind = {STATE}", (self._user,)).rowcount
 
     def _count(self, users: int, events: int, states: int) -> None:
         """Add to the totals of the file."""

@@ -6,6 +6,7 @@ import time
 from user_llm.serve.engine import Engine
 from user_llm.serve.limits import Limits
 from user_llm.serve.metrics import Metrics
+from user_llm.serve.states import States
 from user_llm.serve.store import Store
 from user_llm.serve.users import Users
 
@@ -30,4 +31,5 @@ class State:
     begun: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
-        self.users = Users(self.store, lambda: self.engine, self.limits.cached, self.metrics.encodings.inc)
+        self.states = States(self.store, lambda: self.engine, self.limits.cached, self.metrics.encodings.inc)
+        self.users = Users(self.store, self.states, lambda: self.engine.model.vocabulary, self.limits)

@@ -40,6 +40,7 @@ class Version(NamedTuple):
     events: int
 
 
+UNLIMITED = 1 << 53  # events of a user; the largest whole number that Redis's scripts count exactly
 NOBODY = Version(0, 0)  # the version of a user who does not exist
 
 
@@ -49,11 +50,13 @@ class Added(NamedTuple):
     Attributes:
       stored: the number of events that were stored.
       repeated: the number of events that were not stored, because the user had an event of the same key.
+      beyond: the places, among the events that were given, of those that were not stored because the user had the most events.
       version: the user's version afterwards.
     """
 
     stored: int
     repeated: int
+    beyond: list[int]
     version: Version
 
 
@@ -80,10 +83,10 @@ class Counts(NamedTuple):
 class Store(Protocol):
     """Users' events and states, and items. Every method raises `StoreError` if the store fails."""
 
-    def add(self, events: Mapping[str, Sequence[Event]]) -> dict[str, Added]:
+    def add(self, events: Mapping[str, Sequence[Event]], most: int = UNLIMITED) -> dict[str, Added]:
         """Store events by user, all in one transaction; they are on disk when the call returns.
 
-        States of users who get further events are removed.
+        Stored events stay until their user is deleted. A user who has `most` events gets no more of them. States of users who get further events are removed.
 
         Raises:
           ValueError: a row cannot be written as JSON; nothing is stored then.
@@ -101,7 +104,7 @@ class Store(Protocol):
     def keep(self, model: str, states: Mapping[str, tuple[Version, bytes]]) -> int:
         """Keep states, each only if its user still has the version that it was computed from; return how many were kept.
 
-        A user has at most one state of a model: a later one takes the place of an earlier one.
+        A user has at most one state: a later one takes the place of an earlier one, whichever models computed them.
         """
 
     def delete(self, user: str) -> bool:

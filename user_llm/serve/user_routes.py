@@ -12,13 +12,13 @@ import pyarrow.parquet as pq
 from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import JSONResponse, Response
 
-from user_llm.serve.engine import Choice
 from user_llm.serve.front import problem
 from user_llm.serve.limits import Limits
 from user_llm.serve.state import State
 from user_llm.serve.store import NOBODY
-from user_llm.serve.texts import unless_gone
 from user_llm.serve.users import Stored, check_id
+from user_llm.serve.waiting import unless_gone
+from user_llm.serve.work import Choice
 
 User = Annotated[str, Path(max_length=256)]
 Ids = Annotated[list[str] | None, Query(max_length=10_000)]
@@ -55,7 +55,7 @@ def router(state: State) -> APIRouter:
         version = (await asyncio.to_thread(state.store.versions, [user])).get(user, NOBODY)
         if version == NOBODY:
             return JSONResponse(problem("There is no such user.", 404), 404)
-        found, engine = await state.users.state(user)
+        found, engine = await state.states.of(user)
         return JSONResponse(
             {"id": user, "events": version.events, "counted": found.count, "unknown": found.unknown, "last_time": found.last_time,
              "tokens": len(found.tokens), "model": engine.model.identity}
@@ -85,7 +85,7 @@ def router(state: State) -> APIRouter:
     ) -> Response:
         if k > state.limits.k:
             raise ValueError(f"k={k}: at most {state.limits.k} items are recommended at a time.")
-        found, engine = await state.users.state(check_id(user, "A user's id"))
+        found, engine = await state.states.of(check_id(user, "A user's id"))
         choice = Choice(k, seen, None if allow is None else _split(allow), _split(deny or []))
         items = await unless_gone(request, engine.recommend(found, choice))
         listed = [{"rank": rank, **item._asdict()} for rank, item in enumerate(items, 1)]
@@ -93,7 +93,7 @@ def router(state: State) -> APIRouter:
 
     @routes.get("/v1/users/{user}/explain")
     async def explain(user: User, request: Request, k: Annotated[int, Query(ge=1, le=1000)] = 10) -> Response:
-        found, engine = await state.users.state(check_id(user, "A user's id"))
+        found, engine = await state.states.of(check_id(user, "A user's id"))
         seen = await unless_gone(request, engine.explain(found, k)) if found.count else []
         return JSONResponse({"id": user, "model": engine.model.identity, "events": [one._asdict() for one in seen]})
 
@@ -109,7 +109,7 @@ async def _add(state: State, rows: list[Any], user: str | None, keys: list[str] 
 
 
 def _stored(found: Stored, user: str | None) -> Response:
-    """Return what became of events. The status is 422 where none of them could be read."""
+    """Return what became of events. The status is 422 where all of them were refused."""
     refused = [one._asdict() for one in found.refused[:100]]
     body: dict[str, Any] = {
         "stored": found.stored,
@@ -121,7 +121,7 @@ def _stored(found: Stored, user: str | None) -> Response:
         body["users"] = len(found.users)
     else:
         body |= {"id": user, "events": found.users[user].events if user in found.users else None}
-    return JSONResponse(body | {"reasons": refused}, 200 if found.users or not found.refused else 422)
+    return JSONResponse(body | {"reasons": refused}, 200 if found.stored or found.repeated else 422)
 
 
 def _split(ids: list[str]) -> tuple[str, ...]:

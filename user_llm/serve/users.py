@@ -1,23 +1,15 @@
-"""Users as the server has them: events in a store, which are the truth, and states, which are computed when they are needed.
-
-A state is used only with the events and the model that it was computed from: the store compares the user's version and the
-model's identity, and the cache in memory does the same with the version that the store has at that moment.
-"""
+"""Users as the server has them: events in a store, which are the truth. What is computed from them is in states.py."""
 
 import asyncio
 import dataclasses
 import hashlib
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from absl import logging
-
-from user_llm.data.timelines import hash_key
 from user_llm.data.vocabulary import Vocabulary
-from user_llm.serve.engine import Engine
-from user_llm.serve.store import NOBODY, Event, Store, Version, pack
-from user_llm.serving.user import User
+from user_llm.serve.limits import Limits
+from user_llm.serve.states import States
+from user_llm.serve.store import Event, Store, Version, pack
 
 MOST_REFUSED = 100  # events of a request that are looked at each for itself
 LONGEST_ID = 256  # characters of a user's id, and of an event's key
@@ -41,7 +33,7 @@ class Stored(NamedTuple):
     Attributes:
       stored: the number of events that were stored.
       repeated: the number of events that the users have already.
-      unknown: the number of stored or repeated events whose item the model does not know.
+      unknown: the number of events that can be read and whose item the model does not know.
       refused: the events that were not stored.
       users: the version of each user who is named.
     """
@@ -55,9 +47,10 @@ class Stored(NamedTuple):
 
 @dataclasses.dataclass
 class _Readable:
-    """Events that a model reads, by user, with the number of those whose item it does not know."""
+    """Events that a model reads, by user, with their places in the request and the number of those whose item it does not know."""
 
     events: dict[str, list[Event]] = dataclasses.field(default_factory=dict)
+    places: dict[str, list[int]] = dataclasses.field(default_factory=dict)
     unknown: int = 0
     refused: list[Refused] = dataclasses.field(default_factory=list)
 
@@ -67,57 +60,16 @@ class Users:
 
     Args:
       store: what is kept.
-      engine: returns the engine that computes states at this moment.
-      cached: the number of users whose states are kept in memory.
-      encoded: is called whenever a state was computed.
+      states: what is computed from it.
+      vocabulary: returns the rules by which events are read at this moment.
+      limits: see `Limits`.
     """
 
-    def __init__(self, store: Store, engine: Callable[[], Engine], cached: int, encoded: Callable[[], None] = lambda: None):
-        self.store, self._engine, self._most, self._encoded = store, engine, cached, encoded
-        self._deletions = 0  # a state that is computed while one happens is not kept in memory
-        self._cache: OrderedDict[str, tuple[str, Version, User]] = OrderedDict()
-
-    async def state(self, user: str) -> tuple[User, Engine]:
-        """Return a user by id, and the engine whose model encoded that user.
-
-        A user without events is nobody in particular, and gets what the model has for nobody.
-
-        Raises:
-          StoreError: the store failed.
-          Busy, Closing: see `Engine`.
-        """
-        engine, deletions = self._engine(), self._deletions
-        model = engine.model
-        version = (await asyncio.to_thread(self.store.versions, [user])).get(user, NOBODY)
-        if version == NOBODY:
-            return model.reader.nobody(), engine
-        there = self._cache.get(user)
-        if there is not None and there[:2] == (model.identity, version):
-            self._cache.move_to_end(user)
-            return there[2], engine
-        data = (await asyncio.to_thread(self.store.states, [user], model.identity)).get(user)
-        found = None if data is None else _read_state(data, user)
-        if found is None:
-            history = (await asyncio.to_thread(self.store.histories, [user])).get(user)
-            if history is None:  # deleted meanwhile
-                return model.reader.nobody(), engine
-            version = history.version
-            read = await asyncio.to_thread(model.reader.unencoded, history.rows, model.keep)
-            if user not in read:
-                raise ValueError(f"The model does not read the id {user!r} as it is.")
-            data = (await engine.encode(read[user])).to_bytes()
-            self._encoded()
-            await asyncio.to_thread(self.store.keep, model.identity, {user: (version, data)})
-            # What is used is what the store keeps, rounded tokens included: an answer does not depend on where it came from.
-            found = User.from_bytes(data)
-        if deletions == self._deletions:
-            self._cache[user] = (model.identity, version, found)
-        while len(self._cache) > self._most:
-            self._cache.popitem(last=False)
-        return found, engine
+    def __init__(self, store: Store, states: States, vocabulary: Callable[[], Vocabulary], limits: Limits):
+        self._store, self._states, self._vocabulary, self._limits = store, states, vocabulary, limits
 
     async def add(self, rows: Sequence[Any], user: str | None = None, keys: Sequence[str] | None = None) -> Stored:
-        """Store events; they are on disk when this returns.
+        """Store events; they are on disk when this returns. Events beyond the most of a user are refused.
 
         Args:
           rows: the events, in the columns of the model.
@@ -133,39 +85,26 @@ class Users:
             raise ValueError(f"{len(keys)} keys for {len(rows)} events: give one for each, or none.")
         for key in keys or ():
             check_id(key, "A key")
-        vocabulary = self._engine().model.vocabulary
-        read = await asyncio.to_thread(readable, vocabulary, rows, user, keys)
-        added = await asyncio.to_thread(self.store.add, read.events) if read.events else {}
+        read = await asyncio.to_thread(readable, self._vocabulary(), rows, user, keys, self._limits.event_bytes)
+        most = self._limits.user_events
+        added = await asyncio.to_thread(self._store.add, read.events, most) if read.events else {}
+        beyond = [read.places[name][place] for name, one in added.items() for place in one.beyond]
+        full = f"A user has at most {most} events: delete the user to begin again, or start the server with a larger --user_events."
         return Stored(
             sum(one.stored for one in added.values()),
             sum(one.repeated for one in added.values()),
             read.unknown,
-            read.refused,
+            sorted([*read.refused, *(Refused(place, full) for place in beyond)]),
             {name: one.version for name, one in added.items()},
         )
 
     async def delete(self, user: str) -> bool:
         """Delete a user's events and states, and return whether there were any."""
-        self._deletions += 1
-        self._cache.pop(user, None)
+        self._states.forget(user)
         try:
-            return await asyncio.to_thread(self.store.delete, user)
+            return await asyncio.to_thread(self._store.delete, user)
         finally:
-            self._deletions += 1
-            self._cache.pop(user, None)
-
-
-def _read_state(data: bytes, user: str) -> User | None:
-    """Return the state that a store kept; None, and a line in the log, where it is damaged or another user's."""
-    try:
-        found = User.from_bytes(data)
-    except ValueError as error:
-        logging.error("A state of the store cannot be read, and is computed again: %s", error)
-        return None
-    if found.key != hash_key(user):
-        logging.error("A state of the store is of another user, and is computed again.")
-        return None
-    return found
+            self._states.forget(user)
 
 
 def check_id(text: Any, what: str) -> str:
@@ -181,8 +120,14 @@ def check_id(text: Any, what: str) -> str:
     return text
 
 
-def readable(vocabulary: Vocabulary, rows: Sequence[Any], user: str | None, keys: Sequence[str] | None) -> _Readable:
-    """Return which events the model's rules can read, and why they cannot read the others; see `Users.add`."""
+def readable(
+    vocabulary: Vocabulary, rows: Sequence[Any], user: str | None, keys: Sequence[str] | None, most_bytes: int
+) -> _Readable:
+    """Return which events the model's rules can read, and why they cannot read the others; see `Users.add`.
+
+    Args:
+      most_bytes: the most bytes of an event as JSON.
+    """
     column, found = vocabulary.fields.user, _Readable()
     there: list[tuple[int, dict[str, Any]]] = []
     for index, row in enumerate(rows):
@@ -195,7 +140,8 @@ def readable(vocabulary: Vocabulary, rows: Sequence[Any], user: str | None, keys
             if user is not None and str(named) != user:
                 raise ValueError(f"The event is of another user, by its column {column!r}.")
             given = {**row, column: check_id(str(named), "A user's id")}
-            pack(given)
+            if (size := len(pack(given))) > most_bytes:
+                raise ValueError(f"The event has {size} bytes, more than {most_bytes}: leave out what the model does not read.")
             there.append((index, given))
         except ValueError as error:
             found.refused.append(Refused(index, str(error)))
@@ -229,6 +175,7 @@ def _read(vocabulary: Vocabulary, rows: list[tuple[int, dict]], keys: Sequence[s
             continue
         key = _key(item, whole, fraction) if keys is None else keys[index]
         found.events.setdefault(user, []).append(Event(key, row))
+        found.places.setdefault(user, []).append(index)
         found.unknown += not vocabulary.knows(item)
 
 

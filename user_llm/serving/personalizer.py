@@ -263,7 +263,8 @@ class Personalizer:
           task: a task of `model.tasks`, which is asked in place of a prompt.
           fields: the values that the question of `task` names, such as {"title": "Heat (1995)"}.
           chat: one conversation, which is asked for every user in place of a prompt: messages such as
-            {"role": "user", "content": "Hello"}. The LLM's own chat template formats it.
+            {"role": "user", "content": "Hello"}. The LLM's own chat template formats it, and a soft prompt
+            stands in front of the text of the first message whose role is "user".
           max_tokens: the most tokens that are written after a prompt. If it is not given, a task with a question (such as `review`)
             has a limit of its own, and everything else has 128.
           temperature: 0 always takes the likeliest token; a positive number draws tokens at that temperature.

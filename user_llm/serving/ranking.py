@@ -95,17 +95,18 @@ class Ranker:
     ) -> Float[np.ndarray, "B V"]:
         """Return the scores of all items of the catalogue, PAD included, for each prompt.
 
-        A trained item head scores every item. Without one, beam search among the titles of the allowed items scores the `k` whose
-        titles it writes, and all other items have -inf.
+        A trained item head scores every item. Without one, beam search among the titles of the allowed items scores at least the `k`
+        whose titles it writes first, and all other items have -inf.
         """
         known = len(self.catalogue.titles)
         if self.predictor.ranks:
             return meshes.fetch(self.predictor.score(RANKING, prompts, user))[:, :known]
-        trie, count = self.titles, int(allowed.sum())
-        if count < known - 1:
+        trie = self.titles
+        if allowed.sum() < known - 1:
             titles = self.lines.titles_as_targets()
-            trie = Trie.build({number: titles[number] for number in np.flatnonzero(allowed).tolist()})
-        beams = min(max(k, self.predictor.beams), count)
+            trie = Trie.build({number: titles[number] for number in np.flatnonzero(allowed).tolist()}).of_shape(self.titles)
+        # A program is compiled for each number of beams: there are few of them, each twice the one before.
+        beams = min(next(size for power in range(64) if (size := self.predictor.beams << power) >= k), known - 1)
         items, scores = self.predictor.choose(RANKING, prompts, user, trie, beams)
         found = np.full((len(prompts), known), -np.inf, np.float32)
         np.put_along_axis(found, items, scores, axis=1)

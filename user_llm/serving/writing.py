@@ -75,7 +75,10 @@ class Writer:
             max_tokens, stops = max_tokens or template.max_target_tokens, [self.lines.end_id]
         else:
             max_tokens, stops = max_tokens or MAX_TOKENS, [self.lines.end_id] if task else list(self.tokenizer.stop_ids)
-        leading = self.predictor.leading(task) if task else self.leading(rows)
+        if chat is not None:
+            leading = self.conversation(chat)[1]
+        else:
+            leading = self.predictor.leading(task) if task else self.leading(rows)
         pieces = self._stream(rows, those, leading, max_tokens, sampling, seed, stops, tuple(stop))
         return (texts[:count] for texts in pieces)
 
@@ -103,10 +106,24 @@ class Writer:
         return scoring.score(*decoder, inputs, [ids], lengths=meshes.fetch(sizes).tolist(), user=kv)[0]
 
     def leading(self, rows: Sequence[Ids]) -> int:
-        """Return how many tokens of free texts or conversations stand before a soft prompt: the start token, where all begin with it."""
+        """Return how many tokens of free texts stand before a soft prompt: the start token, where all begin with it."""
         start = self.lines.start
         begins = all(np.array_equal(row[: len(start)], start) for row in rows)
         return len(start) if self.predictor.after_instruction and begins else 0
+
+    def conversation(self, chat: Sequence[Mapping[str, Any]]) -> tuple[Ids, int]:
+        """Return the token ids of a conversation, and how many of them stand before a soft prompt.
+
+        A soft prompt stands in front of the text of the user's first message; see `Tokenizer.chat_around`.
+
+        Raises:
+          ValueError: the LLM has no chat template, or the template refuses the messages.
+        """
+        before, rest = (
+            self.tokenizer.chat_around(chat) if self.predictor.config.soft_prompt else ([], self.tokenizer.chat(chat))
+        )
+        row = np.array([*before, *rest], np.int32)
+        return row, len(before) or self.leading([row])
 
     def template(self, task: str, fields: Mapping[str, Any] | None) -> Template:
         """Return what asks a task.
@@ -140,8 +157,10 @@ class Writer:
             raise ValueError("Give one of a prompt, a task and a chat.")
         if template is not None:
             return template.prompt(np.zeros(0, np.int32) if user is None else user.items, **fields)
-        ids = self.tokenizer.encode(prompt) if prompt is not None else self.tokenizer.chat(chat or ())
-        row = np.array(ids if chat is not None else [*self.lines.start, *ids], np.int32)
+        if chat is not None:
+            row = self.conversation(chat)[0]
+        else:
+            row = np.array([*self.lines.start, *self.tokenizer.encode(prompt or "")], np.int32)
         if not len(row):
             raise ValueError("The prompt has no tokens: write at least one character.")
         return row

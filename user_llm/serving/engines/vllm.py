@@ -11,8 +11,8 @@ r"""Requests for a vLLM server, in which a user stands as a soft prompt. vLLM it
 A model with cross-attention is served with the plugin of `vllm_plugin.py`, whose first lines say how; it takes conversations.
 
 A completion is the whole prompt as embeddings. The soft prompt stands where `Personalizer.generate` puts it, so that greedy tokens
-are the same. A conversation is messages: the first one has the soft prompt as a content part in front of its text, and the server
-applies its chat template around that.
+are the same. A conversation is messages: the user's first one has the soft prompt as a content part in front of its text, and the
+server applies its chat template around that.
 
 vLLM's cache of prefixes knows a block of embeddings by their bytes. In a prompt of tokens and embeddings it takes a zero embedding
 for the token 0 (vLLM issue 56655). A conversation therefore has a `cache_salt` of its user: nothing is shared between two users.
@@ -33,6 +33,7 @@ import numpy as np
 from jaxtyping import Float
 
 from user_llm.common import mesh as meshes
+from user_llm.data.tokenizer import first_of_user
 from user_llm.serving import batch
 from user_llm.serving.personalizer import Personalizer
 from user_llm.serving.user import User, check_user
@@ -68,7 +69,10 @@ def completion(
     writer = model.writer
     template = writer.template(task, fields) if task else None
     row = writer.row(prompt, user, template, fields or {}, chat)
-    leading = model.predictor.leading(task) if task else writer.leading([row])
+    if chat is not None:
+        leading = writer.conversation(chat)[1]
+    else:
+        leading = model.predictor.leading(task) if task else writer.leading([row])
     with jax.set_mesh(model.predictor.mesh):
         _, inputs, lengths, _ = model.predictor.decoding(*writer.padded([row]), batch.present(model.predictor, [user]), leading)
         embedded = meshes.fetch(inputs)[0, : int(meshes.fetch(lengths)[0])]
@@ -80,11 +84,10 @@ def completion(
 def conversation(model: Personalizer, user: User | None, chat: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the part of a request of /v1/chat/completions that holds the messages and their user.
 
-    The user is a content part in front of the text of the first message.
+    The user is a content part in front of the text of the user's first message, or of the first message where the user has none.
 
     For a model with a soft prompt the part is the soft prompt. A server whose chat template takes texts, and not lists of parts,
-    writes a line break behind it. `Personalizer.generate` puts the soft prompt behind the start token instead, where a chat template
-    has no place for it; `completion(model, user, chat=...)` does the same.
+    writes a line break behind it, which `Personalizer.generate` and `completion(model, user, chat=...)` do not.
 
     For a model with cross-attention the part is the user tokens, which are no part of the text: tokens are those of
     `Personalizer.generate`.
@@ -112,9 +115,10 @@ def conversation(model: Personalizer, user: User | None, chat: Sequence[Mapping[
     else:
         data = encode_tensor(soft_tokens(model, user))
         part = {"type": "prompt_embeds", "data": data}
-    content = messages[0].get("content")
+    first = messages[first_of_user(messages)]
+    content = first.get("content")
     texts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content or ())
-    messages[0]["content"] = [part, *texts]
+    first["content"] = [part, *texts]
     return {"messages": messages, "cache_salt": hashlib.sha256(data.encode()).hexdigest()}
 
 
