@@ -185,7 +185,7 @@ def _is_whole(name: str, value: Any) -> bool:
         return False
     bits = value.get("bits")
     loads = [value.get(f"load_in_{few}bit") for few in (4, 8)]
-    return (number(bits) and bits >= 16) or (loads != [None, None] and not any(loads))
+    return (isinstance(bits, int) and bits >= 16) or (loads != [None, None] and not any(loads))
 
 
 def _refuse_quantised(value: Any, source: str) -> None:

@@ -28,6 +28,7 @@ from user_llm.common.hashes import content_hashes
 from user_llm.common.records import read_json
 from user_llm.common.trees import Params
 from user_llm.common.workdir import path_part
+from user_llm.models import gguf_file
 from user_llm.models.config_json import DEQUANTISED, ORIGINAL, config_from_settings
 from user_llm.models.decoder import DecoderConfig
 from user_llm.models.families import FAMILIES, Family, Tensor, family_of, modules_of, table
@@ -58,7 +59,7 @@ def is_hub_name(name: str) -> bool:
 
 
 def find_checkpoint(name: str | os.PathLike, patterns: Sequence[str] = PATTERNS) -> Path:
-    """Return the directory of a checkpoint: `name` itself, or a download of the hub's model of that name.
+    """Return the directory of a checkpoint: `name` itself, what a GGUF file holds, or a download of the hub's model of that name.
 
     The hub's own settings hold: HF_TOKEN for gated models, HF_HOME for where downloads are kept, HF_ENDPOINT for a mirror.
 
@@ -71,6 +72,8 @@ def find_checkpoint(name: str | os.PathLike, patterns: Sequence[str] = PATTERNS)
     path = Path(name)
     if path.is_dir():
         return path
+    if path.suffix == ".gguf" and path.exists():
+        return gguf_file.unpacked(path)
     if not is_hub_name(str(name)):
         raise ValueError(f"No checkpoint at {name}: a directory in Hugging Face layout or a model's name on the hub is needed.")
     try:
