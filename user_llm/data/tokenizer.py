@@ -55,19 +55,19 @@ class Tokenizer:
         """Number of ids, special tokens included; a checkpoint's embedding table may have more rows."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
-    def check_fits(self, rows: int, source: str) -> None:
+    def check_fits(self, rows: int, source: str, remedy: str = AGAIN) -> None:
         """Check that an embedding table of `rows` rows has a row for every token that can come to stand in a prompt.
 
         Special tokens beyond the table, such as Gemma 3's for images, may be there as long as no prompt has them.
 
         Raises:
-          ValueError: it has not; `source` is named.
+          ValueError: it has not; `source` and `remedy` are named.
         """
         special = {number for number, token in self.backend.get_added_tokens_decoder().items() if token.special}
         own = {number for number in (self.bos_id, self.eos_id) if number is not None}
         ids = (set(self.backend.get_vocab(with_added_tokens=True).values()) - special) | own
         if (highest := max(ids, default=-1)) >= rows:
-            raise ValueError(f"{source}: the tokenizer has {highest + 1} tokens, and the LLM's table {rows}; {AGAIN}.")
+            raise ValueError(f"{source}: the tokenizer has {highest + 1} tokens, and the LLM's table {rows}; {remedy}.")
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, none of them special."""

@@ -203,7 +203,7 @@ def load(
         vocabulary = Vocabulary.from_json(settings.vocabulary, catalogue)
         _check_sizes(settings, schema)
     tokenizer = load_tokenizer(directory)
-    tokenizer.check_fits(config.decoder.vocab_size, str(directory))
+    tokenizer.check_fits(config.decoder.vocab_size, str(directory), AGAIN)
     with reading(file):
         lines = Lines(tokenizer, catalogue, **dataclasses.asdict(settings.lines))
         templates = {task: template(lines, task, of) for task, of in settings.prompts.items()}
