@@ -361,7 +361,8 @@ def test_settings_that_no_model_reads_are_ignored_and_a_line_says_so(checkpoint,
     plain = decoder_config(checkpoint())
     extra = {
         "unsloth_version": "2025.9", "unsloth_fixed": True, "_attn_implementation_autoset": True, "_unsloth": {"a": 1},
-        "max_sequence_length": 2048, "tokenizer_class": "LlamaTokenizer", "neftune_noise_alpha": 5, "temperature": 0.7,
+        "max_sequence_length": 2048, "tokenizer_class": "LlamaTokenizer", "neftune_noise_alpha": 5, "temperature": 0.7, "torch_dtype": "auto",
+        "bos_token_id": [1, 2], "pad_token_id": -1,
     }  # fmt: skip
     for whole in ({"bits": 16}, {"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": False}):
         with caplog.at_level("INFO", logger="absl"):

@@ -42,11 +42,13 @@ ROPE = {
 }  # fmt: skip
 # Of classifiers; transformers would make as many labels as a config asks for.
 LABELS = frozenset({"id2label", "label2id", "num_labels", "problem_type"})
+# Of how weights are stored and where texts begin and end, which other files say; transformers refuses some of their forms.
+ASIDE = frozenset({"dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id"})
 
 # Settings that change nothing about the function a checkpoint computes, or that transformers has turned into others here.
-NEUTRAL = LABELS | frozenset({
-    "_name_or_path", "architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "use_cache",
-    "initializer_range", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "pretraining_tp",
+NEUTRAL = LABELS | ASIDE | frozenset({
+    "_name_or_path", "architectures", "model_type", "transformers_version", "use_cache",
+    "initializer_range", "max_position_embeddings", "pretraining_tp",
     "is_llama_config", "output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward",
     "cache_implementation", "transformers.js_config",
     "use_sliding_window", "max_window_layers", "sliding_window_pattern", "_sliding_window_pattern", "rope_local_base_freq",
@@ -94,7 +96,7 @@ def config_from_settings(
     """
     settings = language_model(settings, source)
     family = family_of(settings, source, families)
-    present = {name: value for name, value in settings.items() if value is not None and name not in LABELS}
+    present = {name: value for name, value in settings.items() if value is not None and name not in LABELS | ASIDE}
     if wrong := misfit(present, SETTINGS):
         raise ValueError(f"{source}: {wrong}; get the checkpoint again.")
     if present["num_hidden_layers"] > MOST_LAYERS:
