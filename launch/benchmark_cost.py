@@ -33,7 +33,7 @@ from user_llm.data.prompts.next_item import NextItem  # noqa: E402
 from user_llm.data.timelines import Timelines  # noqa: E402
 from user_llm.data.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 from user_llm.evals import cost, cost_compiled  # noqa: E402
-from user_llm.models.families import config_from_settings  # noqa: E402
+from user_llm.models.config_json import config_from_settings  # noqa: E402
 from user_llm.models.prefill import bucket  # noqa: E402
 from user_llm.models.user_llm import UserLLMConfig  # noqa: E402
 from user_llm.phases import contextualize, llm  # noqa: E402

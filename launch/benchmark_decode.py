@@ -140,8 +140,8 @@ def half_side(preset: str) -> dict:
 
     from user_llm.common import trees
     from user_llm.config.defaults import LLMS
+    from user_llm.models.config_json import config_from_settings
     from user_llm.models.decoder import Decoder
-    from user_llm.models.families import config_from_settings
     from user_llm.models.generate import generate
     from user_llm.nn.cross_attention import CrossAttentionConfig
     from user_llm.training.step import cast

@@ -292,9 +292,9 @@ def write_tiny_llm(directory: pathlib.Path) -> None:
 
     from user_llm.common import trees
     from user_llm.data.tokenizer import train_bpe
+    from user_llm.models.config_json import config_from_settings
     from user_llm.models.decoder import Decoder
     from user_llm.models.export import save_decoder
-    from user_llm.models.families import config_from_settings
 
     train_bpe(["Next film: Films this user watched, in order:\n"] * 50, TINY_LLM["vocab_size"], directory)
     config = config_from_settings(TINY_LLM, "TINY_LLM")

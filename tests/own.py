@@ -212,7 +212,8 @@ def write_lamp(folder: Path, texts: list[str]) -> dict[str, np.ndarray]:
     from safetensors.numpy import save_file
 
     from user_llm.data.tokenizer import train_bpe
-    from user_llm.models.families import config_from_settings, table
+    from user_llm.models.config_json import config_from_settings
+    from user_llm.models.families import table
 
     train_bpe(texts, 300, folder)
     rng = np.random.default_rng(0)

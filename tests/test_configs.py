@@ -22,8 +22,8 @@ from user_llm.config.reader import read_config
 from user_llm.data.dataset import Dataset
 from user_llm.data.schema import Feature, Schema
 from user_llm.data.splits import make_split
+from user_llm.models.config_json import config_from_settings
 from user_llm.models.decoder import Decoder
-from user_llm.models.families import config_from_settings
 from user_llm.models.user_llm import UserLLM
 from user_llm.phases import starting
 from user_llm.phases.builders import BUILDERS

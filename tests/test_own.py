@@ -11,7 +11,8 @@ import pytest
 
 import user_llm
 from user_llm.config import experiments
-from user_llm.models.families import FAMILIES, Family, config_from_settings, table
+from user_llm.models.config_json import config_from_settings
+from user_llm.models.families import FAMILIES, Family, table
 from user_llm.models.pretrained import decoder_config, load_decoder
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -257,3 +257,53 @@ def test_stop_ids_of_a_tokenizer_that_transformers_reads(models_dir, tmp_path):
 def test_broken_settings_are_refused_by_name(with_files):
     with pytest.raises(ValueError, match=r"generation_config\.json, line 2: not JSON"):
         with_files({"generation_config.json": '{"eos_token_id":\n'})
+
+
+# --- what a checkpoint's tokenizer may be ---
+
+
+def test_stored_truncation_and_padding_do_not_touch_a_text(trained, with_files):
+    stored = json.loads((trained[1] / "tokenizer.json").read_text())
+    stored["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    stored["padding"] = {
+        "strategy": {"Fixed": 40}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "<pad>",
+    }  # fmt: skip
+    text = "The Silent Harbor (1987) and The Last River"
+    expected = trained[0].encode(text)
+    assert 3 < len(expected) < 40
+    tokenizer = with_files({"tokenizer.json": stored, "chat_template.jinja": "{{ messages[0].content }}"})
+    assert tokenizer.encode(text) == tokenizer.encode_all([text])[0].tolist() == expected
+    assert tokenizer.chat([{"role": "user", "content": text}]) == expected
+
+
+def test_a_vocabulary_of_next_to_no_words_is_refused(with_files, tmp_path):
+    empty = tokenizers.Tokenizer(tokenizers.models.BPE({"<unk>": 0, "<s>": 1, "</s>": 2}, [], unk_token="<unk>"))
+    empty.add_tokens([f"<unused{n}>" for n in range(99)])
+    with pytest.raises(ValueError, match=r"has a vocabulary of 3: a file such as tokenizer\.model is missing"):
+        with_files({"tokenizer.json": empty.to_str()})
+    pytest.importorskip("transformers")
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    with pytest.raises(ValueError, match=r"has a vocabulary of 3: a file such as tokenizer\.model is missing"):
+        load_tokenizer(tmp_path / "llama")
+
+
+def test_tokens_that_an_embedding_table_lacks_are_refused(trained, with_files):
+    size = trained[0].vocab_size
+    trained[0].check_fits(size, "here")
+    with pytest.raises(ValueError, match=rf"^here: the tokenizer has {size} tokens, and the LLM's table {size - 1}"):
+        trained[0].check_fits(size - 1, "here")
+    # Gemma 3 has a special token for images that the tables of its text models lack; no text becomes it.
+    backend = tokenizers.Tokenizer.from_file(str(trained[1] / "tokenizer.json"))
+    backend.add_special_tokens(["<image>"])
+    tokenizer = with_files({"tokenizer.json": backend.to_str(), "chat_template.jinja": "<image>"})
+    tokenizer.check_fits(size, "here")
+    assert max(tokenizer.encode("an <image>")) < size <= max(tokenizer.chat([]))
+    backend.add_tokens(["plain"])
+    with pytest.raises(ValueError, match=f"has {size + 2} tokens"):
+        with_files({"tokenizer.json": backend.to_str()}).check_fits(size, "here")
+    backend = tokenizers.Tokenizer.from_file(str(trained[1] / "tokenizer.json"))
+    backend.add_special_tokens(["<end>"])
+    ends = with_files({"tokenizer.json": backend.to_str(), "tokenizer_config.json": {"eos_token": "<end>"}})
+    with pytest.raises(ValueError, match=f"has {size + 1} tokens"):
+        ends.check_fits(size, "here")

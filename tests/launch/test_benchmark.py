@@ -24,8 +24,8 @@ from user_llm.ahead.flops import count_flops
 from user_llm.common import trees
 from user_llm.config.reader import read_config
 from user_llm.data.dataset import Dataset
+from user_llm.models.config_json import config_from_settings
 from user_llm.models.export import save_decoder
-from user_llm.models.families import config_from_settings
 from user_llm.models.user_encoder import UserEncoder
 from user_llm.models.user_llm import UserLLM
 from user_llm.phases.contextualize import contextual_loss, model_config

@@ -24,12 +24,12 @@ def test_buckets_are_few_and_not_much_too_long():
 
 
 def test_prompts_are_padded_on_the_right_to_their_bucket():
-    table, lengths = pad_prompts([[3, 4], [5] * 65])
+    table, lengths = pad_prompts([[3, 4], [5] * 65], None, 6)
     assert table.shape == (2, 128)
     np.testing.assert_array_equal(lengths, [2, 65])
     np.testing.assert_array_equal(table[0], [3, 4] + [0] * 126)
     for zeros in (np.zeros, jnp.zeros):
-        embedded, lengths = pad_prompts(zeros((2, 65, 7)), [1, 65])
+        embedded, lengths = pad_prompts(zeros((2, 65, 7)), [1, 65], 6)
         assert embedded.shape == (2, 128, 7)
         np.testing.assert_array_equal(lengths, [1, 65])
 
@@ -39,6 +39,9 @@ def test_prompts_are_padded_on_the_right_to_their_bucket():
     [
         ([], None, "at least one token"),
         ([[3], []], None, "at least one token"),
+        ([[3], [5, 6]], None, "^6 is no token: there are 0 to 5"),
+        ([[-1]], None, "^-1 is no token"),
+        ([[2**32 + 1]], None, "^4294967297 is no token"),
         ([[3]], [1], "lengths` with embeddings alone"),
         (np.zeros((2, 5, 3)), None, "need 2 lengths from 1 to 5"),
         (np.zeros((2, 5, 3)), [1], "need 2 lengths"),
@@ -48,7 +51,7 @@ def test_prompts_are_padded_on_the_right_to_their_bucket():
 )
 def test_prompts_that_cannot_be_read_are_refused(prompts, lengths, message):
     with pytest.raises(ValueError, match=message):
-        pad_prompts(prompts, lengths)
+        pad_prompts(prompts, lengths, 6)
 
 
 def test_users_of_other_rows_are_refused(tiny):

@@ -13,8 +13,9 @@ from safetensors.numpy import save_file
 from user_llm.common import mesh as meshes
 from user_llm.common import trees
 from user_llm.data.tokenizer import load_tokenizer
+from user_llm.models.config_json import config_from_settings, settings_from_config
 from user_llm.models.decoder import Decoder
-from user_llm.models.families import config_from_settings, settings_from_config, table
+from user_llm.models.families import table
 from user_llm.models.generate import generate
 from user_llm.models.pretrained import check_weights, decoder_config, find_checkpoint, load_decoder
 from user_llm.nn.cross_attention import CrossAttentionConfig
@@ -329,7 +330,22 @@ def test_an_output_table_in_a_tied_checkpoint_must_be_the_embeddings(checkpoint)
         ({"model_type": "gemma3_text", "final_logit_softcapping": 30.0}, "'final_logit_softcapping' = 30.0"),
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "'use_bidirectional_attention' = True"),
         ({"hidden_size": "wide"}, "hidden_size"),
-        ({"quantization_config": {"bits": 4}}, "'quantization_config'"),
+        ({"model_type": "gemma3_text", "rope_local_base_freq": 0}, "'rope_theta' is no positive number"),
+        ({"model_type": "gemma3", "text_config": None}, "'text_config' is no object"),
+        ({"is_causal": False}, "'is_causal' = False"),
+        ({"auto_map": {"AutoModelForCausalLM": "own.Model"}}, "'auto_map' = "),
+        ({"final_logit_softcapping": 30.0}, "'final_logit_softcapping' = 30.0"),  # of another family of ours
+        ({"logit_scale": 0.5}, "'logit_scale' = 0.5"),  # of none
+        ({"rms_norm_eps": 2.0}, "'rms_norm_eps' = 2.0 is not below 1"),
+        ({"head_dim": 3}, "2 heads of 3 numbers"),
+        ({"rope_theta": -1.0}, "'rope_theta' is no positive number"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.0}}, "'factor' is no number of at least 1"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "of type 'yarn' are not supported"),
+        ({"rope_parameters": LLAMA3 | {"high_freq_factor": 1.0}}, "'high_freq_factor' is not above 'low_freq_factor'"),
+        ({"quantization_config": {"bits": 4}}, "'quantization_config' = {'bits': 4}"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "names the method 'gptq', which is not supported: bring"),
+        ({"quantization_config": {"quant_method": "awq"}}, "bring the checkpoint in bfloat16 that it was made from"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "call `model.dequantize()`"),
         ({"hidden_act": "swish2"}, "the activation 'swish2' is not supported"),
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported, only llama, qwen2, qwen3, gemma3_text"),
     ],
@@ -339,6 +355,88 @@ def test_unsupported_settings_are_refused_by_name(checkpoint, settings, message)
     with pytest.raises(ValueError, match="config.json") as error:
         decoder_config(path)
     assert message in str(error.value)
+
+
+def test_settings_that_no_model_reads_are_ignored_and_a_line_says_so(checkpoint, caplog):
+    plain = decoder_config(checkpoint())
+    extra = {
+        "unsloth_version": "2025.9", "unsloth_fixed": True, "_attn_implementation_autoset": True, "_unsloth": {"a": 1},
+        "max_sequence_length": 2048, "tokenizer_class": "LlamaTokenizer", "neftune_noise_alpha": 5, "temperature": 0.7, "torch_dtype": "auto",
+        "bos_token_id": [1, 2], "pad_token_id": -1,
+    }  # fmt: skip
+    for whole in ({"bits": 16}, {"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": False}):
+        with caplog.at_level("INFO", logger="absl"):
+            assert decoder_config(checkpoint(extra | {"quantization_config": whole})) == plain
+    lines = [line for line in caplog.messages if "no model reads" in line]
+    assert (
+        len(lines) == 1
+        and "config.json" in lines[0]
+        and "max_sequence_length, neftune_noise_alpha, tokenizer_class" in lines[0]
+    )
+
+
+def test_an_older_spelling_of_scaled_rotary_positions_is_read(checkpoint):
+    older = decoder_config(checkpoint({"rope_scaling": {"type": "linear", "factor": 2.0}}))
+    assert older == decoder_config(checkpoint({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}))
+    assert older.block.rope_scaling.factor == 2.0
+
+
+def test_tensors_that_are_no_weights_are_refused_by_name(checkpoint):
+    q = "model.layers.0.self_attn.q_proj."
+    one = np.ones((8, 8), np.float32)
+    bad = one.copy()
+    bad[3, 4] = np.nan
+    without = {name: tensor for name, tensor in _tensors().items() if name != f"{q}weight"}
+    for extra, message in (
+        (
+            {f"{q}weight": one.astype(ml_dtypes.float8_e4m3fn)},
+            r"is of type F8_E4M3, and only .* bring the checkpoint in bfloat16",
+        ),
+        ({f"{q}weight": one.astype(np.int8)}, "q_proj.weight is of type I8, and only"),
+        ({f"{q}weight": one.astype(bool)}, "q_proj.weight is of type BOOL, and only"),
+        ({f"{q}weight": bad}, "q_proj.weight holds NaN or an infinity"),
+        ({f"{q}qweight": one.astype(np.int32)}, r"q_proj.qweight belongs to quantised weights \(GPTQ or AWQ\): bring"),
+        ({f"{q}weight": one, f"{q}weight.absmax": one[0]}, r"absmax belongs to quantised weights \(bitsandbytes\)"),
+        ({f"{q}weight": one, f"{q}weight_scale_inv": one}, "weight_scale_inv belongs to quantised weights"),
+        ({f"{q}weight": one, f"{q}lora_A.default.weight": one}, "belongs to adapters that are not merged"),
+    ):
+        path = checkpoint(tensors=without | extra)
+        with pytest.raises(ValueError, match=message):
+            load_decoder(path, decoder_config(path))
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"module.{name}",
+        lambda name: f"base_model.model.{name}",
+        lambda name: f"language_model.{name}",
+        lambda name: name.removeprefix("model."),
+        lambda name: name.replace("model.", "model.language_model.") if name != "lm_head.weight" else name,
+        lambda name: name.replace(".self_attn", "._checkpoint_wrapped_module.self_attn").replace("mlp.", "_orig_mod.mlp."),
+    ],
+    ids=["compiled", "ddp", "peft", "wrapper", "without-head", "newer-wrapper", "inside"],
+)
+def test_tensors_are_found_whatever_stands_in_their_names(checkpoint, rename):
+    plain = checkpoint()
+    expected = trees.flatten(load_decoder(plain, decoder_config(plain)))
+    path = checkpoint(tensors={rename(name): tensor for name, tensor in _tensors().items()})
+    found = trees.flatten(load_decoder(path, decoder_config(path)))
+    assert found.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name])
+
+
+def test_two_tensors_of_one_name_are_refused(checkpoint):
+    tensors = _tensors()
+    embed = "model.embed_tokens.weight"
+    path = checkpoint(tensors=tensors | {f"_orig_mod.{embed}": tensors[embed]})
+    with pytest.raises(ValueError, match="is the same tensor as"):
+        load_decoder(path, decoder_config(path))
+    path = checkpoint(tensors=tensors | {"draft.embed_tokens.weight": tensors[embed]})
+    with pytest.raises(ValueError, match=r"both .* and .* may be embed_tokens\.weight"):
+        load_decoder(path, decoder_config(path))
 
 
 def test_unreadable_files_are_refused_by_name(checkpoint, tmp_path):

@@ -21,7 +21,8 @@ from user_llm.config import experiments
 from user_llm.config.reader import read_config
 from user_llm.data.dataset import Dataset, open_dataset
 from user_llm.data.tokenizer import train_bpe
-from user_llm.models.families import config_from_settings, table
+from user_llm.models.config_json import config_from_settings
+from user_llm.models.families import table
 from user_llm.phases import early, pretrain_lm, starting
 from user_llm.phases.run import Run
 

@@ -1,6 +1,7 @@
 """The small LLM's words: what it learns from, and its tokenizer."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from user_llm.config import experiments
 from user_llm.config.reader import read_config
 from user_llm.data.dataset import Dataset
 from user_llm.data.splits import make_split
+from user_llm.data.tokenizer import train_bpe
 from user_llm.phases import llm
 from user_llm.phases.run import Run
 
@@ -57,3 +59,22 @@ def test_the_small_llm_has_the_sizes_that_the_config_says(tmp_path, mesh_of):
     found = llm.decoder_config(Run(read_config(config), epath.Path(tmp_path), mesh_of()), 333)
     assert (found.vocab_size, found.num_layers, found.unroll) == (333, 3, False)
     assert found.block.width == config.llm.block.width and found.block.attention_kernel == "reference"
+
+
+def test_a_checkpoint_whose_tokenizer_has_more_tokens_than_its_table_is_refused(data, tmp_path, mesh_of):
+    size = train_bpe(["Emma"], 300, tmp_path / "llm").vocab_size
+    settings = {
+        "model_type": "llama",
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    config = experiments.experiment("movielens", "xattn", "small")
+    config.llm.checkpoint = str(tmp_path / "llm")
+    run = Run(read_config(config), epath.Path(tmp_path), mesh_of())
+    (tmp_path / "llm" / "config.json").write_text(json.dumps(settings | {"vocab_size": size}))
+    assert llm.tokenizer(run, data).vocab_size == size
+    (tmp_path / "llm" / "config.json").write_text(json.dumps(settings | {"vocab_size": size - 1}))
+    with pytest.raises(ValueError, match=rf"llm: the tokenizer has {size} tokens, and the LLM's table {size - 1}"):
+        llm.tokenizer(run, data)

@@ -143,7 +143,7 @@ def test_settings_of_a_hostile_hand_are_refused(key, value, words, directory):
 
 def test_a_tokenizer_larger_than_the_table_is_refused(directory):
     backend = json.loads((directory / "tokenizer.json").read_text())
-    backend["added_tokens"].append(backend["added_tokens"][-1] | {"id": 999, "content": "<more>"})
+    backend["added_tokens"].append(backend["added_tokens"][-1] | {"id": 999, "content": "<more>", "special": False})
     (directory / "tokenizer.json").write_text(json.dumps(backend))
     seal(directory, settings_of(directory))
     refused(directory, "the tokenizer has [0-9]+ tokens, and the LLM's table 280; get the model directory again")

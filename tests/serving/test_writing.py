@@ -1,8 +1,10 @@
 """Texts for users: whole, in pieces, in batches, drawn, and until a stop text."""
 
 import numpy as np
+import pytest
 
 from user_llm.common import trees
+from user_llm.data.tokenizer import Tokenizer
 from user_llm.models.generate import generate
 
 
@@ -43,3 +45,10 @@ def test_writing_stops_at_a_text(model):
 def test_who_draws_with_a_seed_draws_the_same_again(model):
     drawn = [model.generate("Next:", max_tokens=12, temperature=1.5, seed=seed) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_chat_whose_template_writes_a_token_without_a_row_is_refused(model, monkeypatch):
+    rows = model.predictor.config.decoder.vocab_size
+    monkeypatch.setattr(Tokenizer, "chat", lambda *_: [5, rows])
+    with pytest.raises(ValueError, match=rf"^The prompt has the token {rows}, and the LLM's table {rows} rows"):
+        model.generate(chat=[{"role": "user", "content": "Hello"}])

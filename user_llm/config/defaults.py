@@ -224,7 +224,7 @@ def base() -> ConfigDict:
             # Perplexity before and after contextualization, of an open LLM: of a text file of yours, or of the one that comes along.
             "general_text": {"file": "", "windows": 32, "window": 128},
             "llm": {
-                # An open LLM: a directory in Hugging Face layout, or a model's name on the hub. What it is then comes from its
+                # An open LLM: a directory in Hugging Face layout, a GGUF file, or a name on the hub. What it is then comes from its
                 # own config.json, and no phase pretrain_lm runs. Empty to train the small one that is described below.
                 "checkpoint": "",
                 "published": {},  # what config.json says, where it is known before a download

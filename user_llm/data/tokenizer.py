@@ -26,6 +26,8 @@ SPECIALS = ("<pad>", "<bos>", "<eos>")
 GUARD = 0xF0000  # first of 65,533 private-use characters, which stand for what only looks like special tokens
 PLACE = chr(0xFFFFD)  # the last private-use character there marks a place in a conversation
 BATCH = 10_000  # texts that are encoded at once
+FEWEST_WORDS = 32  # of a vocabulary, special and added tokens not counted; a missing file leaves next to none
+AGAIN = "get the tokenizer again"
 MIN_BPE_VOCAB = len(SPECIALS) + 256  # one token per byte, so that any text can be encoded
 
 
@@ -53,6 +55,20 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of ids, special tokens included; a checkpoint's embedding table may have more rows."""
         return self.backend.get_vocab_size(with_added_tokens=True)
+
+    def check_fits(self, rows: int, source: str, remedy: str = AGAIN) -> None:
+        """Check that an embedding table of `rows` rows has a row for every token that can come to stand in a prompt.
+
+        Special tokens beyond the table, such as Gemma 3's for images, may be there as long as no prompt has them.
+
+        Raises:
+          ValueError: it has not; `source` and `remedy` are named.
+        """
+        special = {number for number, token in self.backend.get_added_tokens_decoder().items() if token.special}
+        own = {number for number in (self.bos_id, self.eos_id) if number is not None}
+        ids = (set(self.backend.get_vocab(with_added_tokens=True).values()) - special) | own
+        if (highest := max(ids, default=-1)) >= rows:
+            raise ValueError(f"{source}: the tokenizer has {highest + 1} tokens, and the LLM's table {rows}; {remedy}.")
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, none of them special."""
@@ -214,11 +230,15 @@ def train_bpe(texts: Iterable[str], vocab_size: int, directory: str | os.PathLik
 
 
 def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
-    """Load a directory with tokenizer.json, or anything else that `transformers.AutoTokenizer` knows, hub names too."""
+    """Load a directory with tokenizer.json, or anything else that `transformers.AutoTokenizer` knows, hub names too.
+
+    Raises:
+      ValueError: no tokenizer there, broken files, or a vocabulary of next to no words.
+    """
     path = epath.Path(directory)
     file = path / "tokenizer.json"
     if not file.exists():
-        return _load_with_transformers(path)
+        return _with_words(_load_with_transformers(path), path)
     try:
         backend = tokenizers.Tokenizer.from_buffer(read_file(file))
     except Exception as error:  # the library raises nothing more precise
@@ -228,9 +248,17 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
     )
     if (path / "chat_template.jinja").exists():
         settings["chat_template"] = read_text(path / "chat_template.jinja")
-    return _wrap(
-        backend, settings, _settings(path / "generation_config.json", {"eos_token_id?": token_ids}).get("eos_token_id")
-    )
+    stop_ids = _settings(path / "generation_config.json", {"eos_token_id?": token_ids}).get("eos_token_id")
+    return _with_words(_wrap(backend, settings, stop_ids), path)
+
+
+def _with_words(tokenizer: Tokenizer, path: epath.Path) -> Tokenizer:
+    """Return a tokenizer that has words to write with."""
+    if (count := tokenizer.backend.get_vocab_size(with_added_tokens=False)) < FEWEST_WORDS:
+        raise ValueError(
+            f"{path}: the tokenizer has a vocabulary of {count}: a file such as tokenizer.model is missing; {AGAIN}."
+        )
+    return tokenizer
 
 
 def template(value: Any) -> bool:
@@ -247,7 +275,7 @@ def token_ids(value: Any) -> bool:
 
 def _settings(file: epath.Path, form: Mapping[str, Any] | None = None) -> dict:
     """Return what a JSON file holds; nothing if there is none."""
-    return read_json(file, dict(form or {}), "get the tokenizer again") if file.exists() else {}
+    return read_json(file, dict(form or {}), AGAIN) if file.exists() else {}
 
 
 def _wrap(backend: tokenizers.Tokenizer, settings: dict, stop_ids: int | list[int] | None = None) -> Tokenizer:
@@ -268,6 +296,8 @@ def _wrap(backend: tokenizers.Tokenizer, settings: dict, stop_ids: int | list[in
     if isinstance(chat_template, dict):
         chat_template = chat_template.get("default")
     backend.encode_special_tokens = True  # means: as ordinary text
+    backend.no_truncation()  # a tokenizer.json may store both, which are for who trained the model
+    backend.no_padding()
     return Tokenizer(
         backend, bos_id, eos_id, 0 if pad_id is None else pad_id,
         stop_ids=(stop_ids,) if isinstance(stop_ids, int) else tuple(stop_ids),
@@ -281,7 +311,7 @@ def _load_with_transformers(path: epath.Path) -> Tokenizer:
 
     try:
         loaded = transformers.AutoTokenizer.from_pretrained(os.fspath(path), trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of whichever library reads the files
         raise ValueError(f"No tokenizer at {path}: a tokenizer.json or a known tokenizer is needed.") from error
     try:
         stop_ids = transformers.GenerationConfig.from_pretrained(os.fspath(path)).eos_token_id

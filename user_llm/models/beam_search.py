@@ -196,7 +196,7 @@ def beam_generate(
     """
     if beams < 1 or max_tokens < 1:
         raise ValueError(f"beams {beams} and max_tokens {max_tokens} must be at least 1.")
-    table, sizes = pad_prompts(prompts, lengths)
+    table, sizes = pad_prompts(prompts, lengths, params["embed"].shape[0])
     check_user(user, len(sizes))
     found = _beam_texts(
         graphdef, params, table, sizes, user, jnp.asarray(stop_ids, jnp.int32), length_penalty, max_tokens,

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,17 +26,9 @@ from user_llm.common import trees
 from user_llm.common.files import check_own, check_regular
 from user_llm.common.records import read_json
 from user_llm.common.trees import Params
+from user_llm.models.config_json import bare, config_from_settings, language_model, settings_from_config
 from user_llm.models.decoder import DecoderConfig
-from user_llm.models.families import (
-    FAMILIES,
-    Family,
-    Tensor,
-    bare,
-    config_from_settings,
-    family_of,
-    settings_from_config,
-    table,
-)
+from user_llm.models.families import FAMILIES, Family, Tensor, family_of, table
 from user_llm.models.pretrained import misfits
 from user_llm.models.user_llm import UserLLMConfig
 from user_llm.nn.lora import merge_lora
@@ -43,9 +36,10 @@ from user_llm.nn.lora import merge_lora
 SHARD_BYTES = 5_000_000_000  # of one file, as Hugging Face splits them
 USER_FILE = "user_llm.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
-# Keys of a config.json that describe what is not written here, and those that hold for a language model whatever is around it.
-NOT_KEPT = ("text_config", "vision_config", "quantization_config", "dtype", "torch_dtype")
-GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "transformers_version")
+ADAPTED = r"^base_model\.model\.model\.(language_model\.)?"  # what the names of an adapter's tensors begin with
+# Settings of a checkpoint that hold for a decoder of other sizes too, and those that do not hold for what is written here.
+HELD = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "transformers_version")
+NOT_KEPT = ("quantization_config", "dtype", "torch_dtype")
 
 
 def is_bare_llm(path: str) -> bool:
@@ -115,21 +109,33 @@ def _settings_like(
     """Return what the config.json of a decoder says, with the settings of a checkpoint that is like it, and the type of its weights."""
     if like is None:
         return settings_from_config(config), None
-    theirs = read_json(like / "config.json", {}, "get the checkpoint again")
-    theirs = theirs | theirs.get("text_config", {})
-    dtype = theirs.pop("torch_dtype", None) or theirs.pop("dtype", None)
+    file = like / "config.json"
+    whole = read_json(file, {}, "get the checkpoint again")
+    theirs = language_model(whole, str(file))
+    dtype = theirs.get("torch_dtype") or theirs.get("dtype")
     kept = {key: value for key, value in theirs.items() if key not in NOT_KEPT}
+    if whole.get("model_type") != kept.get("model_type"):  # the class that is named reads the wrapper
+        kept["architectures"] = [family_of(kept, str(file), families).architecture]
     try:
-        same = config_from_settings(kept, "", families) == bare(config)
-    except ValueError:  # settings of a wrapper around the language model
+        same = config_from_settings(kept, str(file), families) == bare(config)
+    except ValueError:  # settings of a decoder that is not read here
         same = False
-    held = {key: value for key, value in kept.items() if key in GENERATION}
-    settings = kept if same else held | settings_from_config(config)
+    settings = kept if same else {key: kept[key] for key in HELD if key in kept} | settings_from_config(config)
     return settings, np.dtype(dtype) if dtype in ("bfloat16", "float16") else None
 
 
-def save_adapter(directory: Path, params: Params, config: DecoderConfig, base_model: str, family: Family | None = None) -> None:
+def save_adapter(
+    directory: Path,
+    params: Params,
+    config: DecoderConfig,
+    base_model: str,
+    family: Family | None = None,
+    modules_of_llm: str = "model.",
+) -> None:
     """Write a decoder's adapters in the layout of the peft library; `base_model` is the checkpoint that they adapt.
+
+    Args:
+      modules_of_llm: what the names of the decoder's modules begin with where transformers has loaded `base_model`.
 
     Raises:
       ValueError: a decoder without adapters.
@@ -144,13 +150,16 @@ def save_adapter(directory: Path, params: Params, config: DecoderConfig, base_mo
         a, b = (flat.get(f"{module}/lora/{weight}/{part}") for part in "ab")
         if a is None or b is None or t.layer is None:
             continue
-        name = f"base_model.model.model.{t.name.removesuffix('.weight')}"
+        name = f"base_model.model.{modules_of_llm}{t.name.removesuffix('.weight')}"
         tensors[f"{name}.lora_A.weight"] = np.ascontiguousarray(np.asarray(a[t.layer]).reshape(-1, lora.rank).T)
         tensors[f"{name}.lora_B.weight"] = np.ascontiguousarray(np.asarray(b[t.layer]).reshape(lora.rank, -1).T)
         modules.add(t.name.split(".")[-2])
+    # By their last names peft would find the modules of a wrapper's image side, too.
+    last = "|".join(sorted(modules))
+    targets = sorted(modules) if modules_of_llm == "model." else rf"{re.escape(modules_of_llm)}.*\.({last})"
     settings = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "r": lora.rank,
-        "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "target_modules": sorted(modules), "bias": "none",
+        "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "target_modules": targets, "bias": "none",
         "fan_in_fan_out": False, "inference_mode": True,
     }  # fmt: skip
     directory.mkdir(parents=True, exist_ok=True)
@@ -167,7 +176,7 @@ def load_adapter(directory: Path, like: Params, config: DecoderConfig, family: F
     file = directory / ADAPTER_FILE
     check_regular(file)
     with _named(file):
-        found = load_file(file)
+        found = {re.sub(ADAPTED, "", name): tensor for name, tensor in load_file(file).items()}
     flat = trees.flatten(like)
     out: dict[str, list[np.ndarray]] = {path: [] for path in flat if "/lora/" in path}
     for t in table(config, family):
@@ -177,7 +186,7 @@ def load_adapter(directory: Path, like: Params, config: DecoderConfig, family: F
             if path not in out or t.layer is None:
                 continue
             tensor, shape = (
-                found.pop(f"base_model.model.model.{t.name.removesuffix('.weight')}.{kind}.weight", None),
+                found.pop(f"{t.name.removesuffix('.weight')}.{kind}.weight", None),
                 flat[path].shape[1:],
             )
             if tensor is None or tensor.size != math.prod(shape):
@@ -230,12 +239,12 @@ def tokenizer_files(source: Path) -> list[Path]:
     Raises:
       ValueError: a file that is none of the checkpoint's own.
     """
-    files = [
+    files = {
         file
-        for pattern in ("*token*", "*.jinja", "vocab*", "merges.txt", "generation_config.json")
+        for pattern in ("*token*", "*.jinja", "vocab*", "merges.txt", "*.model", "*.tiktoken", "generation_config.json")
         for file in source.glob(pattern)
         if not file.is_dir()
-    ]
+    }
     for file in files:
         check_own(file, source)
-    return files
+    return sorted(files)

@@ -149,7 +149,7 @@ def stream(
     """
     if max_tokens < 1 or chunk < 1:
         raise ValueError(f"max_tokens {max_tokens} and chunk {chunk} must be at least 1.")
-    table, sizes = pad_prompts(prompts, lengths)
+    table, sizes = pad_prompts(prompts, lengths, params["embed"].shape[0])
     check_user(user, len(sizes))
     rows = by_row(sampling, seeds, len(sizes))
     request = _Request(jnp.asarray(sizes), rows, jnp.asarray(stop_ids, jnp.int32), user)

@@ -43,12 +43,15 @@ def bucket(length: int) -> int:
 
 
 def pad_prompts(
-    prompts: Prompts, lengths: Sequence[int] | Int[AnyArray, " B"] | None = None
+    prompts: Prompts, lengths: Sequence[int] | Int[AnyArray, " B"] | None, vocab: int
 ) -> tuple[Int[np.ndarray, "B X"] | Float[Array, "B X D"], Int[np.ndarray, " B"]]:
     """Return prompts right-padded to their bucket, and their lengths, which must be given if they come as embeddings.
 
+    Args:
+      vocab: the number of tokens that there are; an embedding table would answer any other by one of its rows.
+
     Raises:
-      ValueError: no prompts, an empty one, or lengths that are missing, superfluous or do not fit.
+      ValueError: no prompts, an empty one, a number that is no token, or lengths that are missing, superfluous or do not fit.
     """
     if isinstance(prompts, np.ndarray | jax.Array) and prompts.ndim == 3:
         batch, length, _ = prompts.shape
@@ -61,7 +64,10 @@ def pad_prompts(
     sizes = np.array([len(row) for row in prompts], np.int32)
     if not sizes.size or sizes.min() < 1:
         raise ValueError("Every row needs a prompt of at least one token.")
-    return pad_rows([np.asarray(row) for row in prompts], bucket(int(sizes.max()))), sizes
+    rows = [np.asarray(row) for row in prompts]
+    if wrong := next((row[(row < 0) | (row >= vocab)].tolist() for row in rows if row.min() < 0 or row.max() >= vocab), None):
+        raise ValueError(f"{wrong[0]} is no token: there are 0 to {vocab - 1}.")
+    return pad_rows(rows, bucket(int(sizes.max()))), sizes
 
 
 def prefill(

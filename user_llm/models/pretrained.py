@@ -1,7 +1,8 @@
 """Open checkpoints in Hugging Face layout: from a directory or the hub, tensor by tensor straight into their shardings.
 
 Nothing is ignored: a tensor that is missing, left over or of another shape is named, the image side of a Gemma 3 checkpoint
-excepted. Which setting and tensor means what is in `models/families.py`.
+excepted. A tensor is found whatever stands before its name. What settings mean is in `models/config_json.py`, and what names of
+tensors mean in `models/families.py`.
 """
 
 import functools
@@ -9,7 +10,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import huggingface_hub
 import jax
@@ -27,14 +28,27 @@ from user_llm.common.hashes import content_hashes
 from user_llm.common.records import read_json
 from user_llm.common.trees import Params
 from user_llm.common.workdir import path_part
+from user_llm.models import gguf_file
+from user_llm.models.config_json import DEQUANTISED, ORIGINAL, config_from_settings
 from user_llm.models.decoder import DecoderConfig
-from user_llm.models.families import FAMILIES, Family, Tensor, config_from_settings, family_of, table
+from user_llm.models.families import FAMILIES, Family, Tensor, family_of, modules_of, table
 
 # What a Gemma 3 checkpoint with images holds besides its language model.
 IMAGE_SIDE = ("vision_tower.", "multi_modal_projector.")
+# Rotary frequencies and their cosines, which older checkpoints store; they follow from rope_theta.
+ROTARY = re.compile(r"(^|\.)rotary_emb(_local)?\.(inv_freq|cos_cached|sin_cached)$")
+# What wrappers of a training put among or before the names of the modules that they wrap: torch.compile, FSDP, checkpointing, DDP.
+TRAINING = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^(?:module\.)+")
 FLOATS = ("F64", "F32", "F16", "BF16")
 SHOWN = 6  # faults that a sentence names; more are counted
 AGAIN = "get the checkpoint again"
+# What names of tensors end with that only checkpoints of another kind hold, and what to bring in their place.
+OTHER_KINDS = {
+    r"qweight|qzeros|g_idx": f"quantised weights (GPTQ or AWQ): {ORIGINAL}",
+    r"absmax|quant_map|quant_state\..*|SCB": f"quantised weights (bitsandbytes): {DEQUANTISED}",
+    r"weight_scale|weight_scale_inv|weight_packed|input_scale|.*_blocks|.*_scales": f"quantised weights: {DEQUANTISED}",
+    r"lora_[AB]\.(.*\.)?weight": "adapters that are not merged into the weights: call peft's `merge_and_unload()` and save the model",
+}
 PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")  # of the files of a checkpoint
 TOKENIZER = ("tokenizer.json", "special_tokens_map.json", "tokenizer_config.json", "generation_config.json")
 
@@ -45,7 +59,7 @@ def is_hub_name(name: str) -> bool:
 
 
 def find_checkpoint(name: str | os.PathLike, patterns: Sequence[str] = PATTERNS) -> Path:
-    """Return the directory of a checkpoint: `name` itself, or a download of the hub's model of that name.
+    """Return the directory of a checkpoint: `name` itself, what a GGUF file holds, or a download of the hub's model of that name.
 
     The hub's own settings hold: HF_TOKEN for gated models, HF_HOME for where downloads are kept, HF_ENDPOINT for a mirror.
 
@@ -58,6 +72,8 @@ def find_checkpoint(name: str | os.PathLike, patterns: Sequence[str] = PATTERNS)
     path = Path(name)
     if path.is_dir():
         return path
+    if path.suffix == ".gguf" and path.exists():
+        return gguf_file.unpacked(path)
     if not is_hub_name(str(name)):
         raise ValueError(f"No checkpoint at {name}: a directory in Hugging Face layout or a model's name on the hub is needed.")
     try:
@@ -116,6 +132,11 @@ def family_at(path: Path, families: Mapping[str, Family]) -> Family:
     return family_of(read_json(path / "config.json", {}, AGAIN), str(path / "config.json"), families)
 
 
+def modules_at(path: Path) -> str:
+    """Return what the names of a checkpoint's modules begin with in transformers, such as `model.`."""
+    return modules_of(read_json(path / "config.json", {}, AGAIN))
+
+
 def load_decoder(
     path: str | os.PathLike,
     config: DecoderConfig,
@@ -135,11 +156,11 @@ def load_decoder(
       ValueError: unreadable files, or tensors that are missing, left over or of another shape, all of them named.
     """
     family = family_at(Path(path), families)
-    prefix, tensors, files = _find_tensors(Path(path), config, family)
+    tensors, files, names = _find_tensors(Path(path), config, family)
     where = {} if shardings is None else trees.flatten(shardings)
     params: dict[str, jax.Array] = {}
     for name, t in tensors.items():
-        value = t.read(_read_tensor(files[name][0], name))
+        value = t.read(_read_tensor(files[name]))
         sharding = where.get(t.path, SingleDeviceSharding(jax.devices()[0]))
         if t.layer is None:
             params[t.path] = _put(value, sharding, dtype)
@@ -149,8 +170,8 @@ def load_decoder(
             params[t.path] = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)(shape, jnp.dtype(dtype))
         part = _put(value, _without_layers(sharding), dtype)
         params[t.path] = _set_layer(params[t.path], part, t.layer)
-    if config.tie_embeddings and family.name("head") in files:
-        _check_tied(files, family.name("head"), prefix + family.name("embed"))
+    if config.tie_embeddings and names["head"] in files:
+        _check_tied(files[names["head"]], files[names["embed"]])
     return trees.unflatten(params)
 
 
@@ -163,16 +184,35 @@ def check_weights(path: str | os.PathLike, families: Mapping[str, Family] = FAMI
     _find_tensors(Path(path), decoder_config(path, families), family_at(Path(path), families))
 
 
+class Stored(NamedTuple):
+    """Where a tensor lies, its name there, and its shape."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+
+
 def _find_tensors(
     path: Path, config: DecoderConfig, family: Family
-) -> tuple[str, dict[str, Tensor], dict[str, tuple[Path, tuple[int, ...]]]]:
-    """Return what a checkpoint's names begin with, the tensors that it must have by its names, and the file and shape of each."""
+) -> tuple[dict[str, Tensor], dict[str, Stored], dict[str, str]]:
+    """Return the tensors that a checkpoint must have, those that it has, and what it calls the embeddings and the output table.
+
+    The names are the checkpoint's, without what a training put into them.
+    """
     files = _tensor_files(path)
-    embed, head = family.name("embed"), family.name("head")
-    prefix = next((name.removesuffix(embed) for name in files if name.endswith(embed)), "model.")
-    tensors = {t.name if t.name == head else prefix + t.name: t for t in table(config, family)}
-    _check_tensors(path, {name: t.theirs for name, t in tensors.items()}, files, head)
-    return prefix, tensors, files
+    names = {}
+    for role, usual in (("embed", "model."), ("head", "")):
+        last = family.name(role)
+        found = [name for name in files if f".{name}".endswith(f".{last}")]
+        if len(found) > 1:
+            raise ValueError(f"The weights at {path} do not fit the config: both {found[0]} and {found[1]} may be {last}.")
+        names[role] = found[0] if found else usual + last
+    prefix = names["embed"].removesuffix(family.name("embed"))
+    tensors = {names["head"] if t.path == "head" else prefix + t.name: t for t in table(config, family)}
+    there = {name: stored.shape for name, stored in files.items() if name in tensors or name != names["head"]}
+    if problems := misfits({name: t.theirs for name, t in tensors.items()}, there):
+        raise ValueError(f"The weights at {path} do not fit the config: {problems}.")
+    return tensors, files, names
 
 
 def _put(value: np.ndarray, sharding: Sharding, dtype: DTypeLike) -> jax.Array:
@@ -193,14 +233,20 @@ def _set_layer(stacked: jax.Array, part: jax.Array, layer: jax.Array) -> jax.Arr
     return stacked.at[layer].set(part)
 
 
-def _read_tensor(file: Path, name: str) -> np.ndarray:
+def _read_tensor(stored: Stored) -> np.ndarray:
     # Opened anew for each, or the pages already read would stay mapped.
-    with safe_open(file, "np") as tensors:
-        return tensors.get_tensor(name)
+    with safe_open(stored.file, "np") as tensors:
+        tensor = tensors.get_tensor(stored.name)
+    if not np.isfinite(tensor).all():
+        raise ValueError(f"{stored.file}: {stored.name} holds NaN or an infinity; {AGAIN}.")
+    return tensor
 
 
-def _tensor_files(path: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
-    """Return the file and shape of every tensor; several files must be those that the index names."""
+def _tensor_files(path: Path) -> dict[str, Stored]:
+    """Return where each tensor is stored, by its name without what a training put into it.
+
+    Several files must be those that the index names. Left out are tensors that no language model needs.
+    """
     index = path / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.exists():
@@ -209,7 +255,7 @@ def _tensor_files(path: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
             if not isinstance(file_name, str):
                 raise ValueError(f"{index}: weight_map {name!r} is no text; {AGAIN}.")
         names = [path_part(name, f"{index}: the file") for name in sorted(set(weight_map.values()))]
-    found: dict[str, tuple[Path, tuple[int, ...]]] = {}
+    found: dict[str, Stored] = {}
     for file in (path / name for name in names):
         if not file.exists():
             raise ValueError(f"No weights at {file}: a checkpoint in safetensors format is needed.")
@@ -217,28 +263,26 @@ def _tensor_files(path: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
         try:
             with safe_open(file, "np") as tensors:
                 for name in tensors.keys():  # noqa: SIM118
+                    plain = TRAINING.sub("", name)
+                    if ROTARY.search(plain) or any(part in plain for part in IMAGE_SIDE):
+                        continue
+                    if plain in found:
+                        raise ValueError(f"{file}: {name} is the same tensor as {found[plain].name}; {AGAIN}.")
                     tensor = tensors.get_slice(name)
-                    if tensor.get_dtype() not in FLOATS:
-                        raise ValueError(
-                            f"{file}: {name} is of type {tensor.get_dtype()}, and only {', '.join(FLOATS)} are read."
-                        )
-                    found[name] = file, tuple(tensor.get_shape())
+                    _check_kind(file, name, tensor.get_dtype())
+                    found[plain] = Stored(file, name, tuple(tensor.get_shape()))
         except SafetensorError as error:
             raise ValueError(f"{file} is truncated or no safetensors file ({error}): download it again.") from error
-    # Older checkpoints store the rotary frequencies, which follow from rope_theta.
-    return {
-        name: where
-        for name, where in found.items()
-        if not name.endswith("rotary_emb.inv_freq") and not any(part in name for part in IMAGE_SIDE)
-    }
+    return found
 
 
-def _check_tensors(
-    path: Path, wanted: dict[str, tuple[int, ...]], files: dict[str, tuple[Path, tuple[int, ...]]], head: str
-) -> None:
-    there = {name: shape for name, (_, shape) in files.items() if name in wanted or name != head}
-    if problems := misfits(wanted, there):
-        raise ValueError(f"The weights at {path} do not fit the config: {problems}.")
+def _check_kind(file: Path, name: str, dtype: str) -> None:
+    """Refuse a tensor that is no weight as it is computed with."""
+    for ending, kind in OTHER_KINDS.items():
+        if re.search(rf"(^|\.)({ending})$", name):
+            raise ValueError(f"{file}: {name} belongs to {kind}.")
+    if dtype not in FLOATS:
+        raise ValueError(f"{file}: {name} is of type {dtype}, and only {', '.join(FLOATS)} are read: {ORIGINAL}.")
 
 
 def misfits(wanted: Mapping[str, tuple[int, ...]], there: Mapping[str, tuple[int, ...]]) -> str:
@@ -254,8 +298,7 @@ def misfits(wanted: Mapping[str, tuple[int, ...]], there: Mapping[str, tuple[int
     return "; ".join(problems[:SHOWN] + more)
 
 
-def _check_tied(files: dict[str, tuple[Path, tuple[int, ...]]], head: str, embed: str) -> None:
+def _check_tied(head: Stored, embed: Stored) -> None:
     """Some checkpoints with tied embeddings store them twice: see that they are the same."""
-    again, table = (_read_tensor(files[name][0], name) for name in (head, embed))
-    if not np.array_equal(again, table):
-        raise ValueError(f"{files[head][0]}: the embeddings are tied, but {head} differs from them.")
+    if not np.array_equal(_read_tensor(head), _read_tensor(embed)):
+        raise ValueError(f"{head.file}: the embeddings are tied, but {head.name} differs from them.")

@@ -98,7 +98,7 @@ def score(
     Raises:
       ValueError: not one prompt, user and equal number of candidates a row, or an empty candidate.
     """
-    table, sizes = pad_prompts(prompts, lengths)
+    table, sizes = pad_prompts(prompts, lengths, params["embed"].shape[0])
     check_user(user, len(sizes))
     counts = {len(row) for row in candidates}
     if len(candidates) != len(sizes) or len(counts) != 1 or not min(counts) or chunk < 1:

@@ -39,7 +39,9 @@ def tokenizer(run: Run, data: Dataset) -> Tokenizer:
     """Return the LLM's tokenizer: the checkpoint's own, or BPE trained once on this dataset's titles and genres."""
     config = run.config
     if config.llm.checkpoint:
-        return load_tokenizer(run.checkpoint)
+        found = load_tokenizer(run.checkpoint)
+        found.check_fits(decoder_config(run, found.vocab_size).vocab_size, str(run.checkpoint))
+        return found
 
     def train(path: Path) -> None:
         # Often enough for byte-pair merges to make whole words of them: every prompt starts with one.

@@ -133,7 +133,8 @@ def _write(directory: Path, model: Personalizer, made: Making, params: Params, *
             settings["model"] = plain(dataclasses.asdict(formats.without_adapters(config)))
         elif config.decoder.block.lora is not None:
             base, family = made.base.checkpoint if made.base else "", family_at(made.source, made.families)
-            formats.save_adapter(folder, params["decoder"], config.decoder, base, family)
+            modules = pretrained.modules_at(made.source)
+            formats.save_adapter(folder, params["decoder"], config.decoder, base, family, modules)
         for file in formats.tokenizer_files(made.source):
             shutil.copy(file, folder / file.name)
         write_catalogue(folder / CATALOGUE, model.vocabulary.catalogue, made.counts)
@@ -202,9 +203,7 @@ def load(
         vocabulary = Vocabulary.from_json(settings.vocabulary, catalogue)
         _check_sizes(settings, schema)
     tokenizer = load_tokenizer(directory)
-    rows, highest = config.decoder.vocab_size, max(tokenizer.backend.get_vocab(with_added_tokens=True).values(), default=-1)
-    if highest >= rows:
-        raise ValueError(f"{directory}: the tokenizer has {highest + 1} tokens, and the LLM's table {rows}; {AGAIN}.")
+    tokenizer.check_fits(config.decoder.vocab_size, str(directory), AGAIN)
     with reading(file):
         lines = Lines(tokenizer, catalogue, **dataclasses.asdict(settings.lines))
         templates = {task: template(lines, task, of) for task, of in settings.prompts.items()}

@@ -151,7 +151,7 @@ class Writer:
         """Return the token ids of a prompt, of a task's prompt or of a conversation.
 
         Raises:
-          ValueError: not exactly one of the three is given, or the prompt has no tokens.
+          ValueError: not exactly one of the three is given, the prompt has no tokens, or it has one that the LLM lacks.
         """
         if (prompt is not None) + (template is not None) + (chat is not None) != 1:
             raise ValueError("Give one of a prompt, a task and a chat.")
@@ -163,6 +163,8 @@ class Writer:
             row = np.array([*self.lines.start, *self.tokenizer.encode(prompt or "")], np.int32)
         if not len(row):
             raise ValueError("The prompt has no tokens: write at least one character.")
+        if row.max() >= (rows := self.predictor.config.decoder.vocab_size):  # a template can write any special token
+            raise ValueError(f"The prompt has the token {row.max()}, and the LLM's table {rows} rows: write it without.")
         return row
 
     def padded(self, rows: Sequence[Ids]) -> tuple[Array, Array]:
