@@ -230,6 +230,7 @@ def main() -> None:
         "preset": args.preset, "rounds": args.rounds, "steps": args.steps,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "torch", "transformers") if find_spec(name)},
     }  # fmt: skip
+    failed = []  # what one part meets costs the others nothing
     with tempfile.TemporaryDirectory() as workdir:
         own = [sys.executable, str(HERE / "benchmark.py"), f"--preset={args.preset}", f"--steps={args.steps}"]
         means = turns.run([*own, f"--parts={','.join(args.parts)}", "--one", "batches", workdir])
@@ -240,11 +241,15 @@ def main() -> None:
                 else [sys.executable, str(HERE / "torch_reference.py"), workdir, part, str(args.steps), side]
                 for side in args.sides
             }
-            result[part] = report(means[part], turns.take_turns(commands, args.rounds))
-    text = json.dumps(result, indent=1)
-    if args.out:
-        args.out.write_text(text)
-    print(text)
+            try:
+                result[part] = report(means[part], turns.take_turns(commands, args.rounds))
+            except SystemExit as error:
+                failed.append(str(error))
+            if args.out:  # also where the next part fails, or is stopped
+                args.out.write_text(json.dumps(result, indent=1))
+    print(json.dumps(result, indent=1))
+    if failed:
+        sys.exit("\n".join(failed))
 
 
 if __name__ == "__main__":

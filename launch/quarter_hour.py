@@ -211,21 +211,12 @@ def movielens(run: Runner, args: argparse.Namespace, until: float) -> dict:
 
 def speed(run: Runner, args: argparse.Namespace, until: float) -> dict:
     """Time train steps and profile three of each."""
-    found: dict = {}
-    preset = "tiny" if args.rehearse else "gpu"
-    for part in ("lora", "full", "encoder"):
-        path = args.out / f"speed_{part}.json"
-        options = [
-            f"--parts={part}",
-            "--sides=user_llm",
-            "--rounds=1",
-            f"--steps={2 if args.rehearse else 20}",
-            f"--out={path}",
-        ]
-        run("speed", ["launch/benchmark.py", f"--preset={preset}", *options, f"--profile={args.out / 'trace'}"], until)
-        if path.exists():
-            found[part] = json.loads(path.read_text())[part]
-    return found
+    parts, path = ("lora", "full", "encoder"), args.out / "speed.json"
+    preset, steps = ("tiny", 2) if args.rehearse else ("gpu", 20)
+    options = [f"--parts={','.join(parts)}", "--sides=user_llm", "--rounds=1", f"--steps={steps}", f"--out={path}"]
+    run("speed", ["launch/benchmark.py", f"--preset={preset}", *options, f"--profile={args.out / 'trace'}"], until)
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return {part: found[part] for part in parts if part in found}
 
 
 def decode(run: Runner, args: argparse.Namespace, until: float) -> dict:

@@ -1,5 +1,6 @@
 """What all tests share: quick compilation, real input, timelines by hand, and parameters drawn without compiling."""
 
+import gc
 import math
 import os
 import shutil
@@ -15,6 +16,8 @@ FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_lev
 if metadata.version("jaxlib").startswith("0.10."):  # later ones stop at flags that they do not know
     FLAGS += " --xla_cpu_use_fusion_emitters=false"  # their kernels take long to compile
 os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}"
+# Torch's threads wait for each other by spinning, on cores that other tests want; its models here are tiny.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What one process of the tests has compiled, no other compiles again: its workers, and the commands that tests start.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     COMPILED = tempfile.TemporaryDirectory(prefix="user_llm_compiled_")  # removed as pytest ends
@@ -42,11 +45,17 @@ from user_llm.models.decoder import Decoder, DecoderConfig
 from user_llm.nn.visibility import causal_mask
 
 # Files of minutes, which start before the others (xdist, --no-loadscope-reorder), so that no worker waits for them at the end.
-LONG = ("test_processes", "test_synthetic_variants", "test_main", "test_pretrain_encoder")
+LONG = ("test_quarter_hour", "test_main", "test_processes", "test_pretrain_encoder", "test_synthetic_variants")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem not in LONG)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays; tracing makes many objects that need no collector."""
+    gc.freeze()
+    gc.set_threshold(50_000)
 
 
 @pytest.fixture(scope="session")

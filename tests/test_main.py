@@ -19,36 +19,47 @@ from user_llm.config.defaults import LLMS
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from processes import finish, start
 from served import check_served
 from tiny_quickstart import PHASES, TINY, environment, one_device, tiny_config
 
 ROOT = Path(__file__).parent.parent
 
 
-def _start(workdir: Path) -> subprocess.Popen:
-    """Start the whole command, shrunk."""
+def _tiny():
+    """Return the quick start's config, shrunk; with two streams, so that two processes read what one reads."""
+    config = tiny_config()
+    config.data.streams = 2
+    return config
+
+
+def _command(workdir: Path) -> list[str]:
+    """Return the whole command, shrunk."""
     flags = [f"--config.{key}={value}" for key, value in TINY.items()]
-    command = [sys.executable, "-m", "user_llm.main", "--config=configs/quickstart.py", f"--workdir={workdir}"]
-    command += [f"--config.phases={PHASES!r}", *flags]
-    return subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = ["-m", "user_llm.main", "--config=configs/quickstart.py", f"--workdir={workdir}", "--config.data.streams=2"]
+    return [*command, f"--config.phases={PHASES!r}", *flags]
+
+
+def _rows(workdir: Path) -> list[dict]:
+    return json.loads((workdir / "results.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("run")
-    assert _start(workdir).wait() == 0
+    finish(start(_command(workdir), devices=1))
     return workdir
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["user_llm", "text_prompt_10"])
 def test_the_model_alone_answers_every_test_user_as_the_evaluation_did(finished, tmp_path, phase):
-    check_served(finished, tiny_config(), tmp_path, phase)
+    check_served(finished, _tiny(), tmp_path, phase)
 
 
 @pytest.mark.slow
 def test_leaves_all_that_the_readme_promises(finished):
-    rows = json.loads((finished / "results.json").read_text())
+    rows = _rows(finished)
     methods = {row["method"] for row in rows}
     assert methods == {"popularity", "popularity_7d", "transitions", "encoder", "user_llm", "user_llm/generate", "text_prompt_10"}
     for row in rows:
@@ -81,14 +92,14 @@ def test_finished_phases_are_not_run_again(finished):
     stamps = {path: path.stat().st_mtime_ns for path in finished.glob("*/params/**/*")}
     before = (finished / "results.json").read_text()
     with one_device():
-        main.run(tiny_config(), epath.Path(finished))
+        main.run(_tiny(), epath.Path(finished))
     assert (finished / "results.json").read_text() == before
     assert {path: path.stat().st_mtime_ns for path in finished.glob("*/params/**/*")} == stamps
 
 
 @pytest.mark.slow
 def test_another_config_in_the_same_workdir_is_refused(finished):
-    config = tiny_config()
+    config = _tiny()
     config.seed = 1
     with pytest.raises(ValueError, match="another config"):
         main.run(config, epath.Path(finished))
@@ -219,20 +230,33 @@ def test_a_command_that_fails_prints_its_sentence_alone(flag, sentence):
 
 @pytest.mark.slow
 def test_killed_in_two_phases_gives_the_same_results(finished, tmp_path):
+    command = _command(tmp_path / "run")
     for phase, evaluations in (("pretrain_encoder", 2), ("user_llm", 2)):
-        process = _start(tmp_path / "run")
+        [process] = start(command, devices=1)
         metrics = tmp_path / "run" / phase / "metrics.jsonl"
         while process.poll() is None and not (metrics.exists() and metrics.read_text().count('"eval"') >= evaluations):
             time.sleep(0.05)
         assert process.poll() is None, "the run ended before it could be killed"
         process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert _start(tmp_path / "run").wait() == 0
+        process.communicate()
+    finish(start(command, devices=1))
     expected, found = (
-        [{k: v for k, v in row.items() if k != "config_hash"} for row in json.loads((run / "results.json").read_text())]
-        for run in (finished, tmp_path / "run")
+        [{k: v for k, v in row.items() if k != "config_hash"} for row in _rows(run)] for run in (finished, tmp_path / "run")
     )
     assert found == expected
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_rows_of_one(finished, tmp_path):
+    """Training, evaluation with a remainder, titles by beam search, samples and report, on two times two devices and on one."""
+    workdir = tmp_path / "two"
+    finish(start(_command(workdir), count=2, devices=4))
+    one, two = (
+        {tuple(row[k] for k in ("task", "method", "metric")): row["value"] for row in _rows(run)} for run in (finished, workdir)
+    )
+    assert len(one) > 20 and two == pytest.approx(one, abs=1e-6)
+    for name in ("report.md", "config.json", "audit.json", "user_llm/metrics.jsonl", "user_llm/samples.json"):
+        assert (workdir / name).exists(), name
 
 
 @pytest.mark.slow

@@ -1,9 +1,10 @@
-"""Two processes of four devices, as on two hosts, against one process of eight devices, and one device."""
+"""Two processes of four devices, as on two hosts, against one process of eight devices, and one device.
+
+A whole run of two processes: `test_main.py`, against the one process that other tests there read, too.
+"""
 
 import json
 import signal
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,47 +16,16 @@ from user_llm.training.loop import Preempted
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "training")]
 
 import tiny
-from tiny_quickstart import TINY, environment
+from processes import finish, start
 
-ROOT = Path(__file__).parents[1]
 MESH = "2,2,2"  # each axis by itself: training/test_step.py
 pytestmark = pytest.mark.slow
 
 
-def _start(command, count=1, devices=8):
-    """Start a program as `count` processes that know of each other, of `devices` devices in all."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    started = []
-    for index in range(count):
-        several = {"COORDINATOR_ADDRESS": address, "NUM_PROCESSES": str(count), "PROCESS_ID": str(index)} if count > 1 else {}
-        settings = environment(devices // count) | {"PYTHONFAULTHANDLER": "1"} | several
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        started.append(subprocess.Popen([sys.executable, *command], cwd=ROOT, env=settings, text=True, **pipes))
-    return started
-
-
-def _finish(processes):
-    """Wait for all; return what each printed last, or fail with where each hangs."""
-    try:
-        outputs = [process.communicate(timeout=600) for process in processes]
-    except subprocess.TimeoutExpired:
-        for process in processes:
-            process.send_signal(signal.SIGABRT)  # faulthandler prints the stacks of its threads
-        pytest.fail("\n\n".join(process.communicate()[1][:6000] for process in processes))
-    finally:
-        for process in processes:
-            process.kill()
-    for process, (_, errors) in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, errors[-3000:]
-    return [(out.strip().splitlines() or [""])[-1] for out, _ in outputs]
-
-
 def test_one_device_eight_and_two_processes_of_four_have_the_same_losses(tmp_path):
     """Steps of the encoder and of contextualization, over data, fsdp and tensor at once."""
-    [alone] = _finish(_start(["tests/steps.py", str(tmp_path / "alone"), "1,1,1", MESH]))
-    first, second = _finish(_start(["tests/steps.py", str(tmp_path / "two"), MESH], count=2))
+    [alone] = finish(start(["tests/steps.py", str(tmp_path / "alone"), "1,1,1", MESH]))
+    first, second = finish(start(["tests/steps.py", str(tmp_path / "two"), MESH], count=2))
     alone, two = json.loads(alone), json.loads(first)
     assert json.loads(second) == two
     expected = alone.pop("1,1,1")
@@ -66,28 +36,8 @@ def test_one_device_eight_and_two_processes_of_four_have_the_same_losses(tmp_pat
             np.testing.assert_allclose(losses, expected[name], atol=1e-5, rtol=1e-5, err_msg=name)
 
 
-def test_a_whole_run_of_two_processes_has_the_rows_of_one(tmp_path):
-    """Training, evaluation with a remainder, titles by beam search, samples and report, on two times two devices and on one."""
-    settings = [f"--config.{key}={value}" for key, value in TINY.items()]
-    command = ["-m", "user_llm.main", "--config=configs/quickstart.py", *settings, "--config.data.streams=2"]
-    command += ["--config.phases=('pretrain_encoder','user_llm')", "--config.user_llm.load=(('.*','fresh'),)"]
-    _finish(_start([*command, f"--workdir={tmp_path / 'one'}"], devices=1))
-    _finish(_start([*command, f"--workdir={tmp_path / 'two'}"], count=2, devices=4))
-    one, two = (
-        {tuple(row[k] for k in ("task", "method", "metric")): row["value"] for row in _rows(tmp_path / run)}
-        for run in ("one", "two")
-    )
-    assert len(one) > 20 and two == pytest.approx(one, abs=1e-6)
-    for name in ("report.md", "config.json", "audit.json", "user_llm/metrics.jsonl", "user_llm/samples.json"):
-        assert (tmp_path / "two" / name).exists(), name
-
-
-def _rows(run):
-    return json.loads((run / "results.json").read_text())
-
-
 def _tiny(workdir, *flags, **how):
-    return _start(["tests/training/tiny.py", str(workdir), *flags], **how)
+    return start(["tests/training/tiny.py", str(workdir), *flags], **how)
 
 
 @pytest.fixture(scope="module")
@@ -105,10 +55,10 @@ def test_two_processes_go_on_after_a_kill_and_stop_together_on_sigterm(tmp_path,
         process.communicate()
     assert both[1].returncode == -signal.SIGKILL
     stopped = _tiny(tmp_path / "two", "--fsdp=8", "--signal=SIGTERM", "--at=4", "--who=1", count=2)
-    _finish(stopped)  # both end by themselves with code 0
+    finish(stopped)  # both end by themselves with code 0
     step = max(int(path.name) for path in (tmp_path / "two" / "checkpoints").iterdir() if path.name.isdigit())
     assert 4 <= step < 12 and not (tmp_path / "two" / "results.json").exists()
-    assert _finish(_tiny(tmp_path / "two", "--fsdp=8", count=2)) == [expected] * 2
+    assert finish(_tiny(tmp_path / "two", "--fsdp=8", count=2)) == [expected] * 2
     log = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log if row["kind"] == "train"] == list(range(1, 13))
 
@@ -119,4 +69,4 @@ def test_a_run_moves_from_eight_devices_to_four_to_one_and_to_two_processes(tmp_
         with pytest.raises(Preempted):
             tiny.run_split(workdir, mesh_of(fsdp=fsdp), count_events=tiny.signal_at(3, signal.SIGTERM))
         assert not (workdir / "results.json").exists()
-    assert _finish(_tiny(workdir, "--fsdp=8", count=2)) == [expected] * 2
+    assert finish(_tiny(workdir, "--fsdp=8", count=2)) == [expected] * 2

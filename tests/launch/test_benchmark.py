@@ -221,6 +221,27 @@ def test_an_unknown_choice_is_refused(flag, monkeypatch, capsys):
     assert re.search(r"'(huge|decoder|tensorflow)'.*choose", capsys.readouterr().err)
 
 
+def test_a_part_that_fails_costs_the_others_nothing(tmp_path, monkeypatch, capsys):
+    ours = {"step_s": 0.5, "compile_s": 9.0, "peak_bytes": 100, "flops": 1.0, "device": "cpu", "loss": 1.0}
+
+    def run(command):
+        if "batches" in command:
+            return {part: {"step": {"events": 3.0}} for part in ("lora", "encoder")}
+        if "--parts=lora" in command:
+            raise SystemExit("out of memory")
+        return ours
+
+    monkeypatch.setattr(benchmark.turns, "run", run)
+    out = tmp_path / "found.json"
+    command = ["benchmark.py", "--preset=tiny", "--parts=lora,encoder", "--sides=user_llm", "--rounds=1", f"--out={out}"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit, match="^out of memory$"):
+        benchmark.main()
+    found = json.loads(out.read_text())
+    assert "lora" not in found and found["encoder"]["user_llm"]["steps_per_s"] == 2
+    assert json.loads(capsys.readouterr().out) == found
+
+
 @pytest.mark.slow
 def test_a_tiny_benchmark_runs_both_sides(reference, tmp_path):
     """Of one part; all of them on our side: the rehearsal of `test_quarter_hour.py`."""
