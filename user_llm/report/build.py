@@ -14,6 +14,7 @@ from etils import epath
 from user_llm.common.files import absolute, whole
 from user_llm.report import plots
 from user_llm.report.breakdowns import breakdown_sections
+from user_llm.report.controls import control_sections
 from user_llm.report.costs import cost_section
 from user_llm.report.markdown import Markdown, code, command, listed, picture, say, table
 from user_llm.report.page import write_page
@@ -26,6 +27,9 @@ METRICS = ("recall@1", "recall@5", "recall@10", "ndcg@10", "mrr")
 KINDS = {
     "": "Nothing filtered",
     "unseen": "History removed from the candidates (`unseen`)",
+    "random_user": "With another user's history (`random_user`)",
+    "no_user": "With no history (`no_user`)",
+    "corpus": "Of all questions together (`corpus`)",
     "with_user": "While attending to a user (`with_user`)",
 }
 Stood = dict[Group, tuple[str, list[Standing]]]  # Of each group its first metric, and how the methods stand by it.
@@ -55,6 +59,7 @@ def write_report(*workdirs: epath.PathLike, costs: epath.PathLike = "", out: epa
     sections = [
         say("# Report"),
         *_answer_section(stood, pictures),
+        *control_sections(gather(runs, controls=True)),
         *_result_sections(cells, stood),
         *_comparison_sections(stood),
         *breakdown_sections(measured, pictures),

@@ -42,6 +42,7 @@ class Run:
     audit: dict
     metrics: dict[str, list[dict]]
     measured: list[tuple[str, str, Measured]]  # (task, method, values of each target)
+    controls: list[tuple[str, str, Measured]]  # the same with other histories too, as `tasks/controls.py` measures them
     samples: list[dict]  # as phases/samples.py leaves them
 
 
@@ -66,6 +67,7 @@ def read_run(workdir: epath.PathLike) -> Run:
         metrics={path.parent.name: read_metrics(path) for path in _found(directory, "*/metrics.jsonl")},
         samples=[sample for path in _found(directory, "*/samples.json") for sample in read_json(path, SAMPLES)],
         measured=[load_measured(path) for path in _found(directory, "*/values/*.npz")],
+        controls=[load_measured(path) for path in _found(directory, "*/controls/*.npz")],
     )
 
 
@@ -135,12 +137,16 @@ def merge_rows(runs: Sequence[Run]) -> tuple[Cells, list[Run], list[Markdown]]:
 Measurements = dict[Group, dict[str, dict[int, Measured]]]  # method -> seed -> values.
 
 
-def gather(runs: Sequence[Run]) -> Measurements:
-    """Gather the values of targets that have rows, as `merge_rows` does these: a method and seed that two runs hold counts once."""
+def gather(runs: Sequence[Run], *, controls: bool = False) -> Measurements:
+    """Gather the values of targets that have rows, as `merge_rows` does these: a method and seed that two runs hold counts once.
+
+    Args:
+      controls: whether to gather what was measured with other histories too.
+    """
     found: Measurements = {}
     for run in runs:
         rows = {(row["task"], row["method"]): row for row in run.rows}
-        for task, method, measured in run.measured:
+        for task, method, measured in run.controls if controls else run.measured:
             if row := rows.get((task, method)):
                 found.setdefault((row["dataset"], task, row["split"]), {}).setdefault(method, {})[row["seed"]] = measured
     return found
