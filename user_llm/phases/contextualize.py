@@ -286,4 +286,5 @@ def build(name: str, run: Run, data: Dataset) -> Task:
         evaluate=evaluate,
         results=results,
         programs=predictor.programs,
+        taught_by=(phase.encoder,) if examples.max_events and phase.encoder_init == "pretrained" else (),
     )

@@ -13,7 +13,7 @@ from user_llm.common.records import number, read_json, text, whole_number
 from user_llm.evals.measured import Measured, load_measured
 from user_llm.report.markdown import Markdown, code, say
 
-ROW_KEYS = tuple(ROW)
+ROW_KEYS = tuple(key.removesuffix("?") for key in ROW)
 CONFIG = {"command?": [text], "versions?": {}, "config?": {}}
 
 
@@ -87,11 +87,12 @@ def _inside(directory: epath.Path, path: epath.Path) -> epath.Path:
 
 
 class Seen(NamedTuple):
-    """A measured value with its number of targets and the run that holds it."""
+    """A measured value, its number of targets, the run that holds it, and how many training targets the method saw, if it says so."""
 
     value: float
     n: int
     run: epath.Path
+    targets_seen: int | None = None
 
 
 Group = tuple[str, str, str]  # Dataset, task, split.
@@ -115,7 +116,7 @@ def merge_rows(runs: Sequence[Run]) -> tuple[Cells, list[Run], list[Markdown]]:
         for row in run.rows:
             group = cells.setdefault((row["dataset"], row["task"], row["split"]), {})
             seeds = group.setdefault((row["method"], row["metric"]), {})
-            new = Seen(row["value"], row["n"], run.directory)
+            new = Seen(row["value"], row["n"], run.directory, row.get("targets_seen"))
             old = seeds.setdefault(row["seed"], new)
             if old[:2] != new[:2]:
                 raise ValueError(
