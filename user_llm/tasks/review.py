@@ -128,7 +128,7 @@ def measure(asking: Asking, name: str, part: str, limit: int | None, sizes: Cont
     users, ends = (array[: min(limit or len(array), sizes.review_users)] for array in asked.targets(part))
     pairs = list(zip(users.tolist(), ends.tolist(), strict=True))
     targets, written = [asked.answer(user, end) for user, end in pairs], show(asking, name, users, ends)
-    others = random_users(users, ends, seed=0)
+    others = random_users(*asked.targets(part), seed=0)  # the same however many are asked
     of_author, of_other = (
         [asked.texts(user, end) for user, end in pairs],
         [asked.texts(*others.get(u, (u, 0))) for u, _ in pairs],
