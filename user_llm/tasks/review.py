@@ -129,10 +129,8 @@ def measure(asking: Asking, name: str, part: str, limit: int | None, sizes: Cont
     pairs = list(zip(users.tolist(), ends.tolist(), strict=True))
     targets, written = [asked.answer(user, end) for user, end in pairs], show(asking, name, users, ends)
     others = random_users(*asked.targets(part), seed=0)  # the same however many are asked
-    of_author, of_other = (
-        [asked.texts(user, end) for user, end in pairs],
-        [asked.texts(*others.get(u, (u, 0))) for u, _ in pairs],
-    )
+    of_author = [asked.texts(user, end) for user, end in pairs]
+    of_other = [asked.texts(*others.get(user, (user, 0))) for user, _ in pairs]
     values = texts.rouge(targets, written) | texts.sentence_scores(targets, written) | texts.meteor(targets, written)
     values["log_likelihood"] = asking.likelihood(name, asked.template.max_target_tokens, users, ends)
     values["nearer_to_author"] = texts.nearer_to_author(written, of_author, of_other)

@@ -156,6 +156,17 @@ def targets_before(task: Task, workdir: epath.Path) -> int:
     return sum(row.get("targets_seen", 0) for row in rows)
 
 
+def targets_of_all(own: int, shares: int) -> int:
+    """Return how many targets the rows of all processes hold; those that several processes read count once.
+
+    Args:
+      own: the targets that this process read.
+      shares: into how many shares the processes divide the rows.
+    """
+    counts = gather(own)
+    return sum(counts) * shares // len(counts)
+
+
 def _train(
     task: Task,
     config: LoopConfig,
@@ -192,16 +203,18 @@ def _train(
         together = jax.process_count() > 1 and jax.default_backend() == "cpu"
         shares = meshes.row_share(mesh).count
         pending: list[dict[str, jax.Array] | dict[str, float]] = [*progress.unlogged]
-        events, since = 0, time.monotonic()
+        events, untold, since = 0, 0, time.monotonic()  # targets since the last log, and since `progress` was told of them
         checked: set[tuple] = set()  # shapes of batches: several tasks may take turns
         while True:
             signalled = preempted(step)
             last = step >= config.total_steps
             if (step % config.eval_steps == 0 or last) and progress.evaluated_step != step:
+                progress.targets, untold = progress.targets + targets_of_all(untold, shares), 0
                 _evaluate(task, config, state, step, progress, log)
             stalled = 0 < config.patience_evals <= progress.stale_evals
             due = step % config.save_steps == 0 or progress.evaluated_step == step or signalled is not None
             if due and saved_step != step:
+                progress.targets, untold = progress.targets + targets_of_all(untold, shares), 0
                 progress.unlogged = [{k: float(v) for k, v in scalars.items()} for scalars in pending]
                 if pending:
                     log.check_finite(step, {k: progress.unlogged[-1][k] for k in ("loss", "grad_norm")})
@@ -228,9 +241,9 @@ def _train(
                 jax.block_until_ready(scalars)
             step += 1
             pending.append(scalars)
-            count = shares * task.count_events(batch)
-            progress.targets += count
-            events += count
+            count = task.count_events(batch)
+            events += shares * count
+            untold += count
             if step % config.log_steps == 0 or step == config.total_steps:
                 names = dict.fromkeys(name for scalars in pending for name in scalars)
                 means = {k: float(jnp.mean(jnp.array([s[k] for s in pending if k in s]))) for k in names}
