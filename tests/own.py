@@ -86,8 +86,8 @@ class NextGenreExamples:
     def stretch(self, user, start, end, rng):
         return self.row(user, int(rng.integers(start + 1, end + 1)))
 
-    def prompt(self, user, end):
-        return self.template.prompt(self.history(user, end))
+    def prompt(self, user, end, whose=None):
+        return self.template.prompt(self.history(*(whose or (user, end))))
 
     def history(self, user, end):
         return self.timelines.items(user, self.template.lines.first(end), end)

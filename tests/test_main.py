@@ -67,9 +67,11 @@ def test_leaves_all_that_the_readme_promises(finished):
         assert 0 <= row["value"] <= 1 and row["n"] == (10 if row["method"].endswith("generate") else 60)
     metrics = {row["metric"] for row in rows if row["method"] == "user_llm"}
     plain = {"recall@1", "recall@5", "recall@10", "ndcg@10", "mrr"}
-    assert metrics == plain | {f"{name}/unseen" for name in plain}
+    assert metrics == plain | {f"{name}/{kind}" for name in plain for kind in ("unseen", "random_user", "no_user")}
+    seen = {row["method"]: row.get("targets_seen", 0) for row in rows}
+    assert seen["user_llm"] == seen["user_llm/generate"] >= seen["encoder"] > seen["popularity"] == 0
     report = (finished / "report.md").read_text()
-    assert "text_prompt_10" in report and "quickstart" not in report.split("## Runs")[0]
+    assert "## Is the user used?" in report and "text_prompt_10" in report and "quickstart" not in report.split("## Runs")[0]
     for phase in PHASES:
         assert (finished / phase / "metrics.jsonl").exists() and list((finished / phase / "tensorboard").iterdir())
     assert {path.parent.name for path in finished.glob("*/values")} == {"baselines", *PHASES} - {"pretrain_lm"}

@@ -377,3 +377,23 @@ def test_less_is_better_for_perplexity(tmp_path):
     assert (
         "user_llm has the lowest perplexity of 2 methods: 20.0000; the next, llm, has 30.0000." in write_report(run).read_text()
     )
+
+
+def test_targets_seen_have_a_column_and_a_plot_where_a_run_says_so(painted, tmp_path):
+    directory = make_run(tmp_path / "run", values={"popularity": 0.1, "encoder": 0.4, "user_llm": 0.5})
+    assert "targets seen" not in write_report(directory).read_text() and not (directory / "learning.png").exists()
+    rows, seen = json.loads((directory / "results.json").read_text()), {"encoder": 12_000, "user_llm": 1_234_567}
+    rows = [row | ({"targets_seen": seen[row["method"]]} if row["method"] in seen else {}) for row in rows]
+    (directory / "results.json").write_text(json.dumps(rows))
+    lines = [{"step": step, "kind": "eval", "recall@10": 0.1 * step, "targets_seen": 100 * step} for step in range(3)]
+    (directory / "user_llm" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report = write_report(directory).read_text()
+    for line in (
+        "| method | recall@10 | mrr | n | seeds | training targets seen |",
+        "| popularity | 0.1000 | 0.0300 | 30 | 0 |  |",
+        "| encoder | 0.4000 | 0.1200 | 30 | 0 | 12,000 |",
+        "| user_llm | 0.5000 | 0.1500 | 30 | 0 | 1,234,567 |",
+        "| user_llm | 0.5500 | 30 | 0 |",
+    ):
+        assert line in report.splitlines(), line
+    assert "(learning.png)" in report and (directory / "learning.png").read_bytes().startswith(b"\x89PNG")

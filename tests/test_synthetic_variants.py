@@ -31,9 +31,12 @@ def test_synthetic_variants_run_and_measure_every_task(tmp_path, name):
     config.user_llm.loop.total_steps = 8  # each task has its turns
     with one_device():
         rows = main.run(config, epath.Path(tmp_path / "run"))
-    assert all(0 <= row["value"] <= 1 for row in rows)
+    assert all(0 <= row["value"] <= 1 or row["metric"].startswith("log_likelihood") for row in rows)
     method = config.user_llm.method
     found = {(row["task"], row["metric"]) for row in rows if row["method"] == method}
+    assert {
+        (task, f"{name}/{control}") for task, name in found if "/" not in name for control in ("random_user", "no_user")
+    } <= found
     metric = {"next_item": "recall@10", "favorite": "accuracy", "favorite_future": "accuracy", "review": "rouge1"}
     assert {(task, metric[task]) for task in asked} <= found
     losses = {

@@ -40,7 +40,9 @@ def untrained() -> Iterator[list[str]]:
     def train(task, config, optimizer, mesh, *rest):
         names.append(task.name)
         shapes = loop.abstract_params(task, config, mesh)
-        return jax.tree.map(lambda like: jax.device_put(np.full(like.shape, 0.5, like.dtype), like.sharding), shapes)
+        return jax.tree.map(
+            lambda like: jax.device_put(np.full(like.shape, 0.5, like.dtype), like.sharding), shapes
+        ), 0  # targets seen
 
     with one_device(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "_train", train)

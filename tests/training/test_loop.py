@@ -87,7 +87,7 @@ def test_half_precision_keeps_frozen_parameters_in_it_and_trained_ones_in_float3
     task = tiny.make_task(evaluate=evaluate, results=results)
     params, rows = tiny.run(tmp_path, task, total_steps=3, eval_steps=3, dtype="bfloat16")
     assert len(seen) == 3 and all(set(dtypes.values()) == {"bfloat16"} for dtypes in seen)
-    assert rows == [tiny.row("accuracy", 0.0)]
+    assert rows == [tiny.row("accuracy", 0.0) | {"targets_seen": 0}]
 
     config = dataclasses.replace(tiny.LOOP, dtype="bfloat16")
     mesh = meshes.make_mesh(devices=jax.devices("cpu")[:1])
@@ -102,12 +102,23 @@ def test_half_precision_keeps_frozen_parameters_in_it_and_trained_ones_in_float3
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
+def test_rows_say_how_many_targets_the_best_parameters_saw_with_those_of_the_phase_that_taught_them(tmp_path):
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "results.json").write_text(json.dumps([tiny.row("accuracy", 1.0) | {"targets_seen": 100}] * 2))
+    for name, taught_by, before in (("alone", (), 0), ("taught", ("teacher",), 100)):
+        task = dataclasses.replace(_scripted([0.1, 0.9, 0.5, 0.3]), taught_by=taught_by)
+        _, rows = tiny.run(tmp_path / name, task)
+        assert [row["targets_seen"] for row in rows] == [before + 4]  # one in each step, and the second evaluation is the best
+        seen = [row["targets_seen"] for row in _metrics(tmp_path / name) if row["kind"] == "eval"]
+        assert seen == [before, before + 4, before + 8, before + 12]
+
+
 def test_a_phase_that_trains_nothing_takes_no_step_and_measures_what_it_started_from(tmp_path, monkeypatch):
     log = []
     monkeypatch.setattr(tiny, "OPTIMIZER", dataclasses.replace(tiny.OPTIMIZER, trainable=((r".*", False),)))
     params, rows = tiny.run(tmp_path, _scripted([7], log))
     start = tiny.make_task().init(lambda shapes: jax.devices()[0])
-    assert log == ["evaluate"] and rows == [tiny.row("head", float(start["head"][0, 0]))]
+    assert log == ["evaluate"] and rows == [tiny.row("head", float(start["head"][0, 0])) | {"targets_seen": 0}]
     jax.tree.map(np.testing.assert_array_equal, params, start)
 
 

@@ -30,10 +30,12 @@ if sys.modules["torch"] is None:
     del sys.modules["torch"]
 
 LINE = {"step": records.whole_number, "kind": records.text}
-# Of results.json: what `evals/ranking.py: result_rows` returns.
+# Of results.json: what `evals/ranking.py: result_rows` returns. What was trained has `targets_seen` too: how many training targets its
+# parameters saw.
 ROW = {
     "dataset": records.text, "task": records.text, "method": records.text, "metric": records.text, "value": records.number,
     "n": records.whole_number, "seed": records.whole_number, "split": records.text, "config_hash": records.text,
+    "targets_seen?": records.whole_number,
 }  # fmt: skip
 ROWS = [ROW]
 
@@ -111,10 +113,10 @@ class MetricsLog:
             return ""
         return f", phase ETA {tqdm.format_interval((self._total - step) * (now - since) / (step - first))}"
 
-    def eval(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Log validation metrics."""
+    def eval(self, step: int, scalars: Mapping[str, Any], *, targets_seen: int | None = None) -> None:
+        """Log validation metrics, and how many training targets were seen until then if anyone knows."""
         scalars = {name: float(value) for name, value in scalars.items()}
-        self._write("eval", step, scalars)
+        self._write("eval", step, scalars if targets_seen is None else {**scalars, "targets_seen": targets_seen})
         if watched := next((name for name in ("recall@10", *scalars) if name in scalars), ""):
             self._watched = f"validation {watched} {scalars[watched]:.4g}, "
         if self._bar is not None:

@@ -242,3 +242,4 @@ def synthetic(config: ConfigDict, dataset: str, facts: dict) -> None:
     for name in ("user_llm", *TEXT_PROMPTS):
         config[name].eval.validation_users = 200
         config[name].eval.review_users = 100
+        config[name].eval.control_users = 200

@@ -262,13 +262,18 @@ class ContextualLoss:
 
 @dataclasses.dataclass(frozen=True)
 class ContextualEval:
-    """Validation and test of a contextualized LLM."""
+    """Validation and test of a contextualized LLM.
+
+    Attributes:
+      control_users: how many test users are asked again with another user's history and with none; 0 for none of them.
+    """
 
     batch_size: Count
     validation_users: Count
     generate_users: CountOrZero
     beams: Count
     review_users: Count
+    control_users: CountOrZero
     samples: CountOrZero
     pad_whole: bool
 

@@ -7,13 +7,14 @@
 | 2023 | <Category>.jsonl.gz | meta_<Category>.jsonl.gz | user_id, parent_asin, rating, timestamp (ms), title, text |
 
 Lines are JSON, or in 2014 Python literals. Files need not be gzipped, nor be 5-cores. A product without metadata keeps its id as its
-title, and the audit counts it.
+title, and the audit counts it. A folder that holds a category as DEP has it is read by `dep.py`.
 """
 
 from typing import Any
 
 from etils import epath
 
+from user_llm.data import dep
 from user_llm.data.raw import Raw, clean
 from user_llm.data.reviews import Layout, existing, of_lines
 from user_llm.data.values import identifier, names_of, text_of
@@ -40,10 +41,13 @@ def find(directory: epath.PathLike, category: str, *, bad_rows: str = "refuse") 
       ValueError: no reviews of it in `directory`, or in several layouts. A bad line is refused when it is read.
     """
     folder = epath.Path(directory)
-    reviews = existing(folder, REVIEWS, category)
-    if len(reviews) != 1:
-        names = ", ".join(pattern.format(category) for pattern in REVIEWS)
-        found = f"holds {' and '.join(path.name for path in reviews)}" if reviews else f"has none of {names}, gzipped or not"
+    reviews, profiles = existing(folder, REVIEWS, category), existing(folder, dep.REVIEWS, category)
+    if profiles and not reviews:
+        return dep.find(folder, category, bad_rows=bad_rows)
+    if len(reviews) != 1 or profiles:
+        names = ", ".join(pattern.format(category) for pattern in (*REVIEWS, *dep.REVIEWS))
+        both = [*reviews, *profiles]
+        found = f"holds {' and '.join(path.name for path in both)}" if both else f"has none of {names}, gzipped or not"
         raise ValueError(
             f"{folder} {found}: name the folder and the category of one set of reviews (--config.data.category=...)."
         )

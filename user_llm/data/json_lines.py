@@ -35,12 +35,12 @@ def alike(lines: Sequence[bytes], kinds: Mapping[str, pa.DataType]) -> dict[str,
 
 def json_pieces(
     path: epath.Path,
-    parse: Callable[[dict[str, Any]], Sequence[Any]],
+    parse: Callable[[dict[str, Any]], Sequence[Sequence[Any]]],
     schema: pa.Schema,
     bad_rows: BadRows,
     at_once: Callable[[list[bytes]], pa.RecordBatch | None] = lambda lines: None,
 ) -> Iterator[pa.RecordBatch]:
-    """Yield what `parse` makes of each line of a file, packed or not, that holds one JSON object (or Python literal) each.
+    """Yield the rows that `parse` makes of each line of a file, packed or not, that holds one JSON object (or Python literal) each.
 
     Blank lines are left out. A line is bad that holds no object, or that `parse` refuses (KeyError, TypeError, ValueError).
 
@@ -54,15 +54,16 @@ def json_pieces(
         if (batch := at_once(lines)) is not None:
             yield batch
             continue
-        rows = []
+        rows: list[Sequence[Any]] = []
         for number, line in enumerate(lines, first):
             if len(line) < 3 and not line.strip():
                 continue
             try:
-                row = parse(json_object(line))
+                found = parse(json_object(line))
                 if not line.isascii() or b"\\u" in line:
-                    _check_text(row)
-                rows.append(row)
+                    for row in found:
+                        _check_text(row)
+                rows += found
             except (KeyError, TypeError, ValueError) as error:
                 what = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
                 bad_rows(f"{path}, line {number}: {what}")

@@ -45,6 +45,7 @@ def of_lines(
     *,
     texts: tuple[str, ...],
     bad_rows: str,
+    held: Callable[[dict[str, Any]], list[dict[str, Any]]] | None = None,
 ) -> Raw:
     """Return a dataset of reviews out of files of JSON lines.
 
@@ -52,21 +53,24 @@ def of_lines(
       events: files, and the layouts that a line may have; a line is of the first whose user it names, and else of the last.
       items: files, and what makes a row of the items of `Raw` out of a line's object.
       texts: what `Raw` calls the texts of a layout.
+      held: returns the reviews that a line's object holds; for None the object is itself the one review.
     """
+    of_line = held or (lambda line: [line])
     raw = Raw(
         name=name, files=(*events[0], *items[0]), events=lambda: reviews(), items=lambda: products(), ordinals={"rating": STARS},
-        fields=_fields(_first_layout(*events), texts), texts=texts, bags=("categories",), bad_rows=BadRows.of(bad_rows), settings=bad_rows,
+        fields=_fields(_first_layout(*events, of_line), texts), texts=texts, bags=("categories",), bad_rows=BadRows.of(bad_rows), settings=bad_rows,
     )  # fmt: skip
     layouts = events[1]
 
     def reviews() -> Iterator[pa.RecordBatch]:
-        at_once = lambda lines: _columns(lines, layouts, raw.event_schema)  # noqa: E731
+        rows = lambda line: [_row(review, layouts) for review in of_line(line)]  # noqa: E731
+        at_once = lambda lines: None if held else _columns(lines, layouts, raw.event_schema)  # noqa: E731
         for path in events[0]:
-            yield from json_pieces(path, lambda line: _row(line, layouts), raw.event_schema, raw.bad_rows, at_once)
+            yield from json_pieces(path, rows, raw.event_schema, raw.bad_rows, at_once)
 
     def products() -> Iterator[pa.RecordBatch]:
         for path in items[0]:
-            yield from json_pieces(path, items[1], raw.item_schema, raw.bad_rows)
+            yield from json_pieces(path, lambda line: [items[1](line)], raw.item_schema, raw.bad_rows)
 
     return raw
 
@@ -84,14 +88,16 @@ def _layout(line: dict[str, Any], layouts: Sequence[Layout]) -> Layout:
     return layouts[-1]
 
 
-def _first_layout(files: Sequence[epath.Path], layouts: Sequence[Layout]) -> Layout:
+def _first_layout(
+    files: Sequence[epath.Path], layouts: Sequence[Layout], of_line: Callable[[dict[str, Any]], list[dict[str, Any]]]
+) -> Layout:
     """Return the layout of the first line that can be read, among the first of the first file; else the last layout."""
     with contextlib.suppress(ValueError):  # of what is no file of lines, which reading says
         for line in next((lines for file in files[:1] for _, lines in line_chunks(file, FIRST_LINES)), []):
             with contextlib.suppress(ValueError, KeyError, TypeError):
-                review = json_object(line)
-                _row(review, layouts)
-                return _layout(review, layouts)
+                for review in of_line(json_object(line)):
+                    _row(review, layouts)
+                    return _layout(review, layouts)
     return layouts[-1]
 
 

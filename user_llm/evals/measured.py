@@ -40,6 +40,11 @@ class Measured:
         """Return the mean of each metric."""
         return {name: float(values.mean()) for name, values in self.values.items()}
 
+    def first(self, count: int) -> "Measured":
+        """Return the values of the first `count` targets."""
+        part = lambda columns: {name: column[:count] for name, column in columns.items()}  # noqa: E731
+        return Measured(self.users[:count], self.positions[:count], part(self.values), part(self.numbers))
+
     def save(self, folder: epath.Path, task: str, method: str) -> None:
         """Write `<task>.<method>.npz`, with `_` for the slashes of the method."""
         folder.mkdir(parents=True, exist_ok=True)

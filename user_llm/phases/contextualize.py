@@ -41,6 +41,7 @@ from user_llm.phases.samples import draw_samples
 from user_llm.serving.predictor import Predictor
 from user_llm.serving.settings import kind_of
 from user_llm.tasks.asking import Asking
+from user_llm.tasks.controls import measure_controls
 from user_llm.training.task import Batch, Task
 
 
@@ -240,10 +241,13 @@ def build(name: str, run: Run, data: Dataset) -> Task:
     def results(params: Params) -> list[dict]:
         rows, card, answers = [], [], asking.of(predictor.of(params))
         for task in asked:
-            for found in kinds[task].measure(answers, task, "test", None, phase.eval):
+            own = kinds[task].measure(answers, task, "test", None, phase.eval)
+            for found in own:
                 method = phase.method + found.suffix
-                rows += run.record(name, data, task, method, found.measured)
+                rows += run.record(name, data, task, method, found.measured, together=found.together)
                 card += card_rows(task, method, found.measured)
+            for found in measure_controls(kinds[task], answers, task, own, phase.eval, run.seed):
+                rows += run.record(name, data, task, phase.method + found.suffix, found.measured, controls=True)
         samples = draw_samples(answers, kinds, phase.method, phase.eval.samples)
         write_json(run.workdir / name / "samples.json", samples)
         if run.config.llm.checkpoint:
@@ -282,4 +286,5 @@ def build(name: str, run: Run, data: Dataset) -> Task:
         evaluate=evaluate,
         results=results,
         programs=predictor.programs,
+        taught_by=(phase.encoder,) if examples.max_events and phase.encoder_init == "pretrained" else (),
     )

@@ -87,11 +87,22 @@ class Run:
         identity = self.identities.get(phase, "")
         return {"dataset": data.name, "seed": self.seed, "split": data.split.name, "config_hash": identity}
 
-    def record(self, phase: str, data: Dataset, task: str, method: str, measured: Measured) -> list[dict]:
-        """Return the result rows of what was measured; leave each target's values for the report."""
+    def record(
+        self, phase: str, data: Dataset, task: str, method: str, measured: Measured, *,
+        together: Mapping[str, float] | None = None, controls: bool = False,
+    ) -> list[dict]:  # fmt: skip
+        """Return the result rows of what was measured; leave each target's values for the report.
+
+        Args:
+          together: further metrics, of all targets together.
+          controls: whether it is what `measure_controls` returns, which holds metrics again that have their rows already.
+        """
         if task == "next_item":
             numbers = target_numbers(data.timelines, measured.users, measured.positions, data.train_counts)
             measured = dataclasses.replace(measured, numbers=numbers)
         if is_first():
-            measured.save(self.workdir / phase / "values", task, method)
-        return result_rows(measured.metrics, len(measured), **self.row_facts(phase, data), task=task, method=method)
+            measured.save(self.workdir / phase / ("controls" if controls else "values"), task, method)
+        metrics = {name: value for name, value in measured.metrics.items() if not controls or "/" in name} | dict(
+            together or {}
+        )
+        return result_rows(metrics, len(measured), **self.row_facts(phase, data), task=task, method=method)

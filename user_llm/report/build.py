@@ -14,6 +14,7 @@ from etils import epath
 from user_llm.common.files import absolute, whole
 from user_llm.report import plots
 from user_llm.report.breakdowns import breakdown_sections
+from user_llm.report.controls import control_sections
 from user_llm.report.costs import cost_section
 from user_llm.report.markdown import Markdown, code, command, listed, picture, say, table
 from user_llm.report.page import write_page
@@ -26,6 +27,9 @@ METRICS = ("recall@1", "recall@5", "recall@10", "ndcg@10", "mrr")
 KINDS = {
     "": "Nothing filtered",
     "unseen": "History removed from the candidates (`unseen`)",
+    "random_user": "With another user's history (`random_user`)",
+    "no_user": "With no history (`no_user`)",
+    "corpus": "Of all questions together (`corpus`)",
     "with_user": "While attending to a user (`with_user`)",
 }
 Stood = dict[Group, tuple[str, list[Standing]]]  # Of each group its first metric, and how the methods stand by it.
@@ -55,6 +59,7 @@ def write_report(*workdirs: epath.PathLike, costs: epath.PathLike = "", out: epa
     sections = [
         say("# Report"),
         *_answer_section(stood, pictures),
+        *control_sections(gather(runs, controls=True)),
         *_result_sections(cells, stood),
         *_comparison_sections(stood),
         *breakdown_sections(measured, pictures),
@@ -130,7 +135,7 @@ def _result_sections(cells: Cells, stood: Stood) -> list[Markdown]:
             if suffix or "unseen" in suffixes:  # only where something is filtered is there something to say of the rest
                 sections.append(say("{}:", Markdown(KINDS[suffix]) if suffix in KINDS else suffix))
             chosen = [metric for metric in metrics if metric.partition("/")[2] == suffix]
-            sections.append(_resulttable(group, chosen, others))
+            sections.append(_resulttable(group, chosen, others, trained=not suffix))
         if others:
             sections.append(say("{} Measured on other users than the other methods.", MARK))
         if (dataset, task) in PUBLISHED and split == SPLIT:
@@ -155,16 +160,28 @@ def _metric_order(metric: str) -> tuple[int, str]:
     return (METRICS.index(base) if base in METRICS else len(METRICS)), metric
 
 
-def _resulttable(group: Mapping[tuple[str, str], dict[int, Seen]], metrics: list[str], others: set[str]) -> Markdown:
-    rows = []
+def _resulttable(
+    group: Mapping[tuple[str, str], dict[int, Seen]], metrics: list[str], others: set[str], *, trained: bool
+) -> Markdown:
+    """Return a line for each method; with `trained`, how many training targets it saw, if any method says so."""
+    rows, seen = [], []
     for method in dict.fromkeys(method for method, _ in group):
         cells = [group.get((method, metric), {}) for metric in metrics]
         if any(cells):
-            targets = sorted({seen.n for seeds in cells for seen in seeds.values()})
+            found = [one for seeds in cells for one in seeds.values()]
+            targets = sorted({one.n for one in found})
             seeds = sorted({seed for seeds in cells for seed in seeds})
             numbers = ("/".join(map(str, targets)), listed(seeds))
             rows.append([mark(method, method in others), *map(_mean_and_spread, cells), *numbers])
-    return table(["method", *(m.partition("/")[0] for m in metrics), "n", "seeds"], rows)
+            seen.append(sorted({one.targets_seen for one in found if one.targets_seen is not None}))
+    header = ["method", *(m.partition("/")[0] for m in metrics), "n", "seeds"]
+    if trained and any(seen):
+        header = [*header, "training targets seen"]
+        rows = [
+            [*row, " to ".join(f"{n:,}" for n in (counts[:1] + counts[1:][-1:]))]
+            for row, counts in zip(rows, seen, strict=True)
+        ]
+    return table(header, rows)
 
 
 def _mean_and_spread(seeds: Mapping[int, Seen]) -> Markdown:
@@ -224,4 +241,10 @@ def _training_section(runs: list[Run], pictures: dict[str, bytes]) -> list[Markd
     if gates := plots.plot_gates(curves):
         pictures["gates.png"] = gates
         sections.append(picture("gates.png", "gates by layer"))
+    if learned := plots.plot_learning(curves):
+        pictures["learning.png"] = learned
+        sections += [
+            picture("learning.png", "recall@10 on validation by training targets seen"),
+            say("A method with a pretrained encoder begins with the targets that its encoder saw."),
+        ]
     return sections

@@ -19,6 +19,7 @@ from user_llm.report.standing import Standing
 Curves = Sequence[tuple[str, dict[str, list[dict]]]]  # For each run its label and, by phase, its metrics.jsonl.
 MAX_PANELS, MAX_CURVES = 12, 20  # beyond, nothing is told apart any more
 LABEL_LIMIT = 40  # characters
+LEARNING = {"targets_seen", "recall@10"}  # of an evaluation
 
 
 def plot_standings(groups: dict[str, list[Standing]]) -> bytes:
@@ -61,6 +62,29 @@ def plot_losses(runs: Curves) -> bytes:
         grid[1, column].set(title=f"validation {'recall@10' if ranked else 'loss'}", xlabel="step")
         if len(chosen) > 1:
             _legend(grid[0, column])
+    return _png(figure)
+
+
+def plot_learning(runs: Curves) -> bytes | None:
+    """Draw recall@10 on validation by training targets seen, a curve for each phase of each run; None where no phase has both."""
+    found = {}
+    for label, metrics in runs:
+        for phase, rows in metrics.items():
+            points = [
+                (row["targets_seen"], row["recall@10"]) for row in rows if row["kind"] == "eval" and row.keys() >= LEARNING
+            ]
+            points = [(seen, recall) for seen, recall in points if seen is not None and recall is not None]
+            if points:
+                found[f"{phase} ({label})" if len(runs) > 1 else phase] = points
+    if not found:
+        return None
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for label, points in list(found.items())[:MAX_CURVES]:
+        axes.plot(*zip(*points, strict=True), marker=".", label=_label(label))
+    axes.set(xlabel="training targets seen", ylabel="recall@10 on validation")
+    axes.set_ylim(bottom=0)
+    _legend(axes)
     return _png(figure)
 
 

@@ -13,7 +13,7 @@ from user_llm.common.records import number, read_json, text, whole_number
 from user_llm.evals.measured import Measured, load_measured
 from user_llm.report.markdown import Markdown, code, say
 
-ROW_KEYS = tuple(ROW)
+ROW_KEYS = tuple(key.removesuffix("?") for key in ROW)
 CONFIG = {"command?": [text], "versions?": {}, "config?": {}}
 
 
@@ -42,6 +42,7 @@ class Run:
     audit: dict
     metrics: dict[str, list[dict]]
     measured: list[tuple[str, str, Measured]]  # (task, method, values of each target)
+    controls: list[tuple[str, str, Measured]]  # the same with other histories too, as `tasks/controls.py` measures them
     samples: list[dict]  # as phases/samples.py leaves them
 
 
@@ -66,6 +67,7 @@ def read_run(workdir: epath.PathLike) -> Run:
         metrics={path.parent.name: read_metrics(path) for path in _found(directory, "*/metrics.jsonl")},
         samples=[sample for path in _found(directory, "*/samples.json") for sample in read_json(path, SAMPLES)],
         measured=[load_measured(path) for path in _found(directory, "*/values/*.npz")],
+        controls=[load_measured(path) for path in _found(directory, "*/controls/*.npz")],
     )
 
 
@@ -85,11 +87,12 @@ def _inside(directory: epath.Path, path: epath.Path) -> epath.Path:
 
 
 class Seen(NamedTuple):
-    """A measured value with its number of targets and the run that holds it."""
+    """A measured value, its number of targets, the run that holds it, and how many training targets the method saw, if it says so."""
 
     value: float
     n: int
     run: epath.Path
+    targets_seen: int | None = None
 
 
 Group = tuple[str, str, str]  # Dataset, task, split.
@@ -113,7 +116,7 @@ def merge_rows(runs: Sequence[Run]) -> tuple[Cells, list[Run], list[Markdown]]:
         for row in run.rows:
             group = cells.setdefault((row["dataset"], row["task"], row["split"]), {})
             seeds = group.setdefault((row["method"], row["metric"]), {})
-            new = Seen(row["value"], row["n"], run.directory)
+            new = Seen(row["value"], row["n"], run.directory, row.get("targets_seen"))
             old = seeds.setdefault(row["seed"], new)
             if old[:2] != new[:2]:
                 raise ValueError(
@@ -135,12 +138,16 @@ def merge_rows(runs: Sequence[Run]) -> tuple[Cells, list[Run], list[Markdown]]:
 Measurements = dict[Group, dict[str, dict[int, Measured]]]  # method -> seed -> values.
 
 
-def gather(runs: Sequence[Run]) -> Measurements:
-    """Gather the values of targets that have rows, as `merge_rows` does these: a method and seed that two runs hold counts once."""
+def gather(runs: Sequence[Run], *, controls: bool = False) -> Measurements:
+    """Gather the values of targets that have rows, as `merge_rows` does these: a method and seed that two runs hold counts once.
+
+    Args:
+      controls: whether to gather what was measured with other histories too.
+    """
     found: Measurements = {}
     for run in runs:
         rows = {(row["task"], row["method"]): row for row in run.rows}
-        for task, method, measured in run.measured:
+        for task, method, measured in run.controls if controls else run.measured:
             if row := rows.get((task, method)):
                 found.setdefault((row["dataset"], task, row["split"]), {}).setdefault(method, {})[row["seed"]] = measured
     return found

@@ -104,7 +104,7 @@ def answer(dataset: str, task: str, metric: str, methods: list[Standing]) -> Mar
     lasting = [one for one in methods if not one.other_users]
     best, *rest = lasting
     goal = "lowest" if metric in LOWER_IS_BETTER else "highest"
-    value = say("{} (95% interval {})", best.value, _interval(best.interval)) if best.interval else say("{}", best.value)
+    value = say("{} (95% interval {})", best.value, interval(best.interval)) if best.interval else say("{}", best.value)
     if not rest:
         return say("On {} ({}), {} has {} {}.", dataset, task, best.method, metric, value)
     head = say("On {} ({}), {} has the {} {} of {} methods: {}", dataset, task, best.method, goal, metric, len(lasting), value)
@@ -116,7 +116,7 @@ def answer(dataset: str, task: str, metric: str, methods: list[Standing]) -> Mar
     sign = -1 if best.is_reference else 1
     low, high = sorted(sign * bound + 0.0 for bound in against[1])  # no -0
     chance = Markdown(", which chance may explain" if low <= 0 <= high else "")
-    return say("{}{}. The difference is {} ({}){}.", head, tail, sign * against[0] + 0.0, _interval((low, high)), chance)
+    return say("{}{}. The difference is {} ({}){}.", head, tail, sign * against[0] + 0.0, interval((low, high)), chance)
 
 
 def comparison(metric: str, methods: list[Standing]) -> list[Markdown]:
@@ -128,8 +128,8 @@ def comparison(metric: str, methods: list[Standing]) -> list[Markdown]:
     reference = next(one.method for one in lasting if one.is_reference)
     rows = []
     for one in lasting:
-        against = ["", ""] if one.difference is None else [Markdown(f"{one.difference[0]:+.4f}"), _interval(one.difference[1])]
-        rows.append([one.method, one.value, _interval(one.interval), *against, one.n, listed(one.seeds)])
+        against = ["", ""] if one.difference is None else [Markdown(f"{one.difference[0]:+.4f}"), interval(one.difference[1])]
+        rows.append([one.method, one.value, interval(one.interval), *against, one.n, listed(one.seeds)])
     left_out = say(" Measured on other users and left out: {}.", listed(others)) if others else Markdown("")
     return [
         say("With 95% intervals by paired bootstrap over users ({} draws).{}", f"{DRAWS:,}", left_out),
@@ -137,5 +137,6 @@ def comparison(metric: str, methods: list[Standing]) -> list[Markdown]:
     ]
 
 
-def _interval(bounds: Interval | None) -> Markdown:
+def interval(bounds: Interval | None) -> Markdown:
+    """Return an interval as text; nothing for None."""
     return Markdown(f"{bounds[0]:.4f} to {bounds[1]:.4f}" if bounds else "")

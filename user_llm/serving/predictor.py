@@ -30,6 +30,7 @@ from user_llm.data.prompts.base import Ids, Template, pad_rows
 from user_llm.models.beam_search import beam_search
 from user_llm.models.generate import Program, abstract_programs, generate
 from user_llm.models.prefill import bucket
+from user_llm.models.score import score
 from user_llm.models.trie import Trie
 from user_llm.models.user import User, embed_prompts
 from user_llm.models.user_llm import UserLLMConfig, UserTokens
@@ -190,6 +191,12 @@ class Predictor:
         """
         decoder, inputs, sizes, kv = self.decoding(*self.padded(task, prompts), user, self.leading(task))
         return meshes.fetch(beam_search(*decoder, inputs, sizes, trie, beams=beams, user=kv))
+
+    def likelihood(self, task: str, prompts: Sequence[Ids], user: User | None, texts: Sequence[Ids]) -> Float[np.ndarray, " B"]:
+        """Return the log-probability of a text after each prompt, in nats: the sum over its tokens."""
+        decoder, inputs, sizes, kv = self.decoding(*self.padded(task, prompts), user, self.leading(task))
+        lengths = meshes.fetch(sizes).tolist()
+        return score(*decoder, inputs, [[text.tolist()] for text in texts], lengths=lengths, user=kv)[:, 0]
 
     def write(self, task: str, prompts: Sequence[Ids], user: User | None, max_tokens: int) -> list[str]:
         """Return an answer of one line to each prompt. Each token is the likeliest one."""

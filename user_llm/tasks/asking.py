@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from user_llm.data.dataset import Dataset
 from user_llm.data.pipeline import HistoryBatch, history_batches
-from user_llm.data.prompts.base import Examples, Ids
+from user_llm.data.prompts.base import Examples, Ids, Whose
 from user_llm.evals.evaluator import rank_listed, rank_targets
 from user_llm.evals.ranking import Ranks
 from user_llm.models.trie import Trie
@@ -26,11 +26,14 @@ class Asking:
       predictor: the model.
       data: the dataset.
       examples: the questions of each task, by the task's name.
+      whose: whose history the model is given instead of a user's own, by user; everybody has their own if it is None. The questions
+        and the right answers stay those of the user.
     """
 
     predictor: Predictor
     data: Dataset
     examples: dict[str, Examples]
+    whose: Mapping[int, Whose] | None = None
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -48,12 +51,23 @@ class Asking:
 
     def prompts(self, task: str, batch: HistoryBatch) -> list[Ids]:
         """Return the prompt of a task for each row of a batch."""
-        asked = self.examples[task]
-        return [asked.prompt(int(user), int(end)) for user, end in zip(batch.users, batch.positions, strict=True)]
+        asked, pairs = self.examples[task], zip(batch.users.tolist(), batch.positions.tolist(), strict=True)
+        if self.whose is None:
+            return [asked.prompt(user, end) for user, end in pairs]
+        return [asked.prompt(user, end, self.whose[user]) for user, end in pairs]
 
     def users(self, batch: HistoryBatch) -> User | None:
         """Return what the decoder reads of a batch's users; None if the model has no encoder."""
-        return self.predictor.users(batch.events, batch.lengths)
+        return self.predictor.users(*self._histories(batch))
+
+    def _histories(self, batch: HistoryBatch) -> tuple[Int[np.ndarray, "B E A"], Int[np.ndarray, " B"]]:
+        """Return the events that the encoder reads for each row of a batch, and their numbers."""
+        if self.whose is None:
+            return batch.events, batch.lengths
+        users, ends = np.array([self.whose[user] for user in batch.users.tolist()]).T
+        [(order, read)] = self.batches(users, ends, batch_size=len(users))
+        back = np.argsort(order)  # batches are sorted by length
+        return read.events[back], read.lengths[back]
 
     def test_users(self, count: int) -> User | None:
         """Return what the decoder reads of the first `count` test users. They are repeated if there are fewer."""
@@ -103,6 +117,16 @@ class Asking:
             best[indices] = self.choose(task, batch, trie, min(len(names), self.predictor.beams))[: batch.count, 0]
         return best
 
+    def likelihood(self, task: str, most: int, users: np.ndarray, ends: np.ndarray) -> Float[np.ndarray, " n"]:
+        """Return the mean log-probability of a token of each right answer, of which the first `most` tokens are read, in nats."""
+        asked, out = self.examples[task], np.zeros(len(users))
+        for indices, batch in self.batches(users, ends):
+            pairs = zip(batch.users.tolist(), batch.positions.tolist(), strict=True)
+            texts = [asked.template.lines.line(asked.answer(user, end), most) for user, end in pairs]
+            sums = self.predictor.likelihood(task, self.prompts(task, batch), self.users(batch), texts)
+            out[indices] = (sums / [len(text) for text in texts])[: batch.count]
+        return out
+
     def write(self, task: str, max_tokens: int, users: np.ndarray, ends: np.ndarray) -> list[str]:
         """Return an answer of one line, at most `max_tokens` long, for each history. Each token is the likeliest one."""
         out = [""] * len(users)
@@ -111,3 +135,17 @@ class Asking:
             for index, text in zip(indices, texts, strict=False):
                 out[index] = text
         return out
+
+
+def random_users(users: Int[np.ndarray, " n"], ends: Int[np.ndarray, " n"], seed: int) -> dict[int, Whose]:
+    """Return the history of another user for each user, drawn with a seed.
+
+    The users stand in one random circle, and each gets the history of the next one. So nobody keeps their own, and every history is
+    read once, at the user's first end. The result is empty for fewer than two users.
+    """
+    different, first = np.unique(users, return_index=True)
+    if len(different) < 2:
+        return {}
+    order = np.random.default_rng(seed).permutation(len(different))
+    circle = zip(order.tolist(), np.roll(order, -1).tolist(), strict=True)
+    return {int(different[one]): (int(different[other]), int(ends[first[other]])) for one, other in circle}

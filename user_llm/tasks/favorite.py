@@ -15,7 +15,7 @@ from user_llm.config import phases as settings
 from user_llm.config.phases import ContextualEval
 from user_llm.config.reader import Config
 from user_llm.data.dataset import Dataset
-from user_llm.data.prompts.base import Ids, Items, Lines, Question, TextRow
+from user_llm.data.prompts.base import Ids, Items, Lines, Question, TextRow, Whose
 from user_llm.data.splits import Split
 from user_llm.data.timelines import Timelines
 from user_llm.evals.measured import Measured
@@ -128,9 +128,9 @@ class FavoriteExamples:
         """Return the row of a random end from `start` + 1 to `end`."""
         return self.row(user, int(rng.integers(start + 1, end + 1)))
 
-    def prompt(self, user: int, end: int) -> Ids:
-        """Return the prompt about the events before `end`."""
-        return self.template.prompt(self._history(user, end))
+    def prompt(self, user: int, end: int, whose: Whose | None = None) -> Ids:
+        """Return the prompt about the events before `end`, or about the history of `whose`."""
+        return self.template.prompt(self._history(*(whose or (user, end))))
 
     def _history(self, user: int, end: int) -> Items:
         """Return the items before `end` that the prompt needs."""

@@ -12,7 +12,7 @@ from user_llm.config import phases as settings
 from user_llm.config.phases import ContextualEval
 from user_llm.config.reader import Config
 from user_llm.data.dataset import Dataset
-from user_llm.data.prompts.base import Ids, Items, Lines, TextRow
+from user_llm.data.prompts.base import Ids, Items, Lines, TextRow, Whose
 from user_llm.data.prompts.next_item import NextItem
 from user_llm.data.splits import Split
 from user_llm.data.timelines import Timelines
@@ -47,9 +47,9 @@ class NextItemExamples:
         items = self.timelines.items(user, start, end + 1)
         return self.template.row([self.template.lines.title(items[0])], items[1:])
 
-    def prompt(self, user: int, end: int) -> Ids:
-        """Return the prompt about the events before `end`."""
-        return self.template.prompt(self._history(user, end))
+    def prompt(self, user: int, end: int, whose: Whose | None = None) -> Ids:
+        """Return the prompt about the events before `end`, or about the history of `whose`."""
+        return self.template.prompt(self._history(*(whose or (user, end))))
 
     def _history(self, user: int, end: int) -> Items:
         """Return the items before `end` that the prompt needs."""

@@ -8,12 +8,12 @@ from user_llm.config.phases import ContextualEval
 from user_llm.config.reader import Config
 from user_llm.data.dataset import Dataset
 from user_llm.data.mapped import filled
-from user_llm.data.prompts.base import Ids, Items, Lines, Question, TextRow
+from user_llm.data.prompts.base import Ids, Items, Lines, Question, TextRow, Whose
 from user_llm.data.splits import Split
 from user_llm.data.timelines import Timelines
+from user_llm.evals import texts
 from user_llm.evals.measured import Measured
-from user_llm.evals.rouge import ROUGES, rouge
-from user_llm.tasks.asking import Asking
+from user_llm.tasks.asking import Asking, random_users
 from user_llm.tasks.task import Found, PromptTask
 
 # Titles that are cut to the same number of tokens still make questions of different lengths. The longest question is therefore
@@ -51,9 +51,9 @@ class ReviewExamples:
         """Return the row of a random end from `start` + 1 to `end`; None if the user wrote nothing about that event."""
         return self.row(user, int(rng.integers(start + 1, end + 1)))
 
-    def prompt(self, user: int, end: int) -> Ids:
-        """Return the prompt that asks about the event at `end`, with the events before it as history."""
-        return self.template.prompt(self._history(user, end), **self._about(user, end))
+    def prompt(self, user: int, end: int, whose: Whose | None = None) -> Ids:
+        """Return the prompt that asks about the event at `end`, with the events before it, or those of `whose`, as history."""
+        return self.template.prompt(self._history(*(whose or (user, end))), **self._about(user, end))
 
     def _about(self, user: int, end: int) -> dict[str, object]:
         event = self.timelines.offsets[user] + end
@@ -70,6 +70,11 @@ class ReviewExamples:
     def answer(self, user: int, end: int) -> str:
         """Return what the user wrote about the event at `end`."""
         return str(self.column[self.timelines.offsets[user] + end])
+
+    def texts(self, user: int, end: int) -> list[str]:
+        """Return what the user wrote about the events before `end`."""
+        start = self.timelines.offsets[user]
+        return [str(text) for text in self.column[start : start + end] if text]
 
     def targets(self, part: str) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
         """Return the users and the ends of a part of the split at which the user wrote something."""
@@ -114,11 +119,22 @@ def check(asked: ReviewExamples, sizes: ContextualEval) -> None:
 
 
 def measure(asking: Asking, name: str, part: str, limit: int | None, sizes: ContextualEval) -> list[Found]:
-    """Measure how similar the written texts are to those of the users, for at most `review_users` questions."""
+    """Measure how similar the written texts are to those of the users, for at most `review_users` questions.
+
+    Of each question also `log_likelihood`, of the text that the user wrote, a mean over its tokens; and `nearer_to_author`: whether
+    the written text is nearer to what its user wrote before than to what another user did.
+    """
     asked = _examples(asking, name)
     users, ends = (array[: min(limit or len(array), sizes.review_users)] for array in asked.targets(part))
-    targets = [asked.answer(int(user), int(end)) for user, end in zip(users, ends, strict=True)]
-    return [Found(Measured(users, ends, rouge(targets, show(asking, name, users, ends))))]
+    pairs = list(zip(users.tolist(), ends.tolist(), strict=True))
+    targets, written = [asked.answer(user, end) for user, end in pairs], show(asking, name, users, ends)
+    others = random_users(*asked.targets(part), seed=0)  # the same however many are asked
+    of_author = [asked.texts(user, end) for user, end in pairs]
+    of_other = [asked.texts(*others.get(user, (user, 0))) for user, _ in pairs]
+    values = texts.rouge(targets, written) | texts.sentence_scores(targets, written) | texts.meteor(targets, written)
+    values["log_likelihood"] = asking.likelihood(name, asked.template.max_target_tokens, users, ends)
+    values["nearer_to_author"] = texts.nearer_to_author(written, of_author, of_other)
+    return [Found(Measured(users, ends, values), together=texts.corpus_scores(targets, written))]
 
 
 def show(asking: Asking, name: str, users: np.ndarray, ends: np.ndarray) -> list[str]:
@@ -132,4 +148,5 @@ def _examples(asking: Asking, name: str) -> ReviewExamples:
     return asked
 
 
-TASK = PromptTask(settings.Review, ROUGES, examples, measure, show, check)
+METRICS = (*texts.ROUGES, *texts.SENTENCES, "log_likelihood", "nearer_to_author")
+TASK = PromptTask(settings.Review, METRICS, examples, measure, show, check)

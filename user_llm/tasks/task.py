@@ -4,7 +4,7 @@
 |---|---|---|
 | `next_item` | the item head ranks all items; with method `/generate`, beam search in a trie ranks titles | ranks |
 | `favorite`, `favorite_future` | beam search in a trie of all classes' names finds the likeliest | accuracy |
-| `review` | a text, of which each token is the likeliest one | ROUGE |
+| `review` | a text, of which each token is the likeliest one | ROUGE, chrF, BLEU, likelihood of the true text, nearness to the author |
 """
 
 import dataclasses
@@ -31,10 +31,12 @@ class Found:
     Attributes:
       measured: the metrics of each question.
       suffix: what is added to the method's name, such as `/generate`.
+      together: metrics of all questions together that are no means, such as the BLEU of a corpus.
     """
 
     measured: Measured
     suffix: str = ""
+    together: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def _nothing(*_: Any) -> dict:

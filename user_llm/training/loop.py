@@ -73,8 +73,14 @@ class LoopConfig:
 
 @dataclasses.dataclass
 class Progress:
-    """What the loop remembers besides arrays; saved with every checkpoint."""
+    """What the loop remembers besides arrays; saved with every checkpoint.
 
+    Attributes:
+      targets, best_targets: how many training targets were seen, in all and until the best step.
+    """
+
+    targets: int = 0
+    best_targets: int = 0
     best_step: int = -1
     best_value: float = float("-inf")
     stale_evals: int = 0
@@ -121,9 +127,9 @@ def run(
         directory.mkdir(parents=True, exist_ok=True)
     barrier(f"{task.name} begins")
     with standing(directory) as check:
-        params = _train(task, config, optimizer_config, mesh, directory, seed, check, pace)
+        params, targets = _train(task, config, optimizer_config, mesh, directory, seed, check, pace)
         pace.reach(task.name, 1.0)
-        rows = task.results(cast(params, jnp.dtype(config.dtype)))
+        rows = [{**row, "targets_seen": targets} for row in task.results(cast(params, jnp.dtype(config.dtype)))]
         check()
         save_params(directory / "params", params)
         write_json(directory / RESULTS, rows)  # last: its presence says that the phase is complete
@@ -144,6 +150,23 @@ def read_rows(directory: epath.Path) -> list[dict]:
     return read_json(directory / RESULTS, ROWS, "delete it and run the same command: its phase is measured again")
 
 
+def targets_before(task: Task, workdir: epath.Path) -> int:
+    """Return how many training targets the phases have seen that taught a task's parameters before its own phase."""
+    rows = [row for name in task.taught_by for row in read_rows(workdir / name)[:1]]
+    return sum(row.get("targets_seen", 0) for row in rows)
+
+
+def targets_of_all(own: int, shares: int) -> int:
+    """Return how many targets the rows of all processes hold; those that several processes read count once.
+
+    Args:
+      own: the targets that this process read.
+      shares: into how many shares the processes divide the rows.
+    """
+    counts = gather(own)
+    return sum(counts) * shares // len(counts)
+
+
 def _train(
     task: Task,
     config: LoopConfig,
@@ -153,13 +176,18 @@ def _train(
     seed: int,
     check: Callable[[], None],
     pace: Pace,
-) -> Params:
-    """Train from the last checkpoint on, and return the best parameters; `check` refuses a directory that was removed."""
+) -> tuple[Params, int]:
+    """Train from the last checkpoint on; `check` refuses a directory that was removed.
+
+    Returns:
+      The best parameters, and how many training targets they have seen.
+    """
     state, step_fn = initial_state(task, config, optimizer_config, mesh, seed)
     if not jax.tree.leaves(state.trainable):  # a phase that measures and trains nothing
         config = dataclasses.replace(config, total_steps=0)
     data = iter(task.train_data)
-    progress = Progress()
+    before = targets_before(task, directory.parent)
+    progress = Progress(before, before)
     checkpoints = Checkpointer(directory / "checkpoints")
     saved_step = step = checkpoints.latest_step() or 0
     if step:
@@ -175,16 +203,18 @@ def _train(
         together = jax.process_count() > 1 and jax.default_backend() == "cpu"
         shares = meshes.row_share(mesh).count
         pending: list[dict[str, jax.Array] | dict[str, float]] = [*progress.unlogged]
-        events, since = 0, time.monotonic()
+        events, untold, since = 0, 0, time.monotonic()  # targets since the last log, and since `progress` was told of them
         checked: set[tuple] = set()  # shapes of batches: several tasks may take turns
         while True:
             signalled = preempted(step)
             last = step >= config.total_steps
             if (step % config.eval_steps == 0 or last) and progress.evaluated_step != step:
+                progress.targets, untold = progress.targets + targets_of_all(untold, shares), 0
                 _evaluate(task, config, state, step, progress, log)
             stalled = 0 < config.patience_evals <= progress.stale_evals
             due = step % config.save_steps == 0 or progress.evaluated_step == step or signalled is not None
             if due and saved_step != step:
+                progress.targets, untold = progress.targets + targets_of_all(untold, shares), 0
                 progress.unlogged = [{k: float(v) for k, v in scalars.items()} for scalars in pending]
                 if pending:
                     log.check_finite(step, {k: progress.unlogged[-1][k] for k in ("loss", "grad_norm")})
@@ -211,7 +241,9 @@ def _train(
                 jax.block_until_ready(scalars)
             step += 1
             pending.append(scalars)
-            events += shares * task.count_events(batch)
+            count = task.count_events(batch)
+            events += shares * count
+            untold += count
             if step % config.log_steps == 0 or step == config.total_steps:
                 names = dict.fromkeys(name for scalars in pending for name in scalars)
                 means = {k: float(jnp.mean(jnp.array([s[k] for s in pending if k in s]))) for k in names}
@@ -225,7 +257,7 @@ def _train(
             params = initial_params(task, config, mesh)
         elif progress.best_step not in (-1, step):
             params = checkpoints.restore_state(progress.best_step, state).params
-    return params
+    return params, progress.best_targets
 
 
 def settle_steps(config: LoopConfig, task: Task) -> LoopConfig:
@@ -295,13 +327,14 @@ def _state_and_step(
 def _evaluate(task: Task, config: LoopConfig, state: TrainState, step: int, progress: Progress, log: MetricsLog) -> None:
     """Measure on validation and update `progress`, in which larger is always better."""
     metrics = task.evaluate(cast(state.params, jnp.dtype(config.dtype)))
-    log.eval(step, metrics)
+    log.eval(step, metrics, targets_seen=progress.targets)
     if config.monitor not in metrics:
         raise ValueError(f"{task.name} cannot monitor {config.monitor!r}: it reports {', '.join(metrics)}.")
     value = metrics[config.monitor] * (1 if config.mode == "max" else -1)
     progress.evaluated_step = step
     if value > progress.best_value:
         progress.best_step, progress.best_value, progress.stale_evals = step, value, 0
+        progress.best_targets = progress.targets
     else:
         progress.stale_evals += 1
 

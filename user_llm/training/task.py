@@ -32,12 +32,13 @@ class Task:
       train_data: endless batches, of which this process has its share of the rows.
       steps_per_epoch: batches in one pass over the training data, on average.
       work: about how much one step computes: the parameters, times the events or tokens that each of them is multiplied with.
-      count_events: batch -> number of real training targets in it, for events/s.
+      count_events: batch -> number of real training targets in it, for events/s and for the targets that were seen.
       metrics: the names of what `evaluate` returns.
       check: raises ValueError for what would end an evaluation; needs no parameters.
       evaluate: params -> validation metrics; of several processes all call it, and all have the same.
       programs: shapes of the parameters -> what evaluation compiles besides, by name, for a look ahead (`user_llm/ahead`).
       results: params -> rows for results.json, measured on the test split; likewise.
+      taught_by: the phases whose targets the parameters have seen too, before this phase began.
     """
 
     name: str
@@ -55,3 +56,4 @@ class Task:
     evaluate: Callable[[Params], dict[str, float]]
     results: Callable[[Params], list[dict]]
     programs: Callable[[Params], dict[str, Program]]
+    taught_by: tuple[str, ...] = ()

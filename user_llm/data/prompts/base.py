@@ -28,6 +28,7 @@ from user_llm.data.tokenizer import Tokenizer
 
 Ids = Int[np.ndarray, "T"]
 Items = Int[np.ndarray, "E"]  # the item ids of a history, oldest first
+Whose = tuple[int, int]  # a history: of this user the events before this end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +97,12 @@ class Examples(Protocol):
     def stretch(self, user: int, start: int, end: int, rng: np.random.Generator) -> TextRow | None:
         """Return a training row from the events `start` to `end`, both included, for a model without an encoder."""
 
-    def prompt(self, user: int, end: int) -> Ids:
-        """Return the prompt at `end`, up to and including the answer position."""
+    def prompt(self, user: int, end: int, whose: "Whose | None" = None) -> Ids:
+        """Return the prompt at `end`, up to and including the answer position.
+
+        Args:
+          whose: the user and the end whose history stands in the prompt; the question's own for None.
+        """
 
     def answer(self, user: int, end: int) -> str:
         """Return the target at `end` as text."""

@@ -1,0 +1,54 @@
+"""Metrics of written texts: by hand, by published examples, and their bounds."""
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from user_llm.evals import texts
+
+
+def test_the_mean_of_sentences_is_not_the_score_of_a_corpus():
+    targets, written = ["the cat sat on the mat", "a b c d e"], ["the cat sat on the mat", "a b c d x"]
+    means, corpus = texts.sentence_scores(targets, written), texts.corpus_scores(targets, written)
+    # BLEU by hand: of 11 words 10 are right, of 9 pairs 8, of 7 triples 6, of 5 quadruples 4; both texts are as long as their targets.
+    np.testing.assert_allclose(corpus["bleu/corpus"], (10 / 11 * 8 / 9 * 6 / 7 * 4 / 5) ** 0.25)
+    np.testing.assert_allclose(means["bleu"], [1, (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25])
+    assert means["chrf"][0] == 1 > corpus["chrf/corpus"] > means["chrf"][1] > 0
+    nothing = texts.sentence_scores(["a cat"], [""])
+    assert nothing["bleu"] == nothing["chrf"] == 0
+
+
+def test_grams_and_their_cosine_by_hand():
+    assert texts.gram_counts(["A  bc"]) == Counter({"a b": 1, " bc": 1, "a bc": 1})
+    assert texts.gram_counts(["ab", ""]) == Counter()
+    one, other = texts.gram_counts(["aaaa"]), texts.gram_counts(["aaa"])  # {aaa: 2, aaaa: 1} and {aaa: 1}
+    np.testing.assert_allclose(texts.cosine(one, other), 2 / math.sqrt(5))
+    assert texts.cosine(one, one) == pytest.approx(1) and texts.cosine(one, Counter()) == 0
+    assert texts.cosine(one, texts.gram_counts(["bbbb"])) == 0
+
+
+def test_a_text_is_nearer_to_whoever_writes_like_that():
+    loud, dry = ["WOW!!! so good!!!", "so good, WOW!!!"], ["A competent instalment.", "The plot is competent."]
+    found = texts.nearer_to_author(
+        ["so so good!!!", "so so good!!!", "xyz", "so good!!!"], [loud, dry, loud, loud], [dry, loud, dry, loud]
+    )
+    assert found.tolist() == [1, 0, 0.5, 0.5]
+
+
+def test_meteor_is_left_out_where_wordnet_is_missing_and_says_so_once(monkeypatch, caplog):
+    from nltk.translate import meteor_score as module
+
+    def missing(*_):
+        raise LookupError("wordnet")
+
+    monkeypatch.setattr(module, "meteor_score", missing)
+    texts._meteor.cache_clear()
+    with caplog.at_level("INFO", logger="absl"):
+        assert texts.meteor(["a"], ["a"]) == texts.meteor(["b"], ["b"]) == {}
+    assert caplog.text.count("METEOR is left out") == 1
+    monkeypatch.setattr(module, "meteor_score", lambda targets, words: len(set(targets[0]) & set(words)) / len(words))
+    texts._meteor.cache_clear()
+    assert texts.meteor(["a cat."], ["A cat."])["meteor"].tolist() == [2 / 3]
+    texts._meteor.cache_clear()
