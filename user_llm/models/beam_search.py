@@ -223,9 +223,9 @@ def beam_search(
     """Return the best items of each row and their scores, best first; item 0 at -inf if too few.
 
     Without a guide the score of a title is its log-prob, the sum of its tokens'. With a guide, which scores items, the score of a
-    title's beginning is (1 - weight) * its log-prob + weight * the guide's best score among the items whose titles begin so. No
-    score grows with the title, so that with as many beams as titles the result is exact. With a weight of 1 it is exact for any
-    number of beams: at each step at most that many beginnings lead to the guide's best items, and none ranks above these.
+    title's beginning is (1 - weight) * its log-prob + weight * the guide's best score among the items whose titles begin so. With as
+    many beams as titles the result is exact. With a weight of 1 any number of beams finds as many of the guide's best items: no more
+    beginnings than that lead to them at any step, and no other beginning ranks above these.
 
     Args:
       graphdef: of a `Decoder`.
