@@ -137,7 +137,7 @@ def contextual_loss(
     return total, scalars
 
 
-def predicted_tokens(batch: Batch, choices: Choices | None) -> tuple[Bool[Array, "R T"], Int[Array, "R T"] | None]:
+def predicted_tokens(batch: Batch, choices: Choices | None = None) -> tuple[Bool[Array, "R T"], Int[Array, "R T"] | None]:
     """Return which tokens the text loss asks for, by the place before each: those behind the first answer position.
 
     With `choices` and items to rank, tokens that alone can follow are not asked for, and the second array is the number of the set
