@@ -3,7 +3,8 @@
     python -m user_llm.main --config=configs/quickstart.py --workdir=runs/quickstart
 
 Pretrains the encoder and a small LLM, contextualizes the LLM by gated cross-attention, trains both text-prompt baselines on the
-same LLM, ranks the full catalogue with each, and writes runs/quickstart/report.md.
+same LLM, ranks the full catalogue with each, and writes runs/quickstart/report.md. Titles are also written, each token chosen among those that
+some title goes on with: by the LLM alone, with its item head as a guide, and for the item head to rank.
 """
 
 from ml_collections import ConfigDict

@@ -61,7 +61,15 @@ def test_the_model_alone_answers_every_test_user_as_the_evaluation_did(finished,
 def test_leaves_all_that_the_readme_promises(finished):
     rows = _rows(finished)
     methods = {row["method"] for row in rows}
-    assert methods == {"popularity", "popularity_7d", "transitions", "encoder", "user_llm", "user_llm/generate", "text_prompt_10"}
+    assert methods == {
+        "popularity",
+        "popularity_7d",
+        "transitions",
+        "encoder",
+        "user_llm",
+        "user_llm/generate",
+        "text_prompt_10",
+    }
     for row in rows:
         assert row["dataset"] == "synthetic" and row["task"] == "next_item" and row["split"] == "leave_last_out"
         assert 0 <= row["value"] <= 1 and row["n"] == (10 if row["method"].endswith("generate") else 60)

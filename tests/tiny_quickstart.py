@@ -41,6 +41,8 @@ TINY = {
     "user_llm.prompts.next_item.max_tokens": 48,
     "user_llm.eval.generate_users": 10,
     "user_llm.eval.beams": 4,
+    "user_llm.eval.guide": (),  # `serving/test_ranking.py` measures what the item head adds to the writing
+    "user_llm.eval.rerank": 0,
     "text_prompt_10.loop.total_steps": 2,
     "text_prompt_10.loop.eval_steps": 2,
     "text_prompt_10.batch_size": 8,

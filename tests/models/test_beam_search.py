@@ -1,8 +1,11 @@
+import functools
+
 import numpy as np
 import pytest
 from flax import nnx
 
 from user_llm.common import trees
+from user_llm.data.titles import unique_titles
 from user_llm.models.beam_search import beam_generate, beam_search
 from user_llm.models.decoder import Decoder
 from user_llm.models.pretrained import decoder_config, load_decoder
@@ -176,3 +179,50 @@ def test_the_user_matters(tiny):
     ]
     moved = np.abs(scores[0] - scores[1])[:, 0] > 1e-3
     np.testing.assert_array_equal(moved, [True, False, True])  # the second row's user is empty
+
+
+# --- titles that the item head guides to ---
+
+
+def _shared_titles():
+    """Items of which five share one title, as a dataset numbers them, and titles that others begin with."""
+    names = unique_titles(["ab", "a", "ab", "abc", "ab", "b", "ab", "ba", "ab", "c", "abc", "cab"])
+    assert names[2] == "ab [2]" and len(set(names)) == 12
+    return {item: [*(3 + "abc []23456".index(letter) % 9 for letter in name), END] for item, name in enumerate(names, 1)}
+
+
+@pytest.mark.parametrize("seed", [5, 6, None])
+def test_the_guide_alone_finds_its_best_items_with_as_many_beams(tiny, random_titles, seed):
+    """Whatever the scores are, and also where titles begin with others."""
+    titles = random_titles(60, seed) if seed else _shared_titles()
+    trie, rng = Trie.build(titles), np.random.default_rng(0)
+    for scale in (0.1, 1.0, 100.0):
+        scores = rng.normal(size=(3, 1 + len(titles))).astype(np.float32) * scale
+        scores[:, 0] = 1000  # PAD is no item
+        items, found = beam_search(
+            *tiny.model, tiny.padded, tiny.lengths, trie, beams=4, user=tiny.user, guide=scores, weight=1.0
+        )  # fmt: skip
+        best = np.argsort(-scores[:, 1:], axis=1)[:, :4] + 1
+        np.testing.assert_array_equal(items, best)
+        np.testing.assert_array_equal(found, np.take_along_axis(scores, best, axis=1))
+
+
+def test_a_guided_search_weighs_both_scores(tiny, random_titles):
+    titles = random_titles(25, seed=2, most=4)
+    scores = np.random.default_rng(0).normal(size=(3, 26)).astype(np.float32)
+    scores[0, 5:] = -np.inf  # never written
+    trie = Trie.build(titles)
+    search = functools.partial(
+        beam_search, *tiny.model, tiny.padded, tiny.lengths, trie, beams=30, user=tiny.user, guide=scores
+    )
+    for weight in (0.0, 0.3):
+        items, found = search(weight=weight)
+        for row in range(3):
+            expected = {
+                item: (1 - weight) * _title_score(tiny, row, title) + weight * scores[row, item]
+                for item, title in titles.items()
+                if scores[row, item] > -np.inf
+            }
+            ranked = sorted(expected, key=expected.get, reverse=True)
+            assert items[row, : len(ranked)].tolist() == ranked and not items[row, len(ranked) :].any()
+            np.testing.assert_allclose(found[row, : len(ranked)], [expected[item] for item in ranked], atol=2e-5)

@@ -18,7 +18,12 @@ def test_trie_by_hand():
     np.testing.assert_array_equal(trie.first, [1, 3, 5, 6, 6, 7, 7, 7])
     np.testing.assert_array_equal(trie.token, [0, 3, 4, END, 5, END, END])
     np.testing.assert_array_equal(trie.item, [0, 0, 0, 8, 0, 9, 7])
-    assert (trie.depth, trie.root_fanout, trie.fanout) == (3, 2, 2)
+    np.testing.assert_array_equal(trie.parent, [0, 0, 0, 1, 1, 2, 4])
+    assert (trie.depth, trie.root_fanout, trie.fanout, trie.levels) == (3, 2, 2, (0, 1, 3, 6, 7))
+    scores = np.array(
+        [[9, 9, 9, 9, 9, 9, 9, 2, -1, 1], [9, 9, 9, 9, 9, 9, 9, -3, -np.inf, -4]], np.float32
+    )  # of item ids 0 to 9
+    np.testing.assert_array_equal(trie.best_below(scores), [[2, 2, 1, -1, 2, 1, 2], [-3, -3, -4, -np.inf, -3, -4, -3]])
 
 
 def test_every_title_and_nothing_else_is_in_the_trie(random_titles):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from user_llm.nn.columns import Columns
 from user_llm.nn.losses import (
     chunked_cross_entropy,
     draw_items,
@@ -52,6 +53,49 @@ def test_chunked_equals_the_plain_softmax(chunk):
     np.testing.assert_array_equal(grads[1][~VALID], 0)
     # Without a gradient another path computes the value.
     np.testing.assert_allclose(_chunked(HIDDEN, TABLE, TARGETS, WEIGHTS, VALID, chunk), expected, rtol=1e-6)
+
+
+OF_ROW = np.array([0, 1, 2, 3, 1, 0, 1, 2, 0, 3])
+COLUMNS = Columns(
+    OF_ROW,
+    masks=np.array([[False, True, True, True, True, False, False], [True, True, True, False, False, False, True]]),
+    lists=np.array([[6, 3, -1], [4, -1, -1]]),
+)
+AMONG = np.array([[0, 1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0, 1], [0, 0, 0, 1, 0, 0, 1], [0, 0, 0, 0, 1, 0, 0]], bool)[OF_ROW]
+
+
+@jax.jit
+@functools.partial(jax.value_and_grad, argnums=(0, 1))
+def _plain_among(hidden, table):
+    log_probs = jax.nn.log_softmax(jnp.where(AMONG, hidden @ table.T, -jnp.inf))
+    losses = -jnp.take_along_axis(log_probs, TARGETS[:, None], axis=1)[:, 0]
+    return jnp.sum(jnp.where(WEIGHTS > 0, WEIGHTS * losses, 0.0))
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 64])
+def test_each_row_has_columns_of_its_own(chunk):
+    """As masks and as lists; the last list is the target alone, whose row neither loses nor learns."""
+    value, grads = _chunked_and_grads(HIDDEN, TABLE, TARGETS, WEIGHTS, COLUMNS, chunk)
+    expected, expected_grads = _plain_among(HIDDEN, TABLE)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    for grad, wanted in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(grad, wanted, atol=1e-5)
+    assert not np.any(grads[0][9]) and np.any(grads[0][7])
+    np.testing.assert_allclose(_chunked(HIDDEN, TABLE, TARGETS, WEIGHTS, COLUMNS, chunk), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 8), (2, 2, 2)], ids=str)
+def test_each_row_has_columns_of_its_own_on_a_mesh(mesh_of, sizes):
+    """A table of 16 rows of which each device has a part, and no list names a column of every part."""
+    table = np.random.default_rng(1).normal(size=(16, WIDTH)).astype(np.float32)
+    masks, lists = np.arange(16)[None] < np.array([[14], [9]]), np.array([[15, 3, -1], [4, 12, 7]])
+    columns = Columns(OF_ROW, masks, lists)
+    expected, expected_grads = _chunked_and_grads(HIDDEN, table, TARGETS, WEIGHTS, columns, 1)
+    with jax.set_mesh(mesh_of(*sizes)):
+        value, grads = jax.jit(_chunked_and_grads, static_argnums=5)(HIDDEN, table, TARGETS, WEIGHTS, columns, 1)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    for grad, wanted in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(grad, wanted, atol=1e-5)
 
 
 def test_rows_of_weight_0_are_computed_only_where_they_fill_up_a_chunk():

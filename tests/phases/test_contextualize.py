@@ -16,7 +16,9 @@ from user_llm.config import defaults, experiments
 from user_llm.config.defaults import STRATEGIES
 from user_llm.config.reader import read_config
 from user_llm.data.schema import Feature, Schema
+from user_llm.models.choices import Choices
 from user_llm.models.decoder import DecoderConfig
+from user_llm.models.trie import Trie
 from user_llm.models.user_encoder import UserEncoderConfig
 from user_llm.models.user_llm import UserLLM, UserLLMConfig
 from user_llm.nn.cross_attention import CrossAttentionConfig
@@ -100,6 +102,32 @@ def test_the_loss_is_of_items_at_the_answers_the_titles_that_follow_and_the_way_
     np.testing.assert_allclose(scalars["next_item/text_loss"], np.mean(tokens), rtol=1e-5)
     np.testing.assert_allclose(scalars["align_loss"], np.mean(distances), rtol=1e-5)
     np.testing.assert_allclose(total, np.mean(items) + 0.25 * np.mean(tokens) + 0.5 * np.mean(distances), rtol=1e-5)
+
+
+# All titles that begin as those of BATCH do, which end in 3: item 5 is written 6 7, item 9 is written 9, and item 8 is written 4 5.
+TITLES = {5: [6, 7, 3], 9: [9, 3], 8: [4, 5, 3], 1: [6, 8, 3], 2: [6, 3], 3: [4, 5, 5, 3]}
+
+
+def test_titles_are_chosen_among_those_of_the_catalogue(model):
+    """By hand: each token is chosen among the tokens that its prefix goes on with, and what has no choice counts for nothing."""
+    choices = Choices.build(Trie.build(TITLES), CONFIG.decoder.vocab_size, max_title_tokens=4)
+    compiled = jax.jit(lambda p, batch: contextual_loss(trees.merge(model[0], p), batch, None, choices=choices, **WEIGHTS))
+    scalars = compiled(model[1], BATCH)[1]
+
+    @jax.jit
+    def logits(params):
+        llm = trees.merge(model[0], params)
+        user = llm.user(llm.encode(BATCH["events"], BATCH["prefix"]))
+        hidden = llm.hidden(BATCH["text"].reshape(4, 5), BATCH["text_lengths"].reshape(4), user=user, leading=1)
+        return hidden @ llm.decoder.output_table().T
+
+    found = np.asarray(logits(model[1]))
+    # Row, place, the token there, and the tokens that it is chosen among.
+    chosen = [(0, 1, 6, [4, 6, 9]), (0, 2, 7, [3, 7, 8]), (1, 1, 9, [4, 6, 9]), (2, 1, 4, [4, 6, 9]), (2, 3, 3, [3, 5])]
+    losses = [np.logaddexp.reduce(found[row, place, among]) - found[row, place, token] for row, place, token, among in chosen]
+    np.testing.assert_allclose(scalars["next_item/text_loss"], np.mean(losses), rtol=1e-5)
+    np.testing.assert_allclose(scalars["item_loss"], _loss(model, BATCH)[1]["item_loss"], rtol=1e-6)
+    assert contextual_counts(BATCH, choices)["tokens"] == len(losses) and contextual_counts(BATCH)["tokens"] == 8
 
 
 def test_the_llm_moves_to_the_encoder_and_not_the_encoder_to_the_llm(model):

@@ -1,10 +1,21 @@
 """Rankings: which items may stand in them, and what their scores are."""
 
+import dataclasses
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from model_directories import settings_of
+
 import user_llm
 from user_llm.models.beam_search import beam_search
+from user_llm.serving.settings import identity
+from user_llm.tasks import next_item
 
 
 def test_what_may_be_recommended_is_said_by_ids(made, model):
@@ -54,3 +65,38 @@ def test_a_model_without_item_head_compiles_few_programs(make_model):
         np.testing.assert_allclose([item.score for item in found], [every[item.id] for item in found], atol=1e-4)
     sizes = len({min(model.predictor.beams << power, len(keys)) for power in range(10)})
     assert beam_search._cache_size() - before < sizes  # the largest has been compiled before
+
+
+def test_the_head_and_the_writing_rank_together(made):
+    """Ten titles are all of them, which the head ranks as it ranks items; where it alone guides, the three best are its own."""
+    asking = made.asking.of(dataclasses.replace(made.asking.predictor, beams=3))
+    sizes = SimpleNamespace(generate_users=5, guide=(0.0, 0.5, 1.0), rerank=10)
+    found = {one.suffix: one.measured.metrics for one in next_item.measure(asking, "next_item", "test", None, sizes)}
+    if not asking.predictor.ranks:
+        assert set(found) == {"/generate"}
+        return
+    assert set(found) == {"", "/generate", "/generate_guided", "/generate_reranked"}
+    assert found["/generate_reranked"] == found[""]
+    assert [one.suffix for one in next_item.measure(asking, "next_item", "validation", None, sizes)] == [""]
+    head = asking.rank("next_item", "test", None)
+    guided = asking.rank_written("next_item", "test", None, weight=1.0)
+    np.testing.assert_array_equal(guided.everything, np.where(head.everything <= 3, head.everything, np.inf))
+    of_weight = {w: asking.rank_written("next_item", "validation", 5, weight=w).metrics()["ndcg@10"] for w in sizes.guide}
+    assert of_weight[next_item.best_weight(asking, "next_item", sizes)] == max(of_weight.values())
+
+
+def test_the_softmax_within_the_trie_is_the_models_own(make_model):
+    """Its identity says so; titles written by it have probabilities that sum to 1."""
+    made = make_model("written")
+    within = dataclasses.replace(made.written, predictor=dataclasses.replace(made.written.predictor, trie_softmax=True))
+    user = within.encode(made.rows(1))
+    scores = {item.id: item.score for item in within.recommend(user, 9)}
+    assert np.exp(list(scores.values())).sum() == pytest.approx(1, abs=1e-5)
+    # Of some items: the probabilities that they have among all, and none beside them.
+    some = within.recommend(user, candidates=list(scores)[2:5])
+    assert [item.id for item in some] == list(scores)[2:5]
+    np.testing.assert_allclose([item.score for item in some], list(scores.values())[2:5], atol=1e-5)
+    settings = settings_of(made.directory)
+    assert identity(settings) == settings["identity"]
+    settings["limits"]["trie_softmax"] = True
+    assert identity(settings) != settings["identity"]

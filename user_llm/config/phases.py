@@ -253,10 +253,16 @@ class Resampler:
 
 @dataclasses.dataclass(frozen=True)
 class ContextualLoss:
-    """Weights of the losses of contextualization."""
+    """Weights of the losses of contextualization.
+
+    Attributes:
+      trie_softmax: whether an item's title is written by choosing each token among those that the catalogue's titles go on with, in
+        training and in beam search; otherwise among all tokens.
+    """
 
     catalogue: Weight
     align: Weight
+    trie_softmax: bool
     chunk: Count
 
 
@@ -265,6 +271,10 @@ class ContextualEval:
     """Validation and test of a contextualized LLM.
 
     Attributes:
+      generate_users: for how many test users titles are written by beam search.
+      guide: the weights of the item head's scores, beside the titles' log-probabilities, in a beam search that both of them guide; the
+        weight that is best on as many validation users is measured. Empty for no such search.
+      rerank: how many titles are written for the item head to rank them; 0 for none.
       control_users: how many test users are asked again with another user's history and with none; 0 for none of them.
     """
 
@@ -272,6 +282,8 @@ class ContextualEval:
     validation_users: Count
     generate_users: CountOrZero
     beams: Count
+    guide: tuple[Probability, ...]
+    rerank: CountOrZero
     review_users: Count
     control_users: CountOrZero
     samples: CountOrZero

@@ -206,7 +206,7 @@ def beam_generate(
     return Hypotheses(tokens[..., :max_tokens], written, scores)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "beams"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "beams", "trie_softmax"))
 def beam_search(
     graphdef: nnx.GraphDef,
     params: Params,
@@ -216,11 +216,16 @@ def beam_search(
     *,
     beams: int,
     user: UserKV | None = None,
+    trie_softmax: bool = False,
+    guide: Float[Array, "B V"] | None = None,
+    weight: float | Float[Array, ""] = 0.0,
 ) -> tuple[Int[Array, "B beams"], Float[Array, "B beams"]]:
-    """Return the likeliest items of each row and the log-probs of their titles, best first; item 0 at -inf if too few.
+    """Return the best items of each row and their scores, best first; item 0 at -inf if too few.
 
-    A title's log-prob is the sum of its tokens' under the model's softmax over the whole vocabulary: the trie chooses
-    what is scored and changes no score. With as many beams as titles the result is exact.
+    Without a guide the score of a title is its log-prob, the sum of its tokens'. With a guide, which scores items, the score of a
+    title's beginning is (1 - weight) * its log-prob + weight * the guide's best score among the items whose titles begin so. With as
+    many beams as titles the result is exact. With a weight of 1 any number of beams finds as many of the guide's best items: no more
+    beginnings than that lead to them at any step, and no other beginning ranks above these.
 
     Args:
       graphdef: of a `Decoder`.
@@ -230,31 +235,44 @@ def beam_search(
       trie: of the titles.
       beams: titles of each row.
       user: K/V of each row's user.
+      trie_softmax: whether a token's softmax is over the tokens that some title goes on with, so that the probabilities of all titles sum
+        to 1. Otherwise it is over the whole vocabulary, and the trie chooses what is scored and changes no score.
+      guide: of each item; an item of -inf is never written.
+      weight: of the guide, from 0 to 1.
     """
+    below = None if guide is None else trie.best_below(guide)
+
+    def score(node, log_prob):
+        if below is None:
+            return log_prob
+        best = jnp.take_along_axis(below, node.reshape(len(node), -1), axis=1).reshape(node.shape)
+        # Where either is -inf, a weight of 0 would make no number of it.
+        return jnp.where(jnp.minimum(log_prob, best) > -jnp.inf, (1 - weight) * log_prob + weight * best, -jnp.inf)
 
     def extend(_, state, logits, fanout=trie.fanout):
-        node, score = state
-        child, log_prob = trie.expand(node, logits, fanout)
-        origin, node, score = _best(child, score[..., None] + log_prob, beams)
-        return origin, trie.token[node], (node, score)
+        node, written, _ = state
+        child, log_prob = trie.expand(node, logits, fanout, among_children=trie_softmax)
+        log_prob += written[..., None]
+        origin, *state = _best(child, log_prob, score(child, log_prob), beams)
+        return origin, trie.token[state[0]], tuple(state)
 
-    root = (jnp.zeros((prompts.shape[0], 1), jnp.int32), jnp.zeros((prompts.shape[0], 1)))
-    node, score = _search(
+    root = tuple(jnp.zeros((prompts.shape[0], 1), dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32))
+    node, _, scores = _search(
         merge(graphdef, params), prompts, lengths, user, beams=beams, steps=trie.depth,
         start=lambda logits: extend(0, root, logits[:, None], trie.root_fanout),
         extend=extend,
-        unfinished=lambda written, state: (written < trie.depth) & ((trie.item[state[0]] == 0) & (state[1] > -jnp.inf)).any(),
+        unfinished=lambda written, state: (written < trie.depth) & ((trie.item[state[0]] == 0) & (state[2] > -jnp.inf)).any(),
     )  # fmt: skip
-    return jnp.where(score > -jnp.inf, trie.item[node], 0), score
+    return jnp.where(scores > -jnp.inf, trie.item[node], 0), scores
 
 
 def _best(
-    child: Int[AnyArray, "B R C"], score: Float[Array, "B R C"], beams: int
-) -> tuple[Int[Array, "B beams"], Int[Array, "B beams"], Float[Array, "B beams"]]:
-    """Return the beam of origin, node and score of each row's best candidates, with -inf where there are too few."""
+    child: Int[AnyArray, "B R C"], log_prob: Float[Array, "B R C"], score: Float[Array, "B R C"], beams: int
+) -> tuple[Int[Array, "B beams"], Int[Array, "B beams"], Float[Array, "B beams"], Float[Array, "B beams"]]:
+    """Return the beam of origin, node, log-prob and score of each row's best candidates, with -inf where there are too few."""
     batch, _, fanout = child.shape
-    missing = max(beams - child[0].size, 0)
-    flat = jnp.pad(score.reshape(batch, -1), ((0, 0), (0, missing)), constant_values=-jnp.inf)
-    score, index = jax.lax.top_k(flat, beams)
-    node = jnp.take_along_axis(jnp.pad(child.reshape(batch, -1), ((0, 0), (0, missing))), index, axis=1)
-    return index // fanout, node, score
+    missing = ((0, 0), (0, max(beams - child[0].size, 0)))
+    flat = lambda a, fill: jnp.pad(a.reshape(batch, -1), missing, constant_values=fill)  # noqa: E731
+    score, index = jax.lax.top_k(flat(score, -jnp.inf), beams)
+    node, log_prob = _take((flat(child, 0), flat(log_prob, -jnp.inf)), index)
+    return index // fanout, node, log_prob, score

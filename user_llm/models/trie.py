@@ -5,6 +5,7 @@ Left out: titles that are added one by one; a catalogue of 10,000 is built in a 
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -17,8 +18,8 @@ from user_llm.common.arrays import AnyArray
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["first", "token", "item"],
-    meta_fields=["depth", "root_fanout", "fanout"],
+    data_fields=["first", "parent", "token", "item"],
+    meta_fields=["levels", "root_fanout", "fanout"],
 )
 @dataclasses.dataclass(frozen=True)
 class Trie:
@@ -27,18 +28,25 @@ class Trie:
     Nodes are numbered breadth first from the root, 0: the children of n are the nodes first[n] to first[n + 1] - 1.
 
     Attributes:
+      parent: the node above each node; the root is its own.
       token: that leads to each node; the root's means nothing.
       item: id of the item whose title ends at the node, a leaf; 0 at inner nodes.
-      depth: tokens of the longest title, the end token included.
+      levels: the first node of each level, from the root's level down, and behind them the number of all nodes.
       root_fanout, fanout: most children of the root, and of any other node.
     """
 
     first: Int[Array, " rows"]
+    parent: Int[Array, " nodes"]
     token: Int[Array, " nodes"]
     item: Int[Array, " nodes"]
-    depth: int
+    levels: tuple[int, ...]
     root_fanout: int
     fanout: int
+
+    @property
+    def depth(self) -> int:
+        """The tokens of the longest title, the end token included."""
+        return len(self.levels) - 2
 
     @classmethod
     def build(cls, titles: Mapping[int, Sequence[int]]) -> "Trie":
@@ -69,8 +77,8 @@ class Trie:
     @classmethod
     def _from_sorted(cls, ids: np.ndarray, lengths: np.ndarray, table: np.ndarray) -> "Trie":
         """Number the nodes level by level: a row opens a node wherever its prefix differs from the row's above."""
-        token, item, parent = [np.zeros(1, np.int32)], [np.zeros(1, np.int32)], []
-        node, nodes = np.zeros(len(ids), np.int32), 1
+        token, item, parent = ([np.zeros(1, np.int32)] for _ in range(3))
+        node, levels = np.zeros(len(ids), np.int32), [0, 1]
         differs = np.arange(len(ids)) == 0
         for level in range(lengths.max()):
             differs[1:] |= table[1:, level] != table[:-1, level]
@@ -79,36 +87,41 @@ class Trie:
             token.append(table[opens, level])
             item.append(np.where(lengths == level + 1, ids, 0)[opens])
             parent.append(node[opens])
-            node = np.where(alive, nodes - 1 + np.cumsum(opens), node)
-            nodes += opens.sum()
-        children = np.bincount(np.concatenate(parent), minlength=nodes)
+            node = np.where(alive, levels[-1] - 1 + np.cumsum(opens), node)
+            levels.append(levels[-1] + int(opens.sum()))
+        above = np.concatenate(parent)
+        children = np.bincount(above[1:], minlength=levels[-1])
         return cls(
             first=jnp.asarray(np.concatenate([[1], 1 + np.cumsum(children)]), jnp.int32),
+            parent=jnp.asarray(above, jnp.int32),
             token=jnp.asarray(np.concatenate(token), jnp.int32),
             item=jnp.asarray(np.concatenate(item), jnp.int32),
-            depth=int(lengths.max()),
+            levels=tuple(levels),
             root_fanout=int(children[0]),
             fanout=int(max(children[1:].max(), 1)),
         )
 
-    def of_shape(self, other: "Trie") -> "Trie":
-        """Return the same trie with arrays and bounds as large as those of a trie that holds these titles and more.
-
-        One compiled program then serves both, at the cost of the larger one.
-        """
-        more = len(other.token) - len(self.token)
-        token, item = (jnp.pad(array, (0, more)) for array in (self.token, self.item))
-        first = jnp.pad(self.first, (0, more), mode="edge")  # nodes without children, which nothing leads to
-        return dataclasses.replace(other, first=first, token=token, item=item)
-
     def expand(
-        self, node: Int[AnyArray, "B R"], logits: Float[Array, "B R V"], fanout: int
+        self, node: Int[AnyArray, "B R"], logits: Float[Array, "B R V"], fanout: int, *, among_children: bool = False
     ) -> tuple[Int[Array, "B R C"], Float[Array, "B R C"]]:
-        """Return each node's children and their log-probs, -inf where there are fewer; a leaf stays, at no cost."""
+        """Return each node's children and their log-probs, -inf where there are fewer; a leaf stays, at no cost.
+
+        Args:
+          fanout: C, the most children of any of the nodes.
+          among_children: whether the softmax is over the children alone, and not over the whole vocabulary.
+        """
         child = self.first[node][..., None] + jnp.arange(fanout)
         real = child < self.first[node + 1][..., None]
         child = jnp.where(real, child, node[..., None])
         log_prob = jnp.take_along_axis(logits, self.token[child], axis=-1)
-        log_prob -= jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        among = jnp.where(real, log_prob, -jnp.inf) if among_children else logits
+        log_prob -= jax.nn.logsumexp(among, axis=-1, keepdims=True)
         stays = (self.item[node] > 0)[..., None] & (jnp.arange(fanout) == 0)
         return child, jnp.where(real, log_prob, jnp.where(stays, 0.0, -jnp.inf))
+
+    def best_below(self, scores: Float[AnyArray, "B V"]) -> Float[Array, "B nodes"]:
+        """Return the highest score among the items at and below each node, for each row of scores of all items."""
+        best = jnp.where(self.item > 0, scores[:, self.item], -jnp.inf).T
+        for start, stop in reversed([*itertools.pairwise(self.levels)][1:]):  # from the deepest level up
+            best = best.at[self.parent[start:stop]].max(best[start:stop], indices_are_sorted=True)
+        return best.T

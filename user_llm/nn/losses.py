@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from user_llm.common.arrays import AnyArray
 from user_llm.common.mesh import BATCH_AXES
+from user_llm.nn.columns import Columns
 
 Whole = Mapping[str, Array]  # of a batch: its counts by name, and `parts`, into how many it is split
 
@@ -61,12 +62,12 @@ def chunked_cross_entropy(
     table: Float[Array, "V D"],
     targets: Int[AnyArray, " R"],
     weights: Float[AnyArray, " R"],
-    valid: Bool[AnyArray, " V"],
+    valid: Bool[AnyArray, " V"] | Columns,
     chunk: int,
 ) -> Float[Array, ""]:
     """Return the sum over rows of weight * -log softmax(hidden table^T)[target], the softmax over `valid` columns.
 
-    Gradients flow to `hidden` and `table` and are computed in the forward pass, chunk by chunk of `chunk` rows; peak memory is
+    The columns are the same for all rows, or each row's own, which its target is one of. Gradients flow to `hidden` and `table` and are computed in the forward pass, chunk by chunk of `chunk` rows; peak memory is
     O(chunk V). Rows of weight 0 count for nothing, whatever their target, and their logits are computed only where they fill up a
     chunk. Within `jax.set_mesh` rows are shared out over `data` and `fsdp`, each device taking `chunk` of its own at a time, and the
     catalogue over `tensor`.
@@ -76,20 +77,22 @@ def chunked_cross_entropy(
 
 def _over_mesh(body: Callable[..., tuple], hidden, table, targets, weights, valid, chunk: int) -> tuple:
     """Run `body(axes, chunk, ...)` on every device's part of the arrays; a dimension that its axis does not divide stays whole."""
+    of_row, *sets = valid if isinstance(valid, Columns) else Columns.same(valid, len(hidden))
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return body(Axes((), None, None), chunk, hidden, table, targets, weights, valid)
+        return body(Axes((), None, None), chunk, hidden, table, targets, weights, of_row, *sets)
     shards, rows = mesh.shape["data"] * mesh.shape["fsdp"], hidden.shape[0]
     fits = [axis if dim % mesh.shape[axis] == 0 else None for axis, dim in zip(("tensor", "fsdp"), table.shape, strict=True)]
-    hidden, targets, weights = (jnp.pad(a, [(0, -rows % shards)] + [(0, 0)] * (a.ndim - 1)) for a in (hidden, targets, weights))
-    by_row, by_item, whole = PartitionSpec(BATCH_AXES), PartitionSpec(fits[0]), PartitionSpec()
+    by_rows = (hidden, targets, weights, of_row)
+    hidden, targets, weights, of_row = (jnp.pad(a, [(0, -rows % shards)] + [(0, 0)] * (a.ndim - 1)) for a in by_rows)
+    by_row, by_column, whole = PartitionSpec(BATCH_AXES), PartitionSpec(None, fits[0]), PartitionSpec()
     of_table = PartitionSpec(*fits)
     found = jax.shard_map(
         functools.partial(body, Axes(BATCH_AXES, *fits), chunk),
-        in_specs=(by_row, of_table, by_row, by_row, by_item),
+        in_specs=(by_row, of_table, by_row, by_row, by_row, by_column, whole),
         out_specs=(whole,) if body is _loss else (whole, by_row, of_table),
         check_vma=False,  # sums over axes are written out below
-    )(hidden, table, targets, weights, valid)
+    )(hidden, table, targets, weights, of_row, *sets)
     return found if body is _loss else (found[0], found[1][:rows], found[2])
 
 
@@ -102,10 +105,10 @@ class _Chunk(NamedTuple):
     hit: Bool[Array, "c v"]
 
 
-def _softmax(axes: Axes, hidden: Array, table: Array, targets: AnyArray, valid: AnyArray) -> _Chunk:
+def _softmax(axes: Axes, hidden: Array, table: Array, targets: AnyArray, columns: Columns) -> _Chunk:
     logits = jnp.einsum("RD,VD->RV", hidden, table, preferred_element_type=jnp.float32)
-    logits = jnp.where(valid, logits, -1e30)
     first = 0 if axes.catalogue is None else jax.lax.axis_index(axes.catalogue) * table.shape[0]
+    logits = jnp.where(columns.valid(first), logits, -1e30)
     hit = first + jnp.arange(table.shape[0]) == targets[:, None]
     peak = axes.max(jax.lax.stop_gradient(logits.max(axis=1)))
     exp = jnp.exp(logits - peak[:, None])
@@ -126,17 +129,18 @@ def _over_chunks(
     hidden: Array,
     targets: AnyArray,
     weights: AnyArray,
+    of_row: AnyArray,
 ) -> tuple[Any, Array]:
-    """Return the last carry of carry, out = step(carry, hidden, targets, weights) over chunks of rows, and all `out` [R, D].
+    """Return the last carry of carry, out = step(carry, hidden, targets, weights, of_row) over chunks of rows, and all `out` [R, D].
 
     Of several chunks, rows of weight 0 come behind all others, and no step is made for a chunk of them alone: their `out` is 0.
     """
     rows = len(hidden)
     if rows <= chunk:  # a loop, even of one step, would have `start` and the sum in memory side by side
-        return step(start, hidden, targets, weights)
+        return step(start, hidden, targets, weights, of_row)
     order = jnp.argsort(weights == 0, stable=True)
     # Behind the last row, and of weight 0, those that fill up the last chunk.
-    ordered = (jnp.take(a, order, axis=0, mode="clip") for a in (hidden, targets, weights))
+    ordered = (jnp.take(a, order, axis=0, mode="clip") for a in (hidden, targets, weights, of_row))
     filled = (jnp.pad(a, [(0, -rows % chunk)] + [(0, 0)] * (a.ndim - 1)) for a in ordered)
     chunks = tuple(a.reshape(-1, chunk, *a.shape[1:]) for a in filled)
     most, counting = len(chunks[0]), (weights != 0).sum()
@@ -156,22 +160,23 @@ def _over_chunks(
     return carry, outs.reshape(-1, hidden.shape[1])[jnp.argsort(order)]
 
 
-def _loss(axes: Axes, chunk: int, hidden, table, targets, weights, valid) -> tuple[Array]:
+def _loss(axes: Axes, chunk: int, hidden, table, targets, weights, of_row, *sets) -> tuple[Array]:
     table = _whole_width(axes, table)
 
-    def step(total, hidden, targets, weights):
-        return total + jnp.sum(weights * _softmax(axes, hidden, table, targets, valid).losses), jnp.zeros_like(hidden)
+    def step(total, hidden, targets, weights, of_row):
+        found = _softmax(axes, hidden, table, targets, Columns(of_row, *sets))
+        return total + jnp.sum(weights * found.losses), jnp.zeros_like(hidden)
 
-    total, _ = _over_chunks(axes, chunk, step, jnp.zeros((), jnp.float32), hidden, targets, weights)
+    total, _ = _over_chunks(axes, chunk, step, jnp.zeros((), jnp.float32), hidden, targets, weights, of_row)
     return (jax.lax.psum(total, axes.rows) if axes.rows else total,)
 
 
-def _loss_and_gradients(axes: Axes, chunk: int, hidden, table, targets, weights, valid) -> tuple[Array, Array, Array]:
+def _loss_and_gradients(axes: Axes, chunk: int, hidden, table, targets, weights, of_row, *sets) -> tuple[Array, Array, Array]:
     table = _whole_width(axes, table)
 
-    def step(carry, hidden, targets, weights):
+    def step(carry, hidden, targets, weights, of_row):
         total, table_grad = carry
-        found = _softmax(axes, hidden, table, targets, valid)
+        found = _softmax(axes, hidden, table, targets, Columns(of_row, *sets))
         total += jnp.sum(weights * found.losses)
         grad = found.exp * (weights / found.sums)[:, None] - jnp.where(found.hit, weights[:, None], 0.0)
         grad = grad.astype(table.dtype)
@@ -180,7 +185,7 @@ def _loss_and_gradients(axes: Axes, chunk: int, hidden, table, targets, weights,
         return (total, table_grad), hidden_grad.astype(hidden.dtype)
 
     start = (jnp.zeros((), jnp.float32), jnp.zeros(table.shape, jnp.float32))
-    (total, table_grad), hidden_grad = _over_chunks(axes, chunk, step, start, hidden, targets, weights)
+    (total, table_grad), hidden_grad = _over_chunks(axes, chunk, step, start, hidden, targets, weights, of_row)
     if axes.rows:
         total = jax.lax.psum(total, axes.rows)
         if axes.width:

@@ -6,6 +6,7 @@ an encoder or none, how many titles the prompt holds, which parameters train. Ta
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ import grain
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Int
 
 from user_llm.common import mesh as meshes
 from user_llm.common import trees
@@ -24,8 +25,10 @@ from user_llm.config.phases import Contextualize
 from user_llm.data.dataset import Dataset
 from user_llm.data.pipeline import ExampleConfig, Windows, contextual_examples
 from user_llm.data.prompts.base import Examples, Lines
+from user_llm.models.choices import Choices
 from user_llm.models.decoder import DecoderConfig
 from user_llm.models.encoder import Encoded
+from user_llm.models.trie import Trie
 from user_llm.models.user_llm import UserLLM, UserLLMConfig
 from user_llm.nn.cross_attention import CrossAttentionConfig
 from user_llm.nn.lora import LoRAConfig
@@ -95,10 +98,12 @@ def contextual_loss(
     chunk: int,
     leading: Mapping[str, int],
     whole: Whole | None = None,
+    choices: Choices | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """Return the weighted sum of three losses.
 
-    `text`, weighted by the batch itself: cross entropy of what follows the first answer position. `catalogue`, where there are
+    `text`, weighted by the batch itself: cross entropy of what follows the first answer position; with `choices`, the tokens of a title
+    are predicted among those that titles can go on with. `catalogue`, where there are
     items to rank: their cross entropy at the answer positions. `align`, with an encoder only: mean squared distance of the LLM's
     item query from the encoder's own, its last state: that of the last event, or of the mask token behind it. Both are in the
     space of the encoder's item vectors, by which the LLM ranks too. The pretrained encoder knows what every event taught it, and its
@@ -111,7 +116,7 @@ def contextual_loss(
     encoder_key, decoder_key = (None, None) if key is None else jax.random.split(key)
     tokens = batch["text"].reshape(-1, batch["text"].shape[-1])
     lengths, answers = (batch[k].reshape(len(tokens), -1) for k in ("text_lengths", "answers"))
-    predicted = predicted_tokens(batch).reshape(-1).astype(jnp.float32)
+    predicted, sets = predicted_tokens(batch, choices)
     user, encoded = None, None
     if model.config.encoder is not None:
         encoded = model.encode(batch["events"], batch["prefix"], key=encoder_key)
@@ -119,7 +124,9 @@ def contextual_loss(
     hidden = model.hidden(tokens, lengths[:, 0], user=user, leading=leading[task], key=decoder_key)
 
     rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-    token_loss = text_loss(model.decoder, rows, tokens[:, 1:].reshape(-1), predicted, chunk, whole)
+    among = None if choices is None or sets is None else choices.columns(sets.reshape(-1))
+    weights = predicted.reshape(-1).astype(jnp.float32)
+    token_loss = text_loss(model.decoder, rows, tokens[:, 1:].reshape(-1), weights, chunk, whole, among)
     total, scalars = weight[0] * token_loss, {f"{task}/text_loss": token_loss}
     if "items" in batch:
         ranked, found = _ranking_losses(model, batch, hidden, answers, encoded, chunk, whole)
@@ -131,17 +138,25 @@ def contextual_loss(
     return total, scalars
 
 
-def predicted_tokens(batch: Batch) -> Bool[Array, "R T"]:
-    """Return which tokens the text loss asks for, by the place before each: those behind the first answer position."""
+def predicted_tokens(batch: Batch, choices: Choices | None = None) -> tuple[Bool[Array, "R T"], Int[Array, "R T"] | None]:
+    """Return which tokens the text loss asks for, by the place before each: those behind the first answer position.
+
+    With `choices` and items to rank, tokens that alone can follow are not asked for, and the second array is the number of the set
+    that each token is chosen from; otherwise it is None.
+    """
     tokens = batch["text"].reshape(-1, batch["text"].shape[-1])
     lengths, answers = (batch[k].reshape(len(tokens), -1) for k in ("text_lengths", "answers"))
     position = jnp.arange(tokens.shape[1] - 1)
-    return (position >= answers[:, :1]) & (position + 1 < lengths) & (answers[:, :1] > 0)
+    predicted = (position >= answers[:, :1]) & (position + 1 < lengths) & (answers[:, :1] > 0)
+    if choices is None or "items" not in batch:
+        return predicted, None
+    sets = choices.at(answers, batch["items"].reshape(answers.shape), len(position))
+    return predicted & (sets >= 0), sets
 
 
-def contextual_counts(batch: Batch) -> dict[str, Array]:
+def contextual_counts(batch: Batch, choices: Choices | None = None) -> dict[str, Array]:
     """Return by what the means of `contextual_loss` divide."""
-    counts = {"tokens": predicted_tokens(batch).sum()}
+    counts = {"tokens": predicted_tokens(batch, choices)[0].sum()}
     return counts | ({"items": (batch["items"] > 0).sum()} if "items" in batch else {})
 
 
@@ -188,6 +203,16 @@ def build_examples(name: str, run: Run, data: Dataset) -> dict[str, Examples]:
     return found
 
 
+def title_choices(asked: Mapping[str, Examples], vocab_size: int) -> Choices | None:
+    """Return what the titles of the items that are ranked can go on with; None if no task ranks items."""
+    for task, examples in asked.items():
+        if examples.ranks:
+            lines = examples.template.lines
+            with naming(f"prompts.{task}"):
+                return Choices.build(Trie.build(lines.titles_as_targets()), vocab_size, lines.max_title_tokens)
+    return None
+
+
 def encoder_source(phase: Contextualize) -> str:
     """Return where a phase has its encoder's weights from: the phase that pretrains it, or `fresh`."""
     return phase.encoder if phase.encoder_init == "pretrained" else "fresh"
@@ -228,10 +253,12 @@ def build(name: str, run: Run, data: Dataset) -> Task:
     predictor = Predictor(
         full, graphdef, shapes, run.mesh, {task: of.template for task, of in asked.items()},
         max_events=examples.max_events, batch_size=meshes.even_rows(phase.eval.batch_size, run.mesh), beams=phase.eval.beams,
-        after_instruction=phase.soft_prompt.after_instruction, ranks=phase.loss.catalogue > 0, pad_whole=phase.eval.pad_whole,
+        after_instruction=phase.soft_prompt.after_instruction, ranks=phase.loss.catalogue > 0, trie_softmax=phase.loss.trie_softmax,
+        pad_whole=phase.eval.pad_whole,
     )  # fmt: skip
     asking = Asking(predictor, data, asked)
-    leading = {task: predictor.leading(task) for task in asked}
+    weights = vars(phase.loss) | {"leading": {task: predictor.leading(task) for task in asked}}
+    choices = title_choices(asked, full.decoder.vocab_size) if weights.pop("trie_softmax") else None
 
     def evaluate(params: Params) -> dict[str, float]:
         """Return the metrics of the first task, which the phase monitors."""
@@ -274,9 +301,9 @@ def build(name: str, run: Run, data: Dataset) -> Task:
         load=load,
         init=lambda place: starting.init(run, create, load, place),
         loss=lambda params, batch, key, whole: contextual_loss(
-            trees.merge(graphdef, params), batch, key, leading=leading, whole=whole, **vars(phase.loss)
+            trees.merge(graphdef, params), batch, key, whole=whole, choices=choices, **weights
         ),
-        counts=contextual_counts,
+        counts=functools.partial(contextual_counts, choices=choices),
         train_data=run.streams(stream, phase.batch_size),
         steps_per_epoch=len(windows) / phase.batch_size,
         work=phase.batch_size * _work(shapes, examples, max(of.template.max_tokens for of in asked.values())),

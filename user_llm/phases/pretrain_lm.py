@@ -18,6 +18,7 @@ from user_llm.config.phases import PretrainLM
 from user_llm.data.dataset import Dataset
 from user_llm.data.pipeline import packed_text
 from user_llm.models.decoder import Decoder
+from user_llm.nn.columns import Columns
 from user_llm.nn.losses import Whole, chunked_cross_entropy, whole_count
 from user_llm.nn.visibility import segment_mask
 from user_llm.phases.llm import corpus, decoder_config, tokenizer
@@ -25,10 +26,23 @@ from user_llm.phases.run import Run
 from user_llm.training.task import Batch, Task
 
 
-def text_loss(decoder: Decoder, hidden: Array, tokens: Array, weights: Array, chunk: int, whole: Whole | None = None) -> Array:
-    """Return the mean cross entropy of predicting `tokens` [R] from `hidden` [R, D], over rows of weight 1; `tokens` counts them."""
+def text_loss(
+    decoder: Decoder,
+    hidden: Array,
+    tokens: Array,
+    weights: Array,
+    chunk: int,
+    whole: Whole | None = None,
+    among: Columns | None = None,
+) -> Array:
+    """Return the mean cross entropy of predicting `tokens` [R] from `hidden` [R, D], over rows of weight 1; `tokens` counts them.
+
+    Args:
+      among: the tokens that each row's softmax is over; None for the whole vocabulary.
+    """
     table = decoder.output_table()
-    total = chunked_cross_entropy(hidden, table, tokens, weights, jnp.ones(table.shape[0], bool), chunk)
+    valid = jnp.ones(table.shape[0], bool) if among is None else among
+    total = chunked_cross_entropy(hidden, table, tokens, weights, valid, chunk)
     return total / whole_count(weights, whole, "tokens")
 
 

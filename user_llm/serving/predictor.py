@@ -24,9 +24,11 @@ from jaxtyping import Array, Float, Int
 
 from user_llm.common import mesh as meshes
 from user_llm.common import trees
+from user_llm.common.arrays import AnyArray
 from user_llm.common.trees import Params
 from user_llm.data.pipeline import BUCKET
 from user_llm.data.prompts.base import Ids, Template, pad_rows
+from user_llm.data.prompts.next_item import NextItem
 from user_llm.models.beam_search import beam_search
 from user_llm.models.generate import Program, abstract_programs, generate
 from user_llm.models.prefill import bucket
@@ -102,6 +104,8 @@ class Predictor:
       beams: the width of the beam search for the likeliest of given texts; at most the number of these texts.
       after_instruction: whether a soft prompt stands after the tokens that all prompts of a task start with; otherwise it stands
         before them.
+      trie_softmax: whether a title is written by choosing each token among those that the catalogue's titles go on with; otherwise among all
+        tokens.
       ranks: whether the item head has been trained to rank items. Without it the next item is found by writing titles.
       pad_whole: whether every history is padded to `max_events` and every prompt to its task's `max_tokens`. One program then
         serves every batch, which pays on accelerators, where compiling takes longer than computing the padding. Otherwise lengths
@@ -118,6 +122,7 @@ class Predictor:
     beams: int = 10
     after_instruction: bool = True
     ranks: bool = True
+    trie_softmax: bool = False
     pad_whole: bool = False
 
     def of(self, params: Params) -> "Predictor":
@@ -182,15 +187,31 @@ class Predictor:
         return decoder, inputs, sizes, user and user.kv
 
     def choose(
-        self, task: str, prompts: Sequence[Ids], user: User | None, trie: Trie, beams: int
+        self,
+        task: str,
+        prompts: Sequence[Ids],
+        user: User | None,
+        trie: Trie,
+        beams: int,
+        guide: Float[AnyArray, "B V"] | None = None,
+        weight: float = 0.0,
     ) -> tuple[Int[np.ndarray, "B beams"], Float[np.ndarray, "B beams"]]:
         """Return the likeliest texts of a trie after each prompt, best first.
 
+        Args:
+          guide, weight: of the beam search; see `models/beam_search.py`.
+
         Returns:
-          The ids of the texts and their log-probabilities. Where fewer than `beams` texts are found, the rest has id 0 and -inf.
+          The ids of the texts and their scores, which are log-probabilities at a weight of 0. Where fewer than `beams` texts are found,
+          the rest has id 0 and -inf.
         """
+        trie_softmax = self.trie_softmax and isinstance(self.templates[task], NextItem)
         decoder, inputs, sizes, kv = self.decoding(*self.padded(task, prompts), user, self.leading(task))
-        return meshes.fetch(beam_search(*decoder, inputs, sizes, trie, beams=beams, user=kv))
+        return meshes.fetch(
+            beam_search(
+                *decoder, inputs, sizes, trie, beams=beams, user=kv, trie_softmax=trie_softmax, guide=guide, weight=weight
+            )
+        )
 
     def likelihood(self, task: str, prompts: Sequence[Ids], user: User | None, texts: Sequence[Ids]) -> Float[np.ndarray, " B"]:
         """Return the log-probability of a text after each prompt, in nats: the sum over its tokens."""

@@ -101,13 +101,11 @@ class Ranker:
         known = len(self.catalogue.titles)
         if self.predictor.ranks:
             return meshes.fetch(self.predictor.score(RANKING, prompts, user))[:, :known]
-        trie = self.titles
-        if allowed.sum() < known - 1:
-            titles = self.lines.titles_as_targets()
-            trie = Trie.build({number: titles[number] for number in np.flatnonzero(allowed).tolist()}).of_shape(self.titles)
         # A program is compiled for each number of beams: there are few of them, each twice the one before.
         beams = min(next(size for power in range(64) if (size := self.predictor.beams << power) >= k), known - 1)
-        items, scores = self.predictor.choose(RANKING, prompts, user, trie, beams)
+        # A guide of weight 0 keeps the search from all other items and changes no title's score.
+        guide = np.tile(np.where(allowed, 0.0, -np.inf).astype(np.float32), (len(prompts), 1))
+        items, scores = self.predictor.choose(RANKING, prompts, user, self.titles, beams, guide)
         found = np.full((len(prompts), known), -np.inf, np.float32)
         np.put_along_axis(found, items, scores, axis=1)
         return found

@@ -29,7 +29,7 @@ FILE = "user_llm.json"
 AGAIN = "get the model directory again"
 # The keys that the identity of a model is made of. Two models that are equal in these answer alike, and can share users.
 COMPUTES = ("encoder", "model", "vocabulary", "lines", "prompts", "names", "dtype")
-LIMITS_THAT_COMPUTE = ("max_events", "beams", "after_instruction", "ranks")
+LIMITS_THAT_COMPUTE = ("max_events", "beams", "after_instruction", "ranks", "trie_softmax")
 
 MOST = 1 << 20  # the most events, tokens and rows that arrays may be padded to: more would fill any memory
 Size = Annotated[int, Must(f"from 1 to {MOST}", lambda n: 1 <= n <= MOST)]
@@ -89,6 +89,7 @@ class Limits:
     after_instruction: bool
     ranks: bool
     pad_whole: bool
+    trie_softmax: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +205,7 @@ def digest(value: Any) -> str:
 
 def identity(settings: Mapping[str, Any]) -> str:
     """Return the hash of everything that changes an answer. Where the LLM is stored and what the model card says do not count."""
-    limits = {name: settings["limits"][name] for name in LIMITS_THAT_COMPUTE}
+    limits = {name: settings["limits"][name] for name in LIMITS_THAT_COMPUTE if name in settings["limits"]}
     llm = settings["llm"] and settings["llm"]["files"]
     # The adapters' settings repeat those of the model, and also say where the LLM is stored, which must not count.
     files = {name: checksum for name, checksum in settings["files"].items() if name != "adapter_config.json"}

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from user_llm.common import mesh as meshes
 from user_llm.data.dataset import Dataset
 from user_llm.data.pipeline import HistoryBatch, history_batches
 from user_llm.data.prompts.base import Examples, Ids, Whose
@@ -79,9 +80,21 @@ class Asking:
         """Return the item head's score of every item for each row of a batch."""
         return self.predictor.score(task, self.prompts(task, batch), self.users(batch))
 
-    def choose(self, task: str, batch: HistoryBatch, trie: Trie, beams: int) -> Int[np.ndarray, "B beams"]:
-        """Return the ids of the likeliest texts of a trie for each row of a batch, best first."""
-        return self.predictor.choose(task, self.prompts(task, batch), self.users(batch), trie, beams)[0]
+    def choose(self, task: str, batch: HistoryBatch, trie: Trie, beams: int, weight: float = 0.0) -> Int[np.ndarray, "B beams"]:
+        """Return the ids of the likeliest texts of a trie for each row of a batch, best first.
+
+        Args:
+          weight: of the item head's scores, which guide the search where it is above 0.
+        """
+        prompts, users = self.prompts(task, batch), self.users(batch)
+        guide = self.predictor.score(task, prompts, users) if weight else None
+        return self.predictor.choose(task, prompts, users, trie, beams, guide, weight)[0]
+
+    def choose_among(self, task: str, batch: HistoryBatch, trie: Trie, beams: int) -> Int[np.ndarray, "B beams"]:
+        """Return the ids of the `beams` likeliest texts of a trie for each row of a batch, in the order of the item head's scores."""
+        written, scores = self.choose(task, batch, trie, beams), meshes.fetch(self.score(task, batch))
+        order = np.argsort(-np.take_along_axis(scores, written, axis=1), axis=1, kind="stable")
+        return np.take_along_axis(written, order, axis=1)
 
     def rank(self, task: str, part: str, limit: int | None) -> Ranks:
         """Return the ranks of the targets among all items, by the scores of the item head.
@@ -93,15 +106,20 @@ class Asking:
         score = lambda batch: self.score(task, batch)  # noqa: E731
         return rank_targets(score, self.data.timelines, self.data.split, part, limit=limit, **self.sizes)
 
-    def rank_written(self, task: str, part: str, limit: int | None) -> Ranks:
+    def rank_written(self, task: str, part: str, limit: int | None, *, weight: float = 0.0, rerank: int = 0) -> Ranks:
         """Return the ranks of the targets among the titles that beam search finds. A target that it does not find is a miss.
 
         Args:
           part: the part of the split, `validation` or `test`.
           limit: the most targets; None for all.
+          weight: of the item head's scores, which guide the search where it is above 0.
+          rerank: how many titles are written and then ranked by the item head; 0 to rank by the search, at the width of the model's.
         """
-        trie = Trie.build(self.examples[task].template.lines.titles_as_targets())
-        propose = lambda batch: self.choose(task, batch, trie, self.predictor.beams)  # noqa: E731
+        titles = self.examples[task].template.lines.titles_as_targets()
+        trie = Trie.build(titles)
+        propose = lambda batch: self.choose(task, batch, trie, self.predictor.beams, weight)  # noqa: E731
+        if rerank:
+            propose = lambda batch: self.choose_among(task, batch, trie, min(rerank, len(titles)))  # noqa: E731
         return rank_listed(propose, self.data.timelines, self.data.split, part, limit=limit, **self.sizes)
 
     def choose_name(

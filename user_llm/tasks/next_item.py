@@ -1,10 +1,12 @@
 """The task `next_item`: which item comes next? Every item of the catalogue is ranked.
 
 The item head ranks all items by one product. Where titles are written, beam search in a trie of all titles ranks those that it
-finds. Without a model, popularity ranks them, of all time and of the seven days before, and the graph of transitions does.
+finds: the LLM alone, with the item head as a guide, or for the item head to rank what was written. Without a model, popularity
+ranks them, of all time and of the seven days before, and the graph of transitions does.
 """
 
 import numpy as np
+from absl import logging
 from jaxtyping import Int
 
 from user_llm.common import mesh as meshes
@@ -18,8 +20,8 @@ from user_llm.data.splits import Split
 from user_llm.data.timelines import Timelines
 from user_llm.evals.measured import Measured
 from user_llm.evals.popularity import popularity_ranks, recent_popularity_ranks
-from user_llm.evals.transitions import transition_ranks
 from user_llm.evals.ranking import RANKING
+from user_llm.evals.transitions import transition_ranks
 from user_llm.models.trie import Trie
 from user_llm.tasks.asking import Asking
 from user_llm.tasks.task import Found, PromptTask
@@ -84,7 +86,7 @@ def measure(asking: Asking, name: str, part: str, limit: int | None, sizes: Cont
     """Measure the ranks of next items.
 
     The item head ranks them if it is trained. Beam search over titles ranks them in the test part, and in every part if the item
-    head is not trained.
+    head is not trained. What the head and the search find together is measured in the test part.
 
     Raises:
       ValueError: the item head is not trained, and the settings write no titles.
@@ -98,7 +100,25 @@ def measure(asking: Asking, name: str, part: str, limit: int | None, sizes: Cont
         found.append(Found(asking.rank(name, part, limit).measured()))
     if written:
         found.append(Found(asking.rank_written(name, part, written).measured(), "/generate"))
+    if ranks and written and sizes.guide:
+        guided = asking.rank_written(name, part, written, weight=best_weight(asking, name, sizes))
+        found.append(Found(guided.measured(), "/generate_guided"))
+    if ranks and written and sizes.rerank:
+        found.append(Found(asking.rank_written(name, part, written, rerank=sizes.rerank).measured(), "/generate_reranked"))
     return found
+
+
+def best_weight(asking: Asking, name: str, sizes: ContextualEval) -> float:
+    """Return the weight of the item head in beam search that ranks best on validation, by NDCG@10; the smallest of equals."""
+    if len(sizes.guide) == 1:
+        return sizes.guide[0]
+    ranked = {
+        weight: asking.rank_written(name, "validation", sizes.generate_users, weight=weight).metrics()["ndcg@10"]
+        for weight in sorted(sizes.guide)
+    }
+    best = max(ranked, key=lambda weight: ranked[weight])
+    logging.info("%s: the item head guides the writing of titles with weight %g, which ranks best on validation.", name, best)
+    return best
 
 
 def show(asking: Asking, name: str, users: np.ndarray, ends: np.ndarray) -> list[str]:

@@ -3,6 +3,7 @@
 | task | answer | metrics |
 |---|---|---|
 | `next_item` | the item head ranks all items; with method `/generate`, beam search in a trie ranks titles | ranks |
+| | with `/generate_guided` both together guide the search; with `/generate_reranked` the head ranks the titles that are found | |
 | `favorite`, `favorite_future` | beam search in a trie of all classes' names finds the likeliest | accuracy |
 | `review` | a text, of which each token is the likeliest one | ROUGE, chrF, BLEU, likelihood of the true text, nearness to the author |
 """
