@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import json
+import sys
+from pathlib import Path
 
 import grain
 import jax
@@ -11,7 +13,10 @@ import pytest
 from etils import epath
 from flax import nnx
 
-from tests.tiny_quickstart import tiny_config
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tiny_quickstart import tiny_config
+
 from user_llm.common import mesh as meshes
 from user_llm.common import trees
 from user_llm.config import defaults
