@@ -11,6 +11,7 @@ import pytest
 from user_llm.data.pipeline import (
     ExampleConfig,
     Windows,
+    contextual_batches,
     contextual_examples,
     history_batches,
     packed_text,
@@ -161,7 +162,8 @@ def make_examples(unique, make_prompts):
     def make(*, max_events, ends=1, text_items=0, batch_size=1, stream=(0, 1), seed=0):
         config, (_, prompts) = ExampleConfig(max_events, ends, text_items), make_prompts(text_items)
         stops = np.array(LENGTHS)
-        return contextual_examples(unique, stops, prompts, config, batch_size=batch_size, seed=seed, stream=stream)
+        examples = contextual_examples(unique, stops, prompts, config, seed=seed, stream=stream)
+        return contextual_batches(examples, unique, batch_size)
 
     return make
 

@@ -28,7 +28,8 @@ from user_llm.models.config_json import config_from_settings
 from user_llm.models.export import save_decoder
 from user_llm.models.user_encoder import UserEncoder
 from user_llm.models.user_llm import UserLLM
-from user_llm.phases.contextualize import contextual_loss, model_config
+from user_llm.phases.contextual_loss import contextual_loss
+from user_llm.phases.contextualize import model_config
 from user_llm.phases.pretrain_encoder import EncoderLoss, encoder_config
 from user_llm.phases.run import Run
 from user_llm.training.loop import LoopConfig, abstract_state, settle_steps

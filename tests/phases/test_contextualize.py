@@ -25,7 +25,8 @@ from user_llm.nn.cross_attention import CrossAttentionConfig
 from user_llm.nn.lora import LoRAConfig
 from user_llm.nn.resampler import ResamplerConfig
 from user_llm.nn.transformer import BlockConfig
-from user_llm.phases.contextualize import contextual_counts, contextual_loss, encoder_source
+from user_llm.phases.contextual_loss import contextual_counts, contextual_loss
+from user_llm.phases.contextualize import encoder_source
 from user_llm.training.loop import LoopConfig, initial_state, train_summary
 from user_llm.training.optimizer import OptimizerConfig
 from user_llm.training.task import Task

@@ -55,6 +55,8 @@ def _config(changes):
         ({"user_llm.eval.beams": 5}, ("user_llm",)),
         ({"user_llm.prompts.next_item.instruction": "Next:"}, ("user_llm",)),
         ({"user_llm.strategy": "enc"}, ("user_llm",)),
+        ({"user_llm.pack.histories": 4}, ("user_llm",)),
+        ({"user_llm.pack.room": 2}, ()),  # prompts are not packed
         ({"text_prompt_10.loop.total_steps": 3}, ("text_prompt_10",)),
         ({"pretrain_lm.loop.total_steps": 5}, ("pretrain_lm", "user_llm", "text_prompt_10")),
         ({"pretrain_encoder.loop.total_steps": 9}, ("pretrain_encoder", "user_llm")),

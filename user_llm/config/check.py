@@ -125,6 +125,7 @@ def _contextual_conflicts(run: Config, phase: Contextualize) -> Iterator[tuple[s
         yield "encoder", phase.encoder, why
         return
     encoder = run.encoder_of(phase.encoder)
+    yield from _pack_conflicts(phase)
     if not phase.prompts.asked:
         tasks = list(phase.prompts.tasks)
         yield f"prompts.{tasks[0]}.weight", 0.0, f"one of {', '.join(tasks)} needs a weight above 0"
@@ -149,6 +150,19 @@ def _contextual_conflicts(run: Config, phase: Contextualize) -> Iterator[tuple[s
                 source,
                 f"choose fresh, the name of a phase{', or checkpoint' if run.llm.checkpoint else ''}",
             )
+
+
+def _pack_conflicts(phase: Contextualize) -> Iterator[tuple[str, Any, str]]:
+    """Yield what rules out the packing of prompts."""
+    histories = phase.pack.histories
+    if histories and phase.batch_size % histories:
+        yield "pack.histories", histories, f"it must divide the {phase.batch_size} histories of batch_size"
+    if histories and phase.injection != "cross_attention" and phase.resampler.kind == "none" and phase.examples.max_events:
+        yield (
+            "pack.histories",
+            histories,
+            "soft prompts of any length are not packed: set it to 0, or resampler.kind to perceiver",
+        )
 
 
 def _scratch_conflicts(run: Config, phase: Contextualize, encoder: Encoder) -> Iterator[tuple[str, Any, str]]:

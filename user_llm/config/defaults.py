@@ -304,6 +304,9 @@ def contextualize(method: str, *, total_steps: int, eval_steps: int, **changes) 
         "encoder_init": "pretrained",
         "batch_size": 8,
         "examples": {"max_events": 200, "targets_per_history": 16, "text_items": 0, "history": "titles"},
+        # Prompts of so many histories, on average, share rows that hold `room` of the longest; 0 for a row for each prompt. Devices and
+        # accumulation share out batch_size / histories.
+        "pack": {"histories": 0, "room": 4},
         "prompts": prompts("Next film:", max_tokens=32),
         # cross_attention, soft_prompt or both.
         "injection": "cross_attention",

@@ -252,6 +252,19 @@ class Resampler:
 
 
 @dataclasses.dataclass(frozen=True)
+class Pack:
+    """Several prompts in one row.
+
+    Attributes:
+      histories: from how many histories, on average, prompts are packed together; 0 for a row for each prompt.
+      room: how many of the longest prompts a row has room for.
+    """
+
+    histories: CountOrZero
+    room: Count
+
+
+@dataclasses.dataclass(frozen=True)
 class ContextualLoss:
     """Weights of the losses of contextualization.
 
@@ -300,6 +313,7 @@ class Contextualize(Phase):
     encoder_init: Literal["pretrained", "scratch"]
     batch_size: Count
     examples: Examples
+    pack: Pack
     prompts: Prompts
     injection: Injection
     cross: Cross
@@ -311,6 +325,8 @@ class Contextualize(Phase):
 
     @property
     def rows(self) -> tuple[str, int]:
+        if self.pack.histories:
+            return "batch_size, over pack.histories", self.batch_size // self.pack.histories
         return "batch_size", self.batch_size
 
 

@@ -251,19 +251,15 @@ def contextual_examples(
     asked: Examples,
     config: ExampleConfig,
     *,
-    batch_size: int,
     seed: int,
     stream: tuple[int, int] = (0, 1),
     task: str = "next_item",
     text_weight: float = 1.0,
 ) -> grain.IterDataset:
-    """Return endless batches of one task for contextualization.
+    """Return endless examples of one task for contextualization, each a history with J ends, or a task's `stretch`; `contextual_batches`.
 
-    Each batch of B histories with J ends has `events` [B, E, A] and `lengths` [B] (absent without an encoder), `prefix` [B, J]
-    (events before each end), `text` [B, J, T] and `text_lengths` [B, J], `answers` [B, J, P] (positions in the text, 0 = none), if
-    the task ranks, `items` [B, J, P] (the items to rank there, 0 = none), and `text_weight` {task: [B]}, the given one.
-
-    With an encoder each end is one row with one answer. Without, a row is a task's `stretch`. A window in which nothing can be
+    An example has what a batch has, without the leading axis, and for `events` their numbers [E] among those of all users (-1 =
+    none). With an encoder each end is one row with one answer. Without, a row is a task's `stretch`. A window in which nothing can be
     asked is left out.
     """
     ends = config.targets_per_history if config.max_events else 1
@@ -290,12 +286,22 @@ def contextual_examples(
         text = _text_arrays([row for _, row in found if row is not None], asked, config.answers, ends)
         return {"events": events, "lengths": np.array(count, np.int32), "prefix": prefix, "text_weight": weight, **text}
 
-    def features(batch: Batch) -> Batch:
-        return batch | ({"events": timelines.features(batch["events"])} if config.max_events else {})
-
     windows = _stream(Windows(stops, config.window, seed), seed, stream)
-    examples = windows.map(cut).filter(lambda example: example is not None)
-    return examples.batch(batch_size, drop_remainder=True).map(features)
+    return windows.map(cut).filter(lambda example: example is not None)
+
+
+def contextual_batches(examples: grain.IterDataset, timelines: Timelines, size: int) -> grain.IterDataset:
+    """Return endless batches of `size` examples of `contextual_examples`, or of as many bundles of them (`PackedExamples`).
+
+    Each batch of B histories with J ends has `events` [B, E, A] and `lengths` [B] (absent without an encoder), `prefix` [B, J]
+    (events before each end), `text` [B, J, T] and `text_lengths` [B, J], `answers` [B, J, P] (positions in the text, 0 = none), if
+    the task ranks, `items` [B, J, P] (the items to rank there, 0 = none), and `text_weight` {task: [B]}, the given one.
+    """
+
+    def features(batch: Batch) -> Batch:
+        return batch | ({"events": timelines.features(batch["events"])} if "events" in batch else {})
+
+    return examples.batch(size, drop_remainder=True).map(features)
 
 
 def _text_arrays(rows: list[TextRow], asked: Examples, answers: int, count: int = 1) -> Batch:

@@ -70,10 +70,12 @@ class Choices(NamedTuple):
         """Return the number of the set that the token behind each of the first `length` places of a row is chosen from, or -1.
 
         Args:
-          answers: the places before the first token of each title.
+          answers: the places before the first token of each title, in any order.
           items: whose titles they are; 0 for none.
         """
         place = jnp.arange(length)
+        order = jnp.argsort(jnp.where(items > 0, answers, length), axis=1)
+        answers, items = (jnp.take_along_axis(a, order, axis=1) for a in (answers, items))
         begun = ((answers[..., None] <= place) & (items > 0)[..., None]).sum(1)  # titles of the row that have begun
         latest = jnp.maximum(begun - 1, 0)
         answer, item = (jnp.take_along_axis(a, latest, axis=1) for a in (answers, items))

@@ -87,7 +87,7 @@ class Decoder(nnx.Module):
           key_positions: of each key, for layers with a window; None for `positions`, or with a cache for the slots' numbers.
           cache: from `init_cache`.
           slots: cache slots that `inputs` are written to; None for their positions.
-          user: from `user_kv`; None leaves cross-attention out.
+          user: from `user_kv`, of one user for each row or for each segment of it (`Stack`); None leaves cross-attention out.
           layers: from `stack.layers()`, for a loop around this call; None takes them here.
           key: dropout key; None for evaluation.
         """

@@ -22,7 +22,7 @@ from user_llm.common.trees import Params, merge
 from user_llm.models.decoder import Decoder
 from user_llm.nn.cross_attention import UserKV
 from user_llm.nn.layers import linear_param
-from user_llm.nn.visibility import causal_mask
+from user_llm.nn.visibility import causal_mask, segment_mask
 
 # How many tokens of a text stand in front of its soft prompt: of all rows alike, or of each.
 Leading = int | Int[AnyArray, ""] | Int[AnyArray, " B"]
@@ -85,6 +85,52 @@ def insert(
     position = jnp.arange(length)
     moved = jnp.where(position < leading, position, position + count)
     return jnp.take_along_axis(rows, source[..., None], axis=1), jnp.add(lengths, prompt.lengths), moved
+
+
+class Packed(NamedTuple):
+    """Rows of several prompts each, one behind the other; a prompt is a segment of its row.
+
+    With a soft prompt, room for it is left in the prompts, behind their first `leading` tokens:
+
+        tokens     a b . . c a b . . d e .     leading 2, 2 soft tokens; what stands at their places does not matter
+        segments   1 1 1 1 1 2 2 2 2 2 2 .
+        positions  0 1 2 3 4 0 1 2 3 4 5 .
+
+    Attributes:
+      segments: the number of the prompt that a token belongs to, from 1; 0 is padding.
+      positions: the place of a token in its prompt.
+    """
+
+    tokens: Int[AnyArray, "B T"]
+    segments: Int[AnyArray, "B T"]
+    positions: Int[AnyArray, "B T"]
+
+
+def packed_states(
+    decoder: Decoder, text: Packed, *, user: User | None = None, leading: Leading = 0, key: Array | None = None
+) -> Float[Array, "B T D"]:
+    """Return the final hidden states at all positions of packed rows; no prompt sees another or another's user.
+
+    Args:
+      user: S users for each row, one row's after another's: the s-th is that of segment s.
+      leading: tokens of each prompt in front of its soft prompt, which cannot see it. All users have as many soft tokens as the
+        prompts have room for.
+    """
+    user, inputs = user or User(), decoder.embed_tokens(text.tokens)
+    if user.prompt is not None:
+        inputs = _fill(inputs, text, user.prompt, leading)
+    mask = segment_mask(text.segments)
+    return decoder(inputs, mask=mask, positions=text.positions, user=user.kv, key=key)[0]
+
+
+def _fill(inputs: Float[Array, "B T D"], text: Packed, prompt: SoftPrompt, leading: Leading) -> Float[Array, "B T D"]:
+    """Put each segment's soft tokens where it has room for them."""
+    width = prompt.tokens.shape[1]
+    soft = jnp.asarray(text.positions) - leading
+    filled = (soft >= 0) & (soft < width) & (text.segments > 0)
+    place = jnp.where(filled, (text.segments - 1) * width + soft, 0)
+    tokens = prompt.tokens.reshape(len(inputs), -1, inputs.shape[-1]).astype(inputs.dtype)
+    return jnp.where(filled[..., None], jnp.take_along_axis(tokens, place[..., None], axis=1), inputs)
 
 
 def hidden_states(

@@ -12,6 +12,7 @@ is scored by one product.
 import dataclasses
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
@@ -19,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from user_llm.common.arrays import AnyArray
 from user_llm.models.decoder import Decoder, DecoderConfig
 from user_llm.models.encoder import Encoded, EncoderConfig
-from user_llm.models.user import Leading, SoftProjection, SoftPrompt, User, hidden_states
+from user_llm.models.user import Leading, Packed, SoftProjection, SoftPrompt, User, hidden_states, packed_states
 from user_llm.nn.layers import RMSNorm, embedding_param, linear_param
 from user_llm.nn.resampler import Resampler, ResamplerConfig
 
@@ -84,9 +85,9 @@ class UserLLM(nnx.Module):
         """Encode histories as they were after the first `ends` events."""
         return self.encoder.encode(events, ends, key=key)
 
-    def user(self, encoded: Encoded) -> User:
-        """Return the users at all ends, for B*J decoder rows. An end of 0 is a user without events."""
-        return self.from_tokens(self.user_tokens(encoded))
+    def user(self, encoded: Encoded, chosen: Int[AnyArray, "Z C"] | None = None) -> User:
+        """Return the users at all ends, for B*J decoder rows, or those `chosen` (`from_tokens`). An end of 0 is a user without events."""
+        return self.from_tokens(self.user_tokens(encoded), chosen)
 
     def user_tokens(self, encoded: Encoded) -> UserTokens:
         """Return the user tokens at all ends: what a server stores of a user."""
@@ -97,12 +98,24 @@ class UserLLM(nnx.Module):
         tokens = tokens.reshape(-1, *tokens.shape[2:])
         return UserTokens(tokens, jnp.where(seen > 0, tokens.shape[1], 0).reshape(-1))
 
-    def from_tokens(self, users: UserTokens) -> User:
-        """Return what the decoder reads of users: K/V for its cross-attention, soft tokens, or both."""
+    def from_tokens(self, users: UserTokens, chosen: Int[AnyArray, "Z C"] | None = None) -> User:
+        """Return what the decoder reads of users: K/V for its cross-attention, soft tokens, or both.
+
+        Args:
+          chosen: for Z equal parts of the users, C users of that part each, by their number in it. The Z C users are returned, or
+            where it is None all users.
+        """
         tokens, counts = users
         # States that are themselves the user tokens are projected once for all ends.
         copies = len(counts) // len(tokens)
-        each_end = lambda a, axis: a if copies == 1 else jnp.repeat(a, copies, axis)  # noqa: E731
+
+        def each_end(a: Array, axis: int) -> Array:
+            if chosen is not None:
+                return _of_parts(a, jnp.asarray(chosen) // copies, axis)
+            return a if copies == 1 else jnp.repeat(a, copies, axis)
+
+        if chosen is not None:
+            counts = _of_parts(counts, chosen, 0)
         user = User()
         if self.config.decoder.cross is not None:
             kv = self.decoder.user_kv(tokens, jnp.arange(tokens.shape[1]) < counts[:, None])
@@ -135,6 +148,12 @@ class UserLLM(nnx.Module):
         """Return the decoder's final hidden states over right-padded text; `leading` as in `hidden_states`."""
         return hidden_states(self.decoder, text, lengths, user=user, leading=leading, key=key)
 
+    def packed(
+        self, text: Packed, *, user: User | None = None, leading: Leading = 0, key: Array | None = None
+    ) -> Float[Array, "B T D"]:
+        """Return the decoder's final hidden states over packed rows, `user` and `leading` as in `packed_states`."""
+        return packed_states(self.decoder, text, user=user, leading=leading, key=key)
+
     @property
     def item_table(self) -> Float[Array, "V I"]:
         """The item vectors."""
@@ -153,3 +172,11 @@ class UserLLM(nnx.Module):
         """Score every item; PAD and unused rows get -inf."""
         scores = jnp.einsum("BI,VI->BV", query, self.item_table, preferred_element_type=jnp.float32)
         return jnp.where(self.valid_items(), scores, -jnp.inf)
+
+
+def _of_parts(a: AnyArray, chosen: Int[AnyArray, "Z C"], axis: int) -> Array:
+    """Return entries along an axis in Z equal parts: of each part those chosen. No part reads another, which may be on another device."""
+    parts = jnp.moveaxis(jnp.asarray(a), axis, 0)
+    parts = parts.reshape(len(chosen), -1, *parts.shape[1:])
+    taken = jax.vmap(lambda part, of: part[of])(parts, chosen)
+    return jnp.moveaxis(taken.reshape(-1, *parts.shape[2:]), 0, axis)

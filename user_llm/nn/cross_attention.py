@@ -11,13 +11,14 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from user_llm.common.arrays import AnyArray
 from user_llm.nn.attention import attention
 from user_llm.nn.layers import RMSNorm, linear_param
 from user_llm.nn.mlp import MLP
 from user_llm.nn.recency import recency_one_hot, recency_slopes
+from user_llm.nn.visibility import SelfMask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,8 @@ class UserKV(NamedTuple):
     Attributes:
       k, v: one leading entry per layer with cross-attention.
       mask: True where a user token is real; a row all False is a user without events.
+
+    B counts users: one for each row of text, or in packed rows one for each segment, a row's users one after another.
     """
 
     k: Float[Array, "L B N M H"]
@@ -72,6 +75,21 @@ class LayersKV(NamedTuple):
     k: tuple[Float[Array, "B N M H"], ...]
     v: tuple[Float[Array, "B N M H"], ...]
     mask: Bool[AnyArray, "B M"]
+
+
+def readers(
+    x: Float[AnyArray, "B T D"], mask: Bool[AnyArray, "B T S"] | SelfMask, user: UserKV | LayersKV
+) -> Int[Array, "B T"] | None:
+    """Return which of its row's users each position reads, the one of its segment; None where every row has one user.
+
+    Raises:
+      ValueError: several users for a row without segments.
+    """
+    if len(user.mask) == len(x):
+        return None
+    if not isinstance(mask, SelfMask) or mask.segments is None or len(user.mask) % len(x):
+        raise ValueError(f"K/V of {len(user.mask)} users for {len(x)} rows: several users of a row are those of its segments.")
+    return mask.segments
 
 
 class GatedCrossAttention(nnx.Module):
@@ -101,20 +119,39 @@ class GatedCrossAttention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        k: Float[Array, "B N M H"],
-        v: Float[Array, "B N M H"],
-        mask: Bool[AnyArray, "B M"],
+        k: Float[Array, "R N M H"],
+        v: Float[Array, "R N M H"],
+        mask: Bool[AnyArray, "R M"],
+        segments: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
+        """Return `x` with what its positions read of their users.
+
+        Args:
+          x: hidden states of rows of text.
+          k, v, mask: of one user for each row (R = B); or with `segments`, of S users for each row (R = B S), one row's after another's.
+          segments: the user of its row that each position reads, from 1; 0 reads nobody. None where a row has one user.
+        """
+        rows = len(x)
         q = jnp.einsum("BTD,DNH->BTNH", self.norm(x), self.q[...])
-        bias = None
+        bias, seen = None, jnp.asarray(mask).reshape(rows, 1, -1)
         if self.config.recency_buckets:
             one_hot = recency_one_hot(mask, self.config.recency_buckets)
             bias = jnp.einsum("NR,BMR->BNM", self.recency[...].astype(jnp.float32), one_hot)[:, :, None]
-        out = attention(q, k.astype(q.dtype), v.astype(q.dtype), mask=mask[:, None, :], bias=bias)
+            bias = _side_by_side(bias.swapaxes(2, 3), rows).swapaxes(2, 3)
+        if segments is not None:
+            seen &= segments[..., None] == 1 + jnp.arange(seen.shape[-1]) // mask.shape[1]
+        k, v = (_side_by_side(a.astype(q.dtype), rows) for a in (k, v))
+        out = attention(q, k, v, mask=seen, bias=bias)
         out = jnp.einsum("BTNH,NHD->BTD", out, self.o[...])
         x = x + (jnp.tanh(self.gate[...]) * out).astype(x.dtype)
         if self.config.seat == "before_block":
-            has_user = jnp.any(mask, -1)[:, None, None]
+            has_user = jnp.any(seen, -1)[..., None]
             delta = jnp.tanh(self.mlp_gate[...]) * self.mlp(self.mlp_norm(x))
             x = x + jnp.where(has_user, delta, 0.0).astype(x.dtype)
         return x
+
+
+def _side_by_side(a: Float[Array, "R N M H"], rows: int) -> Float[Array, "B N X H"]:
+    """Return the user tokens of each row's users one after another, X = R / B times M of them."""
+    users, heads, tokens, width = a.shape
+    return a.reshape(rows, users // rows, heads, tokens, width).swapaxes(1, 2).reshape(rows, heads, -1, width)

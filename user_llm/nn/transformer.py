@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from user_llm.common.arrays import AnyArray
 from user_llm.common.mesh import constrain
 from user_llm.nn.attention import Attention, AttentionConfig, KVCache, RopeScaling, Rotation, rope_frequencies, rotation
-from user_llm.nn.cross_attention import CrossAttentionConfig, GatedCrossAttention, LayersKV, UserKV
+from user_llm.nn.cross_attention import CrossAttentionConfig, GatedCrossAttention, LayersKV, UserKV, readers
 from user_llm.nn.layers import RMSNorm, dropout, linear_param
 from user_llm.nn.lora import LoRAConfig
 from user_llm.nn.mlp import MLP
@@ -245,7 +245,8 @@ class Stack(nnx.Module):
           key_positions: of each key; None for `positions`, or with a cache for the slots' numbers.
           cache: returned updated.
           slots: the cache slot each query's keys and values are written to; None for its position.
-          user: keys and values of each row's user; None leaves cross-attention out.
+          user: keys and values of each row's user, or of as many for each row as its segments are, which `mask` then describes: segment
+            s reads the s-th. None leaves cross-attention out.
           layers: from `layers()`, for a loop around this call; None takes them here.
           key: dropout key; None for evaluation.
         """
@@ -256,6 +257,7 @@ class Stack(nnx.Module):
         block_def, cross_def = nnx.graphdef(self.blocks), None if user is None else nnx.graphdef(self.cross)
         keys = None if key is None else jax.random.split(key, len(self.windowed))
         marks, rest_marks = self._grouped((np.arange(len(self.windowed)), np.array(self.windowed), keys))
+        segments = None if user is None else readers(x, mask, user)
 
         def run_layer(carry, params, mark, cross=None):
             (x, cache), (number, windowed, key) = carry, mark
@@ -274,7 +276,7 @@ class Stack(nnx.Module):
             cross = None
             if user is not None:
                 module = nnx.merge(cross_def, cross_params)
-                cross = lambda x: module(x, *user_kv, user.mask)  # noqa: E731
+                cross = lambda x: module(x, *user_kv, user.mask, segments)  # noqa: E731
             return run_layer(carry, *last, cross), None
 
         if policy := REMAT[self.remat]:

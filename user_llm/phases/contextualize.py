@@ -7,14 +7,12 @@ an encoder or none, how many titles the prompt holds, which parameters train. Ta
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import grain
-import jax
-import jax.numpy as jnp
+from absl import logging
 from flax import nnx
-from jaxtyping import Array, Bool, Int
 
 from user_llm.common import mesh as meshes
 from user_llm.common import trees
@@ -23,29 +21,28 @@ from user_llm.common.files import write_json
 from user_llm.common.trees import Params
 from user_llm.config.phases import Contextualize
 from user_llm.data.dataset import Dataset
-from user_llm.data.pipeline import ExampleConfig, Windows, contextual_examples
+from user_llm.data.packing import PackedExamples, Packing, settle
+from user_llm.data.pipeline import ExampleConfig, Windows, contextual_batches, contextual_examples
 from user_llm.data.prompts.base import Examples, Lines
 from user_llm.models.choices import Choices
 from user_llm.models.decoder import DecoderConfig
-from user_llm.models.encoder import Encoded
 from user_llm.models.trie import Trie
 from user_llm.models.user_llm import UserLLM, UserLLMConfig
 from user_llm.nn.cross_attention import CrossAttentionConfig
 from user_llm.nn.lora import LoRAConfig
-from user_llm.nn.losses import Whole, chunked_cross_entropy, whole_count
 from user_llm.nn.resampler import ResamplerConfig
 from user_llm.phases import general_text, starting
+from user_llm.phases.contextual_loss import contextual_counts, contextual_loss
 from user_llm.phases.leaving import card_rows, leave
 from user_llm.phases.llm import decoder_config, tokenizer
 from user_llm.phases.pretrain_encoder import check_longest, encoder_config
-from user_llm.phases.pretrain_lm import text_loss
 from user_llm.phases.run import Run
 from user_llm.phases.samples import draw_samples
 from user_llm.serving.predictor import Predictor
 from user_llm.serving.settings import kind_of
 from user_llm.tasks.asking import Asking
 from user_llm.tasks.controls import measure_controls
-from user_llm.training.task import Batch, Task
+from user_llm.training.task import Task
 
 
 def model_config(name: str, run: Run, data: Dataset, base: DecoderConfig) -> UserLLMConfig:
@@ -88,101 +85,32 @@ def resampler_config(phase: Contextualize, input_width: int) -> ResamplerConfig 
     return None if phase.resampler.kind == "none" else ResamplerConfig(input_width=input_width, **sizes)
 
 
-def contextual_loss(
-    model: UserLLM,
-    batch: Batch,
-    key: Array | None,
-    *,
-    catalogue: float,
-    align: float,
-    chunk: int,
-    leading: Mapping[str, int],
-    whole: Whole | None = None,
-    choices: Choices | None = None,
-) -> tuple[Array, dict[str, Array]]:
-    """Return the weighted sum of three losses.
-
-    `text`, weighted by the batch itself: cross entropy of what follows the first answer position; with `choices`, the tokens of a title
-    are predicted among those that titles can go on with. `catalogue`, where there are
-    items to rank: their cross entropy at the answer positions. `align`, with an encoder only: mean squared distance of the LLM's
-    item query from the encoder's own, its last state: that of the last event, or of the mask token behind it. Both are in the
-    space of the encoder's item vectors, by which the LLM ranks too. The pretrained encoder knows what every event taught it, and its
-    state tells the LLM more than the one next item does; one from scratch knows nothing, and `encoder_source` refuses to be
-    drawn to it.
-
-    `leading` tokens of each task's rows stand in front of a soft prompt, at most those before the first answer position.
-    """
-    [(task, weight)] = batch["text_weight"].items()
-    encoder_key, decoder_key = (None, None) if key is None else jax.random.split(key)
-    tokens = batch["text"].reshape(-1, batch["text"].shape[-1])
-    lengths, answers = (batch[k].reshape(len(tokens), -1) for k in ("text_lengths", "answers"))
-    predicted, sets = predicted_tokens(batch, choices)
-    user, encoded = None, None
-    if model.config.encoder is not None:
-        encoded = model.encode(batch["events"], batch["prefix"], key=encoder_key)
-        user = model.user(encoded)
-    hidden = model.hidden(tokens, lengths[:, 0], user=user, leading=leading[task], key=decoder_key)
-
-    rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-    among = None if choices is None or sets is None else choices.columns(sets.reshape(-1))
-    weights = predicted.reshape(-1).astype(jnp.float32)
-    token_loss = text_loss(model.decoder, rows, tokens[:, 1:].reshape(-1), weights, chunk, whole, among)
-    total, scalars = weight[0] * token_loss, {f"{task}/text_loss": token_loss}
-    if "items" in batch:
-        ranked, found = _ranking_losses(model, batch, hidden, answers, encoded, chunk, whole)
-        scalars |= found
-        total = catalogue * ranked + total + (align * found["align_loss"] if encoded is not None else 0.0)
-    if model.config.decoder.cross is not None:
-        gates = jnp.tanh(model.decoder.stack.cross.gate[...])
-        scalars |= {f"gate/{layer}": gates[layer] for layer in range(gates.shape[0])}
-    return total, scalars
+def _work(shapes: Params, phase: Contextualize, max_tokens: int, packings: Iterable[Packing | None]) -> float:
+    """Return about how much one step computes (see `Task.work`): the LLM on all rows of text, the user's side on each history once."""
+    llm, ends = trees.count(shapes["decoder"]), phase.examples.targets_per_history if phase.examples.max_events else 1
+    tokens, histories = phase.batch_size * ends * max_tokens, phase.batch_size
+    if settled := [packing for packing in packings if packing is not None]:
+        tokens, histories = (
+            phase.rows[1] * max(each) for each in zip(*((p.rows * p.row_length, p.histories) for p in settled), strict=True)
+        )
+    return llm * tokens + (trees.count(shapes) - llm) * histories * phase.examples.max_events
 
 
-def predicted_tokens(batch: Batch, choices: Choices | None = None) -> tuple[Bool[Array, "R T"], Int[Array, "R T"] | None]:
-    """Return which tokens the text loss asks for, by the place before each: those behind the first answer position.
-
-    With `choices` and items to rank, tokens that alone can follow are not asked for, and the second array is the number of the set
-    that each token is chosen from; otherwise it is None.
-    """
-    tokens = batch["text"].reshape(-1, batch["text"].shape[-1])
-    lengths, answers = (batch[k].reshape(len(tokens), -1) for k in ("text_lengths", "answers"))
-    position = jnp.arange(tokens.shape[1] - 1)
-    predicted = (position >= answers[:, :1]) & (position + 1 < lengths) & (answers[:, :1] > 0)
-    if choices is None or "items" not in batch:
-        return predicted, None
-    sets = choices.at(answers, batch["items"].reshape(answers.shape), len(position))
-    return predicted & (sets >= 0), sets
-
-
-def contextual_counts(batch: Batch, choices: Choices | None = None) -> dict[str, Array]:
-    """Return by what the means of `contextual_loss` divide."""
-    counts = {"tokens": predicted_tokens(batch, choices)[0].sum()}
-    return counts | ({"items": (batch["items"] > 0).sum()} if "items" in batch else {})
-
-
-def _ranking_losses(
-    model: UserLLM, batch: Batch, hidden: Array, answers: Array, encoded: Encoded | None, chunk: int, whole: Whole | None
-) -> tuple[Array, dict[str, Array]]:
-    """Return the loss of ranking the items at the answer positions, and the scalars to log, `align_loss` among them."""
-    items = batch["items"].reshape(answers.shape)
-    query = model.item_query(jnp.take_along_axis(hidden, answers[..., None], axis=1))
-    wanted = (items > 0).reshape(-1).astype(jnp.float32)
-    wanted /= whole_count(wanted, whole, "items")
-    query = query.reshape(-1, query.shape[-1])
-    item_loss = chunked_cross_entropy(query, model.item_table, items.reshape(-1), wanted, model.valid_items(), chunk)
-    scalars = {"item_loss": item_loss}
-    if encoded is not None:
-        last = encoded.last().reshape(query.shape)
-        known = wanted * (batch["prefix"] > 0).reshape(-1)
-        scalars["align_loss"] = jnp.sum(known * jnp.mean(jnp.square(query - jax.lax.stop_gradient(last)), axis=-1))
-    return item_loss, scalars
-
-
-def _work(shapes: Params, examples: ExampleConfig, max_tokens: int) -> float:
-    """Return about how much one example computes (see `Task.work`): the LLM for each end of a history, the user's side once."""
-    llm = trees.count(shapes["decoder"])
-    ends = examples.targets_per_history if examples.max_events else 1
-    return llm * ends * max_tokens + (trees.count(shapes) - llm) * examples.max_events
+def settled_packing(
+    phase: Contextualize, examples: grain.IterDataset, max_tokens: int, soft: int, leading: int
+) -> Packing | None:
+    """Return how the prompts of a task are packed, or None where each has a row of its own."""
+    if not phase.pack.histories:
+        return None
+    found = settle(examples, phase.pack.histories, phase.pack.room * (max_tokens + soft), soft=soft, leading=leading)
+    logging.info(
+        "packed: %d prompts of at most %d histories in %d rows of %d tokens",
+        found.prompts,
+        found.histories,
+        found.rows,
+        found.row_length,
+    )
+    return found
 
 
 def build_examples(name: str, run: Run, data: Dataset) -> dict[str, Examples]:
@@ -257,7 +185,8 @@ def build(name: str, run: Run, data: Dataset) -> Task:
         pad_whole=phase.eval.pad_whole,
     )  # fmt: skip
     asking = Asking(predictor, data, asked)
-    weights = vars(phase.loss) | {"leading": {task: predictor.leading(task) for task in asked}}
+    leading = {task: predictor.leading(task) for task in asked}
+    weights = vars(phase.loss) | {"leading": leading}
     choices = title_choices(asked, full.decoder.vocab_size) if weights.pop("trie_softmax") else None
 
     def evaluate(params: Params) -> dict[str, float]:
@@ -283,14 +212,23 @@ def build(name: str, run: Run, data: Dataset) -> Task:
         leave(name, run, load, answers, card)
         return rows
 
+    def of_task(task: str, number: tuple[int, int]) -> grain.IterDataset:
+        return contextual_examples(
+            data.timelines, data.split.train_stop, asked[task], examples, seed=run.seed, stream=number,
+            task=task, text_weight=phase.prompts.tasks[task].text,
+        )  # fmt: skip
+
+    soft = full.resampler.num_latents if full.soft_prompt and full.resampler else 0
+    packings = {
+        task: settled_packing(phase, of_task(task, (0, 1)), of.template.max_tokens, soft, leading[task])
+        for task, of in asked.items()
+    }
+
     def stream(number: tuple[int, int], rows: int) -> grain.IterDataset:
-        of_tasks = [
-            contextual_examples(
-                data.timelines, data.split.train_stop, of, examples, batch_size=rows, seed=run.seed, stream=number,
-                task=task, text_weight=phase.prompts.tasks[task].text,
-            )
-            for task, of in asked.items()
-        ]  # fmt: skip
+        of_tasks = []
+        for task, packing in packings.items():
+            each = of_task(task, number)
+            of_tasks.append(contextual_batches(PackedExamples(each, packing) if packing else each, data.timelines, rows))
         weights = [phase.prompts.tasks[task].weight for task in asked]
         return of_tasks[0] if len(of_tasks) == 1 else grain.IterDataset.mix(of_tasks, weights)
 
@@ -304,9 +242,9 @@ def build(name: str, run: Run, data: Dataset) -> Task:
             trees.merge(graphdef, params), batch, key, whole=whole, choices=choices, **weights
         ),
         counts=functools.partial(contextual_counts, choices=choices),
-        train_data=run.streams(stream, phase.batch_size),
+        train_data=run.streams(stream, phase.rows[1]),
         steps_per_epoch=len(windows) / phase.batch_size,
-        work=phase.batch_size * _work(shapes, examples, max(of.template.max_tokens for of in asked.values())),
+        work=_work(shapes, phase, max(of.template.max_tokens for of in asked.values()), packings.values()),
         count_events=lambda batch: int((batch["answers"] > 0).sum()),
         metrics=kinds[monitored].metrics,
         check=lambda: check_answers(name, run, asked),

@@ -181,7 +181,7 @@ def own_settings(config: Config, name: str) -> dict[str, Any]:
     """Return the settings of a phase's section and of its strategy.
 
     The strategy counts by what it trains, and the section's `encoder` by the settings of that encoder, not by their names; tasks of
-    weight 0 count for nothing.
+    weight 0, and how prompts would be packed where they are not, count for nothing.
 
     Raises:
       ValueError: a method whose name is no part of a path.
@@ -190,6 +190,8 @@ def own_settings(config: Config, name: str) -> dict[str, Any]:
     section = {key: value for key, value in config.said[name].items() if key not in ("strategy", "encoder")}
     if "method" in section:
         path_part(section["method"].replace("/", "_"), f"{name}.method")
+    if "pack" in section and not section["pack"]["histories"]:
+        del section["pack"]
     if "prompts" in section:
         asked = section["prompts"].items()
         section["prompts"] = {task: of for task, of in asked if not isinstance(of, dict) or of.get("weight")}
