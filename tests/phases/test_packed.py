@@ -159,8 +159,9 @@ def test_packed_rows_give_the_loss_and_the_gradients_of_a_row_for_each_prompt(dr
     assert still <= {path for path in grads if "/heads/" in path or "mask_token" in path}
 
 
-def test_the_choices_of_titles_are_found_in_packed_rows(drawn):
-    config = VARIANTS["text alone"]
+@pytest.mark.parametrize("variant", QUICK)
+def test_the_choices_of_titles_are_found_in_packed_rows(drawn, variant):
+    config = VARIANTS[variant]
     graphdef, params = drawn(lambda: UserLLM(config, rngs=nnx.Rngs(0)))
     examples, choices = make_examples(config, 6), some_choices()
     batches = stacked(examples), packed(config, examples)
