@@ -15,7 +15,8 @@ def test_a_soft_prompt_stands_behind_the_tokens_that_lead(make_model, model):
     soft = user_llm.load(made.directory)
     soft.lines.tokenizer = dataclasses.replace(soft.tokenizer, chat_template=model.tokenizer.chat_template)
     chat = [{"role": "system", "content": "Films."}, {"role": "user", "content": "Next?"}]
-    row, leading = soft.writer.conversation(chat)
+    row = soft.writer.row(None, None, None, {}, chat)
+    leading = soft.writer.leading([row], chat)
     user = soft.encode(made.rows(1))
     with jax.set_mesh(soft.predictor.mesh):
         of = Inputs(soft, 96).of

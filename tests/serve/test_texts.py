@@ -88,7 +88,7 @@ def test_soft_prompts_stand_where_the_model_puts_them(serve, make_model, model):
         assert chat == soft.generate(chat=CHAT, user=user, max_tokens=12) != soft.generate(chat=CHAT, max_tokens=12)
         text = ask.completions.create(prompt="Next:", **settings).choices[0].text
         assert text == soft.generate("Next:", user, max_tokens=12)
-        starts = [soft.writer.conversation(CHAT)[1], soft.writer.leading([written[1].row])]
+        starts = [soft.writer.leading([written[0].row], CHAT), soft.writer.leading([written[1].row])]
         assert [prompt.leading for prompt in written] == starts and starts[0] > starts[1]
 
 
