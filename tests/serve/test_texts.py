@@ -82,10 +82,14 @@ def test_soft_prompts_stand_where_the_model_puts_them(serve, make_model, model):
         assert httpx2.post(f"{served.url}/v1/users/u1/events", json=rows).json()["stored"] == len(rows)
         ask = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
         settings = {"model": "tiny", "user": "u1", "max_tokens": 12, "temperature": 0}
+        written, write = [], served.state.engine.write
+        served.state.engine.write = lambda prompt: write(written.append(prompt) or prompt)
         chat = ask.chat.completions.create(messages=CHAT, **settings).choices[0].message.content
         assert chat == soft.generate(chat=CHAT, user=user, max_tokens=12) != soft.generate(chat=CHAT, max_tokens=12)
         text = ask.completions.create(prompt="Next:", **settings).choices[0].text
         assert text == soft.generate("Next:", user, max_tokens=12)
+        starts = [soft.writer.leading([written[0].row], CHAT), soft.writer.leading([written[1].row])]
+        assert [prompt.leading for prompt in written] == starts and starts[0] > starts[1]
 
 
 def test_parts_of_text_and_developers_are_understood(client, model):

@@ -110,8 +110,8 @@ def test_keys_tell_events_apart(http):
 
 
 def test_recommendations_and_explanations_are_the_models(http, model, made):
-    rows = made.rows(2)
-    name = rows[0]["user"]
+    name = "r1"
+    rows = [{**row, "user": name} for row in made.rows(2)]
     assert got(http, name) == ranked(model, [], name)  # a user without events
     http.post(f"/v1/users/{name}/events", json=rows[:4])
     assert got(http, name) == ranked(model, rows[:4], name)

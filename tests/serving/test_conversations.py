@@ -26,5 +26,5 @@ def test_in_a_conversation_a_soft_prompt_stands_in_front_of_the_users_first_text
     chat = [{"role": "system", "content": "Films."}, {"role": "user", "content": "Next?"}]
     text = model.generate(chat=chat, user=user, max_tokens=12)
     assert text == model.tokenizer.decode(tokens.rows()[0]) != model.generate(chat=chat, max_tokens=12)
-    ids, leading = model.writer.conversation(chat)
-    assert ids.tolist() == row.tolist() and leading == len(before)
+    ids = model.writer.row(None, None, None, {}, chat)
+    assert ids.tolist() == row.tolist() and model.writer.leading([ids], chat) == len(before)

@@ -48,7 +48,8 @@ def router(state: State) -> APIRouter:
         def rows(engine: Engine) -> list[Row]:
             _check_length(engine, sum(len(message["content"]) for message in messages))
             writer = engine.model.writer
-            return [(writer.row(None, None, None, {}, messages), writer.conversation(messages)[1])]
+            row = writer.row(None, None, None, {}, messages)
+            return [(row, writer.leading([row], messages))]
 
         return await _answer(state, asked, request, rows, Chat(state.name), state.answer_tokens)
 

@@ -75,10 +75,7 @@ class Writer:
             max_tokens, stops = max_tokens or template.max_target_tokens, [self.lines.end_id]
         else:
             max_tokens, stops = max_tokens or MAX_TOKENS, [self.lines.end_id] if task else list(self.tokenizer.stop_ids)
-        if chat is not None:
-            leading = self.conversation(chat)[1]
-        else:
-            leading = self.predictor.leading(task) if task else self.leading(rows)
+        leading = self.predictor.leading(task) if task else self.leading(rows, chat)
         pieces = self._stream(rows, those, leading, max_tokens, sampling, seed, stops, tuple(stop))
         return (texts[:count] for texts in pieces)
 
@@ -105,25 +102,17 @@ class Writer:
         )
         return scoring.score(*decoder, inputs, [ids], lengths=meshes.fetch(sizes).tolist(), user=kv)[0]
 
-    def leading(self, rows: Sequence[Ids]) -> int:
-        """Return how many tokens of free texts stand before a soft prompt: the start token, where all begin with it."""
+    def leading(self, rows: Sequence[Ids], chat: Sequence[Mapping[str, Any]] | None = None) -> int:
+        """Return how many tokens of free texts, or of a conversation, stand before a soft prompt.
+
+        In a conversation a soft prompt stands in front of the text of the user's first message; see `Tokenizer.chat_around`. In free
+        texts it stands behind the start token, where all begin with it.
+        """
+        if chat is not None and self.predictor.config.soft_prompt and (before := self.tokenizer.chat_around(chat)[0]):
+            return len(before)
         start = self.lines.start
         begins = all(np.array_equal(row[: len(start)], start) for row in rows)
         return len(start) if self.predictor.after_instruction and begins else 0
-
-    def conversation(self, chat: Sequence[Mapping[str, Any]]) -> tuple[Ids, int]:
-        """Return the token ids of a conversation, and how many of them stand before a soft prompt.
-
-        A soft prompt stands in front of the text of the user's first message; see `Tokenizer.chat_around`.
-
-        Raises:
-          ValueError: the LLM has no chat template, or the template refuses the messages.
-        """
-        before, rest = (
-            self.tokenizer.chat_around(chat) if self.predictor.config.soft_prompt else ([], self.tokenizer.chat(chat))
-        )
-        row = np.array([*before, *rest], np.int32)
-        return row, len(before) or self.leading([row])
 
     def template(self, task: str, fields: Mapping[str, Any] | None) -> Template:
         """Return what asks a task.
@@ -158,7 +147,8 @@ class Writer:
         if template is not None:
             return template.prompt(np.zeros(0, np.int32) if user is None else user.items, **fields)
         if chat is not None:
-            row = self.conversation(chat)[0]
+            parts = self.tokenizer.chat_around(chat) if self.predictor.config.soft_prompt else (self.tokenizer.chat(chat),)
+            row = np.array([token for part in parts for token in part], np.int32)
         else:
             row = np.array([*self.lines.start, *self.tokenizer.encode(prompt or "")], np.int32)
         if not len(row):

@@ -69,10 +69,7 @@ def completion(
     writer = model.writer
     template = writer.template(task, fields) if task else None
     row = writer.row(prompt, user, template, fields or {}, chat)
-    if chat is not None:
-        leading = writer.conversation(chat)[1]
-    else:
-        leading = model.predictor.leading(task) if task else writer.leading([row])
+    leading = model.predictor.leading(task) if task else writer.leading([row], chat)
     with jax.set_mesh(model.predictor.mesh):
         _, inputs, lengths, _ = model.predictor.decoding(*writer.padded([row]), batch.present(model.predictor, [user]), leading)
         embedded = meshes.fetch(inputs)[0, : int(meshes.fetch(lengths)[0])]
