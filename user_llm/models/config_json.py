@@ -13,7 +13,7 @@ from typing import Any
 from absl import logging
 
 from user_llm.common.printable import printable
-from user_llm.common.records import misfit, number, positive_number, positive_whole_number, text, true_or_false
+from user_llm.common.records import misfit, number, positive_number, positive_whole_number, text, true_or_false, whole_number
 from user_llm.models.decoder import DecoderConfig
 from user_llm.models.families import FAMILIES, WRAPPERS, Family, family_like, family_of
 from user_llm.nn.attention import RopeScaling
@@ -28,13 +28,18 @@ def number_of_at_least_1(value: Any) -> bool:
     return number(value) and value >= 1
 
 
+def token_id_or_list_of_them(value: Any) -> bool:
+    """Return whether a value is a whole number, or a list of whole numbers."""
+    return all(whole_number(token) for token in (value if isinstance(value, list) else [value]))
+
+
 # What settings must be if they are there; these have a say in how much memory is taken.
 SETTINGS = {
     "hidden_size": positive_whole_number, "intermediate_size": positive_whole_number, "num_hidden_layers": positive_whole_number,
     "vocab_size?": positive_whole_number, "num_attention_heads?": positive_whole_number,
     "num_key_value_heads?": positive_whole_number, "head_dim?": positive_whole_number, "sliding_window?": positive_whole_number,
     "rms_norm_eps?": positive_number, "query_pre_attn_scalar?": positive_number, "tie_word_embeddings?": true_or_false,
-    "layer_types?": [text],
+    "layer_types?": [text], **{f"{role}_token_id?": token_id_or_list_of_them for role in ("bos", "eos", "pad")},
 }  # fmt: skip
 ROPE = {
     "rope_theta": positive_number, "rope_type?": text, "type?": text, "factor?": number_of_at_least_1, "low_freq_factor?": positive_number,
@@ -96,14 +101,14 @@ def config_from_settings(
     """
     settings = language_model(settings, source)
     family = family_of(settings, source, families)
-    present = {name: value for name, value in settings.items() if value is not None and name not in LABELS | ASIDE}
+    present = {name: value for name, value in settings.items() if value is not None and name not in LABELS}
     if wrong := misfit(present, SETTINGS):
         raise ValueError(f"{source}: {wrong}; get the checkpoint again.")
     if present["num_hidden_layers"] > MOST_LAYERS:
         raise ValueError(f"{source}: the setting 'num_hidden_layers' = {present['num_hidden_layers']} is above {MOST_LAYERS}.")
     if present.get("rms_norm_eps", 0) >= 1:
         raise ValueError(f"{source}: the setting 'rms_norm_eps' = {present['rms_norm_eps']} is not below 1.")
-    raw = _with_defaults(present, source, family)
+    raw = _with_defaults({name: value for name, value in present.items() if name not in ASIDE}, source, family)
     activation = raw.pop(family.activation)
     if activation not in ACTIVATIONS:
         raise ValueError(f"{source}: the activation {activation!r} is not supported, only {', '.join(ACTIVATIONS)}.")
