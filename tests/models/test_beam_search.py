@@ -225,4 +225,5 @@ def test_a_guided_search_weighs_both_scores(tiny, random_titles):
             }
             ranked = sorted(expected, key=expected.get, reverse=True)
             assert items[row, : len(ranked)].tolist() == ranked and not items[row, len(ranked) :].any()
+            assert (found[row, len(ranked) :] == -np.inf).all()
             np.testing.assert_allclose(found[row, : len(ranked)], [expected[item] for item in ranked], atol=2e-5)
