@@ -50,5 +50,6 @@ def test_who_draws_with_a_seed_draws_the_same_again(model):
 def test_a_chat_whose_template_writes_a_token_without_a_row_is_refused(model, monkeypatch):
     rows = model.predictor.config.decoder.vocab_size
     monkeypatch.setattr(Tokenizer, "chat", lambda *_: [5, rows])
+    monkeypatch.setattr(Tokenizer, "chat_around", lambda *_: ([5], [rows]))
     with pytest.raises(ValueError, match=rf"^The prompt has the token {rows}, and the LLM's table {rows} rows"):
         model.generate(chat=[{"role": "user", "content": "Hello"}])
