@@ -82,11 +82,11 @@ def test_a_completion_is_the_prompt_with_the_soft_prompt_behind_its_start(soft, 
         np.testing.assert_allclose(sent(vllm.completion(model, nobody, "x")["prompt_embeds"]), table[[tokenizer.bos_id, *tokenizer.encode("x")]])  # fmt: skip
 
 
-def test_a_conversation_has_the_soft_prompt_in_front_of_its_first_text(soft, user):
+def test_a_conversation_has_the_soft_prompt_in_front_of_the_users_first_text(soft, user):
     model, tokens = soft.written, vllm.soft_tokens(soft.written, user)
     body = vllm.conversation(model, user, CHAT)
-    part, text = body["messages"][0].pop("content")
-    assert body["messages"] == [{"role": "system"}, CHAT[1]] and text == {"type": "text", "text": CHAT[0]["content"]}
+    part, text = body["messages"][1].pop("content")
+    assert body["messages"] == [CHAT[0], {"role": "user"}] and text == {"type": "text", "text": CHAT[1]["content"]}
     assert part["type"] == "prompt_embeds"
     np.testing.assert_array_equal(sent(part["data"]), tokens)
     other = model.encode(soft.rows(2))
@@ -101,8 +101,8 @@ def test_a_conversation_has_the_soft_prompt_in_front_of_its_first_text(soft, use
 def test_a_conversation_with_a_model_with_cross_attention_has_the_user_tokens(make_model):
     cross = make_model("cross")
     user = cross.written.encode(cross.rows(1))
-    part, text = vllm.conversation(cross.written, user, CHAT)["messages"][0]["content"]
-    assert part["type"] == "image_embeds" and text["text"] == CHAT[0]["content"]
+    part, text = vllm.conversation(cross.written, user, CHAT)["messages"][1]["content"]
+    assert part["type"] == "image_embeds" and text["text"] == CHAT[1]["content"]
     np.testing.assert_array_equal(sent(part["image_embeds"]), user.tokens)
 
 
