@@ -3,13 +3,13 @@
 #
 #   launch/reproduce.sh TABLE [SIZE] [FLAG...]
 #
-# TABLE is text_prompts, encoders, strategies, injections, perceiver, lengths (user_llm/config/experiments.py: TABLES), all of these, or cost. SIZE
-# is a variant of the configs: full, small or synthetic. FLAGs go to every run: --config.data.dir=DIR names the data,
+# TABLE is text_prompts, encoders, strategies, injections, perceiver, lengths (user_llm/config/experiments.py: TABLES), all of these, open_llm, or
+# cost. SIZE is a variant of the configs: full, small, synthetic, or for open_llm, with --config.llm.checkpoint=DIR, cpu or gpu. FLAGs go to every run: --config.data.dir=DIR names the data,
 # --config.user_llm.prompts.favorite.weight=1 adds a task. Of the environment: DATASET (movielens, amazon, google_local or events),
 # SEEDS ("0 1 2"), OUT (runs/TABLE) and PYTHON.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-table=${1:?"name a table: text_prompts, encoders, strategies, injections, perceiver, lengths, all or cost"} size=full
+table=${1:?"name a table: text_prompts, encoders, strategies, injections, perceiver, lengths, all, open_llm or cost"} size=full
 shift
 if [ $# -gt 0 ] && [[ $1 != -* ]]; then
   size=$1

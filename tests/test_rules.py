@@ -89,7 +89,7 @@ def _rule_lists(config: ConfigDict, key: str = "") -> dict[str, trees.Rules]:
 def rule_lists(request):
     """The distinct rule lists of a shipped config in all its variants, each under one of its keys."""
     make = importlib.import_module(f"configs.{request.param}").get_config
-    variants = ("full", "small", "synthetic", "gpu", "qwen3_0_6b") if make.__code__.co_argcount else (None,)
+    variants = ("full", "small", "synthetic", "gpu", "cpu", "qwen3_0_6b") if make.__code__.co_argcount else (None,)
     lists = {}
     for variant in variants:
         lists |= {rules: key for key, rules in _rule_lists(make() if variant is None else make(variant)).items()}

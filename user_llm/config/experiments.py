@@ -6,6 +6,7 @@
 | an open LLM by its name in `defaults.LLMS` | the same with that LLM in place of the small one that is trained from scratch |
 | `gpu` | the same sets and an open LLM of some 100 million parameters, by `--config.llm.checkpoint`, on one GPU: minutes |
 | `small` | 2 CPU cores and the small real sets, by `--config.data.dir` |
+| `cpu` | the same sets and cores and an open LLM of some 100 million parameters, by `--config.llm.checkpoint`: hours |
 | `synthetic` | minutes on 2 CPU cores, no data: a generated world in the dataset's layout |
 """
 
@@ -101,6 +102,8 @@ TABLES = {
     "lengths": ("user_llm", "user_llm_50_events", "user_llm_100_events"),
 }
 TABLES["all"] = tuple(dict.fromkeys(phase for phases in TABLES.values() for phase in phases))
+# What an open LLM gains by its users, beside the same LLM that reads titles, and as it came.
+TABLES["open_llm"] = ("user_llm", "user_llm_lora", *TEXT_PROMPTS, "llm_text_prompt_10")
 
 
 def experiment(dataset: str, method: str, variant: str) -> ConfigDict:
@@ -121,6 +124,8 @@ def experiment(dataset: str, method: str, variant: str) -> ConfigDict:
         small(config, facts)
     elif variant == "gpu":
         gpu(config, facts)
+    elif variant == "cpu":
+        cpu(config, facts)
     elif variant == "full" or variant in defaults.LLMS:
         full(config, facts)
         if variant in defaults.LLMS:
@@ -131,7 +136,7 @@ def experiment(dataset: str, method: str, variant: str) -> ConfigDict:
                 config[name].optimizer.lr_multiplier = defaults.PRETRAINED_LEARNING_RATES
     else:
         raise ValueError(
-            f"Unknown variant {variant!r}: choose full, gpu, small, synthetic or an open LLM: {', '.join(defaults.LLMS)}."
+            f"Unknown variant {variant!r}: choose full, gpu, cpu, small, synthetic or an open LLM: {', '.join(defaults.LLMS)}."
         )
     more = 1 + sum(facts["tasks"].values())  # so that the next item keeps its steps
     for name in ("user_llm", *TEXT_PROMPTS):
@@ -213,6 +218,28 @@ def gpu(config: ConfigDict, facts: dict) -> None:
     for name in TEXT_PROMPTS:
         config[name].strategy = "lora"
     config.pretrain_encoder.eval.update(pad_whole=True, batch_size=256)
+
+
+def cpu(config: ConfigDict, facts: dict) -> None:
+    """Fill in the sizes for 2 CPU cores and an open LLM, of which all methods see some 20,000 targets, 64 a step, if they go on so long.
+
+    Each is evaluated every 1,280 targets, and ends where validation has not risen for three evaluations.
+    """
+    small(config, facts)
+    few = facts["small"] is TINY  # of events in a history
+    config.user_llm.update(strategy="enc", batch_size=16 if few else 4)
+    config.user_llm.pack.histories = config.user_llm.batch_size
+    config.text_prompt_10.batch_size, config.text_prompt_50.batch_size = (16, 16) if few else (8, 2)
+    for name, tokens in (("user_llm", 32), ("text_prompt_10", 192), ("text_prompt_50", 704)):
+        phase = config[name]
+        phase.prompts.max_title_tokens, phase.prompts.next_item.max_tokens = 24, tokens
+        phase.loss.update(trie_softmax=True, chunk=1024)
+        phase.optimizer.update(lr_multiplier=defaults.PRETRAINED_LEARNING_RATES, schedule="constant", warmup_steps=20)
+        phase.eval.update(batch_size=32, validation_users=300, generate_users=300, control_users=300, review_users=100)
+        phase.eval.update(guide=(0.25, 0.5, 0.75, 0.9), rerank=50)
+        phase.loop.update(total_steps=320, eval_steps=20, save_steps=20, patience_evals=3)
+    for name in TEXT_PROMPTS:
+        config[name].strategy = "lora"
 
 
 def synthetic(config: ConfigDict, dataset: str, facts: dict) -> None:
