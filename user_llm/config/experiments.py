@@ -83,7 +83,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "user_llm_both": {"injection": "both"},
     "user_llm_every_layer": {"injection": "cross_attention", "cross.every": 1},
     "user_llm_before_block": {"injection": "cross_attention", "cross.seat": "before_block"},
-    "user_llm_no_perceiver": {"resampler.kind": "none"},
+    "user_llm_no_perceiver": {"resampler.kind": "none", "pack.histories": 0},
     "user_llm_8_latents": {"resampler.num_latents": 8},
     "user_llm_32_latents": {"resampler.num_latents": 32},
     "user_llm_lora": {"strategy": "lora"},
@@ -151,7 +151,8 @@ def experiment(dataset: str, method: str, variant: str) -> ConfigDict:
     variants["user_llm_scratch"] = "user_llm", defaults.with_fresh_encoder(config.user_llm)
     asked = {f"prompts.next_item.{key}": config.text_prompt_10.prompts.next_item[key] for key in ("instruction", "max_tokens")}
     variants["hybrid_10"] = "user_llm", {"examples.text_items": 10} | asked
-    variants["llm_text_prompt_10"] = "text_prompt_10", {"strategy": "none", "loss.catalogue": 0.0}
+    untrained = {"strategy": "none", "loss.catalogue": 0.0, "eval.generate_users": config.user_llm.eval.generate_users}
+    variants["llm_text_prompt_10"] = "text_prompt_10", untrained
     variants["text_summary"] = "text_prompt_10", {"examples.history": "summary"}
     for name, (like, changes) in variants.items():
         config.variants[name] = ConfigDict({"like": like, "changes": nested({"method": name} | changes)})
