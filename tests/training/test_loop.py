@@ -311,8 +311,9 @@ def test_nothing_is_traced_after_the_first_step(tmp_path):
 
 @pytest.mark.slow
 def test_a_batch_that_memory_cannot_hold_is_refused_and_what_was_saved_stays(tmp_path, monkeypatch, uninterrupted):
+    count = tiny.make_task().count_events
     with pytest.raises(SystemExit):
-        tiny.run(tmp_path, tiny.make_task(count_events=lambda batch: os.kill(os.getpid(), signal.SIGTERM) or 1))
+        tiny.run(tmp_path, tiny.make_task(count_events=lambda batch: os.kill(os.getpid(), signal.SIGTERM) or count(batch)))
     before = _checkpoints(tmp_path)
     assert before
     with monkeypatch.context() as small:
