@@ -16,6 +16,7 @@ from tiny_models import make_dataset, make_models, variants
 from user_llm.config.defaults import contextualize
 from user_llm.config.phases import ContextualEval
 from user_llm.evals.measured import Measured
+from user_llm.tasks import next_item
 from user_llm.tasks.asking import random_users
 from user_llm.tasks.controls import measure_controls, no_user
 from user_llm.tasks.task import Found
@@ -100,3 +101,21 @@ def test_each_metric_is_measured_again_on_the_first_users_with_each_control():
     assert measure_controls(task, asking, "t", own, dataclasses.replace(sizes, control_users=0), seed=0) == []
     [alone, _] = measure_controls(task, asking, "t", own, dataclasses.replace(sizes, control_users=1), seed=0)
     assert set(alone.measured.values) == {"end", "end/no_user"}
+
+
+def test_controls_take_the_weight_that_was_settled_with_everybodys_own_history(make):
+    """The users of the validation part are others than those of the test part, as in a split by time."""
+    asking = make("cross").asking
+    targets = {"validation": (np.array([0, 3]), np.array([1, 3])), "test": (np.array([1, 2, 4]), np.array([7, 10, 6]))}
+    split = dataclasses.replace(asking.data.split, targets=targets)
+    asked = next_item.NextItemExamples(asking.examples["next_item"].template, asking.data.timelines, split)
+    data = dataclasses.replace(asking.data, split=split)
+    asking = dataclasses.replace(asking, data=data, examples={"next_item": asked})
+    sizes = dataclasses.replace(SIZES, generate_users=3, guide=(0.2, 0.8), rerank=0)
+    with jax.set_mesh(asking.predictor.mesh):
+        settled = next_item.TASK.settle(asking, "next_item", sizes)
+        assert set(settled.guide) < set(sizes.guide) and dataclasses.replace(settled, guide=sizes.guide) == sizes
+        own = next_item.TASK.measure(asking, "next_item", "test", None, settled)
+        found = measure_controls(next_item.TASK, asking, "next_item", own, settled, seed=0)
+    assert [one.suffix for one in found] == ["", "/generate", "/generate_guided"]
+    assert all({"recall@10/random_user", "recall@10/no_user"} <= set(one.measured.values) for one in found)

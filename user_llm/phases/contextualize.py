@@ -197,12 +197,13 @@ def build(name: str, run: Run, data: Dataset) -> Task:
     def results(params: Params) -> list[dict]:
         rows, card, answers = [], [], asking.of(predictor.of(params))
         for task in asked:
-            own = kinds[task].measure(answers, task, "test", None, phase.eval)
+            sizes = kinds[task].settle(answers, task, phase.eval)
+            own = kinds[task].measure(answers, task, "test", None, sizes)
             for found in own:
                 method = phase.method + found.suffix
                 rows += run.record(name, data, task, method, found.measured, together=found.together)
                 card += card_rows(task, method, found.measured)
-            for found in measure_controls(kinds[task], answers, task, own, phase.eval, run.seed):
+            for found in measure_controls(kinds[task], answers, task, own, sizes, run.seed):
                 rows += run.record(name, data, task, phase.method + found.suffix, found.measured, controls=True)
         samples = draw_samples(answers, kinds, phase.method, phase.eval.samples)
         write_json(run.workdir / name / "samples.json", samples)
