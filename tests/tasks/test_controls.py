@@ -24,6 +24,12 @@ from user_llm.tasks.task import Found
 SIZES = ContextualEval(**contextualize("m", total_steps=1, eval_steps=1).eval)
 
 
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    examples: dict
+    whose: dict | None = None
+
+
 @pytest.mark.parametrize("count", [2, 3, 50])
 def test_nobody_keeps_their_own_history_and_every_history_is_read_once(count):
     users, ends = 10 + 3 * np.arange(count), 100 + np.arange(count)
@@ -39,6 +45,19 @@ def test_nobody_keeps_their_own_history_and_every_history_is_read_once(count):
 def test_one_user_alone_has_no_other():
     assert random_users(np.array([4, 4]), np.array([2, 3]), seed=0) == {}
     assert no_user(np.array([4, 4])) == {4: (4, 0)}
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_control_draws_others_than_those_that_reviews_are_compared_with(seed):
+    """Of 50 users at most a few have the same other user by chance."""
+    users, ends = np.arange(50), np.full(50, 3)
+    given = []
+
+    task = SimpleNamespace(measure=lambda asking, *_: given.append(asking.whose) or [])
+    asking = Asked({"t": SimpleNamespace(targets=lambda part: (users, ends))})
+    measure_controls(task, asking, "t", [], SIZES, seed)
+    compared = random_users(users, ends, seed=0)
+    assert sum(given[0][user] == compared[user] for user in compared) < 10
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +90,6 @@ def _scores(asking, users, ends):
 
 def test_each_metric_is_measured_again_on_the_first_users_with_each_control():
     users, ends = np.array([3, 5, 7]), np.array([1, 4, 6])
-
-    @dataclasses.dataclass(frozen=True)
-    class Asked:
-        examples: dict
-        whose: dict | None = None
 
     def measure(asking, name, part, limit, sizes):
         """The metric is the end of the history that is read; the second way of answering has fewer users."""

@@ -155,8 +155,8 @@ class Asking:
         return out
 
 
-def random_users(users: Int[np.ndarray, " n"], ends: Int[np.ndarray, " n"], seed: int) -> dict[int, Whose]:
-    """Return the history of another user for each user, drawn with a seed.
+def random_users(users: Int[np.ndarray, " n"], ends: Int[np.ndarray, " n"], seed: int | tuple[int, ...]) -> dict[int, Whose]:
+    """Return the history of another user for each user, drawn with a seed; several numbers together are one seed.
 
     The users stand in one random circle, and each gets the history of the next one. So nobody keeps their own, and every history is
     read once, at the user's first end. The result is empty for fewer than two users.

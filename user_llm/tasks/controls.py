@@ -43,7 +43,8 @@ def measure_controls(
     few = dataclasses.replace(
         sizes, generate_users=min(sizes.generate_users, count), review_users=min(sizes.review_users, max(count, 1))
     )
-    histories = {RANDOM_USER: random_users(users, ends, seed), NO_USER: no_user(users)}
+    # No seed of a run draws what `review.measure` compares with, or a text would be compared with the very user whom it was given.
+    histories = {RANDOM_USER: random_users(users, ends, (seed, 1)), NO_USER: no_user(users)}
     values: dict[str, dict[str, np.ndarray]] = {one.suffix: {} for one in own}
     for control, whose in histories.items():
         if whose:
