@@ -17,7 +17,7 @@ from user_llm.config.defaults import contextualize
 from user_llm.config.phases import ContextualEval
 from user_llm.evals.measured import Measured
 from user_llm.tasks import next_item
-from user_llm.tasks.asking import random_users
+from user_llm.tasks.asking import random_users, title_trie
 from user_llm.tasks.controls import measure_controls, no_user
 from user_llm.tasks.task import Found
 
@@ -126,10 +126,12 @@ def test_controls_take_the_weight_that_was_settled_with_everybodys_own_history(m
     data = dataclasses.replace(asking.data, split=split)
     asking = dataclasses.replace(asking, data=data, examples={"next_item": asked})
     sizes = dataclasses.replace(SIZES, generate_users=3, guide=(0.2, 0.8), rerank=0)
+    before = title_trie.cache_info().misses
     with jax.set_mesh(asking.predictor.mesh):
         settled = next_item.TASK.settle(asking, "next_item", sizes)
         assert set(settled.guide) < set(sizes.guide) and dataclasses.replace(settled, guide=sizes.guide) == sizes
         own = next_item.TASK.measure(asking, "next_item", "test", None, settled)
         found = measure_controls(next_item.TASK, asking, "next_item", own, settled, seed=0)
+    assert title_trie.cache_info().misses - before <= 1  # the titles are put into a trie once
     assert [one.suffix for one in found] == ["", "/generate", "/generate_guided"]
     assert all({"recall@10/random_user", "recall@10/no_user"} <= set(one.measured.values) for one in found)

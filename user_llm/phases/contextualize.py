@@ -26,7 +26,6 @@ from user_llm.data.pipeline import ExampleConfig, Windows, contextual_batches, c
 from user_llm.data.prompts.base import Examples, Lines
 from user_llm.models.choices import Choices
 from user_llm.models.decoder import DecoderConfig
-from user_llm.models.trie import Trie
 from user_llm.models.user_llm import UserLLM, UserLLMConfig
 from user_llm.nn.cross_attention import CrossAttentionConfig
 from user_llm.nn.lora import LoRAConfig
@@ -40,7 +39,7 @@ from user_llm.phases.run import Run
 from user_llm.phases.samples import draw_samples
 from user_llm.serving.predictor import Predictor
 from user_llm.serving.settings import kind_of
-from user_llm.tasks.asking import Asking
+from user_llm.tasks.asking import Asking, title_trie
 from user_llm.tasks.controls import measure_controls
 from user_llm.training.task import Task
 
@@ -137,7 +136,7 @@ def title_choices(asked: Mapping[str, Examples], vocab_size: int) -> Choices | N
         if examples.ranks:
             lines = examples.template.lines
             with naming(f"prompts.{task}"):
-                return Choices.build(Trie.build(lines.titles_as_targets()), vocab_size, lines.max_title_tokens)
+                return Choices.build(title_trie(lines), vocab_size, lines.max_title_tokens)
     return None
 
 

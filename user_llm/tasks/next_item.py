@@ -24,8 +24,7 @@ from user_llm.evals.measured import Measured
 from user_llm.evals.popularity import popularity_ranks, recent_popularity_ranks
 from user_llm.evals.ranking import RANKING
 from user_llm.evals.transitions import transition_ranks
-from user_llm.models.trie import Trie
-from user_llm.tasks.asking import Asking
+from user_llm.tasks.asking import Asking, title_trie
 from user_llm.tasks.task import Found, PromptTask
 
 SHOWN = 5  # items of a ranking
@@ -81,7 +80,7 @@ def check(asked: NextItemExamples, sizes: ContextualEval) -> None:
       ValueError: two titles that are the same tokens.
     """
     if sizes.generate_users:
-        Trie.build(asked.template.lines.titles_as_targets())
+        title_trie(asked.template.lines)
 
 
 def measure(asking: Asking, name: str, part: str, limit: int | None, sizes: ContextualEval) -> list[Found]:
@@ -130,7 +129,7 @@ def settle(asking: Asking, name: str, sizes: ContextualEval) -> ContextualEval:
 def show(asking: Asking, name: str, users: np.ndarray, ends: np.ndarray) -> list[str]:
     """Return the titles of the items that rank highest, by the item head or, where none is trained, by writing."""
     titles, out = asking.data.timelines.catalogue.titles, [""] * len(users)
-    trie = None if asking.predictor.ranks else Trie.build(asking.examples[name].template.lines.titles_as_targets())
+    trie = None if asking.predictor.ranks else title_trie(asking.examples[name].template.lines)
     for indices, batch in asking.batches(users, ends):
         if trie is None:
             scores = meshes.fetch(asking.score(name, batch))
