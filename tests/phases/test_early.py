@@ -25,6 +25,7 @@ from user_llm.models.config_json import config_from_settings
 from user_llm.models.families import table
 from user_llm.phases import early, pretrain_lm, starting
 from user_llm.phases.run import Run
+from user_llm.tasks.review import ReviewExamples
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -166,6 +167,16 @@ def test_texts_and_titles_that_cannot_be_measured_are_refused(opened, world, cha
     with pytest.raises(ValueError) as error:
         context.build()
     assert str(error.value).startswith(sentence), error.value
+
+
+def test_prompts_are_not_packed_where_training_has_none(opened, monkeypatch):
+    """The sizes of bundles are settled by one epoch alone: an endless stream would never give a first prompt."""
+    context = opened({"phases": PHASES, "user_llm.pack.histories": 2})
+    monkeypatch.setattr(ReviewExamples, "row", lambda *_: None)
+    with pytest.raises(
+        ValueError, match=r"^user_llm\.prompts\.review: nobody has what it asks for in training: set its weight"
+    ):
+        context.build()
 
 
 def test_parts_without_targets_are_refused(opened):

@@ -41,8 +41,14 @@ class Packing:
 
 
 def settle(examples: grain.IterDataset, histories: int, row_length: int, *, soft: int = 0, leading: int = 0) -> Packing:
-    """Return sizes of bundles that ask, on average, the prompts of so many histories; measured on the first examples."""
+    """Return sizes of bundles that ask, on average, the prompts of so many histories; measured on the first examples.
+
+    Raises:
+      ValueError: no example.
+    """
     sample = list(itertools.islice(examples, SAMPLE * histories))
+    if not sample:
+        raise ValueError("nobody has what it asks for in training: set its weight to 0 to leave the task out.")
     prompts = max(round(histories * float(np.mean([_count(example) for example in sample]))), 1)
     ample = Packing(prompts, prompts, prompts, row_length, row_length, soft, leading)
     needed, bundle = [], _Bundle(ample)

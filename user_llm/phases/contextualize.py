@@ -212,17 +212,19 @@ def build(name: str, run: Run, data: Dataset) -> Task:
         leave(name, run, load, answers, card)
         return rows
 
-    def of_task(task: str, number: tuple[int, int]) -> grain.IterDataset:
+    def of_task(task: str, number: tuple[int, int], epochs: int | None = None) -> grain.IterDataset:
         return contextual_examples(
             data.timelines, data.split.train_stop, asked[task], examples, seed=run.seed, stream=number,
-            task=task, text_weight=phase.prompts.tasks[task].text,
+            task=task, text_weight=phase.prompts.tasks[task].text, epochs=epochs,
         )  # fmt: skip
 
     soft = full.resampler.num_latents if full.soft_prompt and full.resampler else 0
-    packings = {
-        task: settled_packing(phase, of_task(task, (0, 1)), of.template.max_tokens, soft, leading[task])
-        for task, of in asked.items()
-    }
+    packings = dict[str, Packing | None]()
+    for task, of in asked.items():
+        with naming(f"prompts.{task}"):
+            packings[task] = settled_packing(
+                phase, of_task(task, (0, 1), epochs=1), of.template.max_tokens, soft, leading[task]
+            )
 
     def stream(number: tuple[int, int], rows: int) -> grain.IterDataset:
         of_tasks = []
