@@ -54,14 +54,14 @@ def transition_ranks(timelines: Timelines, split: Split, part: str) -> Ranks:
 def transitions(timelines: Timelines, split: Split) -> sparse.csr_array:
     """Return [V, V]: how often training events go from one item (row) to the next (column); the items are numbered from 1."""
     size = timelines.schema.num_items + 1
-    counts = sparse.csr_array((size, size), dtype=np.float32)
+    steps = [np.zeros((2, 0), np.int32)]
     for chunk in timelines.chunks():
         item = np.asarray(timelines.item[chunk.events])
         trained = chunk.positions < split.train_stop[chunk.users]
         goes = trained[1:] & (chunk.users[1:] == chunk.users[:-1])
-        steps = np.ones(np.count_nonzero(goes), np.float32), (item[:-1][goes], item[1:][goes])
-        counts = counts + sparse.csr_array(steps, shape=counts.shape)  # adds what occurs more than once
-    return counts
+        steps.append(np.stack([item[:-1][goes], item[1:][goes]]).astype(np.int32))
+    source, target = np.concatenate(steps, axis=1)
+    return sparse.csr_array((np.ones(len(source), np.float32), (source, target)), shape=(size, size))  # adds what occurs again
 
 
 def largest(matrix: sparse.csr_array, count: int) -> sparse.csr_array:
