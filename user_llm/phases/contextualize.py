@@ -6,7 +6,6 @@ an encoder or none, how many titles the prompt holds, which parameters train. Ta
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -24,6 +23,7 @@ from user_llm.data.dataset import Dataset
 from user_llm.data.packing import PackedExamples, Packing, settle
 from user_llm.data.pipeline import ExampleConfig, Windows, contextual_batches, contextual_examples
 from user_llm.data.prompts.base import Examples, Lines
+from user_llm.data.prompts.next_item import NextItem
 from user_llm.models.choices import Choices
 from user_llm.models.decoder import DecoderConfig
 from user_llm.models.user_llm import UserLLM, UserLLMConfig
@@ -31,7 +31,7 @@ from user_llm.nn.cross_attention import CrossAttentionConfig
 from user_llm.nn.lora import LoRAConfig
 from user_llm.nn.resampler import ResamplerConfig
 from user_llm.phases import general_text, starting
-from user_llm.phases.contextual_loss import contextual_counts, contextual_loss
+from user_llm.phases.contextual_loss import contextual_counts, contextual_loss, task_of
 from user_llm.phases.leaving import card_rows, leave
 from user_llm.phases.llm import decoder_config, tokenizer
 from user_llm.phases.pretrain_encoder import check_longest, encoder_config
@@ -130,14 +130,15 @@ def build_examples(name: str, run: Run, data: Dataset) -> dict[str, Examples]:
     return found
 
 
-def title_choices(asked: Mapping[str, Examples], vocab_size: int) -> Choices | None:
-    """Return what the titles of the items that are ranked can go on with; None if no task ranks items."""
+def title_choices(asked: Mapping[str, Examples], vocab_size: int) -> dict[str, Choices]:
+    """Return the tokens that each beginning of a title can go on with, for each task whose targets are titles of ranked items."""
+    found = {}
     for task, examples in asked.items():
-        if examples.ranks:
+        if examples.ranks and isinstance(examples.template, NextItem):  # as in decoding: what others write may be no title
             lines = examples.template.lines
             with naming(f"prompts.{task}"):
-                return Choices.build(title_trie(lines), vocab_size, lines.max_title_tokens)
-    return None
+                found[task] = Choices.build(title_trie(lines), vocab_size, lines.max_title_tokens)
+    return found
 
 
 def encoder_source(phase: Contextualize) -> str:
@@ -185,8 +186,8 @@ def build(name: str, run: Run, data: Dataset) -> Task:
     )  # fmt: skip
     asking = Asking(predictor, data, asked)
     leading = {task: predictor.leading(task) for task in asked}
-    weights = vars(phase.loss) | {"leading": leading}
-    choices = title_choices(asked, full.decoder.vocab_size) if weights.pop("trie_softmax") else None
+    weights = {key: value for key, value in vars(phase.loss).items() if key != "trie_softmax"} | {"leading": leading}
+    choices = title_choices(asked, full.decoder.vocab_size) if phase.loss.trie_softmax else {}
 
     def evaluate(params: Params) -> dict[str, float]:
         """Return the metrics of the first task, which the phase monitors."""
@@ -241,9 +242,9 @@ def build(name: str, run: Run, data: Dataset) -> Task:
         load=load,
         init=lambda place: starting.init(run, create, load, place),
         loss=lambda params, batch, key, whole: contextual_loss(
-            trees.merge(graphdef, params), batch, key, whole=whole, choices=choices, **weights
+            trees.merge(graphdef, params), batch, key, whole=whole, choices=choices.get(task_of(batch)), **weights
         ),
-        counts=functools.partial(contextual_counts, choices=choices),
+        counts=lambda batch: contextual_counts(batch, choices.get(task_of(batch))),
         train_data=run.streams(stream, phase.rows[1]),
         steps_per_epoch=len(windows) / phase.batch_size,
         work=_work(shapes, phase, max(of.template.max_tokens for of in asked.values()), packings.values()),
