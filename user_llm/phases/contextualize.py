@@ -161,6 +161,15 @@ def check_answers(name: str, run: Run, asked: Mapping[str, Examples]) -> None:
                     raise ValueError(
                         f"no user of the {part} part has what it asks for: set its weight to 0 to leave the task out."
                     )
+            if run.config.contextual(name).eval.control_users:
+                user, end = (int(part[0]) for part in examples.targets("test"))
+                try:
+                    examples.prompt(user, end, (user, 0))
+                except TypeError as error:
+                    raise ValueError(
+                        f"its prompt(user, end, whose) takes whose history the prompt holds, for the controls ({error}): write it so, "
+                        "or set eval.control_users=0."
+                    ) from error
 
 
 def build(name: str, run: Run, data: Dataset) -> Task:
