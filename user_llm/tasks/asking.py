@@ -138,11 +138,16 @@ class Asking:
         return best
 
     def likelihood(self, task: str, most: int, users: np.ndarray, ends: np.ndarray) -> Float[np.ndarray, " n"]:
-        """Return the mean log-probability of a token of each right answer, of which the first `most` tokens are read, in nats."""
+        """Return the mean log-probability of a token of each right answer, of which the first `most` tokens are read, in nats.
+
+        Of an answer without tokens it is that of the end token alone.
+        """
         asked, out = self.examples[task], np.zeros(len(users))
         for indices, batch in self.batches(users, ends):
             pairs = zip(batch.users.tolist(), batch.positions.tolist(), strict=True)
-            texts = [asked.template.lines.line(asked.answer(user, end), most) for user, end in pairs]
+            lines = asked.template.lines
+            texts = [lines.line(asked.answer(user, end), most) for user, end in pairs]
+            texts = [text if len(text) else np.array([lines.end_id], np.int32) for text in texts]
             sums = self.predictor.likelihood(task, self.prompts(task, batch), self.users(batch), texts)
             out[indices] = (sums / [len(text) for text in texts])[: batch.count]
         return out
