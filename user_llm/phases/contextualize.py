@@ -24,6 +24,7 @@ from user_llm.data.packing import PackedExamples, Packing, settle
 from user_llm.data.pipeline import ExampleConfig, Windows, contextual_batches, contextual_examples
 from user_llm.data.prompts.base import Examples, Lines
 from user_llm.data.prompts.next_item import NextItem
+from user_llm.data.streams import Streams
 from user_llm.models.choices import Choices
 from user_llm.models.decoder import DecoderConfig
 from user_llm.models.user_llm import UserLLM, UserLLMConfig
@@ -172,6 +173,44 @@ def check_answers(name: str, run: Run, asked: Mapping[str, Examples]) -> None:
                     ) from error
 
 
+def _train_data(
+    phase: Contextualize, run: Run, data: Dataset, asked: Mapping[str, Examples], soft: int, leading: Mapping[str, int]
+) -> tuple[Streams, dict[str, Packing | None]]:
+    """Return the batches of a phase, whose tasks take turns, and how the prompts of each task are packed.
+
+    Args:
+      soft: tokens of a soft prompt; 0 for none.
+      leading: tokens of each task's prompts before it.
+
+    Raises:
+      ValueError: prompts that are to be packed of a task that has none in training.
+    """
+    sizes = ExampleConfig(**vars(phase.examples))
+
+    def of_task(task: str, number: tuple[int, int], epochs: int | None = None) -> grain.IterDataset:
+        return contextual_examples(
+            data.timelines, data.split.train_stop, asked[task], sizes, seed=run.seed, stream=number,
+            task=task, text_weight=phase.prompts.tasks[task].text, epochs=epochs,
+        )  # fmt: skip
+
+    packings = dict[str, Packing | None]()
+    for task, of in asked.items():
+        with naming(f"prompts.{task}"):
+            packings[task] = settled_packing(
+                phase, of_task(task, (0, 1), epochs=1), of.template.max_tokens, soft, leading[task]
+            )
+
+    def stream(number: tuple[int, int], rows: int) -> grain.IterDataset:
+        of_tasks = []
+        for task, packing in packings.items():
+            each = of_task(task, number)
+            of_tasks.append(contextual_batches(PackedExamples(each, packing) if packing else each, data.timelines, rows))
+        weights = [phase.prompts.tasks[task].weight for task in asked]
+        return of_tasks[0] if len(of_tasks) == 1 else grain.IterDataset.mix(of_tasks, weights)
+
+    return run.streams(stream, phase.rows[1]), packings
+
+
 def build(name: str, run: Run, data: Dataset) -> Task:
     """Build the task of phase `name`.
 
@@ -222,28 +261,8 @@ def build(name: str, run: Run, data: Dataset) -> Task:
         leave(name, run, load, answers, card)
         return rows
 
-    def of_task(task: str, number: tuple[int, int], epochs: int | None = None) -> grain.IterDataset:
-        return contextual_examples(
-            data.timelines, data.split.train_stop, asked[task], examples, seed=run.seed, stream=number,
-            task=task, text_weight=phase.prompts.tasks[task].text, epochs=epochs,
-        )  # fmt: skip
-
     soft = full.resampler.num_latents if full.soft_prompt and full.resampler else 0
-    packings = dict[str, Packing | None]()
-    for task, of in asked.items():
-        with naming(f"prompts.{task}"):
-            packings[task] = settled_packing(
-                phase, of_task(task, (0, 1), epochs=1), of.template.max_tokens, soft, leading[task]
-            )
-
-    def stream(number: tuple[int, int], rows: int) -> grain.IterDataset:
-        of_tasks = []
-        for task, packing in packings.items():
-            each = of_task(task, number)
-            of_tasks.append(contextual_batches(PackedExamples(each, packing) if packing else each, data.timelines, rows))
-        weights = [phase.prompts.tasks[task].weight for task in asked]
-        return of_tasks[0] if len(of_tasks) == 1 else grain.IterDataset.mix(of_tasks, weights)
-
+    train_data, packings = _train_data(phase, run, data, asked, soft, leading)
     windows = Windows(data.split.train_stop, examples.window, run.seed)
     return Task(
         name=name,
@@ -254,7 +273,7 @@ def build(name: str, run: Run, data: Dataset) -> Task:
             trees.merge(graphdef, params), batch, key, whole=whole, choices=choices.get(task_of(batch)), **weights
         ),
         counts=lambda batch: contextual_counts(batch, choices.get(task_of(batch))),
-        train_data=run.streams(stream, phase.rows[1]),
+        train_data=train_data,
         steps_per_epoch=len(windows) / phase.batch_size,
         work=_work(shapes, phase, max(of.template.max_tokens for of in asked.values()), packings.values()),
         count_events=lambda batch: int((batch["answers"] > 0).sum()),

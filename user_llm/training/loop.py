@@ -160,8 +160,8 @@ def read_rows(directory: epath.Path) -> list[dict]:
 
 def targets_before(task: Task, workdir: epath.Path) -> int | None:
     """Return how many training targets the phases have seen that taught a task's parameters before its own phase; None if one does not say."""
-    seen = [row.get("targets_seen") for name in task.taught_by for row in read_rows(workdir / name)[:1]]
-    return None if None in seen else sum(seen)
+    rows = [row for name in task.taught_by for row in read_rows(workdir / name)[:1]]
+    return sum(row["targets_seen"] for row in rows) if all("targets_seen" in row for row in rows) else None
 
 
 def targets_of_all(own: int, shares: int) -> int:
