@@ -35,6 +35,7 @@ def test_a_text_is_nearer_to_whoever_writes_like_that():
         ["so so good!!!", "so so good!!!", "xyz", "so good!!!"], [loud, dry, loud, loud], [dry, loud, dry, loud]
     )
     assert found.tolist() == [1, 0, 0.5, 0.5]
+    assert texts.nearer_to_author(["so good!!!"] * 3, [loud, [], []], [[], loud, []]).tolist() == [0.5] * 3
 
 
 def test_meteor_is_left_out_where_wordnet_is_missing_and_says_so_once(monkeypatch, caplog):

@@ -17,7 +17,9 @@ TITLES = ["", "Red Fox", "red dog", "Blue Whale", *(f"thing {n}" for n in range(
 @pytest.fixture
 def timelines(make_timelines):
     rng = np.random.default_rng(0)
-    found = make_timelines([rng.integers(1, ITEMS + 1, rng.integers(3, 9)).tolist() for _ in range(20)], num_items=ITEMS)
+    found = make_timelines(
+        [rng.integers(1, ITEMS + 1, max(rng.integers(-2, 9), 3)).tolist() for _ in range(20)], num_items=ITEMS
+    )
     genres = {"genres": np.arange(2 * (ITEMS + 1)).reshape(-1, 2) % 4}
     return dataclasses.replace(found, catalogue=dataclasses.replace(found.catalogue, titles=TITLES, multi=genres))
 
@@ -70,7 +72,8 @@ def _scores(timelines, split, history):
 def test_ranks_are_those_of_plain_python(timelines, part):
     split = leave_last_out(timelines)
     ranks = transition_ranks(timelines, split, part)
-    assert len(ranks.users) == 20 and (part == "test" or 1 in ranks.positions)  # a history of one item has none before it
+    assert len(ranks.users) == 20
+    assert part == "test" or (ranks.positions == 1).sum() > 5  # a history of one item has none before it
     for user, position, rank in zip(ranks.users, ranks.positions, ranks.everything, strict=True):
         scores = _scores(timelines, split, timelines.items(user, 0, position).tolist())
         target = int(timelines.items(user, position, position + 1)[0])

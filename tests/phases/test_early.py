@@ -1,5 +1,6 @@
 """What would fail after a phase has trained fails before the first of them begins, and names what is to be changed."""
 
+import copy
 import dataclasses
 import json
 import sys
@@ -24,7 +25,9 @@ from user_llm.data.tokenizer import train_bpe
 from user_llm.models.config_json import config_from_settings
 from user_llm.models.families import table
 from user_llm.phases import early, pretrain_lm, starting
+from user_llm.phases.contextualize import build_examples, title_choices
 from user_llm.phases.run import Run
+from user_llm.tasks.review import ReviewExamples
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -166,6 +169,37 @@ def test_texts_and_titles_that_cannot_be_measured_are_refused(opened, world, cha
     with pytest.raises(ValueError) as error:
         context.build()
     assert str(error.value).startswith(sentence), error.value
+
+
+def test_prompts_are_not_packed_where_training_has_none(opened, monkeypatch):
+    """The sizes of bundles are settled by one epoch alone: an endless stream would never give a first prompt."""
+    context = opened({"phases": PHASES, "user_llm.pack.histories": 2})
+    monkeypatch.setattr(ReviewExamples, "row", lambda *_: None)
+    with pytest.raises(
+        ValueError, match=r"^user_llm\.prompts\.review: nobody has what it asks for in training: set its weight"
+    ):
+        context.build()
+
+
+def test_a_task_whose_prompts_cannot_hold_anothers_history_is_refused(opened, monkeypatch):
+    context = opened({"phases": PHASES})
+    prompt = ReviewExamples.prompt
+    monkeypatch.setattr(ReviewExamples, "prompt", lambda self, user, end: prompt(self, user, end))
+    with pytest.raises(
+        ValueError, match=r"^user_llm\.prompts\.review: its prompt\(user, end, whose\) takes whose history .*=0\.$"
+    ):
+        context.build()
+    context.config.user_llm.eval.control_users = 0
+    assert context.build()
+
+
+def test_titles_are_chosen_in_the_trie_where_they_alone_are_written(opened):
+    """A task that ranks items and writes something else has a softmax over the whole vocabulary, in training as in decoding."""
+    context = opened({"phases": PHASES})
+    asked = build_examples("user_llm", Run(read_config(context.config), context.workdir, context.mesh), context.dataset)
+    own = copy.copy(asked["review"])
+    own.ranks = True
+    assert set(title_choices({"own": own, **asked}, 300)) == {"next_item"}
 
 
 def test_parts_without_targets_are_refused(opened):

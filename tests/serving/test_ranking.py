@@ -3,7 +3,6 @@
 import dataclasses
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from model_directories import settings_of
 
 import user_llm
+from user_llm.config.defaults import contextualize
+from user_llm.config.phases import ContextualEval
 from user_llm.models.beam_search import beam_search
 from user_llm.serving.settings import identity
 from user_llm.tasks import next_item
@@ -70,10 +71,12 @@ def test_a_model_without_item_head_compiles_few_programs(make_model):
 def test_the_head_and_the_writing_rank_together(made):
     """Ten titles are all of them, which the head ranks as it ranks items; where it alone guides, the three best are its own."""
     asking = made.asking.of(dataclasses.replace(made.asking.predictor, beams=3))
-    sizes = SimpleNamespace(generate_users=5, guide=(0.0, 0.5, 1.0), rerank=10)
+    sizes = ContextualEval(**contextualize("m", total_steps=1, eval_steps=1).eval)
+    weights = dataclasses.replace(sizes, generate_users=5, guide=(0.0, 0.5, 1.0), rerank=10)
+    sizes = next_item.settle(asking, "next_item", weights)
     found = {one.suffix: one.measured.metrics for one in next_item.measure(asking, "next_item", "test", None, sizes)}
     if not asking.predictor.ranks:
-        assert set(found) == {"/generate"}
+        assert sizes == weights and set(found) == {"/generate"}
         return
     assert set(found) == {"", "/generate", "/generate_guided", "/generate_reranked"}
     assert found["/generate_reranked"] == found[""]
@@ -81,8 +84,8 @@ def test_the_head_and_the_writing_rank_together(made):
     head = asking.rank("next_item", "test", None)
     guided = asking.rank_written("next_item", "test", None, weight=1.0)
     np.testing.assert_array_equal(guided.everything, np.where(head.everything <= 3, head.everything, np.inf))
-    of_weight = {w: asking.rank_written("next_item", "validation", 5, weight=w).metrics()["ndcg@10"] for w in sizes.guide}
-    assert of_weight[next_item.best_weight(asking, "next_item", sizes)] == max(of_weight.values())
+    of_weight = {w: asking.rank_written("next_item", "validation", 5, weight=w).metrics()["ndcg@10"] for w in weights.guide}
+    assert [of_weight[weight] for weight in sizes.guide] == [max(of_weight.values())]
 
 
 def test_the_softmax_within_the_trie_is_the_models_own(make_model):

@@ -1,5 +1,6 @@
 """How batches of histories and prompts are padded; how likely an answer is."""
 
+import copy
 import dataclasses
 import sys
 from pathlib import Path
@@ -58,6 +59,10 @@ def test_the_likelihood_of_an_answer_is_the_mean_of_its_tokens(make_timelines, d
     model = trees.merge(predictor.graphdef, predictor.params)
     with jax.set_mesh(predictor.mesh):
         found = asking.likelihood("favorite", 8, users, ends)
+        silent = copy.copy(asked)
+        silent.answer = lambda user, end: ""  # as a text is whose characters a tokenizer leaves out
+        ended = dataclasses.replace(asking, examples={"favorite": silent}).likelihood("favorite", 8, users, ends)
+        assert np.isfinite(ended).all() and (ended < 0).all()
         assert len({asked.answer(int(u), int(e)) for u, e in zip(users, ends, strict=True)}) > 1
         for [index], batch in asking.batches(users, ends, batch_size=1):
             prompt, [user] = asking.prompts("favorite", batch)[0], batch.users

@@ -1,5 +1,6 @@
 """What is measured of reviews, with a writer whose answers are known."""
 
+import copy
 import dataclasses
 import sys
 from pathlib import Path
@@ -60,3 +61,17 @@ def test_a_writer_in_the_style_of_its_user_is_near_its_user(asking):
 def test_the_texts_of_a_user_are_those_before_an_end(asking):
     assert asking.examples["review"].texts(1, 2) == [f"{STYLES[1]} 0", f"{STYLES[1]} 1"]
     assert asking.examples["review"].texts(1, 0) == []
+
+
+def test_the_texts_that_are_compared_are_the_latest(asking, monkeypatch):
+    monkeypatch.setattr(review, "LATEST", 2)
+    assert asking.examples["review"].texts(1, 5) == [f"{STYLES[1]} 0", f"{STYLES[1]} 1"]
+
+
+def test_a_user_alone_is_not_compared_with_nobody(asking):
+    sizes = ContextualEval(**contextualize("m", total_steps=1, eval_steps=1).eval)
+    asked = copy.copy(asking.examples["review"])
+    asked.split = dataclasses.replace(asked.split, targets={"test": (np.array([2]), np.array([10]))})
+    alone = SimpleNamespace(**vars(asking) | {"examples": {"review": asked}})
+    [found] = review.measure(alone, "review", "test", None, sizes)
+    assert set(review.METRICS) - set(found.measured.values) == {"nearer_to_author"}

@@ -113,6 +113,17 @@ def test_rows_say_how_many_targets_the_best_parameters_saw_with_those_of_the_pha
         assert seen == [before, before + 4, before + 8, before + 12]
 
 
+def test_how_many_targets_were_seen_is_left_out_where_an_older_phase_or_checkpoint_does_not_say_it(tmp_path):
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "results.json").write_text(json.dumps([tiny.row("accuracy", 1.0)]))
+    _, rows = tiny.run(tmp_path / "taught", dataclasses.replace(_scripted([0.1, 0.9]), taught_by=("teacher",)), total_steps=4)
+    assert rows and not any("targets_seen" in row for row in [*rows, *_metrics(tmp_path / "taught")])
+
+    older = loop.Progress(**{"best_step": 4, "best_value": 0.9})  # as the record of an older checkpoint is read
+    older.count(8)
+    assert older.targets is None
+
+
 def test_a_phase_that_trains_nothing_takes_no_step_and_measures_what_it_started_from(tmp_path, monkeypatch):
     log = []
     monkeypatch.setattr(tiny, "OPTIMIZER", dataclasses.replace(tiny.OPTIMIZER, trainable=((r".*", False),)))

@@ -10,7 +10,7 @@ the products in `SnowCharmQ/DPL-meta`. Each split of a subset is read as the JSO
     <Category>_meta.jsonl
         {"asin": ..., "title": ..., "description": ...}
 
-A user's events are the reviews of all their lines; what several lines repeat counts once. A review to be written in the test split is
+A user's events are the reviews of all their lines; a review that stands in several lines counts once. A review to be written in the test split is
 its user's last one, so that the split `leave_last_out` tests on it. Descriptions are left out.
 """
 

@@ -16,7 +16,8 @@ import numpy as np
 Batch = dict[str, Any]
 
 SAMPLE = 16  # bundles, by which sizes are settled
-COVERED = 0.8  # share of the bundles that the rows hold whole; more rows would mostly be padding
+# Rows are so many that this share of the sampled bundles fits; with more rows, most of the added tokens would be padding.
+COVERED = 0.8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +25,12 @@ class Packing:
     """The sizes of a bundle.
 
     Attributes:
-      prompts: how many it asks, at most.
-      histories: from how many histories, at most.
-      rows, row_length: rows of text, and their tokens.
-      segments: prompts in a row, at most.
-      soft: tokens of a soft prompt, for which each prompt leaves room behind its first `leading` tokens; 0 for none.
+      prompts: a bundle asks at most this many prompts.
+      histories: these prompts are about at most this many histories.
+      rows, row_length: a bundle has so many rows of text, of so many tokens each.
+      segments: a row holds at most this many prompts.
+      soft: a soft prompt has so many tokens; 0 for none.
+      leading: so many tokens of a prompt stand before its soft prompt.
     """
 
     prompts: int
@@ -41,8 +43,14 @@ class Packing:
 
 
 def settle(examples: grain.IterDataset, histories: int, row_length: int, *, soft: int = 0, leading: int = 0) -> Packing:
-    """Return sizes of bundles that ask, on average, the prompts of so many histories; measured on the first examples."""
+    """Return sizes of bundles that ask, on average, the prompts of so many histories; measured on the first examples.
+
+    Raises:
+      ValueError: no example.
+    """
     sample = list(itertools.islice(examples, SAMPLE * histories))
+    if not sample:
+        raise ValueError("nobody has what it asks for in training: set its weight to 0 to leave the task out.")
     prompts = max(round(histories * float(np.mean([_count(example) for example in sample]))), 1)
     ample = Packing(prompts, prompts, prompts, row_length, row_length, soft, leading)
     needed, bundle = [], _Bundle(ample)
@@ -61,9 +69,8 @@ class PackedExamples(grain.IterDataset):
     """Bundles of the prompts of examples, each a history with its ends as `pipeline.contextual_examples` makes them.
 
     Of H histories with J ends, R rows of T tokens, S segments a row, P answers a prompt, a bundle has `events` [H, E] and `lengths` [H]
-    (absent without an encoder), `prefix` [H, J], `text`, `segments`, `positions` and `predicted` [R, T] (`models.user.Packed`; and the
-    places whose next token the text loss asks for), `users` [R, S] (which of the H J ends a segment asks about), `answers` [H, J, P]
-    (places among the R T tokens, 0 = none), `items` [H, J, P] if the task ranks, and `text_weight`.
+    (absent without an encoder), `prefix` [H, J], `text`, `segments` and `positions` [R, T] as in `models.user.Packed`, `predicted` [R, T]
+    (1 where the text loss asks for the next token), `users` [R, S] (of each segment history * J + end), `answers` [H, J, P] (places among the R T tokens, 0 = none), `items` [H, J, P] if the task ranks, and `text_weight`.
 
     All prompts are asked, in the order of the examples; one that finds no room begins the next bundle, for which its history is encoded again.
     """

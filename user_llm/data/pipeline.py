@@ -151,10 +151,10 @@ def _pack(
     return packed.batch(rows, drop_remainder=True).map(tidy)
 
 
-def _stream(dataset: grain.MapDataset, seed: int, stream: tuple[int, int]) -> grain.IterDataset:
-    """Shuffle anew each epoch, repeat without end, and keep the stream's share."""
+def _stream(dataset: grain.MapDataset, seed: int, stream: tuple[int, int], epochs: int | None = None) -> grain.IterDataset:
+    """Shuffle anew each epoch, repeat for so many epochs or without end, and keep the stream's share."""
     index, count = stream
-    dataset = dataset.shuffle(seed).repeat()
+    dataset = dataset.shuffle(seed).repeat(epochs)
     return dataset[index::count].to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=64))
 
 
@@ -255,10 +255,11 @@ def contextual_examples(
     stream: tuple[int, int] = (0, 1),
     task: str = "next_item",
     text_weight: float = 1.0,
+    epochs: int | None = None,
 ) -> grain.IterDataset:
-    """Return endless examples of one task for contextualization, each a history with J ends, or a task's `stretch`; `contextual_batches`.
+    """Return the examples of one task for contextualization, endless for no number of epochs.
 
-    An example has what a batch has, without the leading axis, and for `events` their numbers [E] among those of all users (-1 =
+    An example is a history with J ends, or without an encoder a task's `stretch`. `contextual_batches` makes batches of them. An example has what a batch has, without the leading axis, and for `events` their numbers [E] among those of all users (-1 =
     none). With an encoder each end is one row with one answer. Without, a row is a task's `stretch`. A window in which nothing can be
     asked is left out.
     """
@@ -286,7 +287,7 @@ def contextual_examples(
         text = _text_arrays([row for _, row in found if row is not None], asked, config.answers, ends)
         return {"events": events, "lengths": np.array(count, np.int32), "prefix": prefix, "text_weight": weight, **text}
 
-    windows = _stream(Windows(stops, config.window, seed), seed, stream)
+    windows = _stream(Windows(stops, config.window, seed), seed, stream, epochs)
     return windows.map(cut).filter(lambda example: example is not None)
 
 

@@ -15,6 +15,7 @@ from user_llm.common.workdir import path_part
 
 NUMBER = "number/"  # in front of a number's name in a file
 MAX_BYTES = 2**30  # of all arrays of a file
+RANDOM_USER, NO_USER = "random_user", "no_user"  # after a metric's slash: measured with another user's history, and with none
 
 
 @dataclasses.dataclass(frozen=True)

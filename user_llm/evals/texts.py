@@ -29,7 +29,7 @@ def rouge(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, Float
 
 
 def sentence_scores(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, Float[np.ndarray, " n"]]:
-    """Return chrF and BLEU of each pair, from 0 to 1; BLEU of one sentence is smoothed, and counts the orders that the sentence has.
+    """Return chrF and BLEU of each pair, from 0 to 1; BLEU of one sentence is smoothed, and counts n-grams up to the sentence's length.
 
     The mean of `bleu` is not the BLEU of publications: that is `corpus_scores`.
     """
@@ -66,7 +66,7 @@ def _meteor() -> Callable[..., float] | None:
     try:
         from nltk.translate.meteor_score import meteor_score
 
-        meteor_score([["a"]], ["b"])  # reads WordNet, as words do that differ
+        meteor_score([["a"]], ["b"])  # WordNet is read only where words differ
     except (LookupError, OSError):
         logging.info("METEOR is left out: WordNet is not installed (python -m nltk.downloader wordnet).")
         return None
@@ -100,7 +100,7 @@ def nearer_to_author(
     """Return 1 for each text that is nearer to its author's texts than to somebody else's, 0 if it is farther, else 0.5.
 
     Near is a high cosine of the counts of 3 to 5 characters. A text that knows nothing of its author is nearer in half of the cases,
-    where authors and others are drawn alike.
+    where authors and others are drawn alike. Where one of the two wrote nothing, there is nothing to compare, which is 0.5.
 
     Args:
       authors: what the author of each text wrote.
@@ -108,7 +108,7 @@ def nearer_to_author(
     """
     found = np.empty(len(written))
     for index, (text, author, other) in enumerate(zip(written, authors, others, strict=True)):
-        own = gram_counts([text])
-        near, far = (cosine(own, gram_counts(texts)) for texts in (author, other))
-        found[index] = (1 + np.sign(near - far)) / 2
+        own, of_author, of_other = (gram_counts(texts) for texts in ([text], author, other))
+        nearer = np.sign(cosine(own, of_author) - cosine(own, of_other)) if of_author and of_other else 0
+        found[index] = (1 + nearer) / 2
     return found

@@ -5,7 +5,7 @@ model on 10 of 14 public datasets. They take items ring by ring, and within a ri
 score is a sum instead, which ranks better on our real datasets (BUILD_NOTES.md, "A graph of transitions"):
 
     the probability that it is one or two steps on, from the last item and half as much from the one before;
-    where an item was seldom left, the items' shares of all events make up for the steps that are missing;
+    the fewer steps were seen from an item, the more the items' shares of all events count;
     and a little for an item whose title and bags (genres, categories) are like those of these two items.
 """
 
@@ -19,10 +19,11 @@ from user_llm.evals.evaluator import rank_targets
 from user_llm.evals.ranking import Ranks
 
 # Chosen on the validation targets of four datasets together, by hand.
-BACKWARDS = 0.5  # What a step counts for that was taken the other way.
-MISSING = 20.0  # How many steps from an item the shares of all events stand for.
-BEFORE = 0.5  # What the item before the last counts for, beside the last.
-ALIKE = 0.01  # What the cosine of two items' words counts for, beside a probability.
+BACKWARDS = 0.5  # A step from one item to another also counts this much as a step from the other to the one.
+MISSING = 20.0  # The items' shares of all events count as this many steps from every item.
+BEFORE = 0.5  # The item before the last counts this much; the last counts 1.
+ALIKE = 0.01  # The cosine of two items' words counts this much; a probability counts 1.
+ENTRIES = 2**24  # The most scores of a batch: several arrays of them lie beside each other.
 SECOND = 100  # How many items, those most often gone to, a second step may lead to: it bounds the work.
 
 
@@ -36,31 +37,31 @@ def transition_ranks(timelines: Timelines, split: Split, part: str) -> Ranks:
     chance, missing = sparse.diags_array(1 / left).tocsr() @ steps, (MISSING / left).astype(np.float32)
     second, words = largest(chance, SECOND), item_words(timelines.catalogue)
 
-    def around(items: np.ndarray) -> np.ndarray:
-        """Return [B, V]: the scores of all items around one item a row; item 0 is none."""
-        step = chance[items]
-        likely = (step + step @ second).toarray() + missing[items, None] * share
-        return likely + ALIKE * (words[items] @ words.T).toarray()
-
     def score(batch: HistoryBatch) -> np.ndarray:
+        """Return [B, V]: the scores of all items; popularity where the history is empty, for item 0 was never left."""
         ends = timelines.offsets[batch.users] + batch.positions
         last, before = (np.where(batch.positions >= back, timelines.item[np.maximum(ends - back, 0)], 0) for back in (1, 2))
-        return (around(last) + BEFORE * around(before)).astype(np.float32)
+        weight = np.where(batch.positions >= 2, BEFORE, 0.0).astype(np.float32)[:, None]
+        both = lambda of_items: of_items[last] + of_items[before].multiply(weight)  # noqa: E731
+        step, named = both(chance).tocsr(), both(words).tocsr()
+        likely = (step + step @ second).toarray() + (missing[last, None] + weight * missing[before, None]) * share
+        return (likely + ALIKE * (named @ words.T).toarray()).astype(np.float32)
 
-    return rank_targets(score, timelines, split, part, max_events=1, batch_size=256)
+    rows = min(max(ENTRIES // len(share), 1), 256)
+    return rank_targets(score, timelines, split, part, max_events=1, batch_size=rows)
 
 
 def transitions(timelines: Timelines, split: Split) -> sparse.csr_array:
     """Return [V, V]: how often training events go from one item (row) to the next (column); the items are numbered from 1."""
     size = timelines.schema.num_items + 1
-    counts = sparse.csr_array((size, size), dtype=np.float32)
+    steps = [np.zeros((2, 0), np.int32)]
     for chunk in timelines.chunks():
         item = np.asarray(timelines.item[chunk.events])
         trained = chunk.positions < split.train_stop[chunk.users]
         goes = trained[1:] & (chunk.users[1:] == chunk.users[:-1])
-        steps = np.ones(np.count_nonzero(goes), np.float32), (item[:-1][goes], item[1:][goes])
-        counts = counts + sparse.csr_array(steps, shape=counts.shape)  # adds what occurs more than once
-    return counts
+        steps.append(np.stack([item[:-1][goes], item[1:][goes]]).astype(np.int32))
+    source, target = np.concatenate(steps, axis=1)
+    return sparse.csr_array((np.ones(len(source), np.float32), (source, target)), shape=(size, size))  # adds what occurs again
 
 
 def largest(matrix: sparse.csr_array, count: int) -> sparse.csr_array:

@@ -3,7 +3,8 @@
 A softmax over the whole vocabulary also pushes down the tokens that beam search in a trie never looks at. Where one token alone
 can follow, it is certain: there is nothing to learn, and the loss leaves the token out.
 
-Axis letters: V tokens of the vocabulary, I items and PAD, T tokens of a row, L tokens of the longest title, R rows, P answer positions of a row.
+Axis letters: V tokens of the vocabulary, I items and PAD, T tokens of a row, L tokens of the longest title, R rows, P answer positions
+of a row, W sets that are masks, N sets that are lists, C tokens of the longest list.
 """
 
 from typing import NamedTuple
@@ -25,7 +26,8 @@ class Choices(NamedTuple):
     Attributes:
       of_title: for each item and each place of its title, the number of the set that the token there is chosen from; -1 where it is no
         choice, and where no token is trained.
-      masks, lists: the sets, as in `Columns`. Set 0 is the whole vocabulary, for tokens of no title.
+      masks, lists: the sets, as in `Columns`. Set 0 is the whole vocabulary. It stands in for rows without a set, which are
+        not trained.
     """
 
     of_title: Int[np.ndarray, "I L"]
@@ -67,7 +69,9 @@ class Choices(NamedTuple):
         return cls(of_title, masks, lists.astype(np.int32))
 
     def at(self, answers: Int[AnyArray, "R P"], items: Int[AnyArray, "R P"], length: int) -> Int[Array, "R T"]:
-        """Return the number of the set that the token behind each of the first `length` places of a row is chosen from, or -1.
+        """Return, for each of the first `length` places of a row, the number of the set that the next token is chosen from.
+
+        It is -1 where the next token is no choice.
 
         Args:
           answers: the places before the first token of each title, in any order.

@@ -110,7 +110,7 @@ def _read(
     sampling: RowSampling,
     seen: int,
 ) -> tuple[KVCache, Int[Array, ""]]:
-    """Read `count` embeddings from position `first` on into a row; return the token that follows them, too.
+    """Read `count` embeddings from position `first` on into a row; also return the token that follows.
 
     Args:
       inputs: embeddings, or in their place the token that the row wrote last.

@@ -102,8 +102,8 @@ class UserLLM(nnx.Module):
         """Return what the decoder reads of users: K/V for its cross-attention, soft tokens, or both.
 
         Args:
-          chosen: for Z equal parts of the users, C users of that part each, by their number in it. The Z C users are returned, or
-            where it is None all users.
+          chosen: the users are divided, in order, into Z equal parts. Row z names C users of part z by their numbers within it. Z C
+            users are returned; all users for None.
         """
         tokens, counts = users
         # States that are themselves the user tokens are projected once for all ends.
@@ -175,7 +175,7 @@ class UserLLM(nnx.Module):
 
 
 def _of_parts(a: AnyArray, chosen: Int[AnyArray, "Z C"], axis: int) -> Array:
-    """Return entries along an axis in Z equal parts: of each part those chosen. No part reads another, which may be on another device."""
+    """Divide an axis into Z equal parts, and return the chosen entries of each. No part reads another, which may be on another device."""
     parts = jnp.moveaxis(jnp.asarray(a), axis, 0)
     parts = parts.reshape(len(chosen), -1, *parts.shape[1:])
     taken = jax.vmap(lambda part, of: part[of])(parts, chosen)

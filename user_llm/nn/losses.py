@@ -67,9 +67,9 @@ def chunked_cross_entropy(
 ) -> Float[Array, ""]:
     """Return the sum over rows of weight * -log softmax(hidden table^T)[target], the softmax over `valid` columns.
 
-    The columns are the same for all rows, or each row's own, which its target is one of. Gradients flow to `hidden` and `table` and are computed in the forward pass, chunk by chunk of `chunk` rows; peak memory is
-    O(chunk V). Rows of weight 0 count for nothing, whatever their target, and their logits are computed only where they fill up a
-    chunk. Within `jax.set_mesh` rows are shared out over `data` and `fsdp`, each device taking `chunk` of its own at a time, and the
+    All rows may share their columns, or each row has its own. A row's target must be one of its columns. Gradients flow to `hidden`
+    and `table`. They are computed in the forward pass, chunk by chunk of `chunk` rows; peak memory is O(chunk V). Rows of weight 0
+    count for nothing, whatever their target, and their logits are computed only where they fill up a chunk. Within `jax.set_mesh` rows are shared out over `data` and `fsdp`, each device taking `chunk` of its own at a time, and the
     catalogue over `tensor`.
     """
     return _over_mesh(_loss, hidden, table, targets, weights, valid, chunk)[0]

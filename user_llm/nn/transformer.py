@@ -245,8 +245,8 @@ class Stack(nnx.Module):
           key_positions: of each key; None for `positions`, or with a cache for the slots' numbers.
           cache: returned updated.
           slots: the cache slot each query's keys and values are written to; None for its position.
-          user: keys and values of each row's user, or of as many for each row as its segments are, which `mask` then describes: segment
-            s reads the s-th. None leaves cross-attention out.
+          user: keys and values of each row's user, or of S users for each packed row, whose segments `mask` describes: segment s reads
+            the row's s-th user. None leaves cross-attention out.
           layers: from `layers()`, for a loop around this call; None takes them here.
           key: dropout key; None for evaluation.
         """

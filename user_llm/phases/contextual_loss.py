@@ -32,17 +32,18 @@ def contextual_loss(
 ) -> tuple[Array, dict[str, Array]]:
     """Return the weighted sum of three losses.
 
-    `text`, weighted by the batch itself: cross entropy of what follows the first answer position; with `choices`, the tokens of a
-    title are predicted among those that titles can go on with. `catalogue`, where there are
-    items to rank: their cross entropy at the answer positions. `align`, with an encoder only: mean squared distance of the LLM's
-    item query from the encoder's own, its last state: that of the last event, or of the mask token behind it. Both are in the
-    space of the encoder's item vectors, by which the LLM ranks too. The pretrained encoder knows what every event taught it, and its
-    state tells the LLM more than the one next item does; one from scratch knows nothing, and `encoder_source` refuses to be
-    drawn to it.
+    - `text`, weighted by the batch itself: cross entropy of what follows the first answer position. With `choices`, each token of a
+      title is predicted among those that titles can go on with.
+    - `catalogue`, where there are items to rank: their cross entropy at the answer positions.
+    - `align`, with an encoder only: mean squared distance of the LLM's item query from the encoder's own, its last state: that of the
+      last event, or of the mask token behind it. Both are in the space of the encoder's item vectors, by which the LLM ranks too. The
+      pretrained encoder knows what every event taught it, and its state tells the LLM more than the one next item does. An encoder
+      from scratch knows nothing, and `encoder_source` refuses to be drawn to it.
 
     `leading` tokens of each task's rows stand in front of a soft prompt, at most those before the first answer position.
     """
-    [(task, weight)] = batch["text_weight"].items()
+    task = task_of(batch)
+    weight = batch["text_weight"][task]
     encoder_key, decoder_key = (None, None) if key is None else jax.random.split(key)
     encoded = None
     if model.config.encoder is not None:
@@ -64,6 +65,12 @@ def contextual_loss(
         gates = jnp.tanh(model.decoder.stack.cross.gate[...])
         scalars |= {f"gate/{layer}": gates[layer] for layer in range(gates.shape[0])}
     return total, scalars
+
+
+def task_of(batch: Batch) -> str:
+    """Return the task whose prompts a batch holds."""
+    (task,) = batch["text_weight"]
+    return task
 
 
 def _read(
@@ -107,7 +114,10 @@ def contextual_counts(batch: Batch, choices: Choices | None = None) -> dict[str,
 
 
 def _places(batch: Batch) -> Int[Array, "G X"]:
-    """Return the answer positions: places in their own row of text (G rows), or of packed rows in all rows of their bundle (G bundles)."""
+    """Return the answer positions, X of each row of text (G rows), by their places in it.
+
+    Of packed rows they are X of each bundle (G bundles), by their places in all rows of the bundle.
+    """
     rows = batch["text"].size // batch["text"].shape[-1]
     return batch["answers"].reshape(len(batch["answers"]) if "segments" in batch else rows, -1)
 

@@ -6,7 +6,6 @@ an encoder or none, how many titles the prompt holds, which parameters train. Ta
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -24,15 +23,16 @@ from user_llm.data.dataset import Dataset
 from user_llm.data.packing import PackedExamples, Packing, settle
 from user_llm.data.pipeline import ExampleConfig, Windows, contextual_batches, contextual_examples
 from user_llm.data.prompts.base import Examples, Lines
+from user_llm.data.prompts.next_item import NextItem
+from user_llm.data.streams import Streams
 from user_llm.models.choices import Choices
 from user_llm.models.decoder import DecoderConfig
-from user_llm.models.trie import Trie
 from user_llm.models.user_llm import UserLLM, UserLLMConfig
 from user_llm.nn.cross_attention import CrossAttentionConfig
 from user_llm.nn.lora import LoRAConfig
 from user_llm.nn.resampler import ResamplerConfig
 from user_llm.phases import general_text, starting
-from user_llm.phases.contextual_loss import contextual_counts, contextual_loss
+from user_llm.phases.contextual_loss import contextual_counts, contextual_loss, task_of
 from user_llm.phases.leaving import card_rows, leave
 from user_llm.phases.llm import decoder_config, tokenizer
 from user_llm.phases.pretrain_encoder import check_longest, encoder_config
@@ -40,7 +40,7 @@ from user_llm.phases.run import Run
 from user_llm.phases.samples import draw_samples
 from user_llm.serving.predictor import Predictor
 from user_llm.serving.settings import kind_of
-from user_llm.tasks.asking import Asking
+from user_llm.tasks.asking import Asking, title_trie
 from user_llm.tasks.controls import measure_controls
 from user_llm.training.task import Task
 
@@ -131,14 +131,15 @@ def build_examples(name: str, run: Run, data: Dataset) -> dict[str, Examples]:
     return found
 
 
-def title_choices(asked: Mapping[str, Examples], vocab_size: int) -> Choices | None:
-    """Return what the titles of the items that are ranked can go on with; None if no task ranks items."""
+def title_choices(asked: Mapping[str, Examples], vocab_size: int) -> dict[str, Choices]:
+    """Return the tokens that each beginning of a title can go on with, for each task whose targets are titles of ranked items."""
+    found = {}
     for task, examples in asked.items():
-        if examples.ranks:
+        if examples.ranks and isinstance(examples.template, NextItem):  # as in decoding: what others write may be no title
             lines = examples.template.lines
             with naming(f"prompts.{task}"):
-                return Choices.build(Trie.build(lines.titles_as_targets()), vocab_size, lines.max_title_tokens)
-    return None
+                found[task] = Choices.build(title_trie(lines), vocab_size, lines.max_title_tokens)
+    return found
 
 
 def encoder_source(phase: Contextualize) -> str:
@@ -161,6 +162,53 @@ def check_answers(name: str, run: Run, asked: Mapping[str, Examples]) -> None:
                     raise ValueError(
                         f"no user of the {part} part has what it asks for: set its weight to 0 to leave the task out."
                     )
+            if run.config.contextual(name).eval.control_users:
+                user, end = (int(part[0]) for part in examples.targets("test"))
+                try:
+                    examples.prompt(user, end, (user, 0))
+                except TypeError as error:
+                    raise ValueError(
+                        f"its prompt(user, end, whose) takes whose history the prompt holds, for the controls ({error}): write it so, "
+                        "or set eval.control_users=0."
+                    ) from error
+
+
+def _train_data(
+    phase: Contextualize, run: Run, data: Dataset, asked: Mapping[str, Examples], soft: int, leading: Mapping[str, int]
+) -> tuple[Streams, dict[str, Packing | None]]:
+    """Return the batches of a phase, whose tasks take turns, and how the prompts of each task are packed.
+
+    Args:
+      soft: tokens of a soft prompt; 0 for none.
+      leading: tokens of each task's prompts before it.
+
+    Raises:
+      ValueError: prompts that are to be packed of a task that has none in training.
+    """
+    sizes = ExampleConfig(**vars(phase.examples))
+
+    def of_task(task: str, number: tuple[int, int], epochs: int | None = None) -> grain.IterDataset:
+        return contextual_examples(
+            data.timelines, data.split.train_stop, asked[task], sizes, seed=run.seed, stream=number,
+            task=task, text_weight=phase.prompts.tasks[task].text, epochs=epochs,
+        )  # fmt: skip
+
+    packings = dict[str, Packing | None]()
+    for task, of in asked.items():
+        with naming(f"prompts.{task}"):
+            packings[task] = settled_packing(
+                phase, of_task(task, (0, 1), epochs=1), of.template.max_tokens, soft, leading[task]
+            )
+
+    def stream(number: tuple[int, int], rows: int) -> grain.IterDataset:
+        of_tasks = []
+        for task, packing in packings.items():
+            each = of_task(task, number)
+            of_tasks.append(contextual_batches(PackedExamples(each, packing) if packing else each, data.timelines, rows))
+        weights = [phase.prompts.tasks[task].weight for task in asked]
+        return of_tasks[0] if len(of_tasks) == 1 else grain.IterDataset.mix(of_tasks, weights)
+
+    return run.streams(stream, phase.rows[1]), packings
 
 
 def build(name: str, run: Run, data: Dataset) -> Task:
@@ -186,8 +234,8 @@ def build(name: str, run: Run, data: Dataset) -> Task:
     )  # fmt: skip
     asking = Asking(predictor, data, asked)
     leading = {task: predictor.leading(task) for task in asked}
-    weights = vars(phase.loss) | {"leading": leading}
-    choices = title_choices(asked, full.decoder.vocab_size) if weights.pop("trie_softmax") else None
+    weights = {key: value for key, value in vars(phase.loss).items() if key != "trie_softmax"} | {"leading": leading}
+    choices = title_choices(asked, full.decoder.vocab_size) if phase.loss.trie_softmax else {}
 
     def evaluate(params: Params) -> dict[str, float]:
         """Return the metrics of the first task, which the phase monitors."""
@@ -197,12 +245,13 @@ def build(name: str, run: Run, data: Dataset) -> Task:
     def results(params: Params) -> list[dict]:
         rows, card, answers = [], [], asking.of(predictor.of(params))
         for task in asked:
-            own = kinds[task].measure(answers, task, "test", None, phase.eval)
+            sizes = kinds[task].settle(answers, task, phase.eval)
+            own = kinds[task].measure(answers, task, "test", None, sizes)
             for found in own:
                 method = phase.method + found.suffix
                 rows += run.record(name, data, task, method, found.measured, together=found.together)
                 card += card_rows(task, method, found.measured)
-            for found in measure_controls(kinds[task], answers, task, own, phase.eval, run.seed):
+            for found in measure_controls(kinds[task], answers, task, own, sizes, run.seed):
                 rows += run.record(name, data, task, phase.method + found.suffix, found.measured, controls=True)
         samples = draw_samples(answers, kinds, phase.method, phase.eval.samples)
         write_json(run.workdir / name / "samples.json", samples)
@@ -212,26 +261,8 @@ def build(name: str, run: Run, data: Dataset) -> Task:
         leave(name, run, load, answers, card)
         return rows
 
-    def of_task(task: str, number: tuple[int, int]) -> grain.IterDataset:
-        return contextual_examples(
-            data.timelines, data.split.train_stop, asked[task], examples, seed=run.seed, stream=number,
-            task=task, text_weight=phase.prompts.tasks[task].text,
-        )  # fmt: skip
-
     soft = full.resampler.num_latents if full.soft_prompt and full.resampler else 0
-    packings = {
-        task: settled_packing(phase, of_task(task, (0, 1)), of.template.max_tokens, soft, leading[task])
-        for task, of in asked.items()
-    }
-
-    def stream(number: tuple[int, int], rows: int) -> grain.IterDataset:
-        of_tasks = []
-        for task, packing in packings.items():
-            each = of_task(task, number)
-            of_tasks.append(contextual_batches(PackedExamples(each, packing) if packing else each, data.timelines, rows))
-        weights = [phase.prompts.tasks[task].weight for task in asked]
-        return of_tasks[0] if len(of_tasks) == 1 else grain.IterDataset.mix(of_tasks, weights)
-
+    train_data, packings = _train_data(phase, run, data, asked, soft, leading)
     windows = Windows(data.split.train_stop, examples.window, run.seed)
     return Task(
         name=name,
@@ -239,10 +270,10 @@ def build(name: str, run: Run, data: Dataset) -> Task:
         load=load,
         init=lambda place: starting.init(run, create, load, place),
         loss=lambda params, batch, key, whole: contextual_loss(
-            trees.merge(graphdef, params), batch, key, whole=whole, choices=choices, **weights
+            trees.merge(graphdef, params), batch, key, whole=whole, choices=choices.get(task_of(batch)), **weights
         ),
-        counts=functools.partial(contextual_counts, choices=choices),
-        train_data=run.streams(stream, phase.rows[1]),
+        counts=lambda batch: contextual_counts(batch, choices.get(task_of(batch))),
+        train_data=train_data,
         steps_per_epoch=len(windows) / phase.batch_size,
         work=_work(shapes, phase, max(of.template.max_tokens for of in asked.values()), packings.values()),
         count_events=lambda batch: int((batch["answers"] > 0).sum()),

@@ -26,6 +26,12 @@ BASELINES, LLM, TOKENIZER = "baselines", "llm", "tokenizer"  # folders of a run 
 WITHOUT_LABELS = {"next_item", "review"}  # tasks that do not read the section `labels`; others may
 SMALL_LLM = ("llm.vocab_size", "llm.num_layers", "llm.block")
 ITEM_TABLE = ("encoder.kind", "encoder.options", "encoder.features", "encoder.block.width")
+OFF = (
+    "loss.trie_softmax",
+    "eval.guide",
+    "eval.rerank",
+    "eval.control_users",
+)  # keys of a phase that compute nothing where they are off
 ANOTHER = "{} holds a run of another config ({}): choose another --workdir."
 
 
@@ -180,8 +186,9 @@ def phase_identity(
 def own_settings(config: Config, name: str) -> dict[str, Any]:
     """Return the settings of a phase's section and of its strategy.
 
-    The strategy counts by what it trains, and the section's `encoder` by the settings of that encoder, not by their names; tasks of
-    weight 0, and how prompts would be packed where they are not, count for nothing.
+    The strategy counts by what it trains, and the section's `encoder` by the settings of that encoder, not by their names. Tasks of
+    weight 0, how prompts would be packed where they are not, and what is OFF count for nothing, so that a phase of older code, which
+    has not these keys, is the same phase.
 
     Raises:
       ValueError: a method whose name is no part of a path.
@@ -195,7 +202,8 @@ def own_settings(config: Config, name: str) -> dict[str, Any]:
     if "prompts" in section:
         asked = section["prompts"].items()
         section["prompts"] = {task: of for task, of in asked if not isinstance(of, dict) or of.get("weight")}
-    settings = flat(section, name) | flat(config.said["strategies"][strategy], f"{name}.strategy")
+    own = {key: value for key, value in flat(section, name).items() if value or key.removeprefix(f"{name}.") not in OFF}
+    settings = own | flat(config.said["strategies"][strategy], f"{name}.strategy")
     return settings | (flat(config.said["lora"], "lora") if config.strategies[strategy].adapters else {})
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from etils import epath
 
 from user_llm.common.files import absolute, whole
+from user_llm.evals.measured import NO_USER, RANDOM_USER
 from user_llm.report import plots
 from user_llm.report.breakdowns import breakdown_sections
 from user_llm.report.controls import control_sections
@@ -27,8 +28,8 @@ METRICS = ("recall@1", "recall@5", "recall@10", "ndcg@10", "mrr")
 KINDS = {
     "": "Nothing filtered",
     "unseen": "History removed from the candidates (`unseen`)",
-    "random_user": "With another user's history (`random_user`)",
-    "no_user": "With no history (`no_user`)",
+    RANDOM_USER: "With another user's history (`random_user`)",
+    NO_USER: "With no history (`no_user`)",
     "corpus": "Of all questions together (`corpus`)",
     "with_user": "While attending to a user (`with_user`)",
 }

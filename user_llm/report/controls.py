@@ -9,26 +9,25 @@ from typing import NamedTuple
 import numpy as np
 
 from user_llm.evals.bootstrap import intervals, resampled_means
-from user_llm.evals.measured import Measured
+from user_llm.evals.measured import NO_USER, RANDOM_USER, Measured
 from user_llm.report.markdown import Markdown, listed, say, table
 from user_llm.report.runs import Group, Measurements
 from user_llm.report.standing import interval
 
-RANDOM_USER, NO_USER = "random_user", "no_user"
 JUDGED = ("recall@10", "accuracy", "log_likelihood", "rouge1")  # by the first of these that a method has
 SHOWN = (*JUDGED, "nearer_to_author")
 
 
 class Lost(NamedTuple):
-    """What a method loses by a control: the metric's value with it, how much less that is, and the 95% interval of the loss."""
+    """What a method loses by a control: the metric's value with it, how much is lost, and the 95% interval of the loss."""
 
     value: float
-    less: float
+    loss: float
     span: tuple[float, float]
 
 
-class Used(NamedTuple):
-    """A metric of a method with the user's own history, and what is lost by each control, over all seeds."""
+class Controlled(NamedTuple):
+    """One metric of one method, pooled over seeds, with the user's own history and what is lost with each control."""
 
     group: Group
     method: str
@@ -62,7 +61,7 @@ def control_sections(found: Measurements) -> list[Markdown]:
     ]
 
 
-def _used(group: Group, method: str, seeds: Mapping[int, Measured]) -> list[Used]:
+def _used(group: Group, method: str, seeds: Mapping[int, Measured]) -> list[Controlled]:
     """Return each metric that all seeds measured with the own history and with a control."""
     names = [name for name in next(iter(seeds.values())).values if all(name in one.values for one in seeds.values())]
     columns = np.stack([np.concatenate([one.values[name] for one in seeds.values()]) for name in names], axis=1)
@@ -78,13 +77,13 @@ def _used(group: Group, method: str, seeds: Mapping[int, Measured]) -> list[Used
     for metric in names:
         found = {control: lost(metric, control) for control in (RANDOM_USER, NO_USER) if f"{metric}/{control}" in place}
         if found:
-            out.append(Used(group, method, metric, float(values[place[metric]]), found, len(columns), sorted(seeds)))
+            out.append(Controlled(group, method, metric, float(values[place[metric]]), found, len(columns), sorted(seeds)))
     return out
 
 
-def _sentence(used: Used) -> Markdown:
+def _sentence(used: Controlled) -> Markdown:
     """Return what a random user costs a method, and the verdict: it is personalised if the interval lies above zero."""
-    value, less, (low, high) = used.lost[RANDOM_USER]
+    value, loss, (low, high) = used.lost[RANDOM_USER]
     dataset, task, _ = used.group
     facts = say(
         "on {} ({}), {} has {} {} with a user's own history and {} with another user's",
@@ -92,7 +91,7 @@ def _sentence(used: Used) -> Markdown:
     )  # fmt: skip
     if NO_USER in used.lost:
         facts = say("{}, {} with none", facts, used.lost[NO_USER].value)
-    span = say("{} ({})", less, interval((low, high)))
+    span = say("{} ({})", loss, interval((low, high)))
     if low > 0:
         return say("**Personalised**: {}. With the other history it loses {}.", facts, span)
     if high < 0:
@@ -100,9 +99,9 @@ def _sentence(used: Used) -> Markdown:
     return say("**Not personalised**: {}. Chance may explain what it loses with the other history, {}.", facts, span)
 
 
-def _row(used: Used) -> list:
+def _row(used: Controlled) -> list:
     cells: list = []
     for control in (RANDOM_USER, NO_USER):
         one = used.lost.get(control)
-        cells += [one.value, one.less, interval(one.span)] if one else ["", "", ""]
+        cells += [one.value, one.loss, interval(one.span)] if one else ["", "", ""]
     return [used.group[0], used.group[1], used.method, used.metric, used.value, *cells, used.n, listed(used.seeds)]

@@ -1,6 +1,7 @@
 """`Asking`: an LLM with user tokens that is asked about the users of a dataset, whatever the task."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -9,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from user_llm.common import mesh as meshes
 from user_llm.data.dataset import Dataset
 from user_llm.data.pipeline import HistoryBatch, history_batches
-from user_llm.data.prompts.base import Examples, Ids, Whose
+from user_llm.data.prompts.base import Examples, Ids, Lines, Whose
 from user_llm.evals.evaluator import rank_listed, rank_targets
 from user_llm.evals.ranking import Ranks
 from user_llm.models.trie import Trie
@@ -113,13 +114,14 @@ class Asking:
           part: the part of the split, `validation` or `test`.
           limit: the most targets; None for all.
           weight: of the item head's scores, which guide the search where it is above 0.
-          rerank: how many titles are written and then ranked by the item head; 0 to rank by the search, at the width of the model's.
+          rerank: how many titles are written and then ranked by the item head; 0 leaves the order of the search, which then has
+            `predictor.beams` beams.
         """
-        titles = self.examples[task].template.lines.titles_as_targets()
-        trie = Trie.build(titles)
+        lines = self.examples[task].template.lines
+        trie = title_trie(lines)
         propose = lambda batch: self.choose(task, batch, trie, self.predictor.beams, weight)  # noqa: E731
         if rerank:
-            propose = lambda batch: self.choose_among(task, batch, trie, min(rerank, len(titles)))  # noqa: E731
+            propose = lambda batch: self.choose_among(task, batch, trie, min(rerank, len(lines.titles) - 1))  # noqa: E731
         return rank_listed(propose, self.data.timelines, self.data.split, part, limit=limit, **self.sizes)
 
     def choose_name(
@@ -136,11 +138,16 @@ class Asking:
         return best
 
     def likelihood(self, task: str, most: int, users: np.ndarray, ends: np.ndarray) -> Float[np.ndarray, " n"]:
-        """Return the mean log-probability of a token of each right answer, of which the first `most` tokens are read, in nats."""
+        """Return the mean log-probability of a token of each right answer, of which the first `most` tokens are read, in nats.
+
+        Of an answer without tokens it is that of the end token alone.
+        """
         asked, out = self.examples[task], np.zeros(len(users))
         for indices, batch in self.batches(users, ends):
             pairs = zip(batch.users.tolist(), batch.positions.tolist(), strict=True)
-            texts = [asked.template.lines.line(asked.answer(user, end), most) for user, end in pairs]
+            lines = asked.template.lines
+            texts = [lines.line(asked.answer(user, end), most) for user, end in pairs]
+            texts = [text if len(text) else np.array([lines.end_id], np.int32) for text in texts]
             sums = self.predictor.likelihood(task, self.prompts(task, batch), self.users(batch), texts)
             out[indices] = (sums / [len(text) for text in texts])[: batch.count]
         return out
@@ -155,8 +162,18 @@ class Asking:
         return out
 
 
-def random_users(users: Int[np.ndarray, " n"], ends: Int[np.ndarray, " n"], seed: int) -> dict[int, Whose]:
-    """Return the history of another user for each user, drawn with a seed.
+@functools.lru_cache(maxsize=1)  # The tasks of a phase share their lines, and ask for titles in many ways.
+def title_trie(lines: Lines) -> Trie:
+    """Return the trie of all titles.
+
+    Raises:
+      ValueError: two titles that are the same tokens.
+    """
+    return Trie.build(lines.titles_as_targets())
+
+
+def random_users(users: Int[np.ndarray, " n"], ends: Int[np.ndarray, " n"], seed: int | tuple[int, ...]) -> dict[int, Whose]:
+    """Return the history of another user for each user, drawn with a seed; several numbers together are one seed.
 
     The users stand in one random circle, and each gets the history of the next one. So nobody keeps their own, and every history is
     read once, at the user's first end. The result is empty for fewer than two users.

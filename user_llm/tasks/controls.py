@@ -1,4 +1,4 @@
-"""Controls: the same questions asked again with another user's history, and with none. What they lose is what the user was worth.
+"""Controls: the same questions asked again with another user's history, and with none. The metrics fall by as much as the history was worth.
 
 A model that answers as well with another user's history is not personalised, however well it answers.
 """
@@ -11,11 +11,9 @@ from jaxtyping import Int
 
 from user_llm.config.phases import ContextualEval
 from user_llm.data.prompts.base import Whose
-from user_llm.evals.measured import Measured
+from user_llm.evals.measured import NO_USER, RANDOM_USER, Measured
 from user_llm.tasks.asking import Asking, random_users
 from user_llm.tasks.task import Found, PromptTask
-
-RANDOM_USER, NO_USER = "random_user", "no_user"
 
 
 def no_user(users: Int[np.ndarray, " n"]) -> dict[int, Whose]:
@@ -43,7 +41,8 @@ def measure_controls(
     few = dataclasses.replace(
         sizes, generate_users=min(sizes.generate_users, count), review_users=min(sizes.review_users, max(count, 1))
     )
-    histories = {RANDOM_USER: random_users(users, ends, seed), NO_USER: no_user(users)}
+    # No seed of a run draws what `review.measure` compares with, or a text would be compared with the very user whom it was given.
+    histories = {RANDOM_USER: random_users(users, ends, (seed, 1)), NO_USER: no_user(users)}
     values: dict[str, dict[str, np.ndarray]] = {one.suffix: {} for one in own}
     for control, whose in histories.items():
         if whose:

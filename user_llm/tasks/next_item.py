@@ -5,6 +5,8 @@ finds: the LLM alone, with the item head as a guide, or for the item head to ran
 ranks them, of all time and of the seven days before, and the graph of transitions does.
 """
 
+import dataclasses
+
 import numpy as np
 from absl import logging
 from jaxtyping import Int
@@ -22,8 +24,7 @@ from user_llm.evals.measured import Measured
 from user_llm.evals.popularity import popularity_ranks, recent_popularity_ranks
 from user_llm.evals.ranking import RANKING
 from user_llm.evals.transitions import transition_ranks
-from user_llm.models.trie import Trie
-from user_llm.tasks.asking import Asking
+from user_llm.tasks.asking import Asking, title_trie
 from user_llm.tasks.task import Found, PromptTask
 
 SHOWN = 5  # items of a ranking
@@ -79,17 +80,17 @@ def check(asked: NextItemExamples, sizes: ContextualEval) -> None:
       ValueError: two titles that are the same tokens.
     """
     if sizes.generate_users:
-        Trie.build(asked.template.lines.titles_as_targets())
+        title_trie(asked.template.lines)
 
 
 def measure(asking: Asking, name: str, part: str, limit: int | None, sizes: ContextualEval) -> list[Found]:
     """Measure the ranks of next items.
 
     The item head ranks them if it is trained. Beam search over titles ranks them in the test part, and in every part if the item
-    head is not trained. What the head and the search find together is measured in the test part.
+    head is not trained. What the head and the search find together is measured in the test part, with the weight that `settle` chose.
 
     Raises:
-      ValueError: the item head is not trained, and the settings write no titles.
+      ValueError: the item head is not trained, and the settings write no titles; or the settings have several weights of the guide.
     """
     ranks = asking.predictor.ranks
     written = sizes.generate_users if part == "test" or not ranks else 0
@@ -101,30 +102,34 @@ def measure(asking: Asking, name: str, part: str, limit: int | None, sizes: Cont
     if written:
         found.append(Found(asking.rank_written(name, part, written).measured(), "/generate"))
     if ranks and written and sizes.guide:
-        guided = asking.rank_written(name, part, written, weight=best_weight(asking, name, sizes))
+        (weight,) = sizes.guide
+        guided = asking.rank_written(name, part, written, weight=weight)
         found.append(Found(guided.measured(), "/generate_guided"))
     if ranks and written and sizes.rerank:
         found.append(Found(asking.rank_written(name, part, written, rerank=sizes.rerank).measured(), "/generate_reranked"))
     return found
 
 
-def best_weight(asking: Asking, name: str, sizes: ContextualEval) -> float:
-    """Return the weight of the item head in beam search that ranks best on validation, by NDCG@10; the smallest of equals."""
-    if len(sizes.guide) == 1:
-        return sizes.guide[0]
+def settle(asking: Asking, name: str, sizes: ContextualEval) -> ContextualEval:
+    """Return the settings with one weight of the item head in beam search: that which ranks best on validation, by NDCG@10.
+
+    Of equals it is the smallest. Everybody has their own history then, so that what the controls ask is asked with the same weight.
+    """
+    if len(sizes.guide) < 2 or not (asking.predictor.ranks and sizes.generate_users):
+        return sizes
     ranked = {
         weight: asking.rank_written(name, "validation", sizes.generate_users, weight=weight).metrics()["ndcg@10"]
         for weight in sorted(sizes.guide)
     }
     best = max(ranked, key=lambda weight: ranked[weight])
     logging.info("%s: the item head guides the writing of titles with weight %g, which ranks best on validation.", name, best)
-    return best
+    return dataclasses.replace(sizes, guide=(best,))
 
 
 def show(asking: Asking, name: str, users: np.ndarray, ends: np.ndarray) -> list[str]:
     """Return the titles of the items that rank highest, by the item head or, where none is trained, by writing."""
     titles, out = asking.data.timelines.catalogue.titles, [""] * len(users)
-    trie = None if asking.predictor.ranks else Trie.build(asking.examples[name].template.lines.titles_as_targets())
+    trie = None if asking.predictor.ranks else title_trie(asking.examples[name].template.lines)
     for indices, batch in asking.batches(users, ends):
         if trie is None:
             scores = meshes.fetch(asking.score(name, batch))
@@ -145,4 +150,4 @@ def baselines(data: Dataset, config: Config) -> dict[str, Measured]:
     return found
 
 
-TASK = PromptTask(settings.NextItem, RANKING, examples, measure, show, check, baselines=baselines)
+TASK = PromptTask(settings.NextItem, RANKING, examples, measure, show, check, baselines=baselines, settle=settle)

@@ -20,6 +20,7 @@ from user_llm.tasks.task import Found, PromptTask
 # looked for among this many of the longest titles.
 LONG_TITLES = 100
 FIELDS = ("title", "rating")  # what a question may name of the reviewed event
+LATEST = 100  # The events whose texts say how a user writes: counting those of thousands would take longer than writing.
 
 
 class ReviewExamples:
@@ -72,9 +73,9 @@ class ReviewExamples:
         return str(self.column[self.timelines.offsets[user] + end])
 
     def texts(self, user: int, end: int) -> list[str]:
-        """Return what the user wrote about the events before `end`."""
+        """Return what the user wrote about the last `LATEST` events before `end`."""
         start = self.timelines.offsets[user]
-        return [str(text) for text in self.column[start : start + end] if text]
+        return [str(text) for text in self.column[start + max(end - LATEST, 0) : start + end] if text]
 
     def targets(self, part: str) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
         """Return the users and the ends of a part of the split at which the user wrote something."""
@@ -122,18 +123,20 @@ def measure(asking: Asking, name: str, part: str, limit: int | None, sizes: Cont
     """Measure how similar the written texts are to those of the users, for at most `review_users` questions.
 
     Of each question also `log_likelihood`, of the text that the user wrote, a mean over its tokens; and `nearer_to_author`: whether
-    the written text is nearer to what its user wrote before than to what another user did.
+    the written text is nearer to what its user wrote before than to what another user did. It is left out where there is no other.
     """
     asked = _examples(asking, name)
     users, ends = (array[: min(limit or len(array), sizes.review_users)] for array in asked.targets(part))
     pairs = list(zip(users.tolist(), ends.tolist(), strict=True))
     targets, written = [asked.answer(user, end) for user, end in pairs], show(asking, name, users, ends)
     others = random_users(*asked.targets(part), seed=0)  # the same however many are asked
-    of_author = [asked.texts(user, end) for user, end in pairs]
-    of_other = [asked.texts(*others.get(user, (user, 0))) for user, _ in pairs]
     values = texts.rouge(targets, written) | texts.sentence_scores(targets, written) | texts.meteor(targets, written)
     values["log_likelihood"] = asking.likelihood(name, asked.template.max_target_tokens, users, ends)
-    values["nearer_to_author"] = texts.nearer_to_author(written, of_author, of_other)
+    if others:
+        of_author, of_other = (
+            [asked.texts(*whose) for whose in those] for those in (pairs, [others[user] for user, _ in pairs])
+        )
+        values["nearer_to_author"] = texts.nearer_to_author(written, of_author, of_other)
     return [Found(Measured(users, ends, values), together=texts.corpus_scores(targets, written))]
 
 

@@ -44,6 +44,10 @@ def _nothing(*_: Any) -> dict:
     return {}
 
 
+def _same(asking: Asking, name: str, sizes: ContextualEval) -> ContextualEval:
+    return sizes
+
+
 @dataclasses.dataclass(frozen=True)
 class PromptTask:
     """A task that an LLM with user tokens is trained on and measured by.
@@ -63,6 +67,7 @@ class PromptTask:
       check: (examples, eval) raises ValueError for what would end an evaluation.
       names: examples -> the possible answers by their numbers, where an answer is one of several names; else empty.
       baselines: (dataset, config) -> by method, what was measured without a model on the test part.
+      settle: (asking, name, eval) -> the section with what is chosen on validation, once, before the test part is measured.
     """
 
     settings: type
@@ -73,3 +78,4 @@ class PromptTask:
     check: Callable[[Any, ContextualEval], object] = _nothing
     names: Callable[[Any], Mapping[int, str]] = _nothing
     baselines: Callable[[Dataset, Config], Mapping[str, Measured]] = _nothing
+    settle: Callable[[Asking, str, ContextualEval], ContextualEval] = _same

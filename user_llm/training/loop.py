@@ -76,17 +76,24 @@ class Progress:
     """What the loop remembers besides arrays; saved with every checkpoint.
 
     Attributes:
-      targets, best_targets: how many training targets were seen, in all and until the best step.
+      targets: so many training targets the parameters have seen, with those of the phases that taught them (`Task.taught_by`); None
+        where nobody knows, as after a checkpoint or a phase that does not say it.
+      best_targets: so many they had seen at the best step.
     """
 
-    targets: int = 0
-    best_targets: int = 0
+    targets: int | None = None
+    best_targets: int | None = None
     best_step: int = -1
     best_value: float = float("-inf")
     stale_evals: int = 0
     evaluated_step: int = -1
     unlogged: list[dict[str, float]] = dataclasses.field(default_factory=list)  # scalars of the steps since the last log
     data: dict[str, Any] = dataclasses.field(default_factory=dict)  # where each stream is
+
+    def count(self, targets: int) -> None:
+        """Add targets that were seen; a number that is not known stays so."""
+        if self.targets is not None:
+            self.targets += targets
 
 
 class Preempted(SystemExit):
@@ -129,7 +136,8 @@ def run(
     with standing(directory) as check:
         params, targets = _train(task, config, optimizer_config, mesh, directory, seed, check, pace)
         pace.reach(task.name, 1.0)
-        rows = [{**row, "targets_seen": targets} for row in task.results(cast(params, jnp.dtype(config.dtype)))]
+        seen = {} if targets is None else {"targets_seen": targets}
+        rows = [{**row, **seen} for row in task.results(cast(params, jnp.dtype(config.dtype)))]
         check()
         save_params(directory / "params", params)
         write_json(directory / RESULTS, rows)  # last: its presence says that the phase is complete
@@ -150,10 +158,10 @@ def read_rows(directory: epath.Path) -> list[dict]:
     return read_json(directory / RESULTS, ROWS, "delete it and run the same command: its phase is measured again")
 
 
-def targets_before(task: Task, workdir: epath.Path) -> int:
-    """Return how many training targets the phases have seen that taught a task's parameters before its own phase."""
+def targets_before(task: Task, workdir: epath.Path) -> int | None:
+    """Return how many training targets the phases have seen that taught a task's parameters before its own phase; None if one does not say."""
     rows = [row for name in task.taught_by for row in read_rows(workdir / name)[:1]]
-    return sum(row.get("targets_seen", 0) for row in rows)
+    return sum(row["targets_seen"] for row in rows) if all("targets_seen" in row for row in rows) else None
 
 
 def targets_of_all(own: int, shares: int) -> int:
@@ -176,11 +184,11 @@ def _train(
     seed: int,
     check: Callable[[], None],
     pace: Pace,
-) -> tuple[Params, int]:
+) -> tuple[Params, int | None]:
     """Train from the last checkpoint on; `check` refuses a directory that was removed.
 
     Returns:
-      The best parameters, and how many training targets they have seen.
+      The best parameters, and how many training targets they have seen, None if nobody knows.
     """
     state, step_fn = initial_state(task, config, optimizer_config, mesh, seed)
     if not jax.tree.leaves(state.trainable):  # a phase that measures and trains nothing
@@ -203,18 +211,21 @@ def _train(
         together = jax.process_count() > 1 and jax.default_backend() == "cpu"
         shares = meshes.row_share(mesh).count
         pending: list[dict[str, jax.Array] | dict[str, float]] = [*progress.unlogged]
-        events, untold, since = 0, 0, time.monotonic()  # targets since the last log, and since `progress` was told of them
+        # Targets read since the last log, and since `progress.targets` was last updated.
+        events, uncounted, since = 0, 0, time.monotonic()
         checked: set[tuple] = set()  # shapes of batches: several tasks may take turns
         while True:
             signalled = preempted(step)
             last = step >= config.total_steps
             if (step % config.eval_steps == 0 or last) and progress.evaluated_step != step:
-                progress.targets, untold = progress.targets + targets_of_all(untold, shares), 0
+                progress.count(targets_of_all(uncounted, shares))
+                uncounted = 0
                 _evaluate(task, config, state, step, progress, log)
             stalled = 0 < config.patience_evals <= progress.stale_evals
             due = step % config.save_steps == 0 or progress.evaluated_step == step or signalled is not None
             if due and saved_step != step:
-                progress.targets, untold = progress.targets + targets_of_all(untold, shares), 0
+                progress.count(targets_of_all(uncounted, shares))
+                uncounted = 0
                 progress.unlogged = [{k: float(v) for k, v in scalars.items()} for scalars in pending]
                 if pending:
                     log.check_finite(step, {k: progress.unlogged[-1][k] for k in ("loss", "grad_norm")})
@@ -243,7 +254,7 @@ def _train(
             pending.append(scalars)
             count = task.count_events(batch)
             events += shares * count
-            untold += count
+            uncounted += count
             if step % config.log_steps == 0 or step == config.total_steps:
                 names = dict.fromkeys(name for scalars in pending for name in scalars)
                 means = {k: float(jnp.mean(jnp.array([s[k] for s in pending if k in s]))) for k in names}
