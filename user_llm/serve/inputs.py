@@ -57,7 +57,8 @@ def compiled(model: Personalizer, inputs: Inputs, limits: Limits) -> Slots:
     while size <= limits.batch:
         those = model.reader.encoded([user] * size)
         if "next_item" in model.tasks:
-            model.recommend_many(those, 1)
+            for seen in (True, False):
+                model.recommend_many(those, 1, seen=seen)
         size *= 2
     if model.predictor.config.resampler is not None:
         model.explain(those[0], 1)
