@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import math
 import subprocess
@@ -15,7 +16,7 @@ from user_llm.common import trees
 from user_llm.data.tokenizer import load_tokenizer
 from user_llm.models.config_json import config_from_settings, settings_from_config
 from user_llm.models.decoder import Decoder
-from user_llm.models.families import table
+from user_llm.models.families import FAMILIES, table
 from user_llm.models.generate import generate
 from user_llm.models.pretrained import check_weights, decoder_config, find_checkpoint, load_decoder
 from user_llm.nn.cross_attention import CrossAttentionConfig
@@ -437,6 +438,24 @@ def test_two_tensors_of_one_name_are_refused(checkpoint):
     path = checkpoint(tensors=tensors | {"draft.embed_tokens.weight": tensors[embed]})
     with pytest.raises(ValueError, match=r"both .* and .* may be embed_tokens\.weight"):
         load_decoder(path, decoder_config(path))
+
+
+@pytest.mark.parametrize("prefix", ["", "base_model."])
+def test_a_name_of_a_family_of_ones_own_may_end_another(checkpoint, prefix):
+    """The output table's name is the end of a layer's; only what stands outside of the layers can be the table."""
+    plain = checkpoint()
+    expected = trees.flatten(load_decoder(plain, decoder_config(plain)))
+    own = dataclasses.replace(FAMILIES["llama"], names={"head": "output.weight", "attn/o": "attention.output.weight"})
+    renamed = {"lm_head": "output", "self_attn.o_proj": "attention.output"}
+    path = checkpoint(
+        tensors={
+            prefix + functools.reduce(lambda name, pair: name.replace(*pair), renamed.items(), name): tensor
+            for name, tensor in _tensors().items()
+        }
+    )
+    found = trees.flatten(load_decoder(path, decoder_config(path), families={"llama": own}))
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name])
 
 
 def test_unreadable_files_are_refused_by_name(checkpoint, tmp_path):
