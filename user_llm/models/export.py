@@ -29,7 +29,7 @@ from user_llm.common.trees import Params
 from user_llm.models.config_json import bare, config_from_settings, language_model, settings_from_config
 from user_llm.models.decoder import DecoderConfig
 from user_llm.models.families import FAMILIES, Family, Tensor, family_of, table
-from user_llm.models.pretrained import misfits
+from user_llm.models.pretrained import TOKENIZER_PATTERNS, misfits
 from user_llm.models.user_llm import UserLLMConfig
 from user_llm.nn.lora import merge_lora
 
@@ -241,7 +241,7 @@ def tokenizer_files(source: Path) -> list[Path]:
     """
     files = {
         file
-        for pattern in ("*token*", "*.jinja", "vocab*", "merges.txt", "*.model", "*.tiktoken", "generation_config.json")
+        for pattern in TOKENIZER_PATTERNS
         for file in source.glob(pattern)
         if not file.is_dir()
     }

@@ -49,7 +49,9 @@ OTHER_KINDS = {
     r"weight_scale|weight_scale_inv|weight_packed|input_scale|.*_blocks|.*_scales": f"quantised weights: {DEQUANTISED}",
     r"lora_[AB]\.(.*\.)?weight": "adapters that are not merged into the weights: call peft's `merge_and_unload()` and save the model",
 }
-PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")  # of the files of a checkpoint
+# Globs that match the files of a tokenizer, and those of a checkpoint.
+TOKENIZER_PATTERNS = ("*token*", "*.jinja", "vocab*", "merges.txt", "*.model", "*.tiktoken", "generation_config.json")
+PATTERNS = ("*.json", "*.safetensors", "*.txt", *TOKENIZER_PATTERNS)
 TOKENIZER = ("tokenizer.json", "special_tokens_map.json", "tokenizer_config.json", "generation_config.json")
 
 
