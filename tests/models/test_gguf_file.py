@@ -131,6 +131,33 @@ def test_what_is_not_read_is_refused_by_name(written, tmp_path):
         find_checkpoint(tmp_path / "junk.gguf")
 
 
+ODD = {  # what is written in another form, by the writer's method
+    "add_token_merges": lambda merges: [*merges, "zz qq"],  # of words that are not there
+    "add_token_types": lambda kinds: kinds[:-1],
+    "add_tensor": lambda name: "plain" if name == "output_norm.weight" else name,
+    "add_uint32": lambda key: "other" if key == "llama.attention.head_count" else key,
+}
+
+
+@pytest.mark.parametrize("method", ODD)
+def test_odd_files_end_in_a_sentence_that_names_them(written, method, monkeypatch):
+    before = getattr(gguf.GGUFWriter, method)
+    monkeypatch.setattr(
+        gguf.GGUFWriter, method, lambda self, first, *more, **others: before(self, ODD[method](first), *more, **others)
+    )
+    _, file = written()
+    with pytest.raises(ValueError) as error:
+        find_checkpoint(file)
+    assert str(error.value).startswith(str(file)) and str(error.value).endswith("bring the model in Hugging Face layout instead.")
+    assert "\n" not in str(error.value) and not file.with_name("model.gguf.checkpoint").exists()
+
+
+def test_a_file_that_does_not_say_how_texts_are_cut_is_refused(written, monkeypatch):
+    monkeypatch.setattr(gguf.GGUFWriter, "add_tokenizer_pre", lambda self, pre: None)
+    with pytest.raises(ValueError, match="of kind 'gpt2' that does not say how it cuts texts is not read from GGUF, only"):
+        find_checkpoint(written()[1])
+
+
 def _anew(folder, written, **facts):
     for path in (folder / "checkpoint").iterdir():
         path.unlink()
