@@ -116,6 +116,11 @@ def test_digits_are_cut_as_the_file_says(written):
     assert tokenizer.encode("1987") == digits
 
 
+def test_prompts_of_qwen_begin_with_no_token_of_their_own(written):
+    """Llama.cpp's files of these models name a first token; their tokenizers in Hugging Face layout say that there is none."""
+    assert load_tokenizer(find_checkpoint(written("qwen2", "qwen2")[1])).bos_id is None
+
+
 def test_what_is_not_read_is_refused_by_name(written, tmp_path):
     with pytest.raises(ValueError, match=r"cuts texts like 'tekken' is not read from GGUF, only 'gpt2' with gpt-2, smollm"):
         find_checkpoint(written(pre="tekken")[1])

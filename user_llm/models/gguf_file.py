@@ -168,7 +168,9 @@ def _write_tensors(folder: Path, tensors: Iterator[tuple[str, np.ndarray]]) -> N
 
 def _roles(facts: dict[str, Any]) -> dict[str, str]:
     """Return the keys of a file that hold ids of special tokens, by their roles in a checkpoint."""
-    names = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding"}
+    names = {"eos_token": "eos", "pad_token": "padding"}
+    if facts.get("tokenizer.ggml.pre") != "qwen2":  # llama.cpp names one for these, whose tokenizer has none
+        names["bos_token"] = "bos"
     keys = {role: f"tokenizer.ggml.{name}_token_id" for role, name in names.items()}
     return {role: key for role, key in keys.items() if key in facts}
 
