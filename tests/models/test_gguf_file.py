@@ -104,6 +104,7 @@ def test_the_tokenizer_is_the_one_that_the_file_describes(written):
     checkpoint, file = written()
     theirs, ours = load_tokenizer(checkpoint), load_tokenizer(find_checkpoint(file))
     assert (ours.pad_id, ours.bos_id, ours.eos_id, ours.vocab_size) == (0, 1, 2, theirs.vocab_size)
+    assert ours.stop_ids == theirs.stop_ids == (2,)
     for text in ("The Silent Harbor", "Rivers, 1987 or 1999?", "an <eos> inside", "完全"):
         assert ours.encode(text) == theirs.encode(text)
     assert ours.chat([{"role": "user", "content": "The River"}]) == [1, *theirs.encode("The River")]
@@ -114,6 +115,21 @@ def test_digits_are_cut_as_the_file_says(written):
     tokenizer = load_tokenizer(find_checkpoint(file))
     digits = [tokenizer.encode(digit)[0] for digit in "1987"]
     assert tokenizer.encode("1987") == digits
+
+
+def test_texts_end_at_each_token_that_the_file_calls_an_end(written, monkeypatch):
+    """Of a document, of a turn and of a message; and at <|endoftext|>, which files of Qwen leave out beside <|im_end|>."""
+    add = gguf.GGUFWriter.add_token_list
+    words = []
+
+    def add_token_list(writer, given):
+        words[:] = [*given[:1], "<|endoftext|>", *given[2:]]
+        add(writer, words)
+        writer.add_eot_token_id(words.index("a"))
+        writer.add_eom_token_id(words.index("b"))
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_token_list", add_token_list)
+    assert load_tokenizer(find_checkpoint(written()[1])).stop_ids == (2, words.index("a"), words.index("b"), 1)
 
 
 def test_prompts_of_qwen_begin_with_no_token_of_their_own(written):

@@ -82,6 +82,7 @@ def _write(file: Path, folder: Path, stamp: dict[str, int]) -> None:
     with _reading(file):
         settings = _settings(facts, file)
         tokenizer, roles = _tokenizer(facts, file)
+        stops = _stops(facts)
         settings["tie_word_embeddings"] = all(tensor.name != "output.weight" for tensor in reader.tensors)
         settings |= {f"{role}_id": facts[key] for role, key in _roles(facts).items()}
     folder.mkdir(parents=True)
@@ -89,6 +90,8 @@ def _write(file: Path, folder: Path, stamp: dict[str, int]) -> None:
     (folder / "config.json").write_text(json.dumps(settings, indent=1))
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **roles}, indent=1))
+    if stops:
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
     (folder / "source.json").write_text(json.dumps(stamp))
 
 
@@ -173,6 +176,14 @@ def _roles(facts: dict[str, Any]) -> dict[str, str]:
         names["bos_token"] = "bos"
     keys = {role: f"tokenizer.ggml.{name}_token_id" for role, name in names.items()}
     return {role: key for role, key in keys.items() if key in facts}
+
+
+def _stops(facts: dict[str, Any]) -> list[int]:
+    """Return the ids of the tokens that end a text: of a document, of a turn, of a message, and of a document by its usual name."""
+    ids = [facts.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    kinds = zip(facts["tokenizer.ggml.tokens"], facts["tokenizer.ggml.token_type"], strict=True)
+    ids += [number for number, kind in enumerate(kinds) if kind == ("<|endoftext|>", CONTROL)]
+    return list(dict.fromkeys(number for number in ids if number is not None))
 
 
 def _tokenizer(facts: dict[str, Any], file: Path) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
