@@ -218,6 +218,9 @@ def test_a_soft_prompt_has_its_place_in_front_of_the_users_first_text(with_files
     )
     content = [{"type": "image"}, {"type": "text", "text": "Hello"}]
     assert parts.chat_around([{"role": "user", "content": content}]) == (parts.encode("|"), parts.encode("Hello|"))
+    asking = with_files({"chat_template.jinja": "{% for m in messages %}{{ m.content if m.content else 'nothing' }}|{% endfor %}"})
+    for empty in ("", " "):
+        assert asking.chat_around([{"role": "user", "content": empty}]) == ([], asking.chat([{"role": "user", "content": empty}]))
     qwen = load_tokenizer(models_dir / "qwen3-tokenizer")
     before, rest = qwen.chat_around(TALK)
     assert [*before, *rest] == qwen.chat(TALK)

@@ -106,8 +106,9 @@ class Tokenizer:
         """Return the ids of a conversation in two parts: what stands before the text of the user's first message, and the rest.
 
         In front of this text is the place of a soft prompt: behind the system's message, and outside of the template's own marks. In
-        a conversation without a user's message it is the first message's text. Joined, the parts are the ids of `chat`, but for a
-        token that would reach across the place. Where the template writes no such text, all ids are in the second part.
+        a conversation without a user's message it is the first message's text. Joined, the parts are the ids of `chat`. The exceptions
+        are a token of `chat` that begins before the place and ends behind it, and a template that does more with this text than
+        write it. Where the template writes no such text, or the text is empty, all ids are in the second part.
 
         Raises:
           ValueError: as in `chat`.
@@ -178,7 +179,10 @@ def first_of_user(messages: Sequence[Mapping[str, Any]]) -> int:
 
 
 def _marked(content: Any) -> Any:
-    """Return a message's content with PLACE in front of its text; templates may strip the spaces before that."""
+    """Return a message's content with PLACE in front of its text; templates may strip the spaces before that.
+
+    An empty text stays empty, since templates ask whether there is one.
+    """
     if isinstance(content, list):
         at = next((n for n, part in enumerate(content) if isinstance(part, dict) and isinstance(part.get("text"), str)), None)
         return (
@@ -189,7 +193,7 @@ def _marked(content: Any) -> Any:
     if not isinstance(content, str):
         return content
     text = content.lstrip()
-    return content[: len(content) - len(text)] + PLACE + text
+    return content[: len(content) - len(text)] + PLACE + text if text else content
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, directory: str | os.PathLike) -> Tokenizer:
