@@ -227,3 +227,6 @@ def test_a_guided_search_weighs_both_scores(tiny, random_titles):
             assert items[row, : len(ranked)].tolist() == ranked and not items[row, len(ranked) :].any()
             assert (found[row, len(ranked) :] == -np.inf).all()
             np.testing.assert_allclose(found[row, : len(ranked)], [expected[item] for item in ranked], atol=2e-5)
+    of_all = search(guide=scores[:1].repeat(3, axis=0), weight=0.3)
+    for one, other in zip(search(guide=scores[:1], weight=0.3), of_all, strict=True):  # one row is everybody's
+        np.testing.assert_array_equal(one, other)

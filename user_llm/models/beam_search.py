@@ -217,15 +217,15 @@ def beam_search(
     beams: int,
     user: UserKV | None = None,
     trie_softmax: bool = False,
-    guide: Float[Array, "B V"] | None = None,
+    guide: Float[Array, "#B V"] | None = None,
     weight: float | Float[Array, ""] = 0.0,
 ) -> tuple[Int[Array, "B beams"], Float[Array, "B beams"]]:
     """Return the best items of each row and their scores, best first; item 0 at -inf if too few.
 
     Without a guide the score of a title is its log-prob, the sum of its tokens'. With a guide, which scores items, the score of a
     title's beginning is (1 - weight) * its log-prob + weight * the guide's best score among the items whose titles begin so. With as
-    many beams as titles the result is exact. With a weight of 1 any number of beams finds as many of the guide's best items: no more
-    beginnings than that lead to them at any step, and no other beginning ranks above these.
+    many beams as titles the result is exact. With a weight of 1, n beams find the guide's n best items: at each step at most n
+    beginnings lead to them, and no other beginning scores higher.
 
     Args:
       graphdef: of a `Decoder`.
@@ -237,7 +237,7 @@ def beam_search(
       user: K/V of each row's user.
       trie_softmax: whether a token's softmax is over the tokens that some title goes on with, so that the probabilities of all titles sum
         to 1. Otherwise it is over the whole vocabulary, and the trie chooses what is scored and changes no score.
-      guide: of each item; an item of -inf is never written.
+      guide: of each item, in a row for each prompt or in one row for all; an item of -inf is never written.
       weight: of the guide, from 0 to 1.
     """
     below = None if guide is None else trie.best_below(guide)

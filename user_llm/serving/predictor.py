@@ -193,7 +193,7 @@ class Predictor:
         user: User | None,
         trie: Trie,
         beams: int,
-        guide: Float[AnyArray, "B V"] | None = None,
+        guide: Float[AnyArray, "#B V"] | None = None,
         weight: float = 0.0,
     ) -> tuple[Int[np.ndarray, "B beams"], Float[np.ndarray, "B beams"]]:
         """Return the likeliest texts of a trie after each prompt, best first.
