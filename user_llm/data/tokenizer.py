@@ -315,6 +315,7 @@ def _load_with_transformers(path: epath.Path) -> Tokenizer:
 
     try:
         loaded = transformers.AutoTokenizer.from_pretrained(os.fspath(path), trust_remote_code=False)
+        backend = loaded.backend_tokenizer
     except Exception as error:  # of whichever library reads the files
         raise ValueError(f"No tokenizer at {path}: a tokenizer.json or a known tokenizer is needed.") from error
     try:
@@ -322,4 +323,4 @@ def _load_with_transformers(path: epath.Path) -> Tokenizer:
     except OSError:  # there is none
         stop_ids = None
     settings = {**loaded.special_tokens_map, "chat_template": loaded.chat_template}
-    return _wrap(loaded.backend_tokenizer, settings, stop_ids)
+    return _wrap(backend, settings, stop_ids)
