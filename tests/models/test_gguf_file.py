@@ -1,5 +1,6 @@
 """A GGUF file is the checkpoint that it was made of."""
 
+import errno
 import json
 
 import ml_dtypes
@@ -9,6 +10,7 @@ from safetensors.numpy import save_file
 
 from user_llm.common import trees
 from user_llm.data.tokenizer import load_tokenizer, train_bpe
+from user_llm.models import gguf_file
 from user_llm.models.config_json import config_from_settings
 from user_llm.models.families import table
 from user_llm.models.gguf_file import LAYER, OUTER
@@ -169,13 +171,26 @@ def test_odd_files_end_in_a_sentence_that_names_them(written, method, monkeypatc
     _, file = written()
     with pytest.raises(ValueError) as error:
         find_checkpoint(file)
-    assert str(error.value).startswith(str(file)) and str(error.value).endswith("bring the model in Hugging Face layout instead.")
+    assert str(error.value).startswith(str(file)) and str(error.value).endswith(
+        "bring the model in Hugging Face layout instead."
+    )
     assert "\n" not in str(error.value) and not file.with_name("model.gguf.checkpoint").exists()
 
 
 def test_a_file_that_does_not_say_how_texts_are_cut_is_refused(written, monkeypatch):
     monkeypatch.setattr(gguf.GGUFWriter, "add_tokenizer_pre", lambda self, pre: None)
     with pytest.raises(ValueError, match="of kind 'gpt2' that does not say how it cuts texts is not read from GGUF, only"):
+        find_checkpoint(written()[1])
+
+
+def test_a_folder_that_cannot_be_written_is_named(written, monkeypatch):
+    def full(folder, make):
+        raise OSError(errno.EROFS, "Read-only file system", "/models/.lock")
+
+    monkeypatch.setattr(gguf_file, "make_once", full)
+    with pytest.raises(
+        OSError, match=r"model\.gguf\.checkpoint cannot be written \(Read-only file system\): copy model\.gguf to"
+    ):
         find_checkpoint(written()[1])
 
 

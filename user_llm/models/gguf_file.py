@@ -58,12 +58,18 @@ def unpacked(file: Path) -> Path:
     """Return the checkpoint that a GGUF file holds: a folder beside the file, which the first call writes.
 
     Raises:
+      OSError: the folder cannot be written.
       ValueError: no GGUF file, a model or a tokenizer that is not read, or a file that has changed since the folder was written.
     """
     check_regular(file)
     folder = file.with_name(f"{file.name}.checkpoint")
     stamp = {"bytes": file.stat().st_size, "modified_ns": file.stat().st_mtime_ns}
-    make_once(folder, lambda path: _write(file, path, stamp))
+    try:
+        make_once(folder, lambda path: _write(file, path, stamp))
+    except OSError as error:
+        raise OSError(
+            f"{folder} cannot be written ({error.strerror or error}): copy {file.name} to where files can be written."
+        ) from error
     if read_json(folder / "source.json", {}) != stamp:
         raise ValueError(f"{folder} was made from another {file.name}: delete the folder.")
     return folder
