@@ -71,6 +71,7 @@ GEMMA_ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
     "full_attention": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 8.0},
 }
+GEMMA3 = {name: value for name, value in TINY.items() if name != "hidden_act"} | {"model_type": "gemma3_text"}
 REFERENCES = {
     "llama-tied": ("llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
     "llama-grouped": ("llama", {"rope_parameters": ROPE | {"rope_theta": 500_000.0}, "tie_word_embeddings": False}),
@@ -333,6 +334,15 @@ def test_an_output_table_in_a_tied_checkpoint_must_be_the_embeddings(checkpoint)
         ({"hidden_size": "wide"}, "hidden_size"),
         ({"model_type": "gemma3_text", "rope_local_base_freq": 0}, "'rope_theta' is no positive number"),
         ({"model_type": "gemma3", "text_config": None}, "'text_config' is no object"),
+        (
+            {
+                "model_type": "gemma3",
+                "text_config": GEMMA3,
+                "quantization_config": {"quant_method": "gptq"},
+            },
+            "names the method 'gptq', which is not supported: bring",
+        ),
+        ({"rope_theta": 1e-40}, "'rope_theta' = 1e-40 are not supported, only with 1 or more"),
         ({"is_causal": False}, "'is_causal' = False"),
         ({"auto_map": {"AutoModelForCausalLM": "own.Model"}}, "'auto_map' = "),
         ({"final_logit_softcapping": 30.0}, "'final_logit_softcapping' = 30.0"),  # of another family of ours
@@ -356,6 +366,14 @@ def test_unsupported_settings_are_refused_by_name(checkpoint, settings, message)
     with pytest.raises(ValueError, match="config.json") as error:
         decoder_config(path)
     assert message in str(error.value)
+
+
+def test_scaled_rotary_positions_of_a_family_of_ones_own_need_their_factor():
+    own = {"llama": dataclasses.replace(FAMILIES["llama"], defaults={})}
+    rope = {"rope_type": "linear", "rope_theta": 1e4}
+    assert config_from_settings(TINY | {"rope_parameters": rope | {"factor": 2.0}}, "", own).block.rope_scaling.factor == 2
+    with pytest.raises(ValueError, match=r"^config\.json: the setting 'factor' of linear rotary positions is missing\."):
+        config_from_settings(TINY | {"rope_parameters": rope}, "config.json", own)
 
 
 def test_settings_that_no_model_reads_are_ignored_and_a_line_says_so(checkpoint, caplog):

@@ -239,12 +239,7 @@ def tokenizer_files(source: Path) -> list[Path]:
     Raises:
       ValueError: a file that is none of the checkpoint's own.
     """
-    files = {
-        file
-        for pattern in TOKENIZER_PATTERNS
-        for file in source.glob(pattern)
-        if not file.is_dir()
-    }
+    files = {file for pattern in TOKENIZER_PATTERNS for file in source.glob(pattern) if not file.is_dir()}
     for file in files:
         check_own(file, source)
     return sorted(files)

@@ -205,9 +205,7 @@ def _find_tensors(
     names, in_layer = {}, re.compile(rf"(^|\.){re.escape(family.layer).replace(re.escape('{}'), '[0-9]+')}")
     for role, usual in (("embed", "model."), ("head", "")):
         last = family.name(role)
-        found = [last] if last in files else [
-            name for name in files if name.endswith(f".{last}") and not in_layer.search(name)
-        ]
+        found = [last] if last in files else [name for name in files if name.endswith(f".{last}") and not in_layer.search(name)]
         if len(found) > 1:
             raise ValueError(f"The weights at {path} do not fit the config: both {found[0]} and {found[1]} may be {last}.")
         names[role] = found[0] if found else usual + last
