@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from user_llm.common import mesh as meshes
 from user_llm.common import trees
 from user_llm.data.tokenizer import load_tokenizer
+from user_llm.models import config_json
 from user_llm.models.config_json import config_from_settings, settings_from_config
 from user_llm.models.decoder import Decoder
 from user_llm.models.families import FAMILIES, table
@@ -366,6 +367,19 @@ def test_unsupported_settings_are_refused_by_name(checkpoint, settings, message)
     with pytest.raises(ValueError, match="config.json") as error:
         decoder_config(path)
     assert message in str(error.value)
+
+
+def test_what_config_classes_declare_is_found_where_they_are_no_dataclasses(monkeypatch):
+    class Base:
+        def __init__(self, use_cache=True, **kwargs):
+            pass
+
+    class Older(Base):
+        def __init__(self, hidden_size=1, **kwargs):
+            pass
+
+    monkeypatch.setattr("transformers.CONFIG_MAPPING", dict.fromkeys(FAMILIES, Older))
+    assert config_json._declared.__wrapped__() == {"use_cache", "hidden_size"}
 
 
 def test_scaled_rotary_positions_of_a_family_of_ones_own_need_their_factor():

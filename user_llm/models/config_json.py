@@ -7,6 +7,7 @@ here, or is refused by name where it is switched on. What no model reads is igno
 import copy
 import dataclasses
 import functools
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -182,7 +183,9 @@ def _declares(family: Family, name: str) -> bool:
 def _declared() -> frozenset[str]:
     from transformers import CONFIG_MAPPING  # here, since it takes seconds
 
-    return frozenset(field.name for name in FAMILIES for field in dataclasses.fields(CONFIG_MAPPING[name]))
+    classes = {part for name in FAMILIES for part in CONFIG_MAPPING[name].__mro__}  # not all versions have dataclasses
+    names = {name for part in classes for name in inspect.signature(part.__init__).parameters}
+    return frozenset(names - {"self", "args", "kwargs"})
 
 
 @functools.cache
