@@ -37,7 +37,7 @@ from user_llm.models.families import FAMILIES, Family, Tensor, family_of, module
 IMAGE_SIDE = ("vision_tower.", "multi_modal_projector.")
 # Rotary frequencies and their cosines, which older checkpoints store; they follow from rope_theta.
 ROTARY = re.compile(r"(^|\.)rotary_emb(_local)?\.(inv_freq|cos_cached|sin_cached)$")
-# What wrappers of a training put among or before the names of the modules that they wrap: torch.compile, FSDP, checkpointing, DDP.
+# Parts of names that training tools add: torch.compile, FSDP, checkpointing and DDP.
 TRAINING = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^(?:module\.)+")
 FLOATS = ("F64", "F32", "F16", "BF16")
 SHOWN = 6  # faults that a sentence names; more are counted
