@@ -184,7 +184,7 @@ def _declared() -> frozenset[str]:
     from transformers import CONFIG_MAPPING  # here, since it takes seconds
 
     classes = {part for name in FAMILIES for part in CONFIG_MAPPING[name].__mro__}  # not all versions have dataclasses
-    names = {name for part in classes for name in inspect.signature(part.__init__).parameters}
+    names = {name for part in classes for name in inspect.signature(vars(part).get("__init__", object.__init__)).parameters}
     return frozenset(names - {"self", "args", "kwargs"})
 
 
