@@ -1,5 +1,6 @@
 """Who may ask, from where and how much; and what is logged of it."""
 
+import errno
 import json
 import logging
 import socket
@@ -208,6 +209,23 @@ def test_an_address_that_cannot_be_had_is_refused_before_anything_is_opened(tmp_
     with pytest.raises(OSError, match="cannot listen at no host, port 1: "), process.listening("no host", 1):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_another_free_port_is_tried_where_one_is_taken_at_an_address_of_the_host(monkeypatch):
+    both = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (host, 0)) for host in ("127.0.0.1", "127.0.0.2")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: both)
+    create, asked = socket.create_server, []
+
+    def create_server(address, family):
+        asked.append(address)
+        if len(asked) == 2:
+            raise OSError(errno.EADDRINUSE, "Address already in use")
+        return create(address, family=family)
+
+    monkeypatch.setattr(socket, "create_server", create_server)
+    with process.listening("localhost", 0) as sockets:
+        assert len({one.getsockname()[1] for one in sockets}) == 1 and len(sockets) == 2
+    assert [address[0] for address in asked] == ["127.0.0.1", "127.0.0.2"] * 2
 
 
 @pytest.mark.parametrize(
