@@ -233,7 +233,6 @@ def main() -> None:
     failed = []  # what one part meets costs the others nothing
     with tempfile.TemporaryDirectory() as workdir:
         own = [sys.executable, str(HERE / "benchmark.py"), f"--preset={args.preset}", f"--steps={args.steps}"]
-        means = turns.run([*own, f"--parts={','.join(args.parts)}", "--one", "batches", workdir])
         for part in args.parts:
             commands = {
                 side: [*own, f"--parts={part}", f"--profile={args.profile}", "--one", side, workdir]
@@ -242,6 +241,7 @@ def main() -> None:
                 for side in args.sides
             }
             try:
+                means = turns.run([*own, f"--parts={part}", "--one", "batches", workdir])
                 result[part] = report(means[part], turns.take_turns(commands, args.rounds))
             except SystemExit as error:
                 failed.append(str(error))

@@ -212,6 +212,7 @@ def movielens(run: Runner, args: argparse.Namespace, until: float) -> dict:
 def speed(run: Runner, args: argparse.Namespace, until: float) -> dict:
     """Time train steps and profile three of each."""
     parts, path = ("lora", "full", "encoder"), args.out / "speed.json"
+    path.unlink(missing_ok=True)  # of an earlier run
     preset, steps = ("tiny", 2) if args.rehearse else ("gpu", 20)
     options = [f"--parts={','.join(parts)}", "--sides=user_llm", "--rounds=1", f"--steps={steps}", f"--out={path}"]
     run("speed", ["launch/benchmark.py", f"--preset={preset}", *options, f"--profile={args.out / 'trace'}"], until)
@@ -222,6 +223,7 @@ def speed(run: Runner, args: argparse.Namespace, until: float) -> dict:
 def decode(run: Runner, args: argparse.Namespace, until: float) -> dict:
     """Time decoding."""
     path = args.out / "decode.json"
+    path.unlink(missing_ok=True)
     preset = "tiny" if args.rehearse else "gpu"
     run("decode", ["launch/benchmark_decode.py", f"--preset={preset}", "--rounds=1", f"--out={path}"], until)
     return json.loads(path.read_text()) if path.exists() else {}

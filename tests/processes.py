@@ -4,6 +4,7 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,8 @@ def start(command, count=1, devices=8):
 def finish(processes):
     """Wait for all; return what each printed last, or fail with where each hangs."""
     try:
-        outputs = [process.communicate(timeout=600) for process in processes]
+        with ThreadPoolExecutor(len(processes)) as threads:  # all pipes at once: a process whose pipe is full stops
+            outputs = list(threads.map(lambda process: process.communicate(timeout=600), processes))
     except subprocess.TimeoutExpired:
         for process in processes:
             process.send_signal(signal.SIGABRT)  # faulthandler prints the stacks of its threads

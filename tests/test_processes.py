@@ -36,6 +36,16 @@ def test_one_device_eight_and_two_processes_of_four_have_the_same_losses(tmp_pat
             np.testing.assert_allclose(losses, expected[name], atol=1e-5, rtol=1e-5, err_msg=name)
 
 
+def test_processes_that_write_much_wait_for_no_reader(tmp_path):
+    """The first waits for the second, which writes more than a pipe holds before it goes on."""
+    program = (
+        "import os, pathlib, sys, time\nthere = pathlib.Path(sys.argv[1])\n"
+        "if os.environ['PROCESS_ID'] == '1':\n    sys.stderr.write('x' * 1_000_000)\n    there.touch()\n"
+        "while not there.exists():\n    time.sleep(0.01)\nprint('done')"
+    )
+    assert finish(start(["-c", program, str(tmp_path / "there")], count=2)) == ["done"] * 2
+
+
 def _tiny(workdir, *flags, **how):
     return start(["tests/training/tiny.py", str(workdir), *flags], **how)
 

@@ -70,7 +70,7 @@ def test_a_saved_tokenizer_loads_equal_here_and_in_transformers(trained):
     assert (theirs.pad_token_id, theirs.bos_token_id, theirs.eos_token_id) == (0, 1, 2)
 
 
-def test_what_cannot_be_trained_or_loaded_is_refused(trained, tmp_path):
+def test_what_cannot_be_trained_or_loaded_is_refused(trained, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=f"vocab_size 100 is too small.*{MIN_BPE_VOCAB}"):
         train_bpe(TITLES, 100, tmp_path / "small")
     assert not (tmp_path / "small").exists()
@@ -80,6 +80,10 @@ def test_what_cannot_be_trained_or_loaded_is_refused(trained, tmp_path):
     with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer"):
         load_tokenizer(tmp_path)
     (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="No tokenizer at .*empty"):
+        load_tokenizer(tmp_path / "empty")
+    # One of transformers' slow ones, which has no backend.
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: object())
     with pytest.raises(ValueError, match="No tokenizer at .*empty"):
         load_tokenizer(tmp_path / "empty")
 
@@ -218,6 +222,14 @@ def test_a_soft_prompt_has_its_place_in_front_of_the_users_first_text(with_files
     )
     content = [{"type": "image"}, {"type": "text", "text": "Hello"}]
     assert parts.chat_around([{"role": "user", "content": content}]) == (parts.encode("|"), parts.encode("Hello|"))
+    asking = with_files(
+        {"chat_template.jinja": "{% for m in messages %}{{ m.content if m.content else 'nothing' }}|{% endfor %}"}
+    )
+    for empty in ("", " "):
+        assert asking.chat_around([{"role": "user", "content": empty}]) == (
+            [],
+            asking.chat([{"role": "user", "content": empty}]),
+        )
     qwen = load_tokenizer(models_dir / "qwen3-tokenizer")
     before, rest = qwen.chat_around(TALK)
     assert [*before, *rest] == qwen.chat(TALK)

@@ -226,17 +226,20 @@ def test_a_part_that_fails_costs_the_others_nothing(tmp_path, monkeypatch, capsy
     ours = {"step_s": 0.5, "compile_s": 9.0, "peak_bytes": 100, "flops": 1.0, "device": "cpu", "loss": 1.0}
 
     def run(command):
+        (part,) = next(word for word in command if word.startswith("--parts=")).removeprefix("--parts=").split(",")
         if "batches" in command:
-            return {part: {"step": {"events": 3.0}} for part in ("lora", "encoder")}
+            if part == "full":
+                raise SystemExit("no batches")
+            return {part: {"step": {"events": 3.0}}}
         if "--parts=lora" in command:
             raise SystemExit("out of memory")
         return ours
 
     monkeypatch.setattr(benchmark.turns, "run", run)
     out = tmp_path / "found.json"
-    command = ["benchmark.py", "--preset=tiny", "--parts=lora,encoder", "--sides=user_llm", "--rounds=1", f"--out={out}"]
+    command = ["benchmark.py", "--preset=tiny", "--parts=lora,full,encoder", "--sides=user_llm", "--rounds=1", f"--out={out}"]
     monkeypatch.setattr(sys, "argv", command)
-    with pytest.raises(SystemExit, match="^out of memory$"):
+    with pytest.raises(SystemExit, match="^out of memory\nno batches$"):
         benchmark.main()
     found = json.loads(out.read_text())
     assert "lora" not in found and found["encoder"]["user_llm"]["steps_per_s"] == 2

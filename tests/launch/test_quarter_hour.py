@@ -1,5 +1,6 @@
 """What is brought along arrives whole; a part that outruns its limit costs the others nothing; the rehearsal runs every part."""
 
+import argparse
 import gzip
 import json
 import subprocess
@@ -131,6 +132,12 @@ def test_what_one_part_meets_costs_the_others_nothing(tmp_path, monkeypatch, cap
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["first"]["error"] == "KeyError: 'steps'" and results["second"]["found"] == 1
     assert json.loads(capsys.readouterr().out.split("}\n}\n")[0] + "}\n}")["first"]["error"]
+
+
+def test_what_an_earlier_run_found_is_not_taken_for_this_ones(tmp_path):
+    for name, part in (("speed", quarter_hour.speed), ("decode", quarter_hour.decode)):
+        (tmp_path / f"{name}.json").write_text('{"lora": {"steps_per_s": 1}}')
+        assert part(lambda *_: None, argparse.Namespace(out=tmp_path, rehearse=True), 0.0) == {}
 
 
 @pytest.mark.slow

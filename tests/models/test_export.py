@@ -1,6 +1,7 @@
 """What is exported stays what it was: settings, stops, files; and adapters fit the modules that transformers makes."""
 
 import dataclasses
+import fnmatch
 import functools
 import json
 import re
@@ -12,7 +13,7 @@ from flax import nnx
 from user_llm.common import trees
 from user_llm.models.decoder import Decoder
 from user_llm.models.export import ADAPTER_FILE, load_adapter, save_adapter, save_decoder, tokenizer_files
-from user_llm.models.pretrained import decoder_config, load_decoder, modules_at
+from user_llm.models.pretrained import PATTERNS, decoder_config, load_decoder, modules_at
 from user_llm.nn.lora import LoRAConfig
 
 TEXT = {
@@ -123,7 +124,12 @@ def test_a_checkpoints_own_settings_are_kept(tmp_path):
 
 
 def test_all_files_of_a_tokenizer_go_along(tmp_path):
-    names = ["chat_template.jinja", "generation_config.json", "spiece.model", "tokenizer.json", "tokenizer_config.json"]
+    names = [
+        "chat_template.jinja", "generation_config.json", "own.tiktoken", "spiece.model", "tokenizer.json",
+        "tokenizer.model.v3", "tokenizer_config.json", "vocab.bpe",
+    ]  # fmt: skip
     for name in [*names, "config.json", "model.safetensors"]:
         (tmp_path / name).write_text("")
     assert [file.name for file in tokenizer_files(tmp_path)] == names
+    # What a model directory holds of them, a download of it brings.
+    assert all(any(fnmatch.fnmatch(name, pattern) for pattern in PATTERNS) for name in names)

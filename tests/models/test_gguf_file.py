@@ -1,5 +1,6 @@
 """A GGUF file is the checkpoint that it was made of."""
 
+import errno
 import json
 
 import ml_dtypes
@@ -9,6 +10,7 @@ from safetensors.numpy import save_file
 
 from user_llm.common import trees
 from user_llm.data.tokenizer import load_tokenizer, train_bpe
+from user_llm.models import gguf_file
 from user_llm.models.config_json import config_from_settings
 from user_llm.models.families import table
 from user_llm.models.gguf_file import LAYER, OUTER
@@ -104,6 +106,7 @@ def test_the_tokenizer_is_the_one_that_the_file_describes(written):
     checkpoint, file = written()
     theirs, ours = load_tokenizer(checkpoint), load_tokenizer(find_checkpoint(file))
     assert (ours.pad_id, ours.bos_id, ours.eos_id, ours.vocab_size) == (0, 1, 2, theirs.vocab_size)
+    assert ours.stop_ids == theirs.stop_ids == (2,)
     for text in ("The Silent Harbor", "Rivers, 1987 or 1999?", "an <eos> inside", "完全"):
         assert ours.encode(text) == theirs.encode(text)
     assert ours.chat([{"role": "user", "content": "The River"}]) == [1, *theirs.encode("The River")]
@@ -114,6 +117,26 @@ def test_digits_are_cut_as_the_file_says(written):
     tokenizer = load_tokenizer(find_checkpoint(file))
     digits = [tokenizer.encode(digit)[0] for digit in "1987"]
     assert tokenizer.encode("1987") == digits
+
+
+def test_texts_end_at_each_token_that_the_file_calls_an_end(written, monkeypatch):
+    """Of a document, of a turn and of a message; and at <|endoftext|>, which files of Qwen leave out beside <|im_end|>."""
+    add = gguf.GGUFWriter.add_token_list
+    words = []
+
+    def add_token_list(writer, given):
+        words[:] = [*given[:1], "<|endoftext|>", *given[2:]]
+        add(writer, words)
+        writer.add_eot_token_id(words.index("a"))
+        writer.add_eom_token_id(words.index("b"))
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_token_list", add_token_list)
+    assert load_tokenizer(find_checkpoint(written()[1])).stop_ids == (2, words.index("a"), words.index("b"), 1)
+
+
+def test_prompts_of_qwen_begin_with_no_token_of_their_own(written):
+    """Llama.cpp's files of these models name a first token; their tokenizers in Hugging Face layout say that there is none."""
+    assert load_tokenizer(find_checkpoint(written("qwen2", "qwen2")[1])).bos_id is None
 
 
 def test_what_is_not_read_is_refused_by_name(written, tmp_path):
@@ -129,6 +152,46 @@ def test_what_is_not_read_is_refused_by_name(written, tmp_path):
     (tmp_path / "junk.gguf").write_bytes(b"GGUFjunk")
     with pytest.raises(ValueError, match=r"junk\.gguf is truncated or no GGUF file"):
         find_checkpoint(tmp_path / "junk.gguf")
+
+
+ODD = {  # what is written in another form, by the writer's method
+    "add_token_merges": lambda merges: [*merges, "zz qq"],  # of words that are not there
+    "add_token_types": lambda kinds: kinds[:-1],
+    "add_tensor": lambda name: "plain" if name == "output_norm.weight" else name,
+    "add_uint32": lambda key: "other" if key == "llama.attention.head_count" else key,
+}
+
+
+@pytest.mark.parametrize("method", ODD)
+def test_odd_files_end_in_a_sentence_that_names_them(written, method, monkeypatch):
+    before = getattr(gguf.GGUFWriter, method)
+    monkeypatch.setattr(
+        gguf.GGUFWriter, method, lambda self, first, *more, **others: before(self, ODD[method](first), *more, **others)
+    )
+    _, file = written()
+    with pytest.raises(ValueError) as error:
+        find_checkpoint(file)
+    assert str(error.value).startswith(str(file)) and str(error.value).endswith(
+        "bring the model in Hugging Face layout instead."
+    )
+    assert "\n" not in str(error.value) and not file.with_name("model.gguf.checkpoint").exists()
+
+
+def test_a_file_that_does_not_say_how_texts_are_cut_is_refused(written, monkeypatch):
+    monkeypatch.setattr(gguf.GGUFWriter, "add_tokenizer_pre", lambda self, pre: None)
+    with pytest.raises(ValueError, match="of kind 'gpt2' that does not say how it cuts texts is not read from GGUF, only"):
+        find_checkpoint(written()[1])
+
+
+def test_a_folder_that_cannot_be_written_is_named(written, monkeypatch):
+    def full(folder, make):
+        raise OSError(errno.EROFS, "Read-only file system", "/models/.lock")
+
+    monkeypatch.setattr(gguf_file, "make_once", full)
+    with pytest.raises(
+        OSError, match=r"model\.gguf\.checkpoint cannot be written \(Read-only file system\): copy model\.gguf to"
+    ):
+        find_checkpoint(written()[1])
 
 
 def _anew(folder, written, **facts):

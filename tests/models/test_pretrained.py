@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import math
 import subprocess
@@ -13,9 +14,10 @@ from safetensors.numpy import save_file
 from user_llm.common import mesh as meshes
 from user_llm.common import trees
 from user_llm.data.tokenizer import load_tokenizer
+from user_llm.models import config_json
 from user_llm.models.config_json import config_from_settings, settings_from_config
 from user_llm.models.decoder import Decoder
-from user_llm.models.families import table
+from user_llm.models.families import FAMILIES, table
 from user_llm.models.generate import generate
 from user_llm.models.pretrained import check_weights, decoder_config, find_checkpoint, load_decoder
 from user_llm.nn.cross_attention import CrossAttentionConfig
@@ -70,6 +72,7 @@ GEMMA_ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
     "full_attention": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 8.0},
 }
+GEMMA3 = {name: value for name, value in TINY.items() if name != "hidden_act"} | {"model_type": "gemma3_text"}
 REFERENCES = {
     "llama-tied": ("llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
     "llama-grouped": ("llama", {"rope_parameters": ROPE | {"rope_theta": 500_000.0}, "tie_word_embeddings": False}),
@@ -332,6 +335,15 @@ def test_an_output_table_in_a_tied_checkpoint_must_be_the_embeddings(checkpoint)
         ({"hidden_size": "wide"}, "hidden_size"),
         ({"model_type": "gemma3_text", "rope_local_base_freq": 0}, "'rope_theta' is no positive number"),
         ({"model_type": "gemma3", "text_config": None}, "'text_config' is no object"),
+        (
+            {
+                "model_type": "gemma3",
+                "text_config": GEMMA3,
+                "quantization_config": {"quant_method": "gptq"},
+            },
+            "names the method 'gptq', which is not supported: bring",
+        ),
+        ({"rope_theta": 1e-40}, "'rope_theta' = 1e-40 are not supported, only with 1 or more"),
         ({"is_causal": False}, "'is_causal' = False"),
         ({"auto_map": {"AutoModelForCausalLM": "own.Model"}}, "'auto_map' = "),
         ({"final_logit_softcapping": 30.0}, "'final_logit_softcapping' = 30.0"),  # of another family of ours
@@ -355,6 +367,27 @@ def test_unsupported_settings_are_refused_by_name(checkpoint, settings, message)
     with pytest.raises(ValueError, match="config.json") as error:
         decoder_config(path)
     assert message in str(error.value)
+
+
+def test_what_config_classes_declare_is_found_where_they_are_no_dataclasses(monkeypatch):
+    class Base:
+        def __init__(self, use_cache=True, **kwargs):
+            pass
+
+    class Older(Base):
+        def __init__(self, hidden_size=1, **kwargs):
+            pass
+
+    monkeypatch.setattr("transformers.CONFIG_MAPPING", dict.fromkeys(FAMILIES, Older))
+    assert config_json._declared.__wrapped__() == {"use_cache", "hidden_size"}
+
+
+def test_scaled_rotary_positions_of_a_family_of_ones_own_need_their_factor():
+    own = {"llama": dataclasses.replace(FAMILIES["llama"], defaults={})}
+    rope = {"rope_type": "linear", "rope_theta": 1e4}
+    assert config_from_settings(TINY | {"rope_parameters": rope | {"factor": 2.0}}, "", own).block.rope_scaling.factor == 2
+    with pytest.raises(ValueError, match=r"^config\.json: the setting 'factor' of linear rotary positions is missing\."):
+        config_from_settings(TINY | {"rope_parameters": rope}, "config.json", own)
 
 
 def test_settings_that_no_model_reads_are_ignored_and_a_line_says_so(checkpoint, caplog):
@@ -437,6 +470,24 @@ def test_two_tensors_of_one_name_are_refused(checkpoint):
     path = checkpoint(tensors=tensors | {"draft.embed_tokens.weight": tensors[embed]})
     with pytest.raises(ValueError, match=r"both .* and .* may be embed_tokens\.weight"):
         load_decoder(path, decoder_config(path))
+
+
+@pytest.mark.parametrize("prefix", ["", "base_model."])
+def test_a_name_of_a_family_of_ones_own_may_end_another(checkpoint, prefix):
+    """The output table's name is the end of a layer's; only what stands outside of the layers can be the table."""
+    plain = checkpoint()
+    expected = trees.flatten(load_decoder(plain, decoder_config(plain)))
+    own = dataclasses.replace(FAMILIES["llama"], names={"head": "output.weight", "attn/o": "attention.output.weight"})
+    renamed = {"lm_head": "output", "self_attn.o_proj": "attention.output"}
+    path = checkpoint(
+        tensors={
+            prefix + functools.reduce(lambda name, pair: name.replace(*pair), renamed.items(), name): tensor
+            for name, tensor in _tensors().items()
+        }
+    )
+    found = trees.flatten(load_decoder(path, decoder_config(path), families={"llama": own}))
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name])
 
 
 def test_unreadable_files_are_refused_by_name(checkpoint, tmp_path):

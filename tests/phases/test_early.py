@@ -257,6 +257,16 @@ def test_an_open_llm_is_checked_with_its_weights_and_the_general_text(opened, tm
     context = opened(alone | {"phases": PHASES, "llm.checkpoint": str(folder), "user_llm.cross.every": 1})
     assert tuple(context.build()) == ("pretrain_encoder", "user_llm")
 
+    (folder / "vocab_old").symlink_to(tmp_path / "elsewhere")  # a link that nothing follows before the model is written
+    with pytest.raises(ValueError, match=r"vocab_old"):
+        context.build()
+    (folder / "vocab_old").unlink()
+    (folder / "tokenizer.json").rename(tmp_path / "elsewhere")
+    (folder / "tokenizer.json").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is a link that leads out of .*: put a copy in its place"):
+        context.build()
+    (folder / "tokenizer.json").unlink()
+    (tmp_path / "elsewhere").rename(folder / "tokenizer.json")
     context.config.general_text.file = str(tmp_path / "nothing.txt")
     with pytest.raises(ValueError, match=r"^general_text\.file='.*nothing\.txt': it cannot be read as UTF-8 text"):
         context.build()

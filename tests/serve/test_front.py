@@ -1,5 +1,6 @@
 """Who may ask, from where and how much; and what is logged of it."""
 
+import errno
 import json
 import logging
 import socket
@@ -76,7 +77,7 @@ def test_a_body_that_is_too_large_is_refused_whether_or_not_it_says_so(guarded, 
 
 def test_bodies_in_progress_are_bounded_all_together(serve, model):
     """A client that announces much, and sends nothing of it, leaves room for small requests alone, until it goes."""
-    with serve(model, body_bytes=5000, bodies_bytes=6000) as served:
+    with serve(model, body_bytes=5000, bodies_bytes=6000, small_body_bytes=100) as served:
         host, port = served.url.removeprefix("http://").split(":")
         path, event = f"{served.url}/v1/users/b/events", {"item": "10", "rating": 3, "timestamp": 1}
         head = f"POST /v1/users/a/events HTTP/1.1\r\nhost: {host}\r\ncontent-length: 5000\r\n\r\n".encode()
@@ -94,6 +95,21 @@ def test_bodies_in_progress_are_bounded_all_together(serve, model):
             assert httpx2.post(path, content=b"x" * 5001).status_code == 413
     with pytest.raises(ValueError, match="bodies_bytes=10 must be at least body_bytes=11"):
         Limits(body_bytes=11, bodies_bytes=10)
+
+
+def test_bodies_that_do_not_come_give_their_room_back_and_leave_some_for_small_ones(serve, model):
+    """The room is taken whole by a client that sends nothing: it is refused soon, and small requests are answered meanwhile."""
+    with serve(model, body_bytes=5000, bodies_bytes=5000, small_body_bytes=100, body_seconds=1) as served:
+        host, port = served.url.removeprefix("http://").split(":")
+        path, event = f"{served.url}/v1/users/c/events", {"item": "10", "rating": 3, "timestamp": 1}
+        large = json.dumps([event] * 30).encode()
+        with socket.create_connection((host, int(port)), timeout=30) as slow:
+            slow.sendall(f"POST /v1/users/a/events HTTP/1.1\r\nhost: {host}\r\ncontent-length: 5000\r\n\r\n".encode())
+            posted(path, large, until=503)
+            assert httpx2.post(path, json=event).status_code == 200
+            answer = b"".join(iter(lambda: slow.recv(4096), b""))  # until the server closes the connection
+            assert b" 408 " in answer and b"has not come within 1 s" in answer
+            posted(path, large, until=200)
 
 
 def posted(url: str, content: bytes, until: int) -> list[httpx2.Response]:
@@ -193,6 +209,23 @@ def test_an_address_that_cannot_be_had_is_refused_before_anything_is_opened(tmp_
     with pytest.raises(OSError, match="cannot listen at no host, port 1: "), process.listening("no host", 1):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_another_free_port_is_tried_where_one_is_taken_at_an_address_of_the_host(monkeypatch):
+    both = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (host, 0)) for host in ("127.0.0.1", "127.0.0.2")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: both)
+    create, asked = socket.create_server, []
+
+    def create_server(address, family):
+        asked.append(address)
+        if len(asked) == 2:
+            raise OSError(errno.EADDRINUSE, "Address already in use")
+        return create(address, family=family)
+
+    monkeypatch.setattr(socket, "create_server", create_server)
+    with process.listening("localhost", 0) as sockets:
+        assert len({one.getsockname()[1] for one in sockets}) == 1 and len(sockets) == 2
+    assert [address[0] for address in asked] == ["127.0.0.1", "127.0.0.2"] * 2
 
 
 @pytest.mark.parametrize(

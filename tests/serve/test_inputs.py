@@ -19,7 +19,7 @@ def test_a_soft_prompt_stands_behind_the_tokens_that_lead(make_model, model):
     leading = soft.writer.leading([row], chat)
     user = soft.encode(made.rows(1))
     with jax.set_mesh(soft.predictor.mesh):
-        of = Inputs(soft, 96).of
+        of = Inputs(soft, 96).of_prompt
         (whole, length, _), (bare, count, _) = of(Prompt(row, leading, user, 1)), of(Prompt(row, 0, None, 1))
     whole, bare = np.asarray(whole[0, :length]), np.asarray(bare[0, :count])
     assert 0 < leading < count == len(row) and length == count + len(user.tokens) > count

@@ -1,10 +1,12 @@
 """Users over HTTP: what is stored, refused and repeated; and answers that belong to the user's events at that moment."""
 
+import asyncio
 import csv
 import io
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from urllib.parse import quote
 
 import httpx2
@@ -13,6 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from user_llm.serve.limits import Limits
+from user_llm.serve.users import Users
 from user_llm.serving.user import User
 
 
@@ -127,6 +131,31 @@ def test_recommendations_and_explanations_are_the_models(http, model, made):
     for params, words in (({"k": 0}, "k: "), ({"k": 10**6}, "at most"), ({"allow": "no"}, "'no'")):
         answer = http.get(f"/v1/users/{name}/recommendations", params=params)
         assert answer.status_code == 400 and words in answer.json()["error"]["message"], answer.text
+
+
+def test_a_deletion_that_nobody_waits_for_ends_as_any_other():
+    """What a request computes between the cancellation and the end of the store's work is forgotten, too."""
+    began, go, forgotten = threading.Event(), threading.Event(), []
+
+    def delete(user: str) -> bool:
+        began.set()
+        go.wait(30)
+        forgotten.append("the store")
+        return True
+
+    async def cancelled() -> None:
+        store, states = SimpleNamespace(delete=delete), SimpleNamespace(forget=forgotten.append)
+        deletion = asyncio.create_task(Users(store, states, lambda: None, Limits()).delete("u"))
+        await asyncio.to_thread(began.wait, 30)
+        deletion.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await deletion
+        assert forgotten == ["u"]
+        go.set()
+        await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()})
+
+    asyncio.run(cancelled())
+    assert forgotten == ["u", "the store", "u"]
 
 
 def test_a_deleted_user_is_gone_everywhere(http, model, made):

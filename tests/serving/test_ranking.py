@@ -15,6 +15,7 @@ import user_llm
 from user_llm.config.defaults import contextualize
 from user_llm.config.phases import ContextualEval
 from user_llm.models.beam_search import beam_search
+from user_llm.serving.predictor import Predictor
 from user_llm.serving.settings import identity
 from user_llm.tasks import next_item
 
@@ -66,6 +67,29 @@ def test_a_model_without_item_head_compiles_few_programs(make_model):
         np.testing.assert_allclose([item.score for item in found], [every[item.id] for item in found], atol=1e-4)
     sizes = len({min(model.predictor.beams << power, len(keys)) for power in range(10)})
     assert beam_search._cache_size() - before < sizes  # the largest has been compiled before
+
+
+def test_beams_are_no_more_than_what_is_asked_for_and_allowed(make_model, monkeypatch):
+    """What users have seen adds no beams: one program answers whether or not it is left out."""
+    made = make_model("written")
+    model = made.written
+    users = [model.encode(made.rows(number)) for number in (1, 2)]
+    chosen = []
+
+    def choose(self, task, prompts, user, trie, beams, guide):
+        chosen.append((beams, np.isfinite(guide)))
+        return np.zeros((len(prompts), beams), np.int32), np.full((len(prompts), beams), -np.inf, np.float32)
+
+    monkeypatch.setattr(Predictor, "choose", choose)
+    predictor = dataclasses.replace(model.predictor, beams=2)
+    model = dataclasses.replace(model, predictor=predictor)
+    model.recommend_many(users, 2)
+    model.recommend_many(users, 2, seen=False)
+    model.recommend(users[0], 1000, allow=["10", "20"])
+    assert [beams for beams, _ in chosen] == [2, 2, 2]
+    assert chosen[0][1].shape[0] == chosen[2][1].shape[0] == 1 and chosen[2][1].sum() == 2
+    for row, user in zip(chosen[1][1], users, strict=True):
+        assert not row[user.seen].any() and row.sum() == chosen[0][1].sum() - len(set(user.seen))
 
 
 def test_the_head_and_the_writing_rank_together(made):

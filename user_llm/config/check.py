@@ -60,7 +60,7 @@ def conflicts(run: Config, sources: Collection[str], encoders: Collection[str]) 
             yield "phases", run.phases, f"{name} stands there twice"
     yield from _blocks("encoder", run.encoder.block)
     if not run.llm.checkpoint:
-        yield from _blocks("llm", run.llm.block)
+        yield from _llm_conflicts(run.llm.block)
     axes = {f"mesh.{axis}": size for axis, size in vars(run.mesh).items() if size == -1}
     if len(axes) > 1:
         yield list(axes)[1], -1, f"only one axis can take what the others leave, and {list(axes)[0]} does"
@@ -72,6 +72,15 @@ def conflicts(run: Config, sources: Collection[str], encoders: Collection[str]) 
 def _blocks(section: str, block: Block) -> Iterator[tuple[str, Any, str]]:
     if block.heads % block.kv_heads:
         yield f"{section}.block.kv_heads", block.kv_heads, f"it must divide the {block.heads} heads"
+
+
+def _llm_conflicts(block: Block) -> Iterator[tuple[str, Any, str]]:
+    """Yield what rules out an LLM that is trained from scratch: it must be of an open family, as which its model is written."""
+    yield from _blocks("llm", block)
+    if block.residual_gate:
+        yield "llm.block.residual_gate", True, "no open family has it, and the model could not be written: set it to False"
+    if block.norm_eps >= 1:
+        yield "llm.block.norm_eps", block.norm_eps, "it must be below 1, or the model could not be written"
 
 
 def _phase_conflicts(run: Config, phase: Phase) -> Iterator[tuple[str, Any, str]]:

@@ -106,8 +106,9 @@ class Tokenizer:
         """Return the ids of a conversation in two parts: what stands before the text of the user's first message, and the rest.
 
         In front of this text is the place of a soft prompt: behind the system's message, and outside of the template's own marks. In
-        a conversation without a user's message it is the first message's text. Joined, the parts are the ids of `chat`, but for a
-        token that would reach across the place. Where the template writes no such text, all ids are in the second part.
+        a conversation without a user's message it is the first message's text. Joined, the parts are the ids of `chat`. The exceptions
+        are a token of `chat` that begins before the place and ends behind it, and a template that does more with this text than
+        write it. Where the template writes no such text, or the text is empty, all ids are in the second part.
 
         Raises:
           ValueError: as in `chat`.
@@ -178,7 +179,10 @@ def first_of_user(messages: Sequence[Mapping[str, Any]]) -> int:
 
 
 def _marked(content: Any) -> Any:
-    """Return a message's content with PLACE in front of its text; templates may strip the spaces before that."""
+    """Return a message's content with PLACE in front of its text; templates may strip the spaces before that.
+
+    An empty text stays empty, since templates ask whether there is one.
+    """
     if isinstance(content, list):
         at = next((n for n, part in enumerate(content) if isinstance(part, dict) and isinstance(part.get("text"), str)), None)
         return (
@@ -189,7 +193,7 @@ def _marked(content: Any) -> Any:
     if not isinstance(content, str):
         return content
     text = content.lstrip()
-    return content[: len(content) - len(text)] + PLACE + text
+    return content[: len(content) - len(text)] + PLACE + text if text else content
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, directory: str | os.PathLike) -> Tokenizer:
@@ -311,6 +315,7 @@ def _load_with_transformers(path: epath.Path) -> Tokenizer:
 
     try:
         loaded = transformers.AutoTokenizer.from_pretrained(os.fspath(path), trust_remote_code=False)
+        backend = loaded.backend_tokenizer
     except Exception as error:  # of whichever library reads the files
         raise ValueError(f"No tokenizer at {path}: a tokenizer.json or a known tokenizer is needed.") from error
     try:
@@ -318,4 +323,4 @@ def _load_with_transformers(path: epath.Path) -> Tokenizer:
     except OSError:  # there is none
         stop_ids = None
     settings = {**loaded.special_tokens_map, "chat_template": loaded.chat_template}
-    return _wrap(loaded.backend_tokenizer, settings, stop_ids)
+    return _wrap(backend, settings, stop_ids)

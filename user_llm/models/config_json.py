@@ -7,6 +7,7 @@ here, or is refused by name where it is switched on. What no model reads is igno
 import copy
 import dataclasses
 import functools
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,7 +48,8 @@ ROPE = {
 }  # fmt: skip
 # Of classifiers; transformers would make as many labels as a config asks for.
 LABELS = frozenset({"id2label", "label2id", "num_labels", "problem_type"})
-# Of how weights are stored and where texts begin and end, which other files say; transformers refuses some of their forms.
+# These settings say how weights are stored, and where texts begin and end. Other files say both. They are not given to transformers,
+# which refuses some of their forms.
 ASIDE = frozenset({"dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id"})
 
 # Settings that change nothing about the function a checkpoint computes, or that transformers has turned into others here.
@@ -67,8 +69,11 @@ FOREIGN = frozenset({
     "original_max_position_embeddings", "partial_rotary_factor", "qk_layernorm", "residual_multiplier", "rope_interleaved",
     "use_mrope",
 })  # fmt: skip
-# What a wrapper says of the language model in it.
-OUTER = ("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "dtype", "torch_dtype")
+# Settings of a wrapper that hold for the language model in it.
+OUTER = (
+    "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "dtype", "torch_dtype", "quantization_config",
+    "tie_word_embeddings",
+)  # fmt: skip
 # What to bring in place of quantised weights, by the method that a config.json names.
 ORIGINAL = "bring the checkpoint in bfloat16 that it was made from"
 DEQUANTISED = f"{ORIGINAL}, or load it by transformers, call `model.dequantize()` and save it"
@@ -178,7 +183,9 @@ def _declares(family: Family, name: str) -> bool:
 def _declared() -> frozenset[str]:
     from transformers import CONFIG_MAPPING  # here, since it takes seconds
 
-    return frozenset(field.name for name in FAMILIES for field in dataclasses.fields(CONFIG_MAPPING[name]))
+    classes = {part for name in FAMILIES for part in CONFIG_MAPPING[name].__mro__}  # not all versions have dataclasses
+    names = {name for part in classes for name in inspect.signature(vars(part).get("__init__", object.__init__)).parameters}
+    return frozenset(names - {"self", "args", "kwargs"})
 
 
 @functools.cache
@@ -257,6 +264,10 @@ def _rope(settings: Any, source: str) -> tuple[float, RopeScaling | None]:
     fields = {names[name]: settings.pop(name) for name in list(names)[: known[kind]] if name in settings}
     if settings:
         raise ValueError(f"{source}: the setting {next(iter(settings))!r} of {kind} rotary positions is not supported.")
+    if missing := [name for name in list(names)[: known[kind]] if names[name] not in fields]:
+        raise ValueError(f"{source}: the setting {missing[0]!r} of {kind} rotary positions is missing.")
+    if theta < 1:
+        raise ValueError(f"{source}: rotary positions with 'rope_theta' = {theta} are not supported, only with 1 or more.")
     scaling = RopeScaling(kind, **fields) if fields else None
     if scaling and kind == "llama3" and scaling.high_freq_factor <= scaling.low_freq_factor:
         raise ValueError(f"{source}: the rotary positions: 'high_freq_factor' is not above 'low_freq_factor'.")

@@ -29,7 +29,7 @@ from user_llm.common.trees import Params
 from user_llm.models.config_json import bare, config_from_settings, language_model, settings_from_config
 from user_llm.models.decoder import DecoderConfig
 from user_llm.models.families import FAMILIES, Family, Tensor, family_of, table
-from user_llm.models.pretrained import misfits
+from user_llm.models.pretrained import TOKENIZER_PATTERNS, misfits
 from user_llm.models.user_llm import UserLLMConfig
 from user_llm.nn.lora import merge_lora
 
@@ -37,9 +37,10 @@ SHARD_BYTES = 5_000_000_000  # of one file, as Hugging Face splits them
 USER_FILE = "user_llm.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTED = r"^base_model\.model\.model\.(language_model\.)?"  # what the names of an adapter's tensors begin with
-# Settings of a checkpoint that hold for a decoder of other sizes too, and those that do not hold for what is written here.
-HELD = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "transformers_version")
-NOT_KEPT = ("quantization_config", "dtype", "torch_dtype")
+# Settings of a checkpoint that a decoder of other sizes keeps.
+KEPT_FOR_ANY = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "transformers_version")
+# Settings of the checkpoint's weights, which the written weights do not share.
+OF_WEIGHTS = ("quantization_config", "dtype", "torch_dtype")
 
 
 def is_bare_llm(path: str) -> bool:
@@ -113,14 +114,14 @@ def _settings_like(
     whole = read_json(file, {}, "get the checkpoint again")
     theirs = language_model(whole, str(file))
     dtype = theirs.get("torch_dtype") or theirs.get("dtype")
-    kept = {key: value for key, value in theirs.items() if key not in NOT_KEPT}
+    kept = {key: value for key, value in theirs.items() if key not in OF_WEIGHTS}
     if whole.get("model_type") != kept.get("model_type"):  # the class that is named reads the wrapper
         kept["architectures"] = [family_of(kept, str(file), families).architecture]
     try:
         same = config_from_settings(kept, str(file), families) == bare(config)
     except ValueError:  # settings of a decoder that is not read here
         same = False
-    settings = kept if same else {key: kept[key] for key in HELD if key in kept} | settings_from_config(config)
+    settings = kept if same else {key: kept[key] for key in KEPT_FOR_ANY if key in kept} | settings_from_config(config)
     return settings, np.dtype(dtype) if dtype in ("bfloat16", "float16") else None
 
 
@@ -239,12 +240,7 @@ def tokenizer_files(source: Path) -> list[Path]:
     Raises:
       ValueError: a file that is none of the checkpoint's own.
     """
-    files = {
-        file
-        for pattern in ("*token*", "*.jinja", "vocab*", "merges.txt", "*.model", "*.tiktoken", "generation_config.json")
-        for file in source.glob(pattern)
-        if not file.is_dir()
-    }
+    files = {file for pattern in TOKENIZER_PATTERNS for file in source.glob(pattern) if not file.is_dir()}
     for file in files:
         check_own(file, source)
     return sorted(files)

@@ -37,7 +37,7 @@ from user_llm.models.families import FAMILIES, Family, Tensor, family_of, module
 IMAGE_SIDE = ("vision_tower.", "multi_modal_projector.")
 # Rotary frequencies and their cosines, which older checkpoints store; they follow from rope_theta.
 ROTARY = re.compile(r"(^|\.)rotary_emb(_local)?\.(inv_freq|cos_cached|sin_cached)$")
-# What wrappers of a training put among or before the names of the modules that they wrap: torch.compile, FSDP, checkpointing, DDP.
+# Parts of names that training tools add: torch.compile, FSDP, checkpointing and DDP.
 TRAINING = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^(?:module\.)+")
 FLOATS = ("F64", "F32", "F16", "BF16")
 SHOWN = 6  # faults that a sentence names; more are counted
@@ -49,7 +49,9 @@ OTHER_KINDS = {
     r"weight_scale|weight_scale_inv|weight_packed|input_scale|.*_blocks|.*_scales": f"quantised weights: {DEQUANTISED}",
     r"lora_[AB]\.(.*\.)?weight": "adapters that are not merged into the weights: call peft's `merge_and_unload()` and save the model",
 }
-PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")  # of the files of a checkpoint
+# Globs that match the files of a tokenizer, and those of a checkpoint.
+TOKENIZER_PATTERNS = ("*token*", "*.jinja", "vocab*", "merges.txt", "*.model", "*.tiktoken", "generation_config.json")
+PATTERNS = ("*.json", "*.safetensors", "*.txt", *TOKENIZER_PATTERNS)
 TOKENIZER = ("tokenizer.json", "special_tokens_map.json", "tokenizer_config.json", "generation_config.json")
 
 
@@ -200,10 +202,10 @@ def _find_tensors(
     The names are the checkpoint's, without what a training put into them.
     """
     files = _tensor_files(path)
-    names = {}
+    names, in_layer = {}, re.compile(rf"(^|\.){re.escape(family.layer).replace(re.escape('{}'), '[0-9]+')}")
     for role, usual in (("embed", "model."), ("head", "")):
         last = family.name(role)
-        found = [name for name in files if f".{name}".endswith(f".{last}")]
+        found = [last] if last in files else [name for name in files if name.endswith(f".{last}") and not in_layer.search(name)]
         if len(found) > 1:
             raise ValueError(f"The weights at {path} do not fit the config: both {found[0]} and {found[1]} may be {last}.")
         names[role] = found[0] if found else usual + last

@@ -8,6 +8,8 @@ prompt alone: it does not depend on the other rows, on the row's place, or on wh
 
 Position p of a row is at slot p. Programs are compiled for a few chunk sizes and for a few numbers of slots that attention reads,
 so that short rows do not pay for the room of long ones. A row that writes while no other does goes through a program for one row.
+
+Axes: R rows, C positions of a chunk, X positions of a prompt, D numbers of an embedding.
 """
 
 import dataclasses
@@ -30,7 +32,9 @@ from user_llm.nn.attention import KVCache
 from user_llm.nn.cross_attention import LayersKV, UserKV
 from user_llm.nn.visibility import cache_mask
 
-Users = UserKV | LayersKV  # The K/V of all rows' users; of each layer where layers are inlined.
+Users = (
+    UserKV | LayersKV
+)  # K/V of the users of all rows: stacked by layer, or one array for each layer where layers are inlined.
 
 LEAST_SEEN = 128  # The least number of slots that a program reads; the others are its doubles.
 

@@ -1,7 +1,7 @@
 """All phases of a run, built and checked before the first of them trains: what would fail after hours fails in seconds.
 
 A phase is built of shapes alone. Nothing is computed, and no parameters are read. What the config tells by itself has been checked
-before (`config/check.py`); here is what takes the data, the tokenizer, the devices, the checkpoint, or the other phases.
+before (`config/check.py`). This file checks what only the data, the tokenizer, the devices, the checkpoint or the other phases can tell.
 """
 
 from collections.abc import Mapping
@@ -16,6 +16,7 @@ from user_llm.common.errors import naming
 from user_llm.common.trees import Params
 from user_llm.data.dataset import Dataset
 from user_llm.models import pretrained
+from user_llm.models.export import tokenizer_files
 from user_llm.phases import general_text, starting
 from user_llm.phases.builders import BUILDERS
 from user_llm.phases.llm import tokenizer
@@ -36,6 +37,7 @@ def build_tasks(run: Run, data: Dataset) -> dict[str, Task]:
     config, tasks = run.config, dict[str, Task]()
     if config.llm.checkpoint:
         pretrained.check_weights(run.checkpoint, run.kinds.families)
+        tokenizer_files(run.checkpoint)  # which the model's directory will hold
         general_text.read_windows(tokenizer(run, data), **vars(config.general_text))
     for name in config.phases:
         if config.sections[name].task == "pretrain_lm" and config.llm.checkpoint:

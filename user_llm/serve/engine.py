@@ -236,7 +236,7 @@ class Engine:
                 if one.gone:
                     continue
                 try:
-                    inputs, length, kv = self._inputs.of(one.prompt)
+                    inputs, length, kv = self._inputs.of_prompt(one.prompt)
                     self._slots.start(row, inputs, length, user=kv, sampling=one.prompt.sampling, seed=one.prompt.seed)
                 except (ValueError, TypeError, OverflowError) as error:  # of this prompt alone
                     one.deliver(ValueError(f"The prompt cannot be read: {error}"))

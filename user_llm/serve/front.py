@@ -134,8 +134,8 @@ class Front:
             raise Refusal(403, f"This key does not have the scope {scope_needed!r}.")
         return holder.name
 
-    def _hold(self, body: "_Body", size: int) -> None:
-        """Set aside as many bytes for a body, all in all, before they are read.
+    def _hold(self, body: _Body, size: int) -> None:
+        """Set bytes aside for a body, until `size` bytes are set aside for it.
 
         Raises:
           Refusal: the body is too large, or there is no room for it beside the bodies of other requests.
@@ -143,19 +143,36 @@ class Front:
         if size > (most := self._limits.body_bytes):
             raise Refusal(413, f"The body has more than {most} bytes: divide it.")
         more = max(size - body.held, 0)
-        if self._held + more > self._limits.bodies_bytes:
+        if size > self._limits.small_body_bytes and self._held + more > self._limits.bodies_bytes:
             raise Refusal(
                 503, "The server holds as many bytes of other requests as it takes: try again in 1 s.", {"retry-after": "1"}
             )
         self._held += more
         body.held += more
 
-    async def _read(self, body: "_Body", scope: Message, receive: Receive) -> Receive:
+    async def _read(self, body: _Body, scope: Message, receive: Receive) -> Receive:
         """Read a body whole, and return what hands it on.
 
         Raises:
-          Refusal: the body is too large, there is no room for it, or the client is gone.
+          Refusal: the body is too large or comes too slowly, there is no room for it, or the client is gone.
         """
+        try:
+            async with asyncio.timeout(self._limits.body_seconds):
+                parts = await self._parts(body, scope, receive)
+        except TimeoutError:
+            late = f"The body has not come within {self._limits.body_seconds:g} s: divide it, or send it again."
+            raise Refusal(408, late, {"connection": "close"}) from None
+        whole: Message | None = {"type": "http.request", "body": b"".join(parts), "more_body": False}
+
+        async def again() -> Message:
+            nonlocal whole
+            given, whole = whole, None
+            return given if given is not None else await receive()
+
+        return again
+
+    async def _parts(self, body: _Body, scope: Message, receive: Receive) -> list[bytes]:
+        """Read a body in the parts in which it comes; errors as in `_read`, but for its time."""
         parts, size = [], 0
         said = dict(scope["headers"]).get(b"content-length", b"0")
         self._hold(body, int(said) if said.isdigit() else 0)
@@ -167,15 +184,7 @@ class Front:
             size += len(parts[-1])
             self._hold(body, size)
             if not message.get("more_body"):
-                break
-        whole: Message | None = {"type": "http.request", "body": b"".join(parts), "more_body": False}
-
-        async def again() -> Message:
-            nonlocal whole
-            given, whole = whole, None
-            return given if given is not None else await receive()
-
-        return again
+                return parts
 
 
 NO_RETRY = {"x-should-retry": "false"}  # OpenAI's clients ask again otherwise

@@ -17,7 +17,7 @@ from user_llm.serving.user import User
 
 
 class Inputs:
-    """What the decoder of a model reads.
+    """Makes what the decoder of a model reads: prompts as embeddings, and users as keys and values.
 
     Args:
       room: the number of tokens to which prompts are padded.
@@ -31,7 +31,7 @@ class Inputs:
         text, lengths = self._put(np.array([[self._model.lines.end_id]], np.int32), [1])
         return self._model.predictor.decoding(text, lengths, self.users(None), 0)[0]
 
-    def of(self, prompt: Prompt) -> tuple:
+    def of_prompt(self, prompt: Prompt) -> tuple:
         """Return a prompt as embeddings, its length, and the keys and values of its user."""
         text, lengths = self._put(pad_rows([prompt.row], self._room), [len(prompt.row)])
         _, inputs, sizes, kv = self._model.predictor.decoding(text, lengths, self.users(prompt.user), prompt.leading)
@@ -50,14 +50,15 @@ def compiled(model: Personalizer, inputs: Inputs, limits: Limits) -> Slots:
     nobody = inputs.users(None)
     slots = Slots(*inputs.decoder(), rows=limits.rows, room=limits.context, users=None if nobody is None else nobody.kv)
     slots.compile()
-    inputs.of(Prompt(np.array([*model.lines.start, model.lines.end_id], np.int32), 0, None, 1))
+    inputs.of_prompt(Prompt(np.array([*model.lines.start, model.lines.end_id], np.int32), 0, None, 1))
     user, size = model.reader.nobody(), 1
     if model.predictor.max_events:
         user = dataclasses.replace(user, events=np.ones((1, user.events.shape[1]), np.int32), ticks=np.zeros(1, np.int64))
     while size <= limits.batch:
         those = model.reader.encoded([user] * size)
         if "next_item" in model.tasks:
-            model.recommend_many(those, 1)
+            for seen in (True, False):
+                model.recommend_many(those, 1, seen=seen)
         size *= 2
     if model.predictor.config.resampler is not None:
         model.explain(those[0], 1)

@@ -14,9 +14,12 @@ class Limits:
       batch: the most users that are encoded, or recommended to, in one call of the model.
       seconds: the time after which a request is given up.
       body_bytes: the largest body of a request.
-      bodies_bytes: the most bytes of the bodies of all requests that have not been answered yet.
+      bodies_bytes: the most bytes of the bodies of all requests that have not been answered yet. A body that says how large it is
+        takes its room before it comes.
+      small_body_bytes: the size up to which a body is read even where those bytes are taken.
+      body_seconds: the time in which a body must come, so that a slow one gives its room back.
       events: the most events in one request.
-      user_events: the most events of one user. What a request for a user costs grows with the user's events.
+      user_events: the most events of one user; further ones are refused. What a request for a user costs grows with the user's events.
       event_bytes: the most bytes of an event, as JSON.
       k: the most items of one answer.
       cached: the number of users whose states are kept in memory, besides the store.
@@ -32,6 +35,8 @@ class Limits:
     seconds: float = 120.0
     body_bytes: int = 8 << 20
     bodies_bytes: int = 64 << 20
+    small_body_bytes: int = 64 << 10
+    body_seconds: float = 20.0
     events: int = 10_000
     user_events: int = 50_000
     event_bytes: int = 64 << 10

@@ -27,6 +27,7 @@ from user_llm.serve.store import open_store
 from user_llm.serving.front import load
 
 ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # names such as localhost have an IPv6 address even where a machine has none
+FREE_PORTS = 5  # that are tried, where any port that is free will do
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,25 +156,36 @@ def listening(host: str, port: int) -> Iterator[list[socket.socket]]:
     Raises:
       OSError: the host is not known or is not this machine, or the port is taken.
     """
+    # The number that is free at a host's first address may be taken at its second.
+    for left in reversed(range(1 if port else FREE_PORTS)):
+        with contextlib.ExitStack() as opened:
+            try:
+                sockets = _bound(host, port, opened)
+            except OSError as error:
+                if left and error.errno == errno.EADDRINUSE:
+                    continue
+                reason = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
+                raise OSError(
+                    f"The server cannot listen at {host}, port {port}: {reason}. Name another --host or --port."
+                ) from None
+            yield sockets
+            return
+
+
+def _bound(host: str, port: int, opened: contextlib.ExitStack) -> list[socket.socket]:
+    """Return the sockets of `listening`, which `opened` closes."""
     sockets: list[socket.socket] = []
-    with contextlib.ExitStack() as opened:
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    for place, (family, _, _, _, address) in enumerate(found):
+        same = sockets[0].getsockname()[1] if sockets else port
         try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-            for place, (family, _, _, _, address) in enumerate(found):
-                same = sockets[0].getsockname()[1] if sockets else port
-                try:
-                    one = socket.create_server((address[0], same, *address[2:]), family=family)
-                except OSError as error:
-                    if error.errno not in ABSENT or (not sockets and place == len(found) - 1):
-                        raise
-                else:
-                    sockets.append(opened.enter_context(one))
+            one = socket.create_server((address[0], same, *address[2:]), family=family)
         except OSError as error:
-            reason = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
-            raise OSError(
-                f"The server cannot listen at {host}, port {port}: {reason}. Name another --host or --port."
-            ) from None
-        yield sockets
+            if error.errno not in ABSENT or (not sockets and place == len(found) - 1):
+                raise
+        else:
+            sockets.append(opened.enter_context(one))
+    return sockets
 
 
 def _loopback(host: str) -> bool:

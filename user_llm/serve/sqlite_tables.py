@@ -19,7 +19,8 @@ HEAD, EVENT, STATE = range(3)  # the kinds of rows
 #   kind HEAD, one row: its `place` is the number of the user's events, its `value` the epoch;
 #   kind EVENT, one row for each event: its `place` is the number of events before it, its `value` the JSON object;
 #   kind STATE, at most one row, with the identity of its model as `key`: its `value` is the state, which belongs to the present
-#     version, because the transaction that adds events of a user deletes the user's state. Files of before hold one of each model.
+#     version, because the transaction that adds events of a user deletes the user's state. Files that earlier versions wrote may hold one
+#     state for each model.
 SCHEMA = (
     *(
         f"CREATE TABLE users_{number} (user BLOB, kind INTEGER, key BLOB, place INTEGER, value BLOB NOT NULL,"

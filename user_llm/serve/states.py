@@ -4,7 +4,7 @@ A state is used only with the events and the model that it was computed from. Th
 model's identity; the cache in memory does the same with the version that the store has at that moment.
 
 A user has one owner at a time, who fetches the state for all requests that want it. Requests of the same moment therefore compute
-it once, and none puts an earlier state in the place of a later one. A deletion takes the owner away: what is still being computed
+it once, and no request replaces a later state by an earlier one. A deletion takes the owner away: what is still being computed
 then is not kept in memory, and the store does not keep it either.
 """
 

@@ -86,7 +86,10 @@ class Store(Protocol):
     def add(self, events: Mapping[str, Sequence[Event]], most: int = UNLIMITED) -> dict[str, Added]:
         """Store events by user, all in one transaction; they are on disk when the call returns.
 
-        Stored events stay until their user is deleted. A user who has `most` events gets no more of them. States of users who get further events are removed.
+        Stored events stay until their user is deleted. States of users who get further events are removed.
+
+        Args:
+          most: events of one user. A user who has so many gets no more of them.
 
         Raises:
           ValueError: a row cannot be written as JSON; nothing is stored then.

@@ -99,7 +99,10 @@ class Users:
         )
 
     async def delete(self, user: str) -> bool:
-        """Delete a user's events and states, and return whether there were any."""
+        """Delete a user's events and states, and return whether there were any. What has begun ends even where nobody waits for it."""
+        return await asyncio.shield(self._deleted(user))
+
+    async def _deleted(self, user: str) -> bool:
         self._states.forget(user)
         try:
             return await asyncio.to_thread(self._store.delete, user)

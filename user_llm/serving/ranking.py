@@ -82,29 +82,34 @@ class Ranker:
             return ranked
         for indices, chosen, user in batch.batches(self.predictor, those):
             prompts = [templates[RANKING].prompt(one.items) for one in chosen]
-            found = k if seen else k + max(len(one.seen) for one in chosen)
-            for index, one, scores in zip(indices, chosen, self._scores(prompts, user, allowed, found), strict=False):
-                scores = np.where(allowed, scores, -np.inf)
-                if not seen:
-                    scores[one.seen] = -np.inf
-                ranked[index] = self._best(scores, k)
+            may = np.tile(allowed, (1 if seen else len(chosen), 1))  # one row holds for all users
+            if not seen:
+                for row, one in zip(may, chosen, strict=True):
+                    row[one.seen] = False
+            most = min(k, int(may.sum(axis=1).max()))
+            scores = np.where(may, self._scores(prompts, user, may, most), -np.inf)
+            for index, row in zip(indices, scores, strict=False):
+                ranked[index] = self._best(row, k)
         return ranked
 
     def _scores(
-        self, prompts: list[Ids], user: decoder_users.User | None, allowed: Bool[np.ndarray, " V"], k: int
+        self, prompts: list[Ids], user: decoder_users.User | None, may: Bool[np.ndarray, "#B V"], k: int
     ) -> Float[np.ndarray, "B V"]:
-        """Return the scores of all items of the catalogue, PAD included, for each prompt.
+        """Return the scores of all V items of the catalogue, PAD included, for each of the B prompts.
 
-        A trained item head scores every item. Without one, beam search among the titles of the allowed items scores at least the `k`
-        whose titles it writes first, and all other items have -inf.
+        A trained item head scores every item. Without one, beam search among the titles of the items that a user may be recommended
+        scores at least the `k` whose titles it writes first, and all other items have -inf.
+
+        Args:
+          may: the items that a user may be recommended: a row for each prompt, or one row for all prompts.
         """
         known = len(self.catalogue.titles)
         if self.predictor.ranks:
             return meshes.fetch(self.predictor.score(RANKING, prompts, user))[:, :known]
-        # A program is compiled for each number of beams: there are few of them, each twice the one before.
+        # Each number of beams compiles a program. The numbers are therefore `beams` times powers of two.
         beams = min(next(size for power in range(64) if (size := self.predictor.beams << power) >= k), known - 1)
         # A guide of weight 0 keeps the search from all other items and changes no title's score.
-        guide = np.tile(np.where(allowed, 0.0, -np.inf).astype(np.float32), (len(prompts), 1))
+        guide = np.where(may, 0.0, -np.inf).astype(np.float32)
         items, scores = self.predictor.choose(RANKING, prompts, user, self.titles, beams, guide)
         found = np.full((len(prompts), known), -np.inf, np.float32)
         np.put_along_axis(found, items, scores, axis=1)

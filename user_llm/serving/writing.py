@@ -106,7 +106,7 @@ class Writer:
         """Return how many tokens of free texts, or of a conversation, stand before a soft prompt.
 
         In a conversation a soft prompt stands in front of the text of the user's first message; see `Tokenizer.chat_around`. In free
-        texts it stands behind the start token, where all begin with it.
+        texts it stands behind the start token. Where a text does not begin with that token, it stands at the beginning of all of them.
         """
         if chat is not None and self.predictor.config.soft_prompt and (before := self.tokenizer.chat_around(chat)[0]):
             return len(before)
