@@ -209,7 +209,7 @@ def test_no_data_says_how_to_get_some(tmp_path):
         ("--config.datax.dir=1", 'the config has no key \'datax\'. Did you mean "data" instead of "datax"?'),
         (
             "--config=configs/movielens_xattn.py:huge",
-            f"Unknown variant 'huge': choose full, gpu, small, synthetic or an open LLM: {', '.join(LLMS)}.",
+            f"Unknown variant 'huge': choose full, gpu, cpu, small, synthetic or an open LLM: {', '.join(LLMS)}.",
         ),
         ("--config.llm.block.widht=8", 'the config has no key \'widht\'. Did you mean "width" instead of "widht"?'),
         ("--config.seed=abc", "flag --config.seed=abc: invalid literal for int() with base 10: 'abc'"),
