@@ -241,16 +241,18 @@ def check_answers(post, path, bodies, expected):
 
 
 @pytest.mark.slow
-def test_completions_are_ours(server):
+def test_completions_are_ours(server, request):
     model, post = server
+    # A trained LLM goes on with what a long prompt says, and hardly with the drawn user in it.
+    prompt = PROMPT if request.node.callspec.params["exported"] == "tiny" else "The next film:"
     users = encode_users(model, USERS)
-    row = model.writer.row(PROMPT, None, None, {}, None)
+    row = model.writer.row(prompt, None, None, {}, None)
     expected = greedy(model, row, users, model.writer.leading([row]))
-    bodies = [vllm.completion(model, user, PROMPT) for user in users]
+    bodies = [vllm.completion(model, user, prompt) for user in users]
     check_answers(post, "/v1/completions", bodies, expected)
     together = {**bodies[0], "prompt_embeds": [body["prompt_embeds"] for body in bodies]}
     assert post("/v1/completions", together) == expected
-    texts = model.generate_many([PROMPT] * 4, users[:4], max_tokens=TOKENS)
+    texts = model.generate_many([prompt] * 4, users[:4], max_tokens=TOKENS)
     stops = set(model.tokenizer.stop_ids)
     assert [model.tokenizer.decode([token for token in tokens if token not in stops]) for tokens in expected[:4]] == texts
 
