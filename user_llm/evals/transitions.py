@@ -9,6 +9,8 @@ score is a sum instead, which ranks better on our real datasets (BUILD_NOTES.md,
     and a little for an item whose title and bags (genres, categories) are like those of these two items.
 """
 
+from array import array
+
 import numpy as np
 import scipy.sparse as sparse
 
@@ -78,19 +80,23 @@ def largest(matrix: sparse.csr_array, count: int) -> sparse.csr_array:
 
 def item_words(catalogue: Catalogue) -> sparse.csr_array:
     """Return [V, W]: a vector of length 1 for each item, of the words of its title and its bags by tf-idf; 0 for no words."""
-    names: dict[tuple[str, str | int], int] = {}
-    found: set[tuple[int, int]] = set()
+    number: dict[str, int] = {}
+    items, columns = array("i"), array("i")
     for item, title in enumerate(catalogue.titles):
-        found.update((item, names.setdefault(("title", word), len(names))) for word in WORD.findall(title.lower()))
-    for bag, members in catalogue.multi.items():
-        for item, place in zip(*np.nonzero(members), strict=True):
-            found.add((int(item), names.setdefault((bag, int(members[item, place])), len(names))))
-    at = np.array(sorted(found), np.int64).reshape(-1, 2).T
-    shape = (len(catalogue.titles), max(len(names), 1))
+        found = {number.setdefault(word, len(number)) for word in WORD.findall(title.lower())}
+        items.extend([item] * len(found))
+        columns.extend(found)
+    parts, width = [(np.asarray(items, np.int64), np.asarray(columns, np.int64))], len(number)
+    for members in catalogue.multi.values():
+        of, place = np.nonzero(members)
+        parts.append((of, width + members[of, place]))
+        width += int(members.max(initial=0)) + 1
+    at = np.concatenate(parts, axis=1)
+    shape = (len(catalogue.titles), max(width, 1))
     words = sparse.csr_array((np.ones(at.shape[1], np.float32), (at[0], at[1])), shape=shape)
-    rare = np.log((1 + shape[0]) / (1 + np.bincount(at[1], minlength=shape[1])))
+    words.data[:] = 1  # a bag may name a class twice
+    rare = np.log((1 + shape[0]) / (1 + np.bincount(words.indices, minlength=shape[1])))
     words = words @ sparse.diags_array(rare.astype(np.float32)).tocsr()
     length = np.sqrt(np.asarray(words.multiply(words).sum(axis=1)).ravel())
-    return (
-        sparse.diags_array(np.where(length > 0, 1 / np.maximum(length, 1e-9), 0.0).astype(np.float32)).tocsr() @ words
-    ).tocsr()
+    whole = np.where(length > 0, 1 / np.maximum(length, 1e-9), 0.0).astype(np.float32)
+    return (sparse.diags_array(whole).tocsr() @ words).tocsr()

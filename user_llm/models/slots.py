@@ -32,9 +32,8 @@ from user_llm.nn.attention import KVCache
 from user_llm.nn.cross_attention import LayersKV, UserKV
 from user_llm.nn.visibility import cache_mask
 
-Users = (
-    UserKV | LayersKV
-)  # K/V of the users of all rows: stacked by layer, or one array for each layer where layers are inlined.
+# K/V of the users of all rows: stacked by layer, or one array for each layer where layers are inlined.
+Users = UserKV | LayersKV
 
 LEAST_SEEN = 128  # The least number of slots that a program reads; the others are its doubles.
 
