@@ -41,11 +41,13 @@ RESAMPLER = ResamplerConfig(num_latents=3, input_width=8, heads=2, head_dim=4, m
 VARIANTS = {
     "cross": dict(cross=True, soft=False, resampler=True, objective="autoregressive", text_items=0),
     "soft": dict(cross=False, soft=True, resampler=True, objective="masked", text_items=2),
-    "both, by event": dict(cross=True, soft=True, resampler=False, objective="autoregressive", text_items=0),
+    "both, by event": dict(
+        cross=True, soft=True, resampler=False, objective="autoregressive", text_items=0, residual=True,
+    ),
     "titles": dict(cross=False, soft=False, resampler=False, objective="", text_items=3),
     "summary": dict(cross=False, soft=False, resampler=False, objective="", text_items=3, history="summary"),
     "written": dict(cross=True, soft=False, resampler=True, objective="dual", text_items=0, ranks=False),
-    "lora": dict(cross=True, soft=False, resampler=True, objective="autoregressive", text_items=0, lora=LoRAConfig(2, 4.0, 0.0, ".*")),
+    "lora": dict(cross=True, soft=False, resampler=True, objective="autoregressive", text_items=0, lora=LoRAConfig(2, 4.0, 0.0, ".*"), residual=True),
 }  # fmt: skip
 
 
@@ -114,7 +116,7 @@ def make_models(
         config = UserLLMConfig(
             decoder=DecoderConfig(tokenizer.vocab_size, 1, block, tie_embeddings=True, cross=cross),
             encoder=encoder or None, resampler=RESAMPLER if v["resampler"] else None, soft_prompt=v["soft"], table_rows=128,
-            item_width=8, num_items=dataset.schema.num_items,
+            item_width=8, num_items=dataset.schema.num_items, residual=v.get("residual", False),
         )  # fmt: skip
         graphdef, params = drawn(lambda: UserLLM(config, rngs=nnx.Rngs(params=0)))
         history = v.get("history", "titles")

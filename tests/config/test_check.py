@@ -173,6 +173,11 @@ WRONG = [
         {"pretrain_encoder.encoder": {"objective": "dual"}, "pretrain_encoder.loss.negatives": 8},
         "pretrain_encoder.loss.negatives=8: a dual encoder has the negatives of its batch and draws no others: set it to 0.",
     ),
+    (
+        {"pretrain_encoder.loss.in_batch": True, "pretrain_encoder.loss.negatives": 8},
+        "pretrain_encoder.loss.negatives=8: loss.in_batch takes the negatives of its batch and draws no others: set it to 0.",
+    ),
+    ({"text_prompt_10.residual": True}, "text_prompt_10.residual=True: a text prompt has no encoder to add to: set it to False."),
 ]  # fmt: skip
 
 

@@ -205,7 +205,33 @@ def test_items_are_scored_by_the_encoders_own_table(drawn):
     np.testing.assert_allclose(scores[0, 1:12], np.asarray(params["encoder"]["item"])[1:12].sum(-1), rtol=1e-4)
 
 
+@pytest.mark.parametrize("variant", ["before_block", "both, by event"])
+def test_a_residual_model_starts_as_its_encoder_ranks_and_the_decoder_reads_its_last_state(variant):
+    """The encoder sees both ways in the one, and in the other the user tokens are its states; a user without events has no query."""
+    config = dataclasses.replace(_config(variant), residual=True)
+
+    @jax.jit
+    def start():
+        model = UserLLM(config, rngs=nnx.Rngs(params=0))
+        encoded = model.encode(EVENTS, ENDS)
+        user, last = model.user(encoded), encoded.last().reshape(6, 8)
+        tokens = model.user_tokens(encoded)
+        query = model.item_query(model.hidden(TEXT, TEXT_LENGTHS, user=user, leading=1)[:, 0], user.query)
+        return model.score(query), model.encoder.score(last), last, tokens
+
+    scores, of_encoder, last, tokens = jax.device_get(start())
+    empty = ENDS.reshape(-1) == 0
+    np.testing.assert_allclose(scores[~empty], of_encoder[~empty], rtol=1e-6)
+    np.testing.assert_array_equal(scores[empty, 1:12], 0.0)
+    assert tokens.tokens.shape[1] == (config.num_tokens or 8)
+    of_history = np.arange(6) // (6 // len(tokens.tokens))
+    read = tokens.tokens[of_history, np.maximum(tokens.counts - 1, 0)]
+    np.testing.assert_array_equal(read[~empty], last[~empty])
+
+
 def test_an_encoder_that_nothing_reads_and_a_soft_prompt_of_nobody_are_refused():
     for changes in ({"encoder": ENCODER}, {"soft_prompt": True}):
         with pytest.raises(ValueError, match="if and only if there is an encoder"):
             dataclasses.replace(BARE, **changes)
+    with pytest.raises(ValueError, match="adds to the ranking of its encoder, and there is none"):
+        dataclasses.replace(BARE, residual=True)

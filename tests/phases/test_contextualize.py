@@ -75,7 +75,11 @@ def _loss(model, batch):
     return _compiled_loss(*model, batch)
 
 
-@pytest.mark.parametrize("config", [CONFIG, pytest.param(SOFT, marks=pytest.mark.slow)], ids=["cross", "soft, by event"])
+@pytest.mark.parametrize(
+    "config",
+    [CONFIG, dataclasses.replace(CONFIG, residual=True), pytest.param(SOFT, marks=pytest.mark.slow)],
+    ids=["cross", "residual", "soft, by event"],
+)
 def test_the_loss_is_of_items_at_the_answers_the_titles_that_follow_and_the_way_to_the_encoder(drawn, config):
     model = drawn(lambda: UserLLM(config, rngs=nnx.Rngs(0)))
     total, scalars = _loss(model, BATCH)
@@ -85,8 +89,9 @@ def test_the_loss_is_of_items_at_the_answers_the_titles_that_follow_and_the_way_
         """The LLM's log-probabilities of all items and of each token, and its query's distance from the encoder's last state."""
         llm = trees.merge(model[0], params)
         encoded = llm.encode(events[None], np.array([[len(events)]]))
-        hidden = llm.hidden(text[None], np.array([len(text)]), user=llm.user(encoded), leading=1)[0]
-        query = llm.item_query(hidden[1:2])
+        user = llm.user(encoded)
+        hidden = llm.hidden(text[None], np.array([len(text)]), user=user, leading=1)[0]
+        query = llm.item_query(hidden[1:2], user.query)
         logits = hidden @ llm.decoder.output_table().T
         distance = jnp.mean((query[0] - encoded.states[0, -1]) ** 2)
         return jax.nn.log_softmax(llm.score(query)[0]), jax.nn.log_softmax(logits), distance

@@ -114,15 +114,28 @@ def test_of_an_open_llm_the_files_count_and_not_the_sizes_of_the_small_one():
     assert {name for name in before if _identities(config, llm=llm)[name] != before[name]} == {"user_llm", "text_prompt_10"}
 
 
-def test_what_is_off_is_no_part_of_a_phase_and_what_is_on_is():
+@pytest.mark.parametrize(
+    ("phase", "off", "on"),
+    [
+        (
+            "user_llm",
+            {"loss.trie_softmax": False, "eval.guide": (), "eval.rerank": 0, "eval.control_users": 0, "residual": False},
+            {"loss.trie_softmax": True, "eval.guide": (0.5,), "eval.rerank": 9, "eval.control_users": 7, "residual": True},
+        ),
+        (
+            "pretrain_encoder",
+            {"loss.in_batch": False, "eval.transitions": ()},
+            {"loss.in_batch": True, "eval.transitions": (1.0,)},
+        ),
+    ],
+)
+def test_what_is_off_is_no_part_of_a_phase_and_what_is_on_is(phase, off, on):
     """A phase that code without these keys has trained has none of them among its settings."""
-    off = {"loss.trie_softmax": False, "eval.guide": (), "eval.rerank": 0, "eval.control_users": 0}
-    on = {"loss.trie_softmax": True, "eval.guide": (0.5,), "eval.rerank": 9, "eval.control_users": 7}
-    before = _identities(_config({f"user_llm.{key}": value for key, value in off.items()}))["user_llm"]
-    assert not {f"user_llm.{key}" for key in off} & before.settings.keys()
+    before = _identities(_config({f"{phase}.{key}": value for key, value in off.items()}))[phase]
+    assert not {f"{phase}.{key}" for key in off} & before.settings.keys()
     for key, value in on.items():
-        after = _identities(_config({f"user_llm.{k}": v for k, v in off.items()} | {f"user_llm.{key}": value}))["user_llm"]
-        assert after.settings.keys() - before.settings.keys() == {f"user_llm.{key}"} and after != before
+        after = _identities(_config({f"{phase}.{k}": v for k, v in off.items()} | {f"{phase}.{key}": value}))[phase]
+        assert after.settings.keys() - before.settings.keys() == {f"{phase}.{key}"} and after != before
 
 
 def test_adapters_and_favourites_count_where_they_are_used():

@@ -24,7 +24,7 @@ from user_llm.evals.evaluator import rank_targets
 from user_llm.models.user_encoder import UserEncoder
 from user_llm.nn.masking import choose_masked
 from user_llm.nn.visibility import segment_mask
-from user_llm.phases.pretrain_encoder import EncoderLoss, encoder_config, item_catalogue, negative_log_q, score_next
+from user_llm.phases.pretrain_encoder import EncoderLoss, encoder_config, item_catalogue, negative_log_q, score_next, with_graph
 
 ROOT = Path(__file__).parents[2]
 # Of the optimal predictor's recall@10 with the history removed, on the quick start's world, after the quick start's 400 steps.
@@ -224,3 +224,11 @@ def test_with_many_negatives_the_loss_is_that_of_the_exact_softmax(encoder):
 def test_negatives_are_drawn_by_frequency_to_three_quarters_and_never_what_was_not_seen():
     log_q = negative_log_q(np.array([0, 16, 1, 0]), 6)
     np.testing.assert_allclose(np.exp(log_q), [0, 8 / 9, 1 / 9, 0, 0, 0], rtol=1e-6)
+
+
+def test_the_graph_of_transitions_counts_by_its_weighted_logarithm():
+    """By hand: spare rows of the table keep their scores, and an item that the graph does not know counts as a 1e-7."""
+    scores = np.array([[-np.inf, 1.0, 2.0, 3.0, -np.inf]], np.float32)
+    found = with_graph(scores, np.array([[0.0, 0.5, 0.0, 0.25]], np.float32), 2.0)
+    expected = [[-np.inf, 1 + 2 * np.log(0.5), 2 + 2 * np.log(1e-7), 3 + 2 * np.log(0.25), -np.inf]]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)

@@ -115,12 +115,9 @@ def _encoder_conflicts(run: Config, phase: PretrainEncoder) -> Iterator[tuple[st
         yield "loss.head_weights", weights, f"it lacks the weight of {missing[0]}, which encoder.heads names"
     if unused := [head for head in weights if head not in encoder.heads]:
         yield "loss.head_weights", weights, f"encoder.heads names no {unused[0]}"
-    if encoder.objective == "dual" and phase.loss.negatives:
-        yield (
-            "loss.negatives",
-            phase.loss.negatives,
-            "a dual encoder has the negatives of its batch and draws no others: set it to 0",
-        )
+    if phase.loss.negatives and (phase.loss.in_batch or encoder.objective == "dual"):
+        why = "a dual encoder has" if encoder.objective == "dual" else "loss.in_batch takes"
+        yield "loss.negatives", phase.loss.negatives, f"{why} the negatives of its batch and draws no others: set it to 0"
     for key, events in (("batch.window", batch.window), ("eval.max_events", phase.eval.max_events)):
         if encoder.positions == "learned" and events > encoder.max_events:
             yield key, events, f"an encoder of learned positions reads at most encoder.max_events, {encoder.max_events}"
@@ -146,6 +143,8 @@ def _contextual_conflicts(run: Config, phase: Contextualize) -> Iterator[tuple[s
         )
     if phase.examples.max_events and phase.encoder_init == "scratch":
         yield from _scratch_conflicts(run, phase, encoder)
+    if phase.residual and not phase.examples.max_events:
+        yield "residual", True, "a text prompt has no encoder to add to: set it to False"
     crosses = phase.examples.max_events and phase.injection != "soft_prompt"
     if crosses and not run.llm.checkpoint and phase.cross.every > run.llm.num_layers:
         yield "cross.every", phase.cross.every, f"the LLM has llm.num_layers={run.llm.num_layers} layers"

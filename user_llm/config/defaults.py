@@ -248,8 +248,12 @@ def pretrain_encoder(*, total_steps: int, eval_steps: int, **changes) -> ConfigD
         "encoder": {},  # what this phase changes of the section `encoder`
         "batch": {"window": 200, "rows": 15, "row_length": 200},
         # Masked: a fifth of the events, and in a share of the histories the last alone, are BERT4Rec's own for MovieLens.
-        "loss": {"head_weights": {}, "negatives": 0, "chunk": 512, "mask_probability": 0.2, "last_only": 0.1},
-        "eval": {"max_events": 200, "batch_size": 64, "validation_users": 2000, "pad_whole": False},
+        "loss": {
+            "head_weights": {}, "negatives": 0, "in_batch": False, "chunk": 512, "mask_probability": 0.2, "last_only": 0.1,
+        },
+        "eval": {
+            "max_events": 200, "batch_size": 64, "validation_users": 2000, "transitions": (), "pad_whole": False,
+        },
         "optimizer": optimizer(1e-3),
         "loop": loop(total_steps, eval_steps, monitor="ndcg@10", patience_evals=15),
     } | changes)  # fmt: skip
@@ -310,6 +314,8 @@ def contextualize(method: str, *, total_steps: int, eval_steps: int, **changes) 
         "prompts": prompts("Next film:", max_tokens=32),
         # cross_attention, soft_prompt or both.
         "injection": "cross_attention",
+        # Whether items are ranked by the encoder's own query and what the LLM adds to it, zero at first; else by the LLM's alone.
+        "residual": False,
         "cross": {"every": 2, "heads": 4, "head_dim": 32, "seat": "after_attention"},
         # Behind the instruction, whose K/V all users then share, or in front of the whole prompt.
         "soft_prompt": {"after_instruction": True},

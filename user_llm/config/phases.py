@@ -124,10 +124,15 @@ class EventBatch:
 
 @dataclasses.dataclass(frozen=True)
 class EncoderLoss:
-    """The loss of the encoder."""
+    """The loss of the encoder.
+
+    Attributes:
+      in_batch: whether an item is told from the other targets of the batch alone, as a dual encoder tells it whatever is set here.
+    """
 
     head_weights: dict[str, Weight]
     negatives: CountOrZero
+    in_batch: bool
     chunk: Count
     mask_probability: Probability
     last_only: Probability
@@ -135,11 +140,17 @@ class EncoderLoss:
 
 @dataclasses.dataclass(frozen=True)
 class EncoderEval:
-    """Validation and test of the encoder."""
+    """Validation and test of the encoder.
+
+    Attributes:
+      transitions: the weights of the graph of transitions beside the encoder's scores; the weight that is best on validation is measured
+        on test, as the method's name and `+transitions`. Empty for no such sum.
+    """
 
     max_events: Count
     batch_size: Count
     validation_users: Count
+    transitions: tuple[Weight, ...]
     pad_whole: bool
 
 
@@ -305,7 +316,11 @@ class ContextualEval:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Contextualize(Phase):
-    """Phase 2, and the text-prompt baselines."""
+    """Phase 2, and the text-prompt baselines.
+
+    Attributes:
+      residual: whether items are ranked by the sum of the encoder's query and the LLM's, which starts at zero.
+    """
 
     task: Literal["contextualize"]
     method: Text
@@ -316,6 +331,7 @@ class Contextualize(Phase):
     pack: Pack
     prompts: Prompts
     injection: Injection
+    residual: bool
     cross: Cross
     soft_prompt: SoftPrompt
     resampler: Resampler

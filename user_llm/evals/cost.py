@@ -156,9 +156,10 @@ def flops(config: UserLLMConfig, request: Request) -> Terms:
     if request.user == "none":
         return terms
     encoder, resampler = user_side(config)
-    terms |= cross_flops(config.decoder, request.tokens, resampler.num_latents)
+    tokens = config.num_tokens or 0
+    terms |= cross_flops(config.decoder, request.tokens, tokens)
     if request.user != "kv":
-        terms |= {"user kv": user_kv_flops(config.decoder, resampler.num_latents)}
+        terms |= {"user kv": user_kv_flops(config.decoder, tokens)}
     if request.user == "events":
         terms |= {"resampler": resampler_flops(resampler, request.events), "encoder": encoder_flops(encoder, request.events)}
     return terms
@@ -235,15 +236,15 @@ def encoder_flops(config: UserEncoderConfig, events: int) -> int:
 
 def state_bytes(config: UserLLMConfig, serving: str, request: Request, bytes_per_value: int = 4) -> int:
     """Return what a way of serving stores for each user besides the events themselves; 4 bytes a value in float32."""
+    tokens = config.num_tokens or 0
     if serving == "prompt_kv_stored":
         block = config.decoder.block
         return 2 * config.decoder.num_layers * block.kv_heads * block.head_dim * request.cached * bytes_per_value
     if serving == "user_tokens_stored":
-        resampler = user_side(config)[1]
-        return resampler.num_latents * resampler.input_width * bytes_per_value
+        return tokens * user_side(config)[1].input_width * bytes_per_value
     if serving == "user_kv_stored":
-        resampler, (cross, layers) = user_side(config)[1], cross_side(config.decoder)
-        return resampler.num_latents * (2 * layers * cross.heads * cross.head_dim * bytes_per_value + 1)  # 1: of the mask
+        cross, layers = cross_side(config.decoder)
+        return tokens * (2 * layers * cross.heads * cross.head_dim * bytes_per_value + 1)  # 1: of the mask
     return 0
 
 

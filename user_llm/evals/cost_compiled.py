@@ -81,7 +81,7 @@ def inputs(config: UserLLMConfig, request: Request) -> tuple[Given, KVCache]:
     if request.user == "none":
         return given, cache
     encoder, resampler = user_side(config)
-    tokens = (1, resampler.num_latents, resampler.input_width)
+    tokens = (1, config.num_tokens or 0, resampler.input_width)
     if request.user == "events":
         given["events"] = jax.ShapeDtypeStruct((1, request.events, encoder.schema.width), jnp.int32)
     elif request.user == "tokens":

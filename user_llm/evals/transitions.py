@@ -10,9 +10,11 @@ score is a sum instead, which ranks better on our real datasets (BUILD_NOTES.md,
 """
 
 from array import array
+from collections.abc import Callable
 
 import numpy as np
 import scipy.sparse as sparse
+from jaxtyping import Float
 
 from user_llm.data.pipeline import HistoryBatch
 from user_llm.data.splits import Split, train_counts
@@ -31,6 +33,12 @@ SECOND = 100  # How many items, those most often gone to, a second step may lead
 
 def transition_ranks(timelines: Timelines, split: Split, part: str) -> Ranks:
     """Rank the targets of `part` by the steps that training events take from the last two items of each history."""
+    rows = min(max(ENTRIES // (timelines.schema.num_items + 1), 1), 256)
+    return rank_targets(transition_scorer(timelines, split), timelines, split, part, max_events=1, batch_size=rows)
+
+
+def transition_scorer(timelines: Timelines, split: Split) -> Callable[[HistoryBatch], Float[np.ndarray, "B V"]]:
+    """Return a function from histories to the scores of all items; those of all items of one history come to about 1 or 1.5."""
     counts = train_counts(timelines, split)
     share = (counts / max(counts.sum(), 1)).astype(np.float32)
     steps = transitions(timelines, split)
@@ -40,7 +48,7 @@ def transition_ranks(timelines: Timelines, split: Split, part: str) -> Ranks:
     second, words = largest(chance, SECOND), item_words(timelines.catalogue)
 
     def score(batch: HistoryBatch) -> np.ndarray:
-        """Return [B, V]: the scores of all items; popularity where the history is empty, for item 0 was never left."""
+        """Return the scores of all items; popularity where the history is empty, for item 0 was never left."""
         ends = timelines.offsets[batch.users] + batch.positions
         last, before = (np.where(batch.positions >= back, timelines.item[np.maximum(ends - back, 0)], 0) for back in (1, 2))
         weight = np.where(batch.positions >= 2, BEFORE, 0.0).astype(np.float32)[:, None]
@@ -49,8 +57,7 @@ def transition_ranks(timelines: Timelines, split: Split, part: str) -> Ranks:
         likely = (step + step @ second).toarray() + (missing[last, None] + weight * missing[before, None]) * share
         return (likely + ALIKE * (named @ words.T).toarray()).astype(np.float32)
 
-    rows = min(max(ENTRIES // len(share), 1), 256)
-    return rank_targets(score, timelines, split, part, max_events=1, batch_size=rows)
+    return score
 
 
 def transitions(timelines: Timelines, split: Split) -> sparse.csr_array:

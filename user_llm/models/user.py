@@ -51,10 +51,15 @@ class SoftProjection(nnx.Module):
 
 
 class User(NamedTuple):
-    """All that a decoder needs of its users; a part is None where the model has no such way in."""
+    """All that a decoder needs of its users; a part is None where the model has no such way in.
+
+    Attributes:
+      query: the encoder's own query for items, 0 for a user without events. Only a `residual` model has it.
+    """
 
     kv: UserKV | None = None
     prompt: SoftPrompt | None = None
+    query: Float[Array, "R I"] | None = None
 
 
 def insert(

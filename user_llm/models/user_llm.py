@@ -6,7 +6,8 @@
 Without a resampler the states are the user tokens, one for each event. What the decoder reads of a user depends on the history
 alone and is computed once per user. Without an encoder the same class is the text-prompt baseline: a decoder and an item head.
 `item_head` projects the hidden state at an answer position into the space of item vectors, so that every item of the catalogue
-is scored by one product.
+is scored by one product. A `residual` model adds that query to the encoder's own, which is the last state: it starts as the encoder
+ranks, and the LLM learns what to add.
 """
 
 import dataclasses
@@ -35,6 +36,8 @@ class UserLLMConfig:
       encoder: None for a decoder that reads histories as text.
       resampler: None for user tokens that are the encoder's states.
       soft_prompt: whether the user tokens stand among the decoder's embeddings.
+      residual: whether items are ranked by the sum of the LLM's query, which starts at zero, and the encoder's own. The last of the user
+        tokens is then the encoder's last state, which the decoder reads beside what the resampler makes.
     """
 
     decoder: DecoderConfig
@@ -44,6 +47,7 @@ class UserLLMConfig:
     encoder: EncoderConfig | None = None
     resampler: ResamplerConfig | None = None
     soft_prompt: bool = False
+    residual: bool = False
 
     def __post_init__(self):
         reads = self.soft_prompt or self.decoder.cross is not None
@@ -51,6 +55,13 @@ class UserLLMConfig:
             raise ValueError(
                 "A decoder reads user tokens, by `decoder.cross` or a `soft_prompt`, if and only if there is an encoder."
             )
+        if self.residual and self.encoder is None:
+            raise ValueError("A `residual` model adds to the ranking of its encoder, and there is none.")
+
+    @property
+    def num_tokens(self) -> int | None:
+        """The user tokens of a user with events; None where they are as many as the events."""
+        return self.resampler.num_latents + self.residual if self.resampler else None
 
 
 class UserTokens(NamedTuple):
@@ -79,7 +90,8 @@ class UserLLM(nnx.Module):
         else:
             self.items = embedding_param(rngs, (c.table_rows, c.item_width))
         self.item_norm = RMSNorm(width, eps=c.decoder.block.norm_eps)
-        self.item_head = linear_param(rngs, (width, c.item_width), fan_in=width)
+        head = (width, c.item_width)
+        self.item_head = nnx.Param(jnp.zeros(head)) if c.residual else linear_param(rngs, head, fan_in=width)
 
     def encode(self, events: Int[AnyArray, "B E A"], ends: Int[AnyArray, "B J"], *, key: Array | None = None) -> Encoded:
         """Encode histories as they were after the first `ends` events."""
@@ -95,11 +107,13 @@ class UserLLM(nnx.Module):
         if self.resampler is None:
             return UserTokens(states, seen.reshape(-1))
         tokens = self.resampler(states, jnp.arange(states.shape[1]) < seen[..., None])
+        if self.config.residual:
+            tokens = jnp.concatenate([tokens, encoded.last()[:, :, None]], axis=2)
         tokens = tokens.reshape(-1, *tokens.shape[2:])
         return UserTokens(tokens, jnp.where(seen > 0, tokens.shape[1], 0).reshape(-1))
 
     def from_tokens(self, users: UserTokens, chosen: Int[AnyArray, "Z C"] | None = None) -> User:
-        """Return what the decoder reads of users: K/V for its cross-attention, soft tokens, or both.
+        """Return what the decoder reads of users: K/V for its cross-attention, soft tokens, or both; and what it adds its query to.
 
         Args:
           chosen: the users are divided, in order, into Z equal parts. Row z names C users of part z by their numbers within it. Z C
@@ -114,9 +128,13 @@ class UserLLM(nnx.Module):
                 return _of_parts(a, jnp.asarray(chosen) // copies, axis)
             return a if copies == 1 else jnp.repeat(a, copies, axis)
 
+        user = User()
+        if self.config.residual:
+            last = tokens[jnp.arange(len(counts)) // copies, jnp.maximum(counts - 1, 0)]
+            query = jnp.where(jnp.asarray(counts)[:, None] > 0, last, 0)
+            user = user._replace(query=query if chosen is None else _of_parts(query, jnp.asarray(chosen), 0))
         if chosen is not None:
             counts = _of_parts(counts, chosen, 0)
-        user = User()
         if self.config.decoder.cross is not None:
             kv = self.decoder.user_kv(tokens, jnp.arange(tokens.shape[1]) < counts[:, None])
             user = user._replace(kv=kv._replace(k=each_end(kv.k, 1), v=each_end(kv.v, 1)))
@@ -164,9 +182,14 @@ class UserLLM(nnx.Module):
         row = jnp.arange(self.config.table_rows)
         return (row > 0) & (row <= self.config.num_items)
 
-    def item_query(self, hidden: Float[Array, "... D"]) -> Float[Array, "... I"]:
-        """Project hidden states at answer positions into the space of item vectors."""
-        return self.item_norm(hidden) @ self.item_head[...]
+    def item_query(self, hidden: Float[Array, "... D"], query: Float[Array, "... I"] | None = None) -> Float[Array, "... I"]:
+        """Project hidden states at answer positions into the space of item vectors.
+
+        Args:
+          query: the encoder's own, to which that of a `residual` model is added (`User.query`); None for a user without events.
+        """
+        own = self.item_norm(hidden) @ self.item_head[...]
+        return own if query is None else own + query
 
     def score(self, query: Float[AnyArray, "B I"]) -> Float[Array, "B V"]:
         """Score every item; PAD and unused rows get -inf."""

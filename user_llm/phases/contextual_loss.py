@@ -38,7 +38,8 @@ def contextual_loss(
     - `align`, with an encoder only: mean squared distance of the LLM's item query from the encoder's own, its last state: that of the
       last event, or of the mask token behind it. Both are in the space of the encoder's item vectors, by which the LLM ranks too. The
       pretrained encoder knows what every event taught it, and its state tells the LLM more than the one next item does. An encoder
-      from scratch knows nothing, and `encoder_source` refuses to be drawn to it.
+      from scratch knows nothing, and `encoder_source` refuses to be drawn to it. A `residual` model ranks by the sum of both queries,
+      and the distance is the length of what its LLM adds.
 
     `leading` tokens of each task's rows stand in front of a soft prompt, at most those before the first answer position.
     """
@@ -130,13 +131,16 @@ def _ranking_losses(
     answers = _places(batch)
     places = hidden.reshape(len(answers), -1, hidden.shape[-1])
     query = model.item_query(jnp.take_along_axis(places, answers[..., None], axis=1))
+    query = query.reshape(-1, query.shape[-1])
     wanted = (items > 0).reshape(-1).astype(jnp.float32)
     wanted /= whole_count(wanted, whole, "items")
-    query = query.reshape(-1, query.shape[-1])
-    item_loss = chunked_cross_entropy(query, model.item_table, items.reshape(-1), wanted, model.valid_items(), chunk)
-    scalars = {"item_loss": item_loss}
+    scalars = {}
     if encoded is not None:
+        events = (batch["prefix"] > 0).reshape(-1)
         last = encoded.last().reshape(query.shape)
-        known = wanted * (batch["prefix"] > 0).reshape(-1)
-        scalars["align_loss"] = jnp.sum(known * jnp.mean(jnp.square(query - jax.lax.stop_gradient(last)), axis=-1))
-    return item_loss, scalars
+        apart = query if model.config.residual else query - jax.lax.stop_gradient(last)
+        scalars["align_loss"] = jnp.sum(wanted * events * jnp.mean(jnp.square(apart), axis=-1))
+        if model.config.residual:
+            query += jnp.where(events[:, None], last, 0)
+    item_loss = chunked_cross_entropy(query, model.item_table, items.reshape(-1), wanted, model.valid_items(), chunk)
+    return item_loss, {"item_loss": item_loss} | scalars

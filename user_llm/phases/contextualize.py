@@ -67,6 +67,7 @@ def model_config(name: str, run: Run, data: Dataset, base: DecoderConfig) -> Use
         encoder=encoder,
         resampler=resampler_config(phase, encoder.width),
         soft_prompt=phase.injection != "cross_attention",
+        residual=phase.residual,
         **shared,
     )
 
@@ -261,7 +262,7 @@ def build(name: str, run: Run, data: Dataset) -> Task:
         leave(name, run, load, answers, card)
         return rows
 
-    soft = full.resampler.num_latents if full.soft_prompt and full.resampler else 0
+    soft = full.num_tokens or 0 if full.soft_prompt else 0
     train_data, packings = _train_data(phase, run, data, asked, soft, leading)
     windows = Windows(data.split.train_stop, examples.window, run.seed)
     return Task(

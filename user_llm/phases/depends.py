@@ -28,6 +28,9 @@ SMALL_LLM = ("llm.vocab_size", "llm.num_layers", "llm.block")
 ITEM_TABLE = ("encoder.kind", "encoder.options", "encoder.features", "encoder.block.width")
 OFF = (
     "loss.trie_softmax",
+    "loss.in_batch",
+    "residual",
+    "eval.transitions",
     "eval.guide",
     "eval.rerank",
     "eval.control_users",

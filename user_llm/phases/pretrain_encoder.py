@@ -10,7 +10,7 @@ replicability study of BERT4Rec") needed up to 30 times the training of common d
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -32,7 +32,8 @@ from user_llm.data.schema import Schema
 from user_llm.data.splits import Split
 from user_llm.data.timelines import Timelines
 from user_llm.evals.evaluator import rank_targets
-from user_llm.evals.ranking import RANKING
+from user_llm.evals.ranking import RANKING, Ranks
+from user_llm.evals.transitions import transition_scorer
 from user_llm.models.encoder import EncoderConfig, item_features
 from user_llm.models.user_encoder import UserEncoder, UserEncoderConfig
 from user_llm.nn.losses import (
@@ -49,6 +50,9 @@ from user_llm.nn.transformer import BlockConfig
 from user_llm.nn.visibility import segment_mask
 from user_llm.phases.run import Run
 from user_llm.training.task import Batch, Program, Task
+
+Graph = Callable[[HistoryBatch], Float[np.ndarray, "B V"]]
+LEAST = 1e-7  # score of an item that the graph of transitions does not know
 
 
 def encoder_config(section: Encoder, schema: Schema, kinds: Mapping[str, Any]) -> EncoderConfig:
@@ -94,11 +98,12 @@ class EncoderLoss:
 
     Attributes:
       head_weights: weight of each feature head next to the item's 1.
-      negatives: 0 for the exact softmax, else how many sampled negatives a step. A dual encoder has those of its batch.
+      negatives: 0 for the exact softmax, else how many sampled negatives a step.
       chunk: rows of logits in memory at once in the exact softmax.
       log_q: log of each item's probability in a draw of a negative, by train frequency ^ 0.75.
-      share: of each item among the training events, by which a dual encoder's logits are corrected.
+      share: of each item among the training events, by which logits are corrected where negatives are those of the batch.
       mask_probability, last_only: of `choose_masked`, for the masked objective.
+      in_batch: whether the negatives are the other targets of the batch, as those of a dual encoder always are.
     """
 
     head_weights: dict[str, float]
@@ -108,6 +113,7 @@ class EncoderLoss:
     share: Float[np.ndarray, " V"]
     mask_probability: float
     last_only: float
+    in_batch: bool = False
 
     def __call__(
         self, encoder: UserEncoder, batch: Batch, key: Array, whole: Whole | None = None
@@ -151,7 +157,7 @@ class EncoderLoss:
         return states[rows, places], events[rows, places], real
 
     def _item_loss(self, encoder: UserEncoder, rows: Array, targets: Int[Array, " R"], weights: Array, key: Array) -> Array:
-        if encoder.config.objective == "dual":
+        if self.in_batch or encoder.config.objective == "dual":
             return in_batch_cross_entropy(rows, encoder.item_vectors, targets, weights, jnp.asarray(self.share), self.chunk)
         table = encoder.item_vectors()
         if not self.negatives:
@@ -188,6 +194,13 @@ def score_next(graphdef: nnx.GraphDef, params: Params, events: Int[Array, "B E A
     return encoder.score(encoder.encode(events, lengths[:, None]).last()[:, 0])
 
 
+def with_graph(scores: Float[np.ndarray, "B V"], graph: Float[np.ndarray, "B I"], weight: float) -> Float[np.ndarray, "B V"]:
+    """Return the encoder's scores plus `weight` times the logarithm of those of the graph of transitions, which has no spare rows."""
+    prior = np.zeros_like(scores)
+    prior[:, : graph.shape[1]] = np.log(np.maximum(graph, LEAST))
+    return scores + np.float32(weight) * prior
+
+
 def check_targets(split: Split) -> None:
     """See that both parts of a split have targets.
 
@@ -219,9 +232,10 @@ def build(name: str, run: Run, data: Dataset) -> Task:
         **vars(phase.loss),
     )
 
-    def rank(params: Params, part: str, limit: int | None = None):
-        def score(batch: HistoryBatch) -> Array:
-            return score_next(graphdef, params, *meshes.put_rows((batch.events, batch.lengths), run.mesh))
+    def rank(params: Params, part: str, limit: int | None = None, graph: Graph | None = None, weight: float = 0.0) -> Ranks:
+        def score(batch: HistoryBatch) -> Array | np.ndarray:
+            scores = score_next(graphdef, params, *meshes.put_rows((batch.events, batch.lengths), run.mesh))
+            return scores if graph is None else with_graph(meshes.fetch(scores), graph(batch), weight)
 
         return rank_targets(
             score, timelines, split, part, max_events=phase.eval.max_events, limit=limit,
@@ -236,8 +250,16 @@ def build(name: str, run: Run, data: Dataset) -> Task:
         return {"score": (score_next, (graphdef, params, *histories))}
 
     def results(params: Params) -> list[dict]:
-        ranks = rank(params, "test")
-        return run.record(name, data, "next_item", phase.method, ranks.measured())
+        rows = run.record(name, data, "next_item", phase.method, rank(params, "test").measured())
+        if not phase.eval.transitions:
+            return rows
+        graph = transition_scorer(timelines, split)
+        known = {
+            weight: rank(params, "validation", phase.eval.validation_users, graph, weight) for weight in phase.eval.transitions
+        }
+        best = max(known, key=lambda weight: known[weight].metrics()["ndcg@10"])
+        ranks = rank(params, "test", None, graph, best)
+        return rows + run.record(name, data, "next_item", f"{phase.method}+transitions", ranks.measured())
 
     return Task(
         name=name,

@@ -47,12 +47,12 @@ def present(predictor: Predictor, those: Sequence[User | None]) -> decoder_users
     Args:
       those: the user of each row. A row without a user (None) gives the decoder nothing to read, as a user without events does.
     """
-    encoder, resampler = predictor.config.encoder, predictor.config.resampler
+    encoder = predictor.config.encoder
     if encoder is None:
         return None
     counts = np.array([0 if user is None else len(user.tokens) for user in those], np.int32)
     each = predictor.bucket
-    most = resampler.num_latents if resampler else int(-(-max(counts.max(), 1) // each) * each)
+    most = predictor.config.num_tokens or int(-(-max(counts.max(), 1) // each) * each)
     tokens = np.zeros((len(those), most, encoder.width), np.float32)
     for row, user in enumerate(those):
         if user is not None and len(user.tokens):

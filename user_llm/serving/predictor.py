@@ -67,7 +67,7 @@ def score_catalogue(
     model = trees.merge(graphdef, params)
     hidden = model.hidden(text, lengths, user=user, leading=leading)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return model.score(model.item_query(last))
+    return model.score(model.item_query(last, user and user.query))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -247,7 +247,7 @@ class Predictor:
             kv = shapes.kv and meshes.rows_like(shapes.kv, self.mesh, axis=1)._replace(
                 mask=meshes.rows_like(shapes.kv.mask, self.mesh)
             )
-            user = User(kv, meshes.rows_like(shapes.prompt, self.mesh))
+            user = User(kv, *(meshes.rows_like(part, self.mesh) for part in (shapes.prompt, shapes.query)))
         task, template = max(self.templates.items(), key=lambda pair: pair[1].max_tokens)
         text, leading = ints(rows, bucket(template.max_tokens)), self.leading(task)
         found["score"] = score_catalogue, (self.graphdef, params, text, lengths, user, leading)

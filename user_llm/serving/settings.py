@@ -208,9 +208,12 @@ def identity(settings: Mapping[str, Any]) -> str:
     limits = {name: settings["limits"][name] for name in LIMITS_THAT_COMPUTE if name in settings["limits"]}
     llm = settings["llm"] and settings["llm"]["files"]
     # The adapters' settings repeat those of the model, and also say where the LLM is stored, which must not count.
+    # Directories of before say nothing of `residual`.
+    model = {name: value for name, value in settings["model"].items() if value or name != "residual"}
     files = {name: checksum for name, checksum in settings["files"].items() if name != "adapter_config.json"}
     return digest(
-        {name: settings[name] for name in COMPUTES if name in settings} | {"files": files, "limits": limits, "llm": llm}
+        {name: settings[name] for name in COMPUTES if name in settings}
+        | {"model": model, "files": files, "limits": limits, "llm": llm}
     )
 
 

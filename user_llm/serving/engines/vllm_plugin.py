@@ -55,6 +55,11 @@ def read_sizes(directory: str) -> dict[str, Any]:
     return sizes
 
 
+def num_tokens(sizes: dict[str, Any]) -> int:
+    """Return the number of tokens of a user with events, as `UserLLMConfig.num_tokens` does."""
+    return sizes["resampler"]["num_latents"] + sizes.get("residual", False)
+
+
 class GatedCrossAttention(nn.Module):
     """x + tanh(gate) * attention(norm(x), user tokens); x alone for a request without a user."""
 
@@ -134,7 +139,7 @@ class UserInfo(BaseProcessingInfo):
         return {"image": 1}
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
-        return {"image": self.sizes["resampler"]["num_latents"]}
+        return {"image": num_tokens(self.sizes)}
 
     def get_data_parser(self) -> MultiModalDataParser:
         return MultiModalDataParser(expected_hidden_size=self.sizes["decoder"]["cross"]["user_width"])
@@ -148,8 +153,7 @@ class UserDummyInputs(BaseDummyInputsBuilder[UserInfo]):
 
     def get_dummy_mm_data(self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Any) -> dict[str, Any]:
         sizes = self.info.sizes
-        latents, width = sizes["resampler"]["num_latents"], sizes["decoder"]["cross"]["user_width"]
-        return {"image": torch.zeros(mm_counts.get("image", 0), latents, width)}
+        return {"image": torch.zeros(mm_counts.get("image", 0), num_tokens(sizes), sizes["decoder"]["cross"]["user_width"])}
 
 
 class UserProcessor(EncDecMultiModalProcessor[UserInfo]):
