@@ -163,7 +163,7 @@ WRONG = [
     ({"user_llm.encoder_init": "scratch"}, "user_llm.loss.align=1.0: an encoder from scratch teaches nothing: set it to 0."),
     (
         {"user_llm.encoder_init": "scratch", "user_llm.loss.align": 0.0, "user_llm.encoder": "dual_encoder"},
-        "user_llm.encoder_init='scratch': the item tower of a dual encoder comes pretrained: set it to pretrained.",
+        "user_llm.encoder_init='scratch': the item tower of its encoder comes pretrained: set it to pretrained.",
     ),
     (
         {"user_llm.encoder_init": "scratch", "user_llm.loss.align": 0.0, "user_llm.strategy": "proj"},

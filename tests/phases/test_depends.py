@@ -138,6 +138,13 @@ def test_what_is_off_is_no_part_of_a_phase_and_what_is_on_is(phase, off, on):
         assert after.settings.keys() - before.settings.keys() == {f"{phase}.{key}"} and after != before
 
 
+def test_a_tower_counts_for_what_reads_the_encoder_and_only_where_it_is_on():
+    off, on = (_identities(_config({"encoder.tower": tower})) for tower in (False, True))
+    assert all("encoder.tower" not in identity.settings for identity in off.values())
+    differing = {name for name in off if off[name] != on[name]}
+    assert "pretrain_encoder" in differing and "user_llm" in differing and "text_prompt_10" not in differing
+
+
 def test_adapters_and_favourites_count_where_they_are_used():
     used = {"user_llm.strategy": "lora", "text_prompt_10.prompts.favorite.weight": 1.0}
     before = _identities(_config(used))

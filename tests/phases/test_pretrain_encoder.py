@@ -52,7 +52,7 @@ def test_encoders_reach_their_share_of_the_optimal_recall(tmp_path):
 
 @pytest.fixture
 def make_encoder(drawn, make_timelines):
-    """Return `make(objective)`: an encoder with a genre head, and a batch: one row of two histories and padding."""
+    """Return `make(objective, tower=...)`: an encoder with a genre head, and a batch: one row of two histories and padding."""
     return functools.partial(_make_encoder, drawn, make_timelines([[1, 2, 3], [4, 5, 6, 7]]))
 
 
@@ -61,15 +61,17 @@ def encoder(make_encoder):
     return make_encoder("autoregressive")
 
 
-def _make_encoder(drawn, timelines, objective):
+def _make_encoder(drawn, timelines, objective, tower=False):
     config = quickstart.get_config()
     section = config.encoder
-    section.update(num_layers=1, heads=("genres",), dropout=0.0, block={**section.block, "dropout": 0.0}, objective=objective)
+    section.update(
+        num_layers=1, heads=("genres",), dropout=0.0, block={**section.block, "dropout": 0.0}, objective=objective, tower=tower
+    )
     config = read_config(config).encoder
     selected = timelines.select(config.features)
     model_config = encoder_config(config, selected.schema, {})
     graphdef, params = drawn(lambda: UserEncoder(model_config, rngs=nnx.Rngs(0)))
-    if objective == "dual":
+    if model_config.has_tower:
         params["tower"]["catalogue"] = jnp.asarray(item_catalogue(selected, model_config))
     events = [timelines.select(config.features).events(user, 0, stop) for user, stop in ((0, 3), (1, 4))]
     width = events[0].shape[1]
@@ -90,8 +92,9 @@ def _loss(encoder, **changes):
     return dataclasses.replace(loss, **changes)
 
 
-def test_the_loss_is_the_mean_over_real_positions_of_the_item_and_half_the_genres(encoder):
-    model, batch = encoder
+@pytest.mark.parametrize("tower", [False, True])
+def test_the_loss_is_the_mean_over_real_positions_of_the_item_and_half_the_genres(make_encoder, tower):
+    model, batch = make_encoder("autoregressive", tower=tower)
     total, scalars = jax.jit(lambda batch: _loss(model)(model, batch, jax.random.key(0)))(batch)
 
     @jax.jit
@@ -168,6 +171,17 @@ def test_the_dual_loss_is_among_the_items_of_the_batch_by_the_vectors_of_the_ite
     logits = np.array(products(batch))
     logits[:, 4] -= np.log(1 - 0.8**5)
     np.testing.assert_allclose(scalars["item_loss"], -np.diag(jax.nn.log_softmax(logits)).mean(), rtol=1e-4)
+
+
+def test_an_autoregressive_encoder_with_a_tower_and_the_negatives_of_its_batch_is_a_dual_encoder(make_encoder):
+    dual, batch = make_encoder("dual")
+    other, _ = make_encoder("autoregressive", tower=True)
+    share = np.linspace(0.1, 0.9, dual.config.table_rows).astype(np.float32)
+    losses = [
+        jax.jit(lambda batch, m=model, c=changes: _loss(m, share=share, **c)(m, batch, jax.random.key(0)))(batch)[0]
+        for model, changes in ((dual, {}), (other, {"in_batch": True}))
+    ]
+    assert losses[0] == losses[1] and losses[0] != _loss(other, share=share)(other, batch, jax.random.key(0))[0]
 
 
 def test_an_item_tower_reads_the_ids_and_bags_of_the_catalogue(make_timelines):

@@ -177,8 +177,8 @@ def _scratch_conflicts(run: Config, phase: Contextualize, encoder: Encoder) -> I
     """Yield what an encoder that starts from scratch rules out."""
     if phase.loss.align:
         yield "loss.align", phase.loss.align, "an encoder from scratch teaches nothing: set it to 0"
-    if encoder.objective == "dual":
-        yield "encoder_init", phase.encoder_init, "the item tower of a dual encoder comes pretrained: set it to pretrained"
+    if encoder.tower or encoder.objective == "dual":
+        yield "encoder_init", phase.encoder_init, "the item tower of its encoder comes pretrained: set it to pretrained"
     rules = run.strategies[phase.strategy].trainable
     if not next((trains for pattern, trains in rules if re.search(pattern, "encoder/project")), True):
         yield "strategy", phase.strategy, "it would leave an encoder from scratch untrained: choose another"

@@ -207,6 +207,8 @@ def base() -> ConfigDict:
                 "kind": "transformer",  # or an encoder that the caller of user_llm.run gives, with its own options
                 "options": {},
                 "objective": "autoregressive",  # or masked (BERT4Rec), or dual
+                # Whether item vectors are made of the items' ids and bags by an item tower, as those of a dual encoder always are.
+                "tower": False,
                 "features": ("item", "rating", "genres", "gap"),  # of an event; () for all
                 "feature_width": 32,
                 "positions": "rotary",

@@ -127,11 +127,13 @@ class Encoder:
       kind: `transformer`, or the name of an encoder that the caller of `user_llm.run` gives. Such an encoder takes `features` and
         `options` alone.
       options: the settings of an encoder of the caller's.
+      tower: whether item vectors are made of the items' features, as those of a dual encoder are whatever is set here.
     """
 
     kind: Text
     options: dict[str, Any]
     objective: Objective
+    tower: bool
     features: Names
     feature_width: Count
     positions: Literal["rotary", "learned"]

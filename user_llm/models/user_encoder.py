@@ -3,7 +3,7 @@
 An event is the concatenation of its features' embeddings, projected to the model's width. Pretraining predicts items from
 states, in one of three ways; contextualization hands all states to the resampler.
 
-    autoregressive  causal; each state predicts the next event. Item vectors are the item table (tied).
+    autoregressive  causal; each state predicts the next event. Item vectors are the item table (tied), or a `tower` makes them.
     masked          BERT4Rec: bidirectional; a mask token, put for an event or behind the last one, predicts what it stands for.
     dual            causal; an item's vector is the output of an item tower that reads its features, the user's is the last state.
 
@@ -40,6 +40,7 @@ class UserEncoderConfig:
       schema: the features of an event, the item first.
       block, num_layers, unroll, remat: the transformer, `nn.transformer.Stack`.
       objective: one of the module's three; says what a state sees and how items are scored.
+      tower: whether an item's vector is the output of an item tower, as in a dual encoder, whatever the objective.
       feature_width: embedding width of each feature other than the item, which has the model's width.
       positions: `rotary` (relative, any length) or `learned` (absolute, up to `max_events`).
       max_events: longest history that is encoded; only `learned` positions are bound to it.
@@ -53,6 +54,7 @@ class UserEncoderConfig:
     block: BlockConfig
     num_layers: int
     objective: str = "autoregressive"
+    tower: bool = False
     feature_width: int = 32
     positions: str = "rotary"
     max_events: int = 200
@@ -74,6 +76,11 @@ class UserEncoderConfig:
     def causal(self) -> bool:
         """Whether a state has seen its own event and those before it alone; else all events of its history."""
         return self.objective != "masked"
+
+    @property
+    def has_tower(self) -> bool:
+        """Whether item vectors are made of the items' features."""
+        return self.tower or self.objective == "dual"
 
     @property
     def width(self) -> int:
@@ -103,7 +110,7 @@ class UserEncoderConfig:
 class UserEncoder(nnx.Module):
     """Parameters: item [V, D], one table per other feature, project [sum of widths, D], stack, norm, heads.
 
-    Further mask_token [D] (masked), or tower (dual): project, and catalogue int [V, X], the features of each item, which is data
+    Further mask_token [D] (masked), and tower (`has_tower`): project, and catalogue int [V, X], the features of each item, which is data
     and never trains. It travels with the parameters, so that an encoder scores its items by itself.
     """
 
@@ -124,7 +131,7 @@ class UserEncoder(nnx.Module):
         self.heads = nnx.data({name: linear_param(rngs, (width, c.schema[name].size), fan_in=width) for name in c.heads})
         if c.objective == "masked":
             self.mask_token = embedding_param(rngs, (width,))
-        if c.objective == "dual":
+        if c.has_tower:
             total = width + (len(c.item_schema.features) - 1) * c.feature_width
             if catalogue is None:  # to be loaded
                 catalogue = np.zeros((c.table_rows, c.item_schema.width), np.int32)
@@ -202,7 +209,7 @@ class UserEncoder(nnx.Module):
 
     def item_vectors(self, items: Int[AnyArray, " Q"] | None = None) -> Float[Array, "Q D"]:
         """Return the output vectors of items, or of every row of the item table."""
-        if self.config.objective != "dual":
+        if not self.config.has_tower:
             return self.item[...] if items is None else self.item[...][items]
         features = self.tower["catalogue"][...] if items is None else self.tower["catalogue"][...][items]
         return self._embed(self.config.item_schema, features) @ self.tower["project"][...]

@@ -220,8 +220,9 @@ def encoder_settings(config: Config, name: str) -> dict[str, Any]:
 
 
 def _encoder(config: Config, phase: str) -> dict[str, Any]:
-    """Return the section `encoder` as a phase that pretrains an encoder changes it, as plain values."""
-    return changed(config.said["encoder"], config.said[phase]["encoder"])
+    """Return the section `encoder` as a phase that pretrains an encoder changes it, as plain values, without a tower that is off."""
+    section = changed(config.said["encoder"], config.said[phase]["encoder"])
+    return {key: value for key, value in section.items() if value or key != "tower"}
 
 
 def text_settings(config: Config) -> dict[str, Any]:

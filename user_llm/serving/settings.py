@@ -208,13 +208,18 @@ def identity(settings: Mapping[str, Any]) -> str:
     limits = {name: settings["limits"][name] for name in LIMITS_THAT_COMPUTE if name in settings["limits"]}
     llm = settings["llm"] and settings["llm"]["files"]
     # The adapters' settings repeat those of the model, and also say where the LLM is stored, which must not count.
-    # Directories of before say nothing of `residual`.
-    model = {name: value for name, value in settings["model"].items() if value or name != "residual"}
+    model = _without(settings["model"], "residual")
+    model["encoder"] = model.get("encoder") and _without(model["encoder"], "tower")
     files = {name: checksum for name, checksum in settings["files"].items() if name != "adapter_config.json"}
     return digest(
         {name: settings[name] for name in COMPUTES if name in settings}
         | {"model": model, "files": files, "limits": limits, "llm": llm}
     )
+
+
+def _without(sizes: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return sizes without one that is off, of which directories of before say nothing."""
+    return {key: value for key, value in sizes.items() if value or key != name}
 
 
 def plain(value: Any) -> Any:
