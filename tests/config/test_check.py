@@ -225,7 +225,10 @@ def test_records_hold_what_the_config_says():
     sections = run.sections
     assert run.encoder.block.width == 64 and run.data.source == "synthetic" and run.phases == (*DEFAULT.phases, "bert4rec")
     assert sections["user_llm"].prompts.tasks["review"].column == "review" and sections["user_llm"].rows == ("batch_size", 16)
-    assert sections["bert4rec"].encoder == {"objective": "masked"} and run.encoder_of("bert4rec").objective == "masked"
+    assert (
+        sections["bert4rec"].encoder == {"objective": "masked", "tower": False}
+        and run.encoder_of("bert4rec").objective == "masked"
+    )
     assert run.said["data"]["source"] == "synthetic" and run.said["phases"] == list(run.phases)
 
 

@@ -60,7 +60,9 @@ def _changed(config, *, cross=None, **decoder):
 
 
 VARIANTS = {
-    "cross-attention and soft prompt, lora": _changed(CONFIG, block=dataclasses.replace(BLOCK, lora=LORA)),
+    "cross-attention and soft prompt, lora, residual": dataclasses.replace(
+        _changed(CONFIG, block=dataclasses.replace(BLOCK, lora=LORA)), residual=True
+    ),
     "by event, before the block, windows": dataclasses.replace(
         _changed(CONFIG, cross=by_event, block=WINDOWED, windowed=(True, False)), resampler=None, soft_prompt=False
     ),
@@ -75,7 +77,7 @@ VARIANTS = {
         soft_prompt=False,
     ),
 }
-QUICK = ("cross-attention and soft prompt, lora", "text alone")
+QUICK = ("cross-attention and soft prompt, lora, residual", "text alone")
 
 
 def make_examples(config, count, seed=0):
@@ -108,7 +110,7 @@ def stacked(examples):
 
 def packed(config, examples, bundles=1):
     """Return the same examples as a batch of packed bundles."""
-    soft = config.resampler.num_latents if config.soft_prompt else 0
+    soft = config.num_tokens if config.soft_prompt else 0
     each = [examples[part::bundles] for part in range(bundles)]
     found = []
     for part in each:
@@ -172,7 +174,7 @@ def test_the_choices_of_titles_are_found_in_packed_rows(drawn, variant):
 
 @pytest.mark.slow
 def test_bundles_are_shared_out_over_eight_devices(drawn, mesh_of):
-    config = VARIANTS["cross-attention and soft prompt, lora"]
+    config = VARIANTS["cross-attention and soft prompt, lora, residual"]
     graphdef, params = drawn(lambda: UserLLM(config, rngs=nnx.Rngs(0)))
     batch, found = packed(config, make_examples(config, 24), bundles=8), []
     for mesh in (mesh_of(), mesh_of(4, 2, 1)):

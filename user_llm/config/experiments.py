@@ -144,11 +144,13 @@ def experiment(dataset: str, method: str, variant: str) -> ConfigDict:
             config[name].prompts[task].weight = weight
         config[name].loop.total_steps = round(config[name].loop.total_steps * more)
     variants: dict[str, tuple[str, dict[str, Any]]] = {name: ("user_llm", changes) for name, changes in VARIANTS.items()}
-    variants["bert4rec"] = "pretrain_encoder", {"encoder.objective": "masked"}
-    variants["dual_encoder"] = "pretrain_encoder", {"encoder.objective": "dual", "loss.negatives": 0}
+    plain = {"encoder.tower": False, "loss.in_batch": False}
+    variants["plain_encoder"] = "pretrain_encoder", plain
+    variants["bert4rec"] = "pretrain_encoder", {"encoder.objective": "masked"} | plain
+    variants["dual_encoder"] = "pretrain_encoder", {"encoder.objective": "dual", "loss.negatives": 0} | plain
     variants["user_llm_bert4rec"] = "user_llm", {"encoder": "bert4rec"} | defaults.with_bidirectional(config.user_llm)
     variants["user_llm_dual"] = "user_llm", {"encoder": "dual_encoder"}
-    variants["user_llm_scratch"] = "user_llm", defaults.with_fresh_encoder(config.user_llm)
+    variants["user_llm_scratch"] = "user_llm", {"encoder": "plain_encoder"} | defaults.with_fresh_encoder(config.user_llm)
     asked = {f"prompts.next_item.{key}": config.text_prompt_10.prompts.next_item[key] for key in ("instruction", "max_tokens")}
     variants["hybrid_10"] = "user_llm", {"examples.text_items": 10} | asked
     untrained = {"strategy": "none", "loss.catalogue": 0.0, "eval.generate_users": config.user_llm.eval.generate_users}
@@ -185,6 +187,9 @@ def small(config: ConfigDict, facts: dict) -> None:
     # 12 passes over the training events of ml-latest-union, 3,000 a step.
     optimizer = defaults.optimizer(2e-3, schedule="cosine")
     config.pretrain_encoder = defaults.pretrain_encoder(total_steps=1200, eval_steps=100, optimizer=optimizer)
+    config.encoder.tower = True
+    config.pretrain_encoder.loss.in_batch = True
+    config.pretrain_encoder.eval.transitions = (0.5, 1.0, 2.0)
     config.pretrain_lm = defaults.pretrain_lm(total_steps=400, eval_steps=200)
     # The text prompts see more targets: 128, 16 x 10 and 4 x (about) 50 a step.
     asked = defaults.prompts(facts["next"], max_tokens=24, max_title_tokens=18)
