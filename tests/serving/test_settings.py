@@ -29,7 +29,13 @@ def test_what_json_cannot_hold_is_made_plain():
 def test_the_identity_is_of_what_computes(make_model):
     written = json.loads((make_model("cross").directory / "user_llm.json").read_text())
     same = [{"facts": {}}, {"sharding": {}}, {"limits": written["limits"] | {"batch_size": 1, "pad_whole": True}}]
+    model = written["model"]
+    before = {name: value for name, value in model.items() if name != "residual"}
+    before["encoder"] = {name: value for name, value in model["encoder"].items() if name != "tower"}
+    same += [{"model": before}]  # of code that knew neither
     other = [
+        {"model": model | {"residual": True}},
+        {"model": model | {"encoder": model["encoder"] | {"tower": True}}},
         {"names": {}},
         {"dtype": "bfloat16"},
         {"limits": written["limits"] | {"beams": 1}},
