@@ -11,6 +11,7 @@ return the mean of all values there), so that a user without events changes noth
 """
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -22,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from user_llm.common.arrays import AnyArray
 from user_llm.common.mesh import constrain
 from user_llm.nn.kernels import choose, fused
-from user_llm.nn.layers import RMSNorm, linear_param
+from user_llm.nn.layers import RMSNorm, capped, linear_param
 from user_llm.nn.lora import LoRAConfig, adapters
 from user_llm.nn.visibility import SelfMask
 
@@ -38,20 +39,24 @@ def attention(
     mask: Bool[AnyArray, " B #T S"] | SelfMask | None = None,
     bias: Float[Array, "#B N #T S"] | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
     kernel: str = "auto",
 ) -> Float[Array, "B T N H"]:
     """Attend with softmax(scale q k + bias), the softmax in float32; rows without a visible key are exactly 0.
 
     Keys and values come heads first, as caches hold them, so that a step of decoding reads them where they lie. `scale` is
-    1 / sqrt(H) unless given. `kernel` is one of `kernels.KERNELS`; where none serves, the reference below computes.
+    1 / sqrt(H) unless given. `softcap` is as in `capped`, of the scores before the bias. `kernel` is one of `kernels.KERNELS`;
+    where none serves, the reference below computes.
     """
     batch, length, heads, dim = q.shape
     if isinstance(mask, SelfMask):
-        chosen = choose(kernel, mask, length=length, head_dim=dim, dtype=q.dtype, biased=bias is not None)
+        chosen = choose(
+            kernel, mask, length=length, head_dim=dim, dtype=q.dtype, biased=bias is not None, capped=softcap is not None
+        )
         if chosen != "reference":
-            return fused(chosen, q, k, v, mask, dim**-0.5 if scale is None else scale)
+            return fused(chosen, q, k, v, mask, dim**-0.5 if scale is None else scale, softcap)
         mask = mask.drawn(length)
-    weights, total = _exponentials(q, k, mask=mask, bias=bias, scale=scale)
+    weights, total = _exponentials(q, k, mask=mask, bias=bias, scale=scale, softcap=softcap)
     weights = weights.astype(v.dtype).reshape(batch, k.shape[1], -1, weights.shape[-1])
     out = jnp.matmul(weights, v).reshape(batch, heads, length, dim) / total.astype(v.dtype)
     return out.transpose(0, 2, 1, 3)
@@ -59,18 +64,19 @@ def attention(
 
 def attention_weights(q: Float[Array, "B T N H"], k: Float[Array, "B K S H"], **how) -> Float[Array, "B N T S"]:
     """Return by how much each query sees each key, for people to look at; `how` as `attention` takes it."""
-    weights, total = _exponentials(q, k, **{"mask": None, "bias": None, "scale": None} | how)
+    weights, total = _exponentials(q, k, **{"mask": None, "bias": None, "scale": None, "softcap": None} | how)
     return weights / total
 
 
 def _exponentials(
-    q: Array, k: Array, *, mask: AnyArray | None, bias: Array | None, scale: float | None
+    q: Array, k: Array, *, mask: AnyArray | None, bias: Array | None, scale: float | None, softcap: float | None
 ) -> tuple[Float[Array, "B N T S"], Float[Array, "B N T 1"]]:
     """Return exp(scores), scaled to a peak of 1, and their sums, 1 where no key is visible."""
     batch, length, heads, dim = q.shape
     # The queries of a group stacked: plain batched matrix products, faster on CPU than 5-axis einsums.
     q = (q * (dim**-0.5 if scale is None else scale)).transpose(0, 2, 1, 3).reshape(batch, k.shape[1], -1, dim)
     logits = jnp.einsum("BKTH,BKSH->BKTS", q, k, preferred_element_type=jnp.float32).reshape(batch, heads, length, -1)
+    logits = capped(logits, softcap)
     if bias is not None:
         logits += bias
     if mask is not None:
@@ -88,8 +94,16 @@ class RopeScaling:
     """How rotary positions are stretched to reach beyond the length that a model was first trained on.
 
     Attributes:
-      kind: `linear` divides all frequencies by `factor`; `llama3` only those that turn fewer than `low_freq_factor` times
-        within `original_length` positions, none that turn more than `high_freq_factor` times, and blends between.
+      kind: which frequencies `factor` divides. `linear` divides all of them. `llama3` and `yarn` divide those of slow turns, leave
+        those of fast turns, and blend between: `llama3` by how often a frequency turns within `original_length` positions, with
+        `low_freq_factor` and `high_freq_factor` turns at the ends; `yarn` by the frequency's number, with the numbers at the ends
+        that would turn `slow_turns` and `fast_turns` times (Peng et al. 2023). `longrope` divides each frequency by one of
+        `factors` (Ding et al. 2024).
+      whole_numbers: whether the ends of `yarn` are rounded outwards to whole numbers of frequencies.
+      factors: of `longrope`, one for each frequency. They are those of texts of at most `original_length` positions.
+      magnitude: what rotated queries and keys are multiplied by.
+      query_growth: queries at position p are multiplied by 1 + query_growth * log(1 + floor(p / original_length)) (Llama 4,
+        Ministral 3).
     """
 
     kind: str
@@ -97,43 +111,88 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_length: int = 8192
+    slow_turns: float = 1.0
+    fast_turns: float = 32.0
+    whole_numbers: bool = True
+    factors: tuple[float, ...] = ()
+    magnitude: float = 1.0
+    query_growth: float = 0.0
 
     def __post_init__(self):
-        if self.kind not in ("linear", "llama3"):
-            raise ValueError(f"Unknown scaling {self.kind!r} of rotary positions: choose linear or llama3.")
+        if self.kind not in SCALINGS:
+            raise ValueError(f"Unknown scaling {self.kind!r} of rotary positions: choose one of {', '.join(SCALINGS)}.")
+
+    @property
+    def longest(self) -> int | None:
+        """The most positions of a text that the scaling is made for; None for no limit."""
+        return self.original_length if self.kind == "longrope" else None
 
 
-def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Float[Array, " half"]:
-    """Return the angular frequencies theta^(-2i/H) of rotary embeddings (Su et al. 2021), scaled."""
-    frequencies = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+SCALINGS = ("linear", "llama3", "yarn", "longrope")
+
+
+def rope_frequencies(dim: int, theta: float, scaling: RopeScaling | None = None) -> Float[Array, " half"]:
+    """Return the angular frequencies theta^(-2i/dim) of rotary embeddings (Su et al. 2021) of `dim` numbers, scaled."""
+    frequencies = theta ** -(jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
     if scaling is None:
         return frequencies
     if scaling.kind == "linear":
         return frequencies / scaling.factor
-    turns = scaling.original_length * frequencies / (2 * jnp.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    if scaling.kind == "longrope":
+        return frequencies / jnp.array(scaling.factors)
+    if scaling.kind == "yarn":
+        kept = 1 - _yarn_ramp(dim, theta, scaling)
+    else:
+        turns = scaling.original_length * frequencies / (2 * jnp.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
     return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
+def _yarn_ramp(dim: int, theta: float, scaling: RopeScaling) -> Float[Array, " half"]:
+    """Return 0 for frequencies that are left, 1 for those that are divided, and between the ends what lies between."""
+    number = lambda turns: dim * math.log(scaling.original_length / (turns * 2 * math.pi)) / (2 * math.log(theta))  # noqa: E731
+    first, last = number(scaling.fast_turns), number(scaling.slow_turns)
+    if scaling.whole_numbers:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, dim - 1)
+    return jnp.clip((jnp.arange(dim // 2) - first) / max(last - first, 0.001), 0.0, 1.0)
+
+
 class Rotation(NamedTuple):
-    """Cosine and sine of position * frequency, by which rotary embeddings turn queries and keys."""
+    """Cosine and sine of position * frequency, by which rotary embeddings turn queries and keys.
+
+    Attributes:
+      growth: queries are multiplied by it besides; None for 1.
+    """
 
     cos: Float[Array, "B T 1 half"]
     sin: Float[Array, "B T 1 half"]
+    growth: Float[Array, "B T 1 1"] | None = None
+
+    def still(self) -> "Rotation":
+        """Return the rotation that turns nothing."""
+        return self._replace(cos=jnp.ones_like(self.cos), sin=jnp.zeros_like(self.sin))
 
 
-def rotation(positions: Int[AnyArray, "B T"], frequencies: Float[Array, " half"]) -> Rotation:
-    """Return the rotation of each position; all layers share it."""
+def rotation(
+    positions: Int[AnyArray, "B T"], frequencies: Float[Array, " half"], scaling: RopeScaling | None = None
+) -> Rotation:
+    """Return the rotation of each position; all layers share it. Frequencies are scaled already."""
     angle = positions[..., None, None].astype(jnp.float32) * frequencies
-    return Rotation(jnp.cos(angle), jnp.sin(angle))
+    cos, sin, growth = jnp.cos(angle), jnp.sin(angle), None
+    if scaling is not None and scaling.magnitude != 1.0:
+        cos, sin = cos * scaling.magnitude, sin * scaling.magnitude
+    if scaling is not None and scaling.query_growth:
+        growth = 1 + scaling.query_growth * jnp.log1p(jnp.floor(positions[..., None, None] / scaling.original_length))
+    return Rotation(cos, sin, growth)
 
 
 def apply_rope(x: Float[Array, "B T N H"], by: Rotation) -> Float[Array, "B T N H"]:
-    """Rotate the pairs (i, i + H/2) of each head: the pairing of Hugging Face checkpoints."""
-    cos, sin = by
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    """Rotate the pairs (i, i + half) of each head: the pairing of Hugging Face checkpoints. Numbers beyond 2 half stay as they are."""
+    half = by.cos.shape[-1]
+    first, second, rest = jnp.split(x.astype(jnp.float32), (half, 2 * half), axis=-1)
+    rotated = jnp.concatenate([first * by.cos - second * by.sin, second * by.cos + first * by.sin, rest], axis=-1)
     return rotated.astype(x.dtype)
 
 
@@ -182,8 +241,10 @@ class AttentionConfig:
     kv_heads: int
     head_dim: int
     query_scale: float | None = None
+    attn_softcap: float | None = None
     qkv_bias: bool = False
     qk_norm: bool = False
+    qk_norm_over_heads: bool = False
     norm_eps: float = 1e-6
     norm_offset: float = 0.0
     lora: LoRAConfig | None = None
@@ -206,8 +267,9 @@ class Attention(nnx.Module):
                 nnx.Param(jnp.zeros((heads, c.head_dim), jnp.float32)) for heads in (c.heads, c.kv_heads, c.kv_heads)
             )
         if c.qk_norm:
-            self.q_norm = RMSNorm(c.head_dim, eps=c.norm_eps, offset=c.norm_offset)
-            self.k_norm = RMSNorm(c.head_dim, eps=c.norm_eps, offset=c.norm_offset)
+            of_q, of_k = (c.heads, c.kv_heads) if c.qk_norm_over_heads else (1, 1)
+            self.q_norm = RMSNorm(of_q * c.head_dim, eps=c.norm_eps, offset=c.norm_offset)
+            self.k_norm = RMSNorm(of_k * c.head_dim, eps=c.norm_eps, offset=c.norm_offset)
         self.lora = adapters(c.lora, "attn", {"q": (self.q, 1), "k": (self.k, 1), "v": (self.v, 1), "o": (self.o, 2)}, rngs)
 
     def __call__(
@@ -235,9 +297,12 @@ class Attention(nnx.Module):
         if c.qkv_bias:
             q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
         if c.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+            normed = lambda norm, x: norm(x.reshape(*x.shape[:2], -1, norm.scale.shape[-1])).reshape(x.shape)  # noqa: E731
+            q, k = normed(self.q_norm, q), normed(self.k_norm, k)
         if rotate is not None:
             q, k = apply_rope(q, rotate), apply_rope(k, rotate)
+            if rotate.growth is not None:
+                q *= rotate.growth.astype(q.dtype)
         q, k, v = (constrain(out, "rows", None, "heads", None) for out in (q, k, v))
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         if cache is not None:
@@ -247,7 +312,7 @@ class Attention(nnx.Module):
             if not isinstance(mask, SelfMask):
                 seen = mask.shape[-1]
                 k, v = cache.k[layer, :, :, :seen], cache.v[layer, :, :, :seen]
-        heads = attention(q, k, v, mask=mask, scale=c.query_scale, kernel=c.attention_kernel)
+        heads = attention(q, k, v, mask=mask, scale=c.query_scale, softcap=c.attn_softcap, kernel=c.attention_kernel)
         # As one matrix: XLA on CPU turns `o` around for a product over two axes.
         out = heads.reshape(*x.shape[:2], -1) @ self.o[...].reshape(-1, c.width)
         if self.lora is not None:
