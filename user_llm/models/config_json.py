@@ -16,9 +16,9 @@ from absl import logging
 from user_llm.common.printable import printable
 from user_llm.common.records import misfit, positive_number, positive_whole_number, text, true_or_false, whole_number
 from user_llm.models.decoder import DecoderConfig
-from user_llm.models.families import FAMILIES, WRAPPERS, Family, families_like, family_of
+from user_llm.models.families import FAMILIES, OPTIONAL, WRAPPERS, Family, families_like, family_of
+from user_llm.models.layer_settings import experts_from_settings, unrotated_from_settings, windows_from_settings
 from user_llm.models.rotary_settings import ropes_from_settings, settings_from_ropes
-from user_llm.nn.experts import ExpertsConfig
 from user_llm.nn.transformer import BlockConfig
 
 MOST_LAYERS = 1000  # the deepest open models have some 130
@@ -39,7 +39,9 @@ SETTINGS = {
     "layer_types?": [text], "no_rope_layers?": [whole_number], "num_experts?": positive_whole_number,
     "num_local_experts?": positive_whole_number, "num_experts_per_tok?": positive_whole_number,
     "moe_intermediate_size?": positive_whole_number, "norm_topk_prob?": true_or_false,
-    **{name: positive_number for name in ("attn_logit_softcapping?", "final_logit_softcapping?", "attention_multiplier?", "embedding_multiplier?", "residual_multiplier?", "logits_scaling?")}, **{f"{role}_token_id?": token_id_or_list_of_them for role in ("bos", "eos", "pad")},
+    "attn_logit_softcapping?": positive_number, "final_logit_softcapping?": positive_number, "attention_multiplier?": positive_number,
+    "embedding_multiplier?": positive_number, "residual_multiplier?": positive_number, "logits_scaling?": positive_number,
+    **{f"{role}_token_id?": token_id_or_list_of_them for role in ("bos", "eos", "pad")},
 }  # fmt: skip
 # Of classifiers; transformers would make as many labels as a config asks for.
 LABELS = frozenset({"id2label", "label2id", "num_labels", "problem_type"})
@@ -51,7 +53,7 @@ ASIDE = frozenset({"dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_
 NEUTRAL = LABELS | ASIDE | frozenset({
     "_name_or_path", "architectures", "model_type", "transformers_version", "use_cache",
     "initializer_range", "max_position_embeddings", "pretraining_tp",
-"no_rope_layer_interval", "output_router_logits", "router_aux_loss_coef",
+    "no_rope_layer_interval", "output_router_logits", "router_aux_loss_coef",
     "is_llama_config", "output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward",
     "cache_implementation", "transformers.js_config",
     "use_sliding_window", "max_window_layers", "sliding_window_pattern", "_sliding_window_pattern", "rope_local_base_freq",
@@ -121,12 +123,12 @@ def config_from_settings(
             f"{source}: {heads} heads of {head_dim} numbers and {kv_heads} key-value heads do not make an attention: the second "
             "must be even, and the third divide the first."
         )
-    windowed, window = _windows(raw, depth, source, everywhere="sliding_window" in family.reads)
+    windowed, window = windows_from_settings(raw, depth, source, everywhere="sliding_window" in family.reads)
     ropes = ropes_from_settings(raw, head_dim, source, partial="partial_rotary_factor" in family.reads)
     own = {field: raw.pop(key) for key, field in family.fields.items()}
     experts, mlp_width = None, raw.pop("intermediate_size")
     if "num_experts" in family.reads:
-        experts, mlp_width = _experts(raw, source), raw.pop("moe_intermediate_size")
+        experts, mlp_width = experts_from_settings(raw, source), raw.pop("moe_intermediate_size")
     if family.query_scale:
         own["query_scale"] = raw.pop(family.query_scale) ** -0.5
     of_block = {field.name for field in dataclasses.fields(BlockConfig)} & own.keys()
@@ -156,15 +158,9 @@ def config_from_settings(
         "tie_embeddings": raw.pop("tie_word_embeddings"),
         "embed_scale": width**0.5 if family.scaled_embeddings else 1.0,
         "windowed": windowed,
-        "unrotated": _unrotated(raw, depth, source) if "no_rope_layers" in family.reads else (),
+        "unrotated": unrotated_from_settings(raw, depth, source) if "no_rope_layers" in family.reads else (),
         **own,
     }
-    if "partial_rotary_factor" in family.reads:  # transformers has put both among the rotary settings
-        raw = {
-            name: value
-            for name, value in raw.items()
-            if name not in ("original_max_position_embeddings", "partial_rotary_factor")
-        }
     _check_rest(raw, source, family)
     return DecoderConfig(**{**fields, **overrides})
 
@@ -227,12 +223,7 @@ def _with_defaults(settings: dict[str, Any], source: str, family: Family) -> dic
     if family.defaults is not None:
         found = {"tie_word_embeddings": False, **family.defaults, **settings}
         needed = ["vocab_size", "num_attention_heads", "rms_norm_eps", family.activation, family.query_scale, *family.fields]
-        needed += ["no_rope_layers"] if "no_rope_layers" in family.reads else []
-        needed += (
-            ["num_experts", "num_experts_per_tok", "norm_topk_prob", "moe_intermediate_size"]
-            if "num_experts" in family.reads
-            else []
-        )
+        needed += [name for option in family.reads for name in OPTIONAL[option]]
         for name in needed:
             if name is not None and name not in found:
                 raise ValueError(f"{source}: the setting {name!r} is missing, and the family's defaults do not have it.")
@@ -243,49 +234,6 @@ def _with_defaults(settings: dict[str, Any], source: str, family: Family) -> dic
         return AutoConfig.for_model(**copy.deepcopy(settings)).to_dict()  # it writes into what it is given
     except Exception as error:  # whatever its validation raises
         raise ValueError(f"{source} is no valid {settings['model_type']} config: {' '.join(str(error).split())}.") from error
-
-
-def _experts(raw: dict[str, Any], source: str) -> ExpertsConfig:
-    """Take the settings of a mixture of experts, which all layers must have."""
-    every, dense = raw.pop("decoder_sparse_step", 1), raw.pop("mlp_only_layers", None)
-    if every != 1 or dense:
-        raise ValueError(
-            f"{source}: layers without experts among those with them ('decoder_sparse_step' = {every}, 'mlp_only_layers' = "
-            f"{dense}) are not supported."
-        )
-    older = raw.pop("num_local_experts", None)
-    count, few = raw.pop("num_experts", None) or older, raw.pop("num_experts_per_tok")
-    if few > count:
-        raise ValueError(f"{source}: the setting 'num_experts_per_tok' = {few} is above the number of experts, {count}.")
-    return ExpertsConfig(count, few, raw.pop("norm_topk_prob"))
-
-
-def _unrotated(raw: dict[str, Any], depth: int, source: str) -> tuple[bool, ...]:
-    """Take the setting that says which layers have rotary positions (1) and which have none (0)."""
-    rotated = raw.pop("no_rope_layers")
-    if len(rotated) != depth or set(rotated) - {0, 1}:
-        raise ValueError(
-            f"{source}: the setting 'no_rope_layers' = {rotated} is not supported: a 0 or 1 for each layer is needed."
-        )
-    return () if all(rotated) else tuple(not one for one in rotated)
-
-
-def _windows(raw: dict[str, Any], depth: int, source: str, *, everywhere: bool) -> tuple[tuple[bool, ...], int | None]:
-    """Take the settings that say which layers have a window, and how long it is; `everywhere`, all have it if there is one."""
-    window, given = raw.pop("sliding_window", None), raw.pop("layer_types", None)
-    kinds = ["sliding_attention" if everywhere and window is not None else "full_attention"] * depth
-    if everywhere and given not in (None, kinds):
-        raise ValueError(f"{source}: the setting 'layer_types' is not supported: a model of this family has one kind of layer.")
-    kinds = given or kinds
-    unknown = set(kinds) - {"full_attention", "sliding_attention"}
-    if unknown or len(kinds) != depth:
-        raise ValueError(f"{source}: the setting 'layer_types' of {len(kinds)} layers, {sorted(set(kinds))}, is not supported.")
-    windowed = tuple(kind == "sliding_attention" for kind in kinds)
-    if any(windowed):
-        return windowed, window
-    if window is not None:
-        raise ValueError(f"{source}: the setting 'sliding_window' = {window} without layers that have it is not supported.")
-    return (), None
 
 
 def settings_from_config(c: DecoderConfig) -> dict[str, Any]:

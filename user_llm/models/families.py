@@ -62,7 +62,7 @@ class Family:
             )
         if missing := sorted(set(POST_NORMS) - set(self.names)) if self.post_norms else []:
             raise ValueError(f"names lacks {missing[0]!r}, which a family with post_norms has.")
-        if unknown := sorted(self.reads - OPTIONAL):
+        if unknown := sorted(self.reads - OPTIONAL.keys()):
             raise ValueError(f"reads has {unknown[0]!r}, which is not known: choose {', '.join(sorted(OPTIONAL))}.")
 
     def name(self, path: str) -> str:
@@ -86,9 +86,14 @@ LLAMA_NAMES = {
     "mlp/down": "mlp.down_proj.weight",
 }
 POST_NORMS = ("attn_post_norm/scale", "mlp_post_norm/scale")
-# Settings that some families have: a window of all layers where `layer_types` does not say which have one, layers without rotary
-# positions, heads that positions turn in part, and experts.
-OPTIONAL = frozenset({"sliding_window", "no_rope_layers", "partial_rotary_factor", "num_experts"})
+# Settings that some families have, and which ones are needed then: a window of all layers (`layer_types` does not say which have one),
+# layers without rotary positions, heads that positions turn in part, and experts.
+OPTIONAL: Mapping[str, tuple[str, ...]] = {
+    "sliding_window": (),
+    "no_rope_layers": ("no_rope_layers",),
+    "partial_rotary_factor": (),
+    "num_experts": ("num_experts", "num_experts_per_tok", "norm_topk_prob", "moe_intermediate_size"),
+}
 AFTER_BLOCKS = {
     "attn_post_norm/scale": "post_attention_layernorm.weight",
     "mlp_post_norm/scale": "post_feedforward_layernorm.weight",

@@ -13,7 +13,7 @@ from user_llm.common.records import (
     text,
     true_or_false,
 )
-from user_llm.nn.attention import RopeScaling
+from user_llm.nn.rotary import RopeScaling
 from user_llm.nn.transformer import BlockConfig
 
 FORM = {
@@ -46,6 +46,9 @@ def ropes_from_settings(raw: dict[str, Any], head_dim: int, source: str, *, part
       ValueError: settings that are missing, that do not fit each other, or that the decoder does not implement.
     """
     rope, reach = raw.pop("rope_parameters"), raw.get("max_position_embeddings")
+    if partial:  # transformers has put these among the rotary settings
+        for name in ("original_max_position_embeddings", "partial_rotary_factor"):
+            raw.pop(name, None)
     if not isinstance(rope, dict) or "full_attention" not in rope:
         return _fields(rope, head_dim, reach, source, partial)
     window = _fields(rope.get("sliding_attention"), head_dim, reach, source, False)

@@ -20,12 +20,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from user_llm.common.arrays import AnyArray
 from user_llm.common.mesh import constrain
-from user_llm.nn.attention import Attention, AttentionConfig, KVCache, RopeScaling, Rotation, rope_frequencies, rotation
+from user_llm.nn.attention import Attention, AttentionConfig, KVCache
 from user_llm.nn.cross_attention import CrossAttentionConfig, GatedCrossAttention, LayersKV, UserKV, readers
 from user_llm.nn.experts import Experts, ExpertsConfig
 from user_llm.nn.layers import RMSNorm, dropout, linear_param
 from user_llm.nn.lora import LoRAConfig
 from user_llm.nn.mlp import MLP
+from user_llm.nn.rotary import RopeScaling, Rotation, rope_frequencies, rotation
 from user_llm.nn.visibility import SelfMask
 
 # What is kept of each group of layers for the backward pass, besides its input: everything, the products with weights, or nothing.
