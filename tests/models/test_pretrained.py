@@ -367,7 +367,25 @@ def test_an_output_table_in_a_tied_checkpoint_must_be_the_embeddings(checkpoint)
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "'partial_rotary_factor'"),
         ({"sliding_window": 128}, "'sliding_window' = 128"),
         ({"layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),
-        ({"attention_dropout": 0.1}, "'attention_dropout' = 0.1"),
+        ({"model_type": "mistral", "layer_types": ["sliding_attention", "full_attention"]}, "'layer_types' is not supported"),
+        ({"model_type": "mistral", "sliding_window": None, "layer_types": ["sliding_attention"] * 2}, "'layer_types' is not"),
+        (
+            {"model_type": "smollm3", "no_rope_layers": [1, 2]},
+            "'no_rope_layers' = [1, 2] is not supported: a 0 or 1 for each layer",
+        ),
+        (
+            {"model_type": "gemma2", "sliding_window": None},
+            "'sliding_window' is missing, and 'layer_types' has layers with one",
+        ),
+        ({"model_type": "qwen3_moe", "mlp_only_layers": [0]}, "layers without experts among those with them"),
+        (
+            {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 5},
+            "'num_experts_per_tok' = 5 is above the number",
+        ),
+        ({"model_type": "gemma2", "attn_logit_softcapping": -1.0}, "'attn_logit_softcapping' is no positive number"),
+        ({"rope_parameters": YARN | {"beta_fast": 0.5}}, "'rope_theta' is not above 1, or 'beta_fast' not above 'beta_slow'"),
+        ({"rope_parameters": YARN | {"rope_theta": 1.0}}, "'rope_theta' is not above 1, or 'beta_fast'"),
+        ({"rope_parameters": LONG | {"original_max_position_embeddings": 16}}, "'partial_rotary_factor' of longrope"),
         ({"model_type": "qwen3", "attention_bias": True}, "'attention_bias' = True"),
         ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "'attn_logit_softcapping' = 50.0"),
         ({"model_type": "gemma3_text", "final_logit_softcapping": 30.0}, "'final_logit_softcapping' = 30.0"),
@@ -435,7 +453,7 @@ def test_settings_that_no_model_reads_are_ignored_and_a_line_says_so(checkpoint,
     extra = {
         "unsloth_version": "2025.9", "unsloth_fixed": True, "_attn_implementation_autoset": True, "_unsloth": {"a": 1},
         "max_sequence_length": 2048, "tokenizer_class": "LlamaTokenizer", "neftune_noise_alpha": 5, "temperature": 0.7, "torch_dtype": "auto",
-        "bos_token_id": [1, 2], "pad_token_id": -1,
+        "bos_token_id": [1, 2], "pad_token_id": -1, "attention_dropout": 0.1,
     }  # fmt: skip
     for whole in ({"bits": 16}, {"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": False}):
         with caplog.at_level("INFO", logger="absl"):
@@ -446,6 +464,15 @@ def test_settings_that_no_model_reads_are_ignored_and_a_line_says_so(checkpoint,
         and "config.json" in lines[0]
         and "max_sequence_length, neftune_noise_alpha, tokenizer_class" in lines[0]
     )
+
+
+def test_null_says_that_there_is_no_window_and_no_cap(checkpoint):
+    assert decoder_config(checkpoint({"model_type": "mistral", "sliding_window": None})).windowed == ()
+    assert decoder_config(checkpoint({"model_type": "mistral"})).block.window == 4096  # the family's default
+    gemma2, caps = GEMMA3 | {"model_type": "gemma2"}, {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+    for settings, expected in ((gemma2, (50.0, 30.0)), (gemma2 | caps, (None, None))):
+        config = config_from_settings(settings, "config.json")
+        assert (config.block.attn_softcap, config.logit_softcap) == expected
 
 
 def test_an_older_spelling_of_scaled_rotary_positions_is_read(checkpoint):

@@ -43,6 +43,8 @@ SETTINGS = {
     "embedding_multiplier?": positive_number, "residual_multiplier?": positive_number, "logits_scaling?": positive_number,
     **{f"{role}_token_id?": token_id_or_list_of_them for role in ("bos", "eos", "pad")},
 }  # fmt: skip
+# Of these null says that there is none, and not that the family's default holds.
+OR_NONE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
 # Of classifiers; transformers would make as many labels as a config asks for.
 LABELS = frozenset({"id2label", "label2id", "num_labels", "problem_type"})
 # These settings say how weights are stored, and where texts begin and end. Other files say both. They are not given to transformers,
@@ -53,6 +55,7 @@ ASIDE = frozenset({"dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_
 NEUTRAL = LABELS | ASIDE | frozenset({
     "_name_or_path", "architectures", "model_type", "transformers_version", "use_cache",
     "initializer_range", "max_position_embeddings", "pretraining_tp",
+    "attention_dropout", "embd_pdrop", "resid_pdrop",  # of a training; ours has its own
     "no_rope_layer_interval", "output_router_logits", "router_aux_loss_coef",
     "is_llama_config", "output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward",
     "cache_implementation", "transformers.js_config",
@@ -111,7 +114,8 @@ def config_from_settings(
         raise ValueError(f"{source}: the setting 'num_hidden_layers' = {present['num_hidden_layers']} is above {MOST_LAYERS}.")
     if present.get("rms_norm_eps", 0) >= 1:
         raise ValueError(f"{source}: the setting 'rms_norm_eps' = {present['rms_norm_eps']} is not below 1.")
-    raw = _with_defaults({name: value for name, value in present.items() if name not in ASIDE}, source, family)
+    known = present | {name: None for name in OR_NONE if name in settings and settings[name] is None}
+    raw = _with_defaults({name: value for name, value in known.items() if name not in ASIDE}, source, family)
     activation = raw.pop(family.activation)
     if activation not in ACTIVATIONS:
         raise ValueError(f"{source}: the activation {activation!r} is not supported, only {', '.join(ACTIVATIONS)}.")

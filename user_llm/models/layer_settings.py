@@ -46,6 +46,8 @@ def windows_from_settings(
     if unknown or len(kinds) != depth:
         raise ValueError(f"{source}: the setting 'layer_types' of {len(kinds)} layers, {sorted(set(kinds))}, is not supported.")
     windowed = tuple(kind == "sliding_attention" for kind in kinds)
+    if any(windowed) and window is None:
+        raise ValueError(f"{source}: the setting 'sliding_window' is missing, and 'layer_types' has layers with one.")
     if any(windowed):
         return windowed, window
     if window is not None:
