@@ -34,9 +34,14 @@ FAMILIES = {
     "llama": {"rope_parameters": LLAMA3},
     "qwen3": {},
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6, "query_pre_attn_scalar": 12},
+    "phi3": {"pad_token_id": 0},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "norm_topk_prob": True},
 }
 # Every family and every strategy: what a strategy freezes does not depend on the family.
-RUNS = [*((family, "full") for family in FAMILIES), ("gemma3_text", "lora"), ("qwen3", "enc"), ("llama", "proj")]
+RUNS = [
+    *((family, "full") for family in FAMILIES if family != "phi3"),
+    ("gemma3_text", "lora"), ("phi3", "lora"), ("qwen3", "enc"), ("llama", "proj"),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,14 @@ VOCAB, END = 12, 2
 CONFIG = DecoderConfig(
     vocab_size=VOCAB,
     num_layers=2,
-    block=BlockConfig(width=16, heads=4, kv_heads=2, head_dim=8, mlp_width=24, window=3, window_rope_theta=100.0),
+    block=BlockConfig(
+        width=16, heads=4, kv_heads=2, head_dim=8, mlp_width=24, window=3, window_rope_theta=100.0, attn_softcap=2.0
+    ),
     tie_embeddings=False,
+    logit_divisor=0.5,
+    logit_softcap=4.0,
     windowed=(True, False),
+    unrotated=(False, True),
     cross=CrossAttentionConfig(user_width=6, every=2, heads=2, head_dim=4),
 )
 

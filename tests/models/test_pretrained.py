@@ -60,7 +60,7 @@ def checkpoint(tmp_path):
 ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "vocab_size": 50, "max_position_embeddings": 64,
+    "vocab_size": 50, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}  # fmt: skip
@@ -73,6 +73,12 @@ GEMMA_ROPE = {
     "full_attention": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 8.0},
 }
 GEMMA3 = {name: value for name, value in TINY.items() if name != "hidden_act"} | {"model_type": "gemma3_text"}
+YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+MINISTRAL = {"beta_fast": 4.0, "beta_slow": 0.5, "mscale": 1.0, "mscale_all_dim": 0.5, "llama_4_scaling_beta": 0.3}
+LONG = {"rope_type": "longrope", "rope_theta": 1000.0, "partial_rotary_factor": 0.75, "short_factor": [1.0, 1.5, 2.5],
+        "long_factor": [2.0, 4.0, 8.0]}  # fmt: skip
+GRANITE = {"attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.6, "logits_scaling": 2.0}
+EXPERTS = {"head_dim": 16, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "intermediate_size": 48}
 REFERENCES = {
     "llama-tied": ("llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
     "llama-grouped": ("llama", {"rope_parameters": ROPE | {"rope_theta": 500_000.0}, "tie_word_embeddings": False}),
@@ -86,6 +92,37 @@ REFERENCES = {
     "qwen3-untied": ("qwen3", {"head_dim": 8, "tie_word_embeddings": False}),
     "gemma3": ("gemma3_text", GEMMA | {"rope_parameters": GEMMA_ROPE}),
     "gemma3-defaults": ("gemma3_text", {"num_hidden_layers": 7, "head_dim": 8, "sliding_window": 3}),
+    "gemma2": (
+        "gemma2",
+        {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 5,
+            "attn_logit_softcapping": 0.5,
+            "final_logit_softcapping": 2.0,
+        },
+    ),
+    "mistral": ("mistral", {"head_dim": 16, "sliding_window": 5}),
+    "ministral3": (
+        "ministral3",
+        {"head_dim": 16, "sliding_window": None, "tie_word_embeddings": True, "rope_parameters": YARN | MINISTRAL},
+    ),
+    "olmo2": ("olmo2", {"rope_parameters": ROPE | {"rope_theta": 500_000.0}}),
+    "olmo3": ("olmo3", {"num_hidden_layers": 5, "sliding_window": 5, "rope_scaling": YARN | {"attention_factor": 1.3}}),
+    "smollm3": ("smollm3", {"num_hidden_layers": 5, "rope_parameters": ROPE | {"rope_theta": 500.0}}),
+    "phi3": ("phi3", {"sliding_window": 7, "tie_word_embeddings": False}),
+    "phi4-mini": (
+        "phi3",
+        {
+            "max_position_embeddings": 256,
+            "original_max_position_embeddings": 128,
+            "tie_word_embeddings": True,
+            "rope_parameters": LONG,
+        },
+    ),
+    "granite": ("granite", GRANITE | {"tie_word_embeddings": True}),
+    "qwen3-moe": ("qwen3_moe", EXPERTS | {"norm_topk_prob": True}),
+    "qwen3-moe-not-normalised": ("qwen3_moe", EXPERTS | {"norm_topk_prob": False, "tie_word_embeddings": True}),
 }
 
 
@@ -101,7 +138,7 @@ def reference(request, tmp_path_factory):
     model = transformers.AutoModelForCausalLM.from_config(settings).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            weight.normal_(1.0 if "norm" in name and family != "gemma3_text" else 0.0, 0.15)
+            weight.normal_(1.0 if "norm" in name and "gemma" not in family else 0.0, 0.15)
     path = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(path, max_shard_size="20KB")
     assert len(list(path.glob("*.safetensors"))) > 1
@@ -323,11 +360,32 @@ def test_an_output_table_in_a_tied_checkpoint_must_be_the_embeddings(checkpoint)
         ({"mlp_bias": True}, "'mlp_bias'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "of type 'yarn' are not supported"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "of type 'dynamic' are not supported",
+        ),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "'partial_rotary_factor'"),
         ({"sliding_window": 128}, "'sliding_window' = 128"),
         ({"layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),
-        ({"attention_dropout": 0.1}, "'attention_dropout' = 0.1"),
+        ({"model_type": "mistral", "layer_types": ["sliding_attention", "full_attention"]}, "'layer_types' is not supported"),
+        ({"model_type": "mistral", "sliding_window": None, "layer_types": ["sliding_attention"] * 2}, "'layer_types' is not"),
+        (
+            {"model_type": "smollm3", "no_rope_layers": [1, 2]},
+            "'no_rope_layers' = [1, 2] is not supported: a 0 or 1 for each layer",
+        ),
+        (
+            {"model_type": "gemma2", "sliding_window": None},
+            "'sliding_window' is missing, and 'layer_types' has layers with one",
+        ),
+        ({"model_type": "qwen3_moe", "mlp_only_layers": [0]}, "layers without experts among those with them"),
+        (
+            {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 5},
+            "'num_experts_per_tok' = 5 is above the number",
+        ),
+        ({"model_type": "gemma2", "attn_logit_softcapping": -1.0}, "'attn_logit_softcapping' is no positive number"),
+        ({"rope_parameters": YARN | {"beta_fast": 0.5}}, "'rope_theta' is not above 1, or 'beta_fast' not above 'beta_slow'"),
+        ({"rope_parameters": YARN | {"rope_theta": 1.0}}, "'rope_theta' is not above 1, or 'beta_fast'"),
+        ({"rope_parameters": LONG | {"original_max_position_embeddings": 16}}, "'partial_rotary_factor' of longrope"),
         ({"model_type": "qwen3", "attention_bias": True}, "'attention_bias' = True"),
         ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "'attn_logit_softcapping' = 50.0"),
         ({"model_type": "gemma3_text", "final_logit_softcapping": 30.0}, "'final_logit_softcapping' = 30.0"),
@@ -352,14 +410,14 @@ def test_an_output_table_in_a_tied_checkpoint_must_be_the_embeddings(checkpoint)
         ({"head_dim": 3}, "2 heads of 3 numbers"),
         ({"rope_theta": -1.0}, "'rope_theta' is no positive number"),
         ({"rope_scaling": {"type": "linear", "factor": 0.0}}, "'factor' is no number of at least 1"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "of type 'yarn' are not supported"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "of type 'dynamic' are not supported"),
         ({"rope_parameters": LLAMA3 | {"high_freq_factor": 1.0}}, "'high_freq_factor' is not above 'low_freq_factor'"),
         ({"quantization_config": {"bits": 4}}, "'quantization_config' = {'bits': 4}"),
         ({"quantization_config": {"quant_method": "gptq"}}, "names the method 'gptq', which is not supported: bring"),
         ({"quantization_config": {"quant_method": "awq"}}, "bring the checkpoint in bfloat16 that it was made from"),
         ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "call `model.dequantize()`"),
         ({"hidden_act": "swish2"}, "the activation 'swish2' is not supported"),
-        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported, only llama, qwen2, qwen3, gemma3_text"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported, only llama, qwen2, qwen3, qwen3_moe, gemma2"),
     ],
 )
 def test_unsupported_settings_are_refused_by_name(checkpoint, settings, message):
@@ -395,7 +453,7 @@ def test_settings_that_no_model_reads_are_ignored_and_a_line_says_so(checkpoint,
     extra = {
         "unsloth_version": "2025.9", "unsloth_fixed": True, "_attn_implementation_autoset": True, "_unsloth": {"a": 1},
         "max_sequence_length": 2048, "tokenizer_class": "LlamaTokenizer", "neftune_noise_alpha": 5, "temperature": 0.7, "torch_dtype": "auto",
-        "bos_token_id": [1, 2], "pad_token_id": -1,
+        "bos_token_id": [1, 2], "pad_token_id": -1, "attention_dropout": 0.1,
     }  # fmt: skip
     for whole in ({"bits": 16}, {"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": False}):
         with caplog.at_level("INFO", logger="absl"):
@@ -406,6 +464,15 @@ def test_settings_that_no_model_reads_are_ignored_and_a_line_says_so(checkpoint,
         and "config.json" in lines[0]
         and "max_sequence_length, neftune_noise_alpha, tokenizer_class" in lines[0]
     )
+
+
+def test_null_says_that_there_is_no_window_and_no_cap(checkpoint):
+    assert decoder_config(checkpoint({"model_type": "mistral", "sliding_window": None})).windowed == ()
+    assert decoder_config(checkpoint({"model_type": "mistral"})).block.window == 4096  # the family's default
+    gemma2, caps = GEMMA3 | {"model_type": "gemma2"}, {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+    for settings, expected in ((gemma2, (50.0, 30.0)), (gemma2 | caps, (None, None))):
+        config = config_from_settings(settings, "config.json")
+        assert (config.block.attn_softcap, config.logit_softcap) == expected
 
 
 def test_an_older_spelling_of_scaled_rotary_positions_is_read(checkpoint):
@@ -514,5 +581,5 @@ def test_unreadable_files_are_refused_by_name(checkpoint, tmp_path):
 def test_a_decoder_of_no_family_is_not_exported(checkpoint):
     config = decoder_config(checkpoint())
     gated = dataclasses.replace(config, block=dataclasses.replace(config.block, residual_gate=True))
-    with pytest.raises(ValueError, match="No family of llama, qwen2, qwen3, gemma3_text describes this decoder"):
+    with pytest.raises(ValueError, match="No family of llama, qwen2, .*, granite describes this decoder"):
         settings_from_config(gated)

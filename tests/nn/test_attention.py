@@ -11,13 +11,10 @@ from user_llm.nn.attention import (
     Attention,
     AttentionConfig,
     KVCache,
-    RopeScaling,
-    apply_rope,
     attention,
     attention_weights,
-    rope_frequencies,
-    rotation,
 )
+from user_llm.nn.rotary import rope_frequencies, rotation
 from user_llm.nn.visibility import cache_mask, causal_mask, segment_mask
 
 attend = jax.jit(attention, static_argnames="scale")
@@ -123,34 +120,36 @@ def test_masks_are_as_drawn():
     np.testing.assert_array_equal(cache_mask(np.array([[2, 0]]), 5), expected)
 
 
-def test_rope_turns_by_position_times_frequency_and_scores_by_distance():
-    turn = jax.jit(lambda x, at, frequencies: apply_rope(x, rotation(at, frequencies)))
-    frequencies = rope_frequencies(4, 100.0)
-    np.testing.assert_allclose(frequencies, [1.0, 0.1], rtol=1e-6)
-    x = np.array([1.0, 1.0, 0.0, 0.0], np.float32).reshape(1, 1, 1, 4)  # pairs (0, 2) and (1, 3)
-    turned = np.asarray(turn(x, np.array([[3]]), frequencies))[0, 0, 0]
-    np.testing.assert_allclose(turned, [np.cos(3), np.cos(0.3), np.sin(3), np.sin(0.3)], rtol=1e-5)
-
-    q, k, _ = _qkv(queries=1, keys=1, heads=1, kv_heads=1, batch=1)
-    frequencies = rope_frequencies(8, 10_000.0)
-
-    def score(at_q, at_k):
-        return np.sum(np.asarray(turn(q, np.array([[at_q]]), frequencies)) * turn(k, np.array([[at_k]]), frequencies))
-
-    np.testing.assert_allclose(score(7, 4), score(103, 100), rtol=1e-4)
-    assert abs(score(7, 4) - score(7, 5)) > 1e-3
+def test_soft_capped_scores_by_hand():
+    """Scores 0 and 8 with a cap of 2 are 0 and 2 tanh(4); a hidden key stays hidden."""
+    q, k = np.array([8.0, 0.0]).reshape(1, 1, 1, 2), np.array([[0.0, 0.0], [1.0, 0.0], [9.0, 0.0]]).reshape(1, 1, 3, 2)
+    v = np.array([[1.0, 0.0], [0.0, 1.0], [7.0, 7.0]]).reshape(1, 1, 3, 2)
+    mask = np.array([[[True, True, False]]])
+    out = attention(*(jnp.asarray(a, jnp.float32) for a in (q, k, v)), mask=mask, scale=1.0, softcap=2.0)
+    second = np.exp(2 * np.tanh(4)) / (1 + np.exp(2 * np.tanh(4)))
+    np.testing.assert_allclose(out[0, 0, 0], [1 - second, second], rtol=1e-6)
+    weights = attention_weights(*(jnp.asarray(a, jnp.float32) for a in (q, k)), mask=mask, scale=1.0, softcap=2.0)
+    np.testing.assert_allclose(weights[0, 0, 0], [1 - second, second, 0], rtol=1e-6)
 
 
-def test_scaled_rotary_frequencies_by_hand():
-    plain = rope_frequencies(8, 10_000.0)  # 1, 0.1, 0.01, 0.001
-    np.testing.assert_allclose(rope_frequencies(8, 10_000.0, RopeScaling("linear", 4.0)), plain / 4, rtol=1e-6)
-    # Within 628 positions they turn some 100, 10, 1 and 0.1 times: one is kept, one is kept in part, and two are divided.
-    scaling = RopeScaling("llama3", 4.0, low_freq_factor=1.0, high_freq_factor=21.0, original_length=628)
-    kept = (62.8 / (2 * np.pi) - 1) / (21 - 1)
-    expected = plain * np.array([1, kept + (1 - kept) / 4, 1 / 4, 1 / 4])
-    np.testing.assert_allclose(rope_frequencies(8, 10_000.0, scaling), expected, rtol=1e-5)
-    with pytest.raises(ValueError, match="Unknown scaling 'yarn'"):
-        RopeScaling("yarn", 4.0)
+def test_a_norm_over_all_heads_is_one_norm_of_the_whole():
+    """Heads of other sizes keep their proportions, which a norm of each head would take away."""
+    config = AttentionConfig(width=4, heads=2, kv_heads=1, head_dim=2, qk_norm=True, qk_norm_over_heads=True, norm_eps=0.0)
+    graphdef, shapes = trees.abstract(lambda: Attention(config, rngs=nnx.Rngs(params=0)))
+    assert (shapes["q_norm"]["scale"].shape, shapes["k_norm"]["scale"].shape) == ((4,), (2,))
+    params = jax.tree.map(lambda like: np.ones(like.shape, np.float32), shapes)
+    params["q"] = np.eye(4, dtype=np.float32).reshape(4, 2, 2)
+    q = np.array([3.0, 3.0, 1.0, 1.0])  # 3 and 1 are the sizes of the heads; the mean square is 5
+    x = jnp.asarray(np.stack([q, -2 * q])[None], jnp.float32)
+    k = np.array([1.0, -1.0])[:, None] * np.ones(2)  # the sums 8 and -16, normed
+    v = x[0].sum(-1)
+    mask = causal_mask(np.ones((1, 2), bool))
+    out, _ = trees.merge(graphdef, params)(x, mask=mask, rotate=None)
+    expected = 0.0
+    for head in (q[:2], q[2:]):
+        scores = np.exp(-head / np.sqrt(5) @ k.T / np.sqrt(2))
+        expected += 2 * (scores / scores.sum()) @ v
+    np.testing.assert_allclose(out[0, 1], np.full(4, expected), rtol=1e-5)
 
 
 def test_cache_write_puts_each_row_at_its_own_slots():

@@ -40,26 +40,26 @@ def _packed(length):
     return jnp.asarray(np.stack([first, np.arange(length) < length // 3]).astype(np.int32))
 
 
-@functools.partial(jax.jit, static_argnames=("kernel", "scale"))
-def _values_and_gradients(q, k, v, mask, weights, *, kernel, scale=None):
+@functools.partial(jax.jit, static_argnames=("kernel", "scale", "softcap"))
+def _values_and_gradients(q, k, v, mask, weights, *, kernel, scale=None, softcap=None):
     """Of the reference, or of a kernel even where `choose` would not take it."""
 
     def loss(q, k, v):
         if kernel == "reference":
-            out = attention(q, k, v, mask=mask, scale=scale, kernel=kernel)
+            out = attention(q, k, v, mask=mask, scale=scale, softcap=softcap, kernel=kernel)
         else:
-            out = fused(kernel, q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale)
+            out = fused(kernel, q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale, softcap)
         return jnp.sum(out.astype(jnp.float32) * weights), out
 
     (_, out), gradients = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(q, k, v)
     return out, *gradients
 
 
-def _assert_equal_reference(kernel, mask, qkv, scale=None):
+def _assert_equal_reference(kernel, mask, qkv, **how):
     """In float32, values and gradients within 2e-6 of the largest; padding exactly 0 in all of them."""
     weights = np.random.default_rng(1).normal(size=qkv[0].shape).astype(np.float32)
     found, wanted = (
-        jax.device_get(_values_and_gradients(*qkv, mask, weights, kernel=name, scale=scale)) for name in (kernel, "reference")
+        jax.device_get(_values_and_gradients(*qkv, mask, weights, kernel=name, **how)) for name in (kernel, "reference")
     )
     for ours, theirs in zip(found, wanted, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-6 * np.abs(theirs).max())
@@ -100,6 +100,20 @@ def test_splash_equals_the_reference_over_many_blocks(mask):
 @pytest.mark.parametrize("kv_heads", [1, 4])
 def test_splash_with_one_or_all_key_heads_and_a_scale(kv_heads):
     _assert_equal_reference("splash", segment_mask(_packed(40)), _qkv(40, kv_heads=kv_heads), scale=0.7)
+
+
+def test_splash_caps_scores_as_the_reference_does():
+    qkv, mask = _qkv(40), segment_mask(_packed(40))
+    _assert_equal_reference("splash", mask, qkv, softcap=0.5)
+    plain, bent = (_values_and_gradients(*qkv, mask, 1.0, kernel="reference", softcap=cap)[0] for cap in (None, 0.5))
+    assert np.abs(plain - bent).max() > 0.1
+
+
+def test_scores_with_a_cap_go_to_no_kernel_that_does_not_know_it():
+    by = {"length": 512, "head_dim": 64, "dtype": jnp.bfloat16, "biased": False}
+    for kernel, capped_by in (("cudnn", "reference"), ("splash", "splash")):
+        assert choose(kernel, SelfMask(), **by) == kernel
+        assert choose(kernel, SelfMask(), **by, capped=True) == capped_by
 
 
 @pytest.mark.parametrize(

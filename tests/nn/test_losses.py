@@ -24,35 +24,36 @@ TARGETS = np.array([1, 2, 3, 4, 1, 0, 2, 3, 0, 4])
 WEIGHTS = np.array([1, 0.5, 2, 0, 1, 0, 1, 1, 0, 3], np.float32)  # 0 where the target is PAD, and once besides
 
 
-@jax.jit
-def _plain(hidden, table):
-    log_probs = jax.nn.log_softmax(jnp.where(VALID, hidden @ table.T, -jnp.inf))
+@functools.partial(jax.jit, static_argnames="softcap")
+def _plain(hidden, table, softcap=None):
+    logits = hidden @ table.T if softcap is None else softcap * jnp.tanh(hidden @ table.T / softcap)
+    log_probs = jax.nn.log_softmax(jnp.where(VALID, logits, -jnp.inf))
     losses = -jnp.take_along_axis(log_probs, TARGETS[:, None], axis=1)[:, 0]
     return jnp.sum(jnp.where(WEIGHTS > 0, WEIGHTS * losses, 0.0))
 
 
-_plain_and_grads = jax.jit(jax.value_and_grad(_plain, (0, 1)))
-_chunked = jax.jit(chunked_cross_entropy, static_argnums=5)
+_plain_and_grads = jax.value_and_grad(_plain, (0, 1))
+_chunked = jax.jit(chunked_cross_entropy, static_argnums=(5, 6))
 _chunked_and_grads = jax.jit(jax.value_and_grad(chunked_cross_entropy, (0, 1)), static_argnums=5)
 _sampled_and_grad = jax.jit(jax.value_and_grad(sampled_cross_entropy, 1))
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 10, 64])
-def test_chunked_equals_the_plain_softmax(chunk):
+@pytest.mark.parametrize(("chunk", "softcap"), [(1, None), (4, None), (10, None), (64, None), (4, 1.5)])
+def test_chunked_equals_the_plain_softmax(chunk, softcap):
     """Value and both gradients, scaled by what comes after; 4 does not divide the rows, 64 exceeds them."""
 
     def chunked(hidden, table):
-        return 2.5 * chunked_cross_entropy(hidden, table, TARGETS, WEIGHTS, VALID, chunk)
+        return 2.5 * chunked_cross_entropy(hidden, table, TARGETS, WEIGHTS, VALID, chunk, softcap)
 
     value, grads = jax.device_get(jax.jit(jax.value_and_grad(chunked, (0, 1)))(HIDDEN, TABLE))
-    expected, expected_grads = _plain_and_grads(HIDDEN, TABLE)
+    expected, expected_grads = _plain_and_grads(HIDDEN, TABLE, softcap)
     np.testing.assert_allclose(value, 2.5 * expected, rtol=1e-6)
     for grad, wanted in zip(grads, expected_grads, strict=True):
         np.testing.assert_allclose(grad, 2.5 * wanted, atol=1e-5)
     np.testing.assert_array_equal(grads[0][WEIGHTS == 0], 0)
     np.testing.assert_array_equal(grads[1][~VALID], 0)
     # Without a gradient another path computes the value.
-    np.testing.assert_allclose(_chunked(HIDDEN, TABLE, TARGETS, WEIGHTS, VALID, chunk), expected, rtol=1e-6)
+    np.testing.assert_allclose(_chunked(HIDDEN, TABLE, TARGETS, WEIGHTS, VALID, chunk, softcap), expected, rtol=1e-6)
 
 
 OF_ROW = np.array([0, 1, 2, 3, 1, 0, 1, 2, 0, 3])
@@ -173,11 +174,15 @@ def test_memory_of_the_chunked_loss_is_that_of_a_few_chunks_of_logits():
     assert 1 < many / (80 * 1_000_000 * 4) < 4
 
 
+SOFTCAPS = {16: None, 7: 1.5}  # by the number of items
+
+
 @functools.cache
 def _on_one_device(items):
     """A table; the loss, 2.5 times, with both gradients, as a function of states and table; and what it returns of them."""
     table, valid = np.random.default_rng(1).normal(size=(items, WIDTH)).astype(np.float32), np.arange(items) > 0
-    grad_fn = jax.jit(jax.value_and_grad(lambda h, t: 2.5 * chunked_cross_entropy(h, t, TARGETS, WEIGHTS, valid, 1), (0, 1)))
+    loss = lambda h, t: 2.5 * chunked_cross_entropy(h, t, TARGETS, WEIGHTS, valid, 1, SOFTCAPS[items])  # noqa: E731
+    grad_fn = jax.jit(jax.value_and_grad(loss, (0, 1)))
     return table, grad_fn, jax.device_get(grad_fn(HIDDEN, table))
 
 
@@ -197,7 +202,7 @@ def test_shared_out_over_a_mesh_it_is_the_same(mesh_of, sizes, items):
             np.testing.assert_allclose(grad, wanted, atol=1e-5)
         assert grads[1].sharding.is_equivalent_to(placed.sharding, 2)
         np.testing.assert_allclose(
-            _chunked(HIDDEN, placed, TARGETS, WEIGHTS, valid, 1),
+            _chunked(HIDDEN, placed, TARGETS, WEIGHTS, valid, 1, SOFTCAPS[items]),
             expected / 2.5,
             rtol=1e-6,
         )

@@ -11,6 +11,8 @@ from user_llm.ahead.flops import count_flops
 from user_llm.common import trees
 from user_llm.nn.attention import KVCache
 from user_llm.nn.cross_attention import CrossAttentionConfig, UserKV
+from user_llm.nn.experts import ExpertsConfig
+from user_llm.nn.rotary import RopeScaling
 from user_llm.nn.transformer import BlockConfig, Stack
 from user_llm.nn.visibility import cache_mask, causal_mask, segment_mask
 
@@ -18,6 +20,11 @@ WIDTH, DEPTH = 16, 5  # cross-attention in layers 1 and 3; layer 4 fills no grou
 PLAIN = BlockConfig(width=WIDTH, heads=4, kv_heads=2, head_dim=8, mlp_width=24)
 GATED = dataclasses.replace(PLAIN, residual_gate=True, qk_norm=True, activation="gelu")
 WINDOWED = dataclasses.replace(PLAIN, window=2, window_rope_theta=100.0, post_norms=True, norm_offset=1.0, qkv_bias=True)
+LATER = BlockConfig(
+    width=WIDTH, heads=4, kv_heads=2, head_dim=8, mlp_width=24, pre_norms=False, post_norms=True, qk_norm=True,
+    qk_norm_over_heads=True, attn_softcap=0.5, residual_scale=0.5, rotary_share=0.5, experts=ExpertsConfig(4, 2, True),
+)  # fmt: skip
+STILL = {"unrotated": (False, True, False, False, True)}  # of layers
 DROPPED = dataclasses.replace(PLAIN, dropout=0.5)
 CROSS = CrossAttentionConfig(user_width=6, every=2, heads=2, head_dim=4)
 
@@ -66,9 +73,9 @@ def test_nothing_flows_backwards(stack, block):
     assert (np.abs(before[:, 3:] - after[:, 3:]).max(-1) > 1e-3).all()
 
 
-@pytest.mark.parametrize("block", [PLAIN, GATED], ids=["plain", "gated"])
+@pytest.mark.parametrize("block", [PLAIN, GATED, LATER], ids=["plain", "gated", "later"])
 def test_packed_segments_equal_one_row_per_segment(stack, block):
-    _assert_packed_equals_alone(stack(block))
+    _assert_packed_equals_alone(stack(block, **(STILL if block is LATER else {})))
 
 
 def test_padding_on_the_right_changes_nothing(stack):
@@ -97,15 +104,41 @@ def test_scan_equals_unroll_with_users_cache_and_dropout(stack, seat):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-6), scanned, unrolled)
 
 
-def test_cached_steps_equal_the_whole_at_once(stack):
-    x = _x(2, 5)
+@pytest.mark.parametrize("block", [PLAIN, LATER], ids=["plain", "later"])
+def test_cached_steps_equal_the_whole_at_once(stack, block):
+    x, run = _x(2, 5), stack(block, **(STILL if block is LATER else {}))
     cache = KVCache(*[np.full((DEPTH, 2, 2, 6, 8), 7, np.float32)] * 2)  # unwritten slots must not be seen
     steps = []
     for t in range(5):
         positions = np.full((2, 1), t)
-        out, cache = stack()(x[:, t : t + 1], mask=cache_mask(positions, 6), positions=positions, cache=cache)
+        out, cache = run(x[:, t : t + 1], mask=cache_mask(positions, 6), positions=positions, cache=cache)
         steps.append(out)
-    np.testing.assert_allclose(np.concatenate(steps, axis=1), stack()(x, **_causal(5, 2))[0], atol=5e-6)
+    np.testing.assert_allclose(np.concatenate(steps, axis=1), run(x, **_causal(5, 2))[0], atol=5e-6)
+
+
+def test_layers_without_rotary_positions_do_not_know_positions(stack):
+    x, mask = _x(1, 5), _causal(5)["mask"]
+    of = lambda unrotated, step: np.asarray(  # noqa: E731
+        stack(unrotated=unrotated)(x, mask=mask, positions=step * np.arange(5)[None])[0]
+    )
+    every, some = (True,) * DEPTH, STILL["unrotated"]
+    np.testing.assert_array_equal(of(every, 1), of(every, 2))
+    assert np.abs(of(some, 1) - of(some, 2)).max() > 1e-3
+    assert np.abs(of(some, 1) - stack()(x, **_causal(5))[0]).max() > 1e-3
+    np.testing.assert_allclose(of(some, 1), stack(unrotated=some, unroll=True)(x, **_causal(5))[0], atol=5e-6)
+    with pytest.raises(ValueError, match="5 layers need as many marks of who has no rotary positions"):
+        Stack(PLAIN, DEPTH, unrotated=(True,), rngs=nnx.Rngs(params=0))
+
+
+def test_longer_texts_than_rotary_positions_are_read_for_are_refused(stack):
+    scaling = RopeScaling("longrope", 2.0, factors=(1.0, 1.5, 2.0, 2.5), original_length=6)
+    run = stack(dataclasses.replace(PLAIN, rope_scaling=scaling))
+    run(_x(1, 6), **_causal(6))
+    with pytest.raises(ValueError, match="up to 7 tokens are asked for, .* of this LLM are read for texts of at most 6"):
+        run(_x(1, 7), **_causal(7))
+    cache, one = KVCache(*[np.zeros((DEPTH, 1, 2, 7, 8), np.float32)] * 2), np.zeros((1, 1), np.int32)
+    with pytest.raises(ValueError, match="up to 7 tokens"):
+        run(_x(1, 1), mask=cache_mask(one, 7), positions=one, cache=cache)
 
 
 def test_dropout_needs_a_key_and_differs_by_key(stack):

@@ -45,6 +45,11 @@ def positive_number(value: Any) -> bool:
     return number(value) and value > 0
 
 
+def number_of_at_least_1(value: Any) -> bool:
+    """Return whether a value is a number that is at least 1."""
+    return number(value) and value >= 1
+
+
 def true_or_false(value: Any) -> bool:
     """Return whether a value is a truth value."""
     return isinstance(value, bool)

@@ -185,10 +185,11 @@ def layer_flops(block: BlockConfig, tokens: int, slots: int) -> Terms:
     """Return the terms of one transformer layer."""
     width, heads = block.width, block.heads * block.head_dim
     gates = 4 * width * width if block.residual_gate else 0
+    copies, router = (1, 0) if block.experts is None else (block.experts.per_token, 2 * width * block.experts.count)
     return {
         "projections": tokens * (4 * width * heads + 4 * width * block.kv_heads * block.head_dim + gates),
         "attention": tokens * slots * (4 * heads + SOFTMAX * block.heads),
-        "mlp": tokens * 6 * width * block.mlp_width,
+        "mlp": tokens * (6 * width * block.mlp_width * copies + router),
     }
 
 

@@ -14,19 +14,15 @@ from typing import Any
 from absl import logging
 
 from user_llm.common.printable import printable
-from user_llm.common.records import misfit, number, positive_number, positive_whole_number, text, true_or_false, whole_number
+from user_llm.common.records import misfit, positive_number, positive_whole_number, text, true_or_false, whole_number
 from user_llm.models.decoder import DecoderConfig
-from user_llm.models.families import FAMILIES, WRAPPERS, Family, family_like, family_of
-from user_llm.nn.attention import RopeScaling
+from user_llm.models.families import FAMILIES, OPTIONAL, WRAPPERS, Family, families_like, family_of
+from user_llm.models.layer_settings import experts_from_settings, unrotated_from_settings, windows_from_settings
+from user_llm.models.rotary_settings import ropes_from_settings, settings_from_ropes
 from user_llm.nn.transformer import BlockConfig
 
 MOST_LAYERS = 1000  # the deepest open models have some 130
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
-
-
-def number_of_at_least_1(value: Any) -> bool:
-    """Return whether a value is a number that is at least 1."""
-    return number(value) and value >= 1
 
 
 def token_id_or_list_of_them(value: Any) -> bool:
@@ -40,12 +36,15 @@ SETTINGS = {
     "vocab_size?": positive_whole_number, "num_attention_heads?": positive_whole_number,
     "num_key_value_heads?": positive_whole_number, "head_dim?": positive_whole_number, "sliding_window?": positive_whole_number,
     "rms_norm_eps?": positive_number, "query_pre_attn_scalar?": positive_number, "tie_word_embeddings?": true_or_false,
-    "layer_types?": [text], **{f"{role}_token_id?": token_id_or_list_of_them for role in ("bos", "eos", "pad")},
+    "layer_types?": [text], "no_rope_layers?": [whole_number], "num_experts?": positive_whole_number,
+    "num_local_experts?": positive_whole_number, "num_experts_per_tok?": positive_whole_number,
+    "moe_intermediate_size?": positive_whole_number, "norm_topk_prob?": true_or_false,
+    "attn_logit_softcapping?": positive_number, "final_logit_softcapping?": positive_number, "attention_multiplier?": positive_number,
+    "embedding_multiplier?": positive_number, "residual_multiplier?": positive_number, "logits_scaling?": positive_number,
+    **{f"{role}_token_id?": token_id_or_list_of_them for role in ("bos", "eos", "pad")},
 }  # fmt: skip
-ROPE = {
-    "rope_theta": positive_number, "rope_type?": text, "type?": text, "factor?": number_of_at_least_1, "low_freq_factor?": positive_number,
-    "high_freq_factor?": positive_number, "original_max_position_embeddings?": positive_whole_number,
-}  # fmt: skip
+# Of these null says that there is none, and not that the family's default holds.
+OR_NONE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
 # Of classifiers; transformers would make as many labels as a config asks for.
 LABELS = frozenset({"id2label", "label2id", "num_labels", "problem_type"})
 # These settings say how weights are stored, and where texts begin and end. Other files say both. They are not given to transformers,
@@ -56,6 +55,8 @@ ASIDE = frozenset({"dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_
 NEUTRAL = LABELS | ASIDE | frozenset({
     "_name_or_path", "architectures", "model_type", "transformers_version", "use_cache",
     "initializer_range", "max_position_embeddings", "pretraining_tp",
+    "attention_dropout", "embd_pdrop", "resid_pdrop",  # of a training; ours has its own
+    "no_rope_layer_interval", "output_router_logits", "router_aux_loss_coef",
     "is_llama_config", "output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward",
     "cache_implementation", "transformers.js_config",
     "use_sliding_window", "max_window_layers", "sliding_window_pattern", "_sliding_window_pattern", "rope_local_base_freq",
@@ -113,7 +114,8 @@ def config_from_settings(
         raise ValueError(f"{source}: the setting 'num_hidden_layers' = {present['num_hidden_layers']} is above {MOST_LAYERS}.")
     if present.get("rms_norm_eps", 0) >= 1:
         raise ValueError(f"{source}: the setting 'rms_norm_eps' = {present['rms_norm_eps']} is not below 1.")
-    raw = _with_defaults({name: value for name, value in present.items() if name not in ASIDE}, source, family)
+    known = present | {name: None for name in OR_NONE if name in settings and settings[name] is None}
+    raw = _with_defaults({name: value for name, value in known.items() if name not in ASIDE}, source, family)
     activation = raw.pop(family.activation)
     if activation not in ACTIVATIONS:
         raise ValueError(f"{source}: the activation {activation!r} is not supported, only {', '.join(ACTIVATIONS)}.")
@@ -125,23 +127,33 @@ def config_from_settings(
             f"{source}: {heads} heads of {head_dim} numbers and {kv_heads} key-value heads do not make an attention: the second "
             "must be even, and the third divide the first."
         )
-    windowed, window = _windows(raw, depth, source)
-    ropes = _ropes(raw, source)
+    windowed, window = windows_from_settings(raw, depth, source, everywhere="sliding_window" in family.reads)
+    ropes = ropes_from_settings(raw, head_dim, source, partial="partial_rotary_factor" in family.reads)
+    own = {field: raw.pop(key) for key, field in family.fields.items()}
+    experts, mlp_width = None, raw.pop("intermediate_size")
+    if "num_experts" in family.reads:
+        experts, mlp_width = experts_from_settings(raw, source), raw.pop("moe_intermediate_size")
+    if family.query_scale:
+        own["query_scale"] = raw.pop(family.query_scale) ** -0.5
+    of_block = {field.name for field in dataclasses.fields(BlockConfig)} & own.keys()
     block = BlockConfig(
         width=width,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        mlp_width=raw.pop("intermediate_size"),
+        mlp_width=mlp_width,
         window=window,
         activation=ACTIVATIONS[activation],
         norm_eps=raw.pop("rms_norm_eps"),
         norm_offset=family.norm_offset,
+        pre_norms=family.pre_norms,
         post_norms=family.post_norms,
         qk_norm=family.qk_norm,
+        qk_norm_over_heads=family.qk_norm_over_heads,
         qkv_bias=family.qkv_bias,
-        query_scale=raw.pop(family.query_scale) ** -0.5 if family.query_scale else None,
+        experts=experts,
         **ropes,
+        **{field: own.pop(field) for field in of_block},
     )
     fields = {
         "vocab_size": raw.pop("vocab_size"),
@@ -150,6 +162,8 @@ def config_from_settings(
         "tie_embeddings": raw.pop("tie_word_embeddings"),
         "embed_scale": width**0.5 if family.scaled_embeddings else 1.0,
         "windowed": windowed,
+        "unrotated": unrotated_from_settings(raw, depth, source) if "no_rope_layers" in family.reads else (),
+        **own,
     }
     _check_rest(raw, source, family)
     return DecoderConfig(**{**fields, **overrides})
@@ -212,7 +226,9 @@ def _with_defaults(settings: dict[str, Any], source: str, family: Family) -> dic
     """Complete settings by the family's defaults, older spellings turned into today's."""
     if family.defaults is not None:
         found = {"tie_word_embeddings": False, **family.defaults, **settings}
-        for name in ("vocab_size", "num_attention_heads", "rms_norm_eps", family.activation, family.query_scale):
+        needed = ["vocab_size", "num_attention_heads", "rms_norm_eps", family.activation, family.query_scale, *family.fields]
+        needed += [name for option in family.reads for name in OPTIONAL[option]]
+        for name in needed:
             if name is not None and name not in found:
                 raise ValueError(f"{source}: the setting {name!r} is missing, and the family's defaults do not have it.")
         return {"rope_parameters": {"rope_theta": found.pop("rope_theta", 10_000.0)}, **found}
@@ -224,87 +240,47 @@ def _with_defaults(settings: dict[str, Any], source: str, family: Family) -> dic
         raise ValueError(f"{source} is no valid {settings['model_type']} config: {' '.join(str(error).split())}.") from error
 
 
-def _windows(raw: dict[str, Any], depth: int, source: str) -> tuple[tuple[bool, ...], int | None]:
-    kinds, window = raw.pop("layer_types", None) or ["full_attention"] * depth, raw.pop("sliding_window", None)
-    unknown = set(kinds) - {"full_attention", "sliding_attention"}
-    if unknown or len(kinds) != depth:
-        raise ValueError(f"{source}: the setting 'layer_types' of {len(kinds)} layers, {sorted(set(kinds))}, is not supported.")
-    windowed = tuple(kind == "sliding_attention" for kind in kinds)
-    if any(windowed):
-        return windowed, window
-    if window is not None:
-        raise ValueError(f"{source}: the setting 'sliding_window' = {window} without layers that have it is not supported.")
-    return (), None
-
-
-def _ropes(raw: dict[str, Any], source: str) -> dict[str, Any]:
-    """Take the rotary settings: one for all layers, or one for each kind of layer."""
-    rope = raw.pop("rope_parameters")
-    if not isinstance(rope, dict) or "full_attention" not in rope:
-        theta, scaling = _rope(rope, source)
-        return {"rope_theta": theta, "rope_scaling": scaling}
-    theta, scaling = _rope(rope["full_attention"], source)
-    window_theta, window_scaling = _rope(rope.get("sliding_attention"), source)
-    if window_scaling is not None:
-        raise ValueError(f"{source}: scaled rotary positions in layers with a window are not supported.")
-    return {"rope_theta": theta, "rope_scaling": scaling, "window_rope_theta": window_theta}
-
-
-def _rope(settings: Any, source: str) -> tuple[float, RopeScaling | None]:
-    if wrong := misfit(settings, ROPE):
-        raise ValueError(f"{source}: the rotary positions: {wrong}.")
-    settings = dict(settings)
-    older = settings.pop("type", "default")
-    theta, kind = float(settings.pop("rope_theta")), settings.pop("rope_type", older)
-    names = {"factor": "factor", "low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor",
-             "original_max_position_embeddings": "original_length"}  # fmt: skip
-    known = {"default": 0, "linear": 1, "llama3": 4}
-    if kind not in known:
-        raise ValueError(f"{source}: rotary positions of type {kind!r} are not supported, only {', '.join(known)}.")
-    fields = {names[name]: settings.pop(name) for name in list(names)[: known[kind]] if name in settings}
-    if settings:
-        raise ValueError(f"{source}: the setting {next(iter(settings))!r} of {kind} rotary positions is not supported.")
-    if missing := [name for name in list(names)[: known[kind]] if names[name] not in fields]:
-        raise ValueError(f"{source}: the setting {missing[0]!r} of {kind} rotary positions is missing.")
-    if theta < 1:
-        raise ValueError(f"{source}: rotary positions with 'rope_theta' = {theta} are not supported, only with 1 or more.")
-    scaling = RopeScaling(kind, **fields) if fields else None
-    if scaling and kind == "llama3" and scaling.high_freq_factor <= scaling.low_freq_factor:
-        raise ValueError(f"{source}: the rotary positions: 'high_freq_factor' is not above 'low_freq_factor'.")
-    return theta, scaling
-
-
 def settings_from_config(c: DecoderConfig) -> dict[str, Any]:
     """Return what a config.json says of a decoder: the inverse of `config_from_settings`.
 
     Raises:
       ValueError: a decoder that no family of `FAMILIES` describes, such as one with gated residuals.
     """
-    b, (name, family) = c.block, family_like(c)
+    for name, family in families_like(c):
+        settings = _settings_of(c, name, family)
+        try:
+            if config_from_settings(settings, "this decoder") == bare(c):
+                return settings
+        except ValueError:  # this family has no such setting
+            continue
+    raise ValueError(f"No family of {', '.join(FAMILIES)} describes this decoder: {bare(c)}.")
+
+
+def _settings_of(c: DecoderConfig, name: str, family: Family) -> dict[str, Any]:
+    """Return what a config.json of a family says of a decoder, as far as the family can say it."""
+    b = c.block
     activations = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
     settings: dict[str, Any] = {
         "model_type": name, "architectures": [family.architecture], "vocab_size": c.vocab_size, "hidden_size": b.width, "intermediate_size": b.mlp_width,
         "num_hidden_layers": c.num_layers, "num_attention_heads": b.heads, "num_key_value_heads": b.kv_heads,
         "head_dim": b.head_dim, "rms_norm_eps": b.norm_eps, "tie_word_embeddings": c.tie_embeddings,
-        family.activation: activations[b.activation],
+        family.activation: activations[b.activation], **settings_from_ropes(b, partial="partial_rotary_factor" in family.reads),
     }  # fmt: skip
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": b.rope_theta}
-    if b.rope_scaling is not None:
-        s = b.rope_scaling
-        rope |= {"rope_type": s.kind, "factor": s.factor}
-        if s.kind == "llama3":
-            rope |= {"low_freq_factor": s.low_freq_factor, "high_freq_factor": s.high_freq_factor,
-                     "original_max_position_embeddings": s.original_length}  # fmt: skip
-    settings["rope_parameters"] = rope
     if family.query_scale:
-        local = {"rope_type": "default", "rope_theta": b.window_rope_theta}
-        settings["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
         settings[family.query_scale] = b.head_dim if b.query_scale is None else round(b.query_scale**-2)
+    settings |= {key: getattr(b if hasattr(b, field) else c, field) for key, field in family.fields.items()}
+    if "num_experts" in family.reads and (e := b.experts):
+        settings |= {"num_experts": e.count, "num_experts_per_tok": e.per_token, "norm_topk_prob": e.normalised,
+                     "moe_intermediate_size": b.mlp_width}  # fmt: skip
+    if "no_rope_layers" in family.reads:
+        settings["no_rope_layers"] = [int(not still) for still in c.unrotated or (False,) * c.num_layers]
+    if b.rope_scaling is not None and (longest := b.rope_scaling.longest):
+        settings |= {"max_position_embeddings": longest, "original_max_position_embeddings": longest}
+    if "sliding_window" in family.reads:
+        return settings | {"sliding_window": b.window}
     if any(c.windowed):
         settings["layer_types"] = ["sliding_attention" if windowed else "full_attention" for windowed in c.windowed]
         settings |= {"sliding_window": b.window, "use_sliding_window": True}
-    if config_from_settings(settings, "this decoder") != bare(c):
-        raise ValueError(f"No family of {', '.join(FAMILIES)} describes this decoder: {bare(c)}.")
     return settings
 
 

@@ -1,4 +1,4 @@
-"""The decoder LLM (Llama, Qwen and Gemma 3 families), with cross-attention to its user (section 3 of the paper).
+"""The decoder LLM (the families of `models/families.py`), with cross-attention to its user (section 3 of the paper).
 
 It reads embeddings, of tokens or not. The cache and the user's K/V are arguments of each call: `user_kv` computes the
 latter once per user, and no state is kept on the module. Weights come from `models/pretrained.py` or from training.
@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from user_llm.common.arrays import AnyArray
 from user_llm.nn.attention import KVCache
 from user_llm.nn.cross_attention import CrossAttentionConfig, LayersKV, UserKV
-from user_llm.nn.layers import RMSNorm, embedding_param, linear_param
+from user_llm.nn.layers import RMSNorm, capped, embedding_param, linear_param
 from user_llm.nn.transformer import BlockConfig, Stack
 from user_llm.nn.visibility import SelfMask
 
@@ -29,7 +29,10 @@ class DecoderConfig:
       block: every layer; its width is that of the embeddings.
       tie_embeddings: whether the embedding table is also the output table.
       embed_scale: input embeddings are multiplied by it (Gemma: the square root of the width).
+      logit_divisor: what logits are divided by (Granite).
+      logit_softcap: logits are bent to stay below it, as `layers.capped` does (Gemma 2); None for no cap.
       windowed: which layers see only a window of what came before; empty for none.
+      unrotated: which layers have no rotary positions (SmolLM3); empty for none.
       cross: where and how the decoder attends to its user; None for a bare LLM.
       unroll: inline the layers instead of scanning them (faster on CPU, slower to compile).
       remat: what is computed again in the backward pass, `nn.transformer.REMAT`.
@@ -40,7 +43,10 @@ class DecoderConfig:
     block: BlockConfig
     tie_embeddings: bool
     embed_scale: float = 1.0
+    logit_divisor: float = 1.0
+    logit_softcap: float | None = None
     windowed: tuple[bool, ...] = ()
+    unrotated: tuple[bool, ...] = ()
     cross: CrossAttentionConfig | None = None
     unroll: bool = False
     remat: str = "none"
@@ -53,7 +59,16 @@ class Decoder(nnx.Module):
         c = self.config = config
         width = c.block.width
         self.embed = embedding_param(rngs, (c.vocab_size, width))
-        self.stack = Stack(c.block, c.num_layers, windowed=c.windowed, cross=c.cross, unroll=c.unroll, remat=c.remat, rngs=rngs)
+        self.stack = Stack(
+            c.block,
+            c.num_layers,
+            windowed=c.windowed,
+            unrotated=c.unrotated,
+            cross=c.cross,
+            unroll=c.unroll,
+            remat=c.remat,
+            rngs=rngs,
+        )
         self.norm = RMSNorm(width, eps=c.block.norm_eps, offset=c.block.norm_offset)
         if not c.tie_embeddings:
             self.head = linear_param(rngs, (width, c.vocab_size), fan_in=width)
@@ -101,12 +116,22 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Return unnormalised log-probabilities of the next token, accumulated in float32."""
+        hidden = self.readout(hidden)
         if self.config.tie_embeddings:
-            return jnp.einsum("...D,VD->...V", hidden, self.embed[...], preferred_element_type=jnp.float32)
-        return jnp.einsum("...D,DV->...V", hidden, self.head[...], preferred_element_type=jnp.float32)
+            logits = jnp.einsum("...D,VD->...V", hidden, self.embed[...], preferred_element_type=jnp.float32)
+        else:
+            logits = jnp.einsum("...D,DV->...V", hidden, self.head[...], preferred_element_type=jnp.float32)
+        return capped(logits, self.config.logit_softcap)
+
+    def readout(self, hidden: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """Return what the output table is multiplied by; a cap, if there is one, comes after that."""
+        return hidden if self.config.logit_divisor == 1.0 else hidden / self.config.logit_divisor
 
     def output_table(self) -> Float[Array, "V D"]:
-        """Return the output vector of every token, for losses that never hold all logits at once."""
+        """Return the output vector of every token, for losses that never hold all logits at once.
+
+        They multiply it by `readout`, and bend the products below `logit_softcap`.
+        """
         return self.embed[...] if self.config.tie_embeddings else self.head[...].T
 
     def init_cache(self, batch: int, slots: int, dtype: DTypeLike = jnp.float32) -> KVCache:

@@ -9,8 +9,8 @@ Tensors are written in the types they have here. Left out: other layouts, quanti
 
 import contextlib
 import dataclasses
+import itertools
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -77,20 +77,20 @@ def save_decoder(
         params = merge_lora(params, config.block.lora)
     flat = trees.flatten(params)
 
-    def tensors() -> Iterator[tuple[Tensor, np.ndarray]]:
-        for t in table(config, family):
-            yield t, jax.device_get(flat[t.path] if t.layer is None else flat[t.path][t.layer])
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        for name, parts in itertools.groupby(table(config, family), lambda t: t.name):
+            written = [t.write(jax.device_get(flat[t.path][t.at])) for t in parts]
+            yield name, written[0] if len(written) == 1 else np.concatenate(written)
 
     if dtype is not None and not all(np.array_equal(array.astype(dtype).astype(array.dtype), array) for _, array in tensors()):
         dtype = None
     names: dict[str, str] = {}
     shards: list[dict[str, np.ndarray]] = [{}]
-    for t, array in tensors():
+    for name, array in tensors():
         array = array if dtype is None else array.astype(dtype)
         if shards[-1] and sum(a.nbytes for a in shards[-1].values()) + array.nbytes > SHARD_BYTES:
             shards.append({})
-        name = t.name if t.name == family.name("head") else f"model.{t.name}"
-        shards[-1][name] = t.write(array)
+        shards[-1][name if name == family.name("head") else f"model.{name}"] = array
     written = str(next(iter(shards[0].values())).dtype)
     directory.mkdir(parents=True, exist_ok=True)
     for i, shard in enumerate(shards, start=1):
@@ -145,27 +145,43 @@ def save_adapter(
     if lora is None:
         raise ValueError("This decoder has no adapters: it was not trained by the strategy lora.")
     flat = trees.flatten(params)
-    tensors, modules = {}, set()
-    for t in table(config, family):
-        module, _, weight = t.path.rpartition("/")
-        a, b = (flat.get(f"{module}/lora/{weight}/{part}") for part in "ab")
-        if a is None or b is None or t.layer is None:
+    tensors, ranks = {}, {}
+    for stored, parts in itertools.groupby(table(config, family), lambda t: t.name):
+        shared = [(t, *pair) for t in parts if (pair := _adapters(flat, t)) is not None]
+        if not shared:
             continue
-        name = f"base_model.model.{modules_of_llm}{t.name.removesuffix('.weight')}"
-        tensors[f"{name}.lora_A.weight"] = np.ascontiguousarray(np.asarray(a[t.layer]).reshape(-1, lora.rank).T)
-        tensors[f"{name}.lora_B.weight"] = np.ascontiguousarray(np.asarray(b[t.layer]).reshape(lora.rank, -1).T)
-        modules.add(t.name.split(".")[-2])
+        name = f"base_model.model.{modules_of_llm}{stored.removesuffix('.weight')}"
+        # Weights that share a tensor share an adapter of as many times the rank: each reads and writes its own part of it.
+        below = np.zeros((shared[0][0].theirs[0], len(shared) * lora.rank), shared[0][2].dtype)
+        for number, (t, _, b) in enumerate(shared):
+            below[t.first : t.first + t.part[0], number * lora.rank : (number + 1) * lora.rank] = b.T
+        tensors[f"{name}.lora_A.weight"] = np.ascontiguousarray(np.concatenate([a.T for _, a, _ in shared]))
+        tensors[f"{name}.lora_B.weight"] = below
+        ranks[stored.split(".")[-2]] = len(shared) * lora.rank
     # By their last names peft would find the modules of a wrapper's image side, too.
-    last = "|".join(sorted(modules))
-    targets = sorted(modules) if modules_of_llm == "model." else rf"{re.escape(modules_of_llm)}.*\.({last})"
+    last = "|".join(sorted(ranks))
+    targets = sorted(ranks) if modules_of_llm == "model." else rf"{re.escape(modules_of_llm)}.*\.({last})"
     settings = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "r": lora.rank,
         "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "target_modules": targets, "bias": "none",
         "fan_in_fan_out": False, "inference_mode": True,
     }  # fmt: skip
+    if larger := {module: rank for module, rank in ranks.items() if rank != lora.rank}:
+        settings["rank_pattern"] = larger
+        settings["alpha_pattern"] = {module: lora.alpha * rank / lora.rank for module, rank in larger.items()}
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / ADAPTER_FILE, metadata={"format": "pt"})
     (directory / "adapter_config.json").write_text(json.dumps(settings, indent=1))
+
+
+def _adapters(flat: Mapping[str, Any], t: Tensor) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return the two matrices of a weight's adapter, [inputs, rank] and [rank, outputs]; None for a weight without one."""
+    module, _, weight = t.path.rpartition("/")
+    a, b = (flat.get(f"{module}/lora/{weight}/{part}") for part in "ab")
+    if a is None or b is None:
+        return None
+    a, b = np.asarray(a[t.at]), np.asarray(b[t.at])
+    return a.reshape(-1, a.shape[-1]), b.reshape(len(b), -1)
 
 
 def load_adapter(directory: Path, like: Params, config: DecoderConfig, family: Family | None = None) -> Params:
@@ -180,19 +196,19 @@ def load_adapter(directory: Path, like: Params, config: DecoderConfig, family: F
         found = {re.sub(ADAPTED, "", name): tensor for name, tensor in load_file(file).items()}
     flat = trees.flatten(like)
     out: dict[str, list[np.ndarray]] = {path: [] for path in flat if "/lora/" in path}
-    for t in table(config, family):
-        module, _, weight = t.path.rpartition("/")
-        for part, kind in (("a", "lora_A"), ("b", "lora_B")):
-            path = f"{module}/lora/{weight}/{part}"
-            if path not in out or t.layer is None:
-                continue
-            tensor, shape = (
-                found.pop(f"{t.name.removesuffix('.weight')}.{kind}.weight", None),
-                flat[path].shape[1:],
-            )
-            if tensor is None or tensor.size != math.prod(shape):
-                raise ValueError(f"{file} does not fit the model: {path} of layer {t.layer} is missing or of another shape.")
-            out[path].append(tensor.T.reshape(shape))
+    for stored, parts in itertools.groupby(table(config, family), lambda t: t.name):
+        shared = [(t, f"{module}/lora/{weight}") for t in parts for module, _, weight in [t.path.rpartition("/")]]
+        if not (shared := [(t, path) for t, path in shared if f"{path}/a" in out]):
+            continue
+        module, nothing, (first, path) = stored.removesuffix(".weight"), np.zeros(0), shared[0]
+        above, below = (found.pop(f"{module}.lora_{x}.weight", nothing) for x in "AB")
+        rank = flat[f"{path}/a"].shape[-1]
+        if (above.shape, below.shape) != ((len(shared) * rank, first.theirs[1]), (first.theirs[0], len(shared) * rank)):
+            raise ValueError(f"{file} does not fit the model: {path} of layer {first.at[0]} is missing or of another shape.")
+        for number, (t, path) in enumerate(shared):
+            own = slice(number * rank, (number + 1) * rank)
+            out[f"{path}/a"].append(above[own].T.reshape(flat[f"{path}/a"].shape[1:]))
+            out[f"{path}/b"].append(below[t.first : t.first + t.part[0], own].T.reshape(flat[f"{path}/b"].shape[1:]))
     if found or any(len(layers) != len(flat[path]) for path, layers in out.items()):
         raise ValueError(f"{file} does not fit the model: it has other adapters.")
     return trees.unflatten({path: np.stack(layers) for path, layers in out.items()})

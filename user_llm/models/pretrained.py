@@ -6,6 +6,7 @@ tensors mean in `models/families.py`.
 """
 
 import functools
+import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -161,17 +162,20 @@ def load_decoder(
     tensors, files, names = _find_tensors(Path(path), config, family)
     where = {} if shardings is None else trees.flatten(shardings)
     params: dict[str, jax.Array] = {}
-    for name, t in tensors.items():
-        value = t.read(_read_tensor(files[name]))
-        sharding = where.get(t.path, SingleDeviceSharding(jax.devices()[0]))
-        if t.layer is None:
-            params[t.path] = _put(value, sharding, dtype)
-            continue
-        if t.layer == 0:
-            shape = (config.num_layers, *t.ours)
-            params[t.path] = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)(shape, jnp.dtype(dtype))
-        part = _put(value, _without_layers(sharding), dtype)
-        params[t.path] = _set_layer(params[t.path], part, t.layer)
+    stacked = {t.path: (*(place + 1 for place in t.at), *t.ours) for _, t in tensors}  # by the last place of each stack
+    for name, parts in itertools.groupby(tensors, lambda named: named[0]):
+        stored = _read_tensor(files[name])
+        for _, t in parts:
+            value = t.read(stored)
+            sharding = where.get(t.path, SingleDeviceSharding(jax.devices()[0]))
+            if not t.at:
+                params[t.path] = _put(value, sharding, dtype)
+                continue
+            if t.path not in params:
+                empty = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)
+                params[t.path] = empty(stacked[t.path], jnp.dtype(dtype))
+            part = _put(value, _of_part(sharding, len(t.at)), dtype)
+            params[t.path] = _set_part(params[t.path], part, t.at)
     if config.tie_embeddings and names["head"] in files:
         _check_tied(files[names["head"]], files[names["embed"]])
     return trees.unflatten(params)
@@ -196,8 +200,8 @@ class Stored(NamedTuple):
 
 def _find_tensors(
     path: Path, config: DecoderConfig, family: Family
-) -> tuple[dict[str, Tensor], dict[str, Stored], dict[str, str]]:
-    """Return the tensors that a checkpoint must have, those that it has, and what it calls the embeddings and the output table.
+) -> tuple[list[tuple[str, Tensor]], dict[str, Stored], dict[str, str]]:
+    """Return the tensors that a checkpoint must have with their names, those that it has, and what it calls embeddings and output table.
 
     The names are the checkpoint's, without what a training put into them.
     """
@@ -210,9 +214,10 @@ def _find_tensors(
             raise ValueError(f"The weights at {path} do not fit the config: both {found[0]} and {found[1]} may be {last}.")
         names[role] = found[0] if found else usual + last
     prefix = names["embed"].removesuffix(family.name("embed"))
-    tensors = {names["head"] if t.path == "head" else prefix + t.name: t for t in table(config, family)}
-    there = {name: stored.shape for name, stored in files.items() if name in tensors or name != names["head"]}
-    if problems := misfits({name: t.theirs for name, t in tensors.items()}, there):
+    tensors = [(names["head"] if t.path == "head" else prefix + t.name, t) for t in table(config, family)]
+    wanted = {name: t.theirs for name, t in tensors}
+    there = {name: stored.shape for name, stored in files.items() if name in wanted or name != names["head"]}
+    if problems := misfits(wanted, there):
         raise ValueError(f"The weights at {path} do not fit the config: {problems}.")
     return tensors, files, names
 
@@ -223,16 +228,16 @@ def _put(value: np.ndarray, sharding: Sharding, dtype: DTypeLike) -> jax.Array:
     return array.astype(dtype)
 
 
-def _without_layers(sharding: Sharding) -> Sharding:
-    """Return the sharding of one layer of an array whose leading axis, the layers', is whole."""
+def _of_part(sharding: Sharding, axes: int) -> Sharding:
+    """Return the sharding of one layer, or one expert of a layer, of an array whose leading axes, so many, are whole."""
     if isinstance(sharding, NamedSharding):
-        return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+        return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[axes:]))
     return sharding
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _set_layer(stacked: jax.Array, part: jax.Array, layer: jax.Array) -> jax.Array:
-    return stacked.at[layer].set(part)
+def _set_part(stacked: jax.Array, part: jax.Array, at: tuple[jax.Array, ...]) -> jax.Array:
+    return stacked.at[at].set(part)
 
 
 def _read_tensor(stored: Stored) -> np.ndarray:

@@ -22,8 +22,9 @@ from jaxtyping import Array, Bool, Float, Int
 from user_llm.common.arrays import AnyArray
 from user_llm.common.mesh import constrain
 from user_llm.nn.kernels import choose, fused
-from user_llm.nn.layers import RMSNorm, linear_param
+from user_llm.nn.layers import RMSNorm, capped, linear_param
 from user_llm.nn.lora import LoRAConfig, adapters
+from user_llm.nn.rotary import Rotation, apply_rope
 from user_llm.nn.visibility import SelfMask
 
 # Added to the logits of hidden keys; large enough to absorb any logit, small enough that float32 never reaches -inf.
@@ -38,20 +39,24 @@ def attention(
     mask: Bool[AnyArray, " B #T S"] | SelfMask | None = None,
     bias: Float[Array, "#B N #T S"] | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
     kernel: str = "auto",
 ) -> Float[Array, "B T N H"]:
     """Attend with softmax(scale q k + bias), the softmax in float32; rows without a visible key are exactly 0.
 
     Keys and values come heads first, as caches hold them, so that a step of decoding reads them where they lie. `scale` is
-    1 / sqrt(H) unless given. `kernel` is one of `kernels.KERNELS`; where none serves, the reference below computes.
+    1 / sqrt(H) unless given. `softcap` is as in `capped`, of the scores before the bias. `kernel` is one of `kernels.KERNELS`;
+    where none serves, the reference below computes.
     """
     batch, length, heads, dim = q.shape
     if isinstance(mask, SelfMask):
-        chosen = choose(kernel, mask, length=length, head_dim=dim, dtype=q.dtype, biased=bias is not None)
+        chosen = choose(
+            kernel, mask, length=length, head_dim=dim, dtype=q.dtype, biased=bias is not None, capped=softcap is not None
+        )
         if chosen != "reference":
-            return fused(chosen, q, k, v, mask, dim**-0.5 if scale is None else scale)
+            return fused(chosen, q, k, v, mask, dim**-0.5 if scale is None else scale, softcap)
         mask = mask.drawn(length)
-    weights, total = _exponentials(q, k, mask=mask, bias=bias, scale=scale)
+    weights, total = _exponentials(q, k, mask=mask, bias=bias, scale=scale, softcap=softcap)
     weights = weights.astype(v.dtype).reshape(batch, k.shape[1], -1, weights.shape[-1])
     out = jnp.matmul(weights, v).reshape(batch, heads, length, dim) / total.astype(v.dtype)
     return out.transpose(0, 2, 1, 3)
@@ -59,18 +64,19 @@ def attention(
 
 def attention_weights(q: Float[Array, "B T N H"], k: Float[Array, "B K S H"], **how) -> Float[Array, "B N T S"]:
     """Return by how much each query sees each key, for people to look at; `how` as `attention` takes it."""
-    weights, total = _exponentials(q, k, **{"mask": None, "bias": None, "scale": None} | how)
+    weights, total = _exponentials(q, k, **{"mask": None, "bias": None, "scale": None, "softcap": None} | how)
     return weights / total
 
 
 def _exponentials(
-    q: Array, k: Array, *, mask: AnyArray | None, bias: Array | None, scale: float | None
+    q: Array, k: Array, *, mask: AnyArray | None, bias: Array | None, scale: float | None, softcap: float | None
 ) -> tuple[Float[Array, "B N T S"], Float[Array, "B N T 1"]]:
     """Return exp(scores), scaled to a peak of 1, and their sums, 1 where no key is visible."""
     batch, length, heads, dim = q.shape
     # The queries of a group stacked: plain batched matrix products, faster on CPU than 5-axis einsums.
     q = (q * (dim**-0.5 if scale is None else scale)).transpose(0, 2, 1, 3).reshape(batch, k.shape[1], -1, dim)
     logits = jnp.einsum("BKTH,BKSH->BKTS", q, k, preferred_element_type=jnp.float32).reshape(batch, heads, length, -1)
+    logits = capped(logits, softcap)
     if bias is not None:
         logits += bias
     if mask is not None:
@@ -81,60 +87,6 @@ def _exponentials(
     # A row that sees nothing is 0 / 1. Not maximum(total, 1): its gradient is halved where a row's total is exactly 1.
     total = weights.sum(-1, keepdims=True)
     return weights, jnp.where(total > 0, total, 1.0)
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """How rotary positions are stretched to reach beyond the length that a model was first trained on.
-
-    Attributes:
-      kind: `linear` divides all frequencies by `factor`; `llama3` only those that turn fewer than `low_freq_factor` times
-        within `original_length` positions, none that turn more than `high_freq_factor` times, and blends between.
-    """
-
-    kind: str
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_length: int = 8192
-
-    def __post_init__(self):
-        if self.kind not in ("linear", "llama3"):
-            raise ValueError(f"Unknown scaling {self.kind!r} of rotary positions: choose linear or llama3.")
-
-
-def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Float[Array, " half"]:
-    """Return the angular frequencies theta^(-2i/H) of rotary embeddings (Su et al. 2021), scaled."""
-    frequencies = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    if scaling is None:
-        return frequencies
-    if scaling.kind == "linear":
-        return frequencies / scaling.factor
-    turns = scaling.original_length * frequencies / (2 * jnp.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-    return frequencies * (kept + (1 - kept) / scaling.factor)
-
-
-class Rotation(NamedTuple):
-    """Cosine and sine of position * frequency, by which rotary embeddings turn queries and keys."""
-
-    cos: Float[Array, "B T 1 half"]
-    sin: Float[Array, "B T 1 half"]
-
-
-def rotation(positions: Int[AnyArray, "B T"], frequencies: Float[Array, " half"]) -> Rotation:
-    """Return the rotation of each position; all layers share it."""
-    angle = positions[..., None, None].astype(jnp.float32) * frequencies
-    return Rotation(jnp.cos(angle), jnp.sin(angle))
-
-
-def apply_rope(x: Float[Array, "B T N H"], by: Rotation) -> Float[Array, "B T N H"]:
-    """Rotate the pairs (i, i + H/2) of each head: the pairing of Hugging Face checkpoints."""
-    cos, sin = by
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
 
 
 # Row b of [B, T, K, H] goes to row b of a cache [L, B, K, S, H], at a layer and slots. With rows among the indices instead, as in
@@ -182,8 +134,10 @@ class AttentionConfig:
     kv_heads: int
     head_dim: int
     query_scale: float | None = None
+    attn_softcap: float | None = None
     qkv_bias: bool = False
     qk_norm: bool = False
+    qk_norm_over_heads: bool = False
     norm_eps: float = 1e-6
     norm_offset: float = 0.0
     lora: LoRAConfig | None = None
@@ -206,8 +160,9 @@ class Attention(nnx.Module):
                 nnx.Param(jnp.zeros((heads, c.head_dim), jnp.float32)) for heads in (c.heads, c.kv_heads, c.kv_heads)
             )
         if c.qk_norm:
-            self.q_norm = RMSNorm(c.head_dim, eps=c.norm_eps, offset=c.norm_offset)
-            self.k_norm = RMSNorm(c.head_dim, eps=c.norm_eps, offset=c.norm_offset)
+            of_q, of_k = (c.heads, c.kv_heads) if c.qk_norm_over_heads else (1, 1)
+            self.q_norm = RMSNorm(of_q * c.head_dim, eps=c.norm_eps, offset=c.norm_offset)
+            self.k_norm = RMSNorm(of_k * c.head_dim, eps=c.norm_eps, offset=c.norm_offset)
         self.lora = adapters(c.lora, "attn", {"q": (self.q, 1), "k": (self.k, 1), "v": (self.v, 1), "o": (self.o, 2)}, rngs)
 
     def __call__(
@@ -235,9 +190,12 @@ class Attention(nnx.Module):
         if c.qkv_bias:
             q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
         if c.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+            normed = lambda norm, x: norm(x.reshape(*x.shape[:2], -1, norm.scale.shape[-1])).reshape(x.shape)  # noqa: E731
+            q, k = normed(self.q_norm, q), normed(self.k_norm, k)
         if rotate is not None:
             q, k = apply_rope(q, rotate), apply_rope(k, rotate)
+            if rotate.growth is not None:
+                q *= rotate.growth.astype(q.dtype)
         q, k, v = (constrain(out, "rows", None, "heads", None) for out in (q, k, v))
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         if cache is not None:
@@ -247,7 +205,7 @@ class Attention(nnx.Module):
             if not isinstance(mask, SelfMask):
                 seen = mask.shape[-1]
                 k, v = cache.k[layer, :, :, :seen], cache.v[layer, :, :, :seen]
-        heads = attention(q, k, v, mask=mask, scale=c.query_scale, kernel=c.attention_kernel)
+        heads = attention(q, k, v, mask=mask, scale=c.query_scale, softcap=c.attn_softcap, kernel=c.attention_kernel)
         # As one matrix: XLA on CPU turns `o` around for a product over two axes.
         out = heads.reshape(*x.shape[:2], -1) @ self.o[...].reshape(-1, c.width)
         if self.lora is not None:

@@ -34,7 +34,9 @@ def at_home(kernel: str) -> bool:
     return device.device_kind.startswith(HOMES[kernel])
 
 
-def choose(kernel: str, mask: SelfMask, *, length: int, head_dim: int, dtype: DTypeLike, biased: bool) -> str:
+def choose(
+    kernel: str, mask: SelfMask, *, length: int, head_dim: int, dtype: DTypeLike, biased: bool, capped: bool = False
+) -> str:
     """Say what computes the attention of rows to themselves: `splash`, `cudnn` or `reference`; all is known at trace time.
 
     `auto` is the devices' own kernel, where it pays. A kernel that is named is taken wherever it can serve; on other devices its
@@ -44,6 +46,7 @@ def choose(kernel: str, mask: SelfMask, *, length: int, head_dim: int, dtype: DT
       kernel: one of KERNELS.
       length, head_dim, dtype: of the queries.
       biased: whether scores have a bias, which no kernel knows.
+      capped: whether scores have a soft cap, which cuDNN's does not know.
 
     Raises:
       ValueError: another kernel.
@@ -58,7 +61,14 @@ def choose(kernel: str, mask: SelfMask, *, length: int, head_dim: int, dtype: DT
     else:
         # What cuDNN takes: half precision, heads up to 128 in steps of 8, even lengths, no window that looks ahead.
         half = dtype in (jnp.bfloat16, jnp.float16)
-        serves = half and head_dim <= 128 and head_dim % 8 == 0 and length % 2 == 0 and (mask.causal or mask.window is None)
+        serves = (
+            not capped
+            and half
+            and head_dim <= 128
+            and head_dim % 8 == 0
+            and length % 2 == 0
+            and (mask.causal or mask.window is None)
+        )
     return wanted if serves else "reference"
 
 
@@ -69,9 +79,10 @@ def fused(
     v: Float[Array, "B K T H"],
     mask: SelfMask,
     scale: float,
+    softcap: float | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attend by the kernel that `choose` named; rows without a visible key are exactly 0."""
-    compute = {"splash": _splash, "cudnn": _cudnn}[kernel]
+    compute = functools.partial(_splash, softcap=softcap) if kernel == "splash" else _cudnn
     seeing = lambda window: functools.partial(compute, causal=mask.causal, window=window, scale=scale)  # noqa: E731
 
     def attend(q, k, v, segments, windowed):
@@ -101,7 +112,17 @@ def _over_mesh(attend: Callable) -> Callable:
     return shared_out
 
 
-def _splash(q: Array, k: Array, v: Array, segments: Array | None, *, causal: bool, window: int | None, scale: float) -> Array:
+def _splash(
+    q: Array,
+    k: Array,
+    v: Array,
+    segments: Array | None,
+    *,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> Array:
     batch, length, heads, _ = q.shape
     q = (q * scale).swapaxes(1, 2)
     # As few blocks as may be, all alike.
@@ -124,6 +145,7 @@ def _splash(q: Array, k: Array, v: Array, segments: Array | None, *, causal: boo
         block_sizes=splash_attention.BlockSizes(
             block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
         ),
+        attn_logits_soft_cap=softcap,
         interpret=not at_home("splash"),
     )
     ids = None if segments is None else splash_attention.SegmentIds(segments, segments)

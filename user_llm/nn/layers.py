@@ -26,6 +26,11 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
     return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)
 
 
+def capped(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
+    """Return cap * tanh(x / cap), which stays below `cap` (Gemma 2's soft cap); None caps nothing."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
 class RMSNorm(nnx.Module):
     """x / rms(x) * (scale + offset) over the last axis, in float32 (Zhang and Sennrich 2019); Gemma's offset is 1."""
 

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 from user_llm.common.arrays import AnyArray
 from user_llm.common.mesh import BATCH_AXES
 from user_llm.nn.columns import Columns
+from user_llm.nn.layers import capped
 
 Whole = Mapping[str, Array]  # of a batch: its counts by name, and `parts`, into how many it is split
 
@@ -56,7 +57,7 @@ class Axes(NamedTuple):
         return x if self.catalogue is None else jax.lax.pmax(x, self.catalogue)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def chunked_cross_entropy(
     hidden: Float[Array, "R D"],
     table: Float[Array, "V D"],
@@ -64,23 +65,24 @@ def chunked_cross_entropy(
     weights: Float[AnyArray, " R"],
     valid: Bool[AnyArray, " V"] | Columns,
     chunk: int,
+    softcap: float | None = None,
 ) -> Float[Array, ""]:
     """Return the sum over rows of weight * -log softmax(hidden table^T)[target], the softmax over `valid` columns.
 
-    All rows may share their columns, or each row has its own. A row's target must be one of its columns. Gradients flow to `hidden`
+    Logits are bent to stay below `softcap`, as `layers.capped` does; None for no cap. All rows may share their columns, or each row has its own. A row's target must be one of its columns. Gradients flow to `hidden`
     and `table`. They are computed in the forward pass, chunk by chunk of `chunk` rows; peak memory is O(chunk V). Rows of weight 0
     count for nothing, whatever their target, and their logits are computed only where they fill up a chunk. Within `jax.set_mesh` rows are shared out over `data` and `fsdp`, each device taking `chunk` of its own at a time, and the
     catalogue over `tensor`.
     """
-    return _over_mesh(_loss, hidden, table, targets, weights, valid, chunk)[0]
+    return _over_mesh(_loss, hidden, table, targets, weights, valid, chunk, softcap)[0]
 
 
-def _over_mesh(body: Callable[..., tuple], hidden, table, targets, weights, valid, chunk: int) -> tuple:
-    """Run `body(axes, chunk, ...)` on every device's part of the arrays; a dimension that its axis does not divide stays whole."""
+def _over_mesh(body: Callable[..., tuple], hidden, table, targets, weights, valid, chunk: int, softcap: float | None) -> tuple:
+    """Run `body(axes, chunk, softcap, ...)` on every device's part of the arrays; a dimension that its axis does not divide stays whole."""
     of_row, *sets = valid if isinstance(valid, Columns) else Columns.same(valid, len(hidden))
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return body(Axes((), None, None), chunk, hidden, table, targets, weights, of_row, *sets)
+        return body(Axes((), None, None), chunk, softcap, hidden, table, targets, weights, of_row, *sets)
     shards, rows = mesh.shape["data"] * mesh.shape["fsdp"], hidden.shape[0]
     fits = [axis if dim % mesh.shape[axis] == 0 else None for axis, dim in zip(("tensor", "fsdp"), table.shape, strict=True)]
     by_rows = (hidden, targets, weights, of_row)
@@ -88,7 +90,7 @@ def _over_mesh(body: Callable[..., tuple], hidden, table, targets, weights, vali
     by_row, by_column, whole = PartitionSpec(BATCH_AXES), PartitionSpec(None, fits[0]), PartitionSpec()
     of_table = PartitionSpec(*fits)
     found = jax.shard_map(
-        functools.partial(body, Axes(BATCH_AXES, *fits), chunk),
+        functools.partial(body, Axes(BATCH_AXES, *fits), chunk, softcap),
         in_specs=(by_row, of_table, by_row, by_row, by_row, by_column, whole),
         out_specs=(whole,) if body is _loss else (whole, by_row, of_table),
         check_vma=False,  # sums over axes are written out below
@@ -97,16 +99,22 @@ def _over_mesh(body: Callable[..., tuple], hidden, table, targets, weights, vali
 
 
 class _Chunk(NamedTuple):
-    """A chunk's softmax over this device's part of the catalogue."""
+    """A chunk's softmax over this device's part of the catalogue.
+
+    Attributes:
+      bend: the derivative of the logits by what they are before the cap; 1 for no cap.
+    """
 
     exp: Float[Array, "c v"]
     sums: Float[Array, " c"]
     losses: Float[Array, " c"]
     hit: Bool[Array, "c v"]
+    bend: Float[Array, "c v"] | float
 
 
-def _softmax(axes: Axes, hidden: Array, table: Array, targets: AnyArray, columns: Columns) -> _Chunk:
-    logits = jnp.einsum("RD,VD->RV", hidden, table, preferred_element_type=jnp.float32)
+def _softmax(axes: Axes, softcap: float | None, hidden: Array, table: Array, targets: AnyArray, columns: Columns) -> _Chunk:
+    logits = capped(jnp.einsum("RD,VD->RV", hidden, table, preferred_element_type=jnp.float32), softcap)
+    bend = 1.0 if softcap is None else 1 - jnp.square(logits / softcap)
     first = 0 if axes.catalogue is None else jax.lax.axis_index(axes.catalogue) * table.shape[0]
     logits = jnp.where(columns.valid(first), logits, -1e30)
     hit = first + jnp.arange(table.shape[0]) == targets[:, None]
@@ -114,7 +122,7 @@ def _softmax(axes: Axes, hidden: Array, table: Array, targets: AnyArray, columns
     exp = jnp.exp(logits - peak[:, None])
     sums = axes.sum(exp.sum(axis=1))
     picked = axes.sum(jnp.where(hit, logits, 0.0).sum(axis=1))
-    return _Chunk(exp, sums, jnp.log(sums) + peak - picked, hit)
+    return _Chunk(exp, sums, jnp.log(sums) + peak - picked, hit, bend)
 
 
 def _whole_width(axes: Axes, table: Array) -> Array:
@@ -160,26 +168,28 @@ def _over_chunks(
     return carry, outs.reshape(-1, hidden.shape[1])[jnp.argsort(order)]
 
 
-def _loss(axes: Axes, chunk: int, hidden, table, targets, weights, of_row, *sets) -> tuple[Array]:
+def _loss(axes: Axes, chunk: int, softcap: float | None, hidden, table, targets, weights, of_row, *sets) -> tuple[Array]:
     table = _whole_width(axes, table)
 
     def step(total, hidden, targets, weights, of_row):
-        found = _softmax(axes, hidden, table, targets, Columns(of_row, *sets))
+        found = _softmax(axes, softcap, hidden, table, targets, Columns(of_row, *sets))
         return total + jnp.sum(weights * found.losses), jnp.zeros_like(hidden)
 
     total, _ = _over_chunks(axes, chunk, step, jnp.zeros((), jnp.float32), hidden, targets, weights, of_row)
     return (jax.lax.psum(total, axes.rows) if axes.rows else total,)
 
 
-def _loss_and_gradients(axes: Axes, chunk: int, hidden, table, targets, weights, of_row, *sets) -> tuple[Array, Array, Array]:
+def _loss_and_gradients(
+    axes: Axes, chunk: int, softcap: float | None, hidden, table, targets, weights, of_row, *sets
+) -> tuple[Array, Array, Array]:
     table = _whole_width(axes, table)
 
     def step(carry, hidden, targets, weights, of_row):
         total, table_grad = carry
-        found = _softmax(axes, hidden, table, targets, Columns(of_row, *sets))
+        found = _softmax(axes, softcap, hidden, table, targets, Columns(of_row, *sets))
         total += jnp.sum(weights * found.losses)
         grad = found.exp * (weights / found.sums)[:, None] - jnp.where(found.hit, weights[:, None], 0.0)
-        grad = grad.astype(table.dtype)
+        grad = (grad * found.bend).astype(table.dtype)
         hidden_grad = axes.sum(jnp.einsum("RV,VD->RD", grad, table, preferred_element_type=jnp.float32))
         table_grad += jnp.einsum("RV,RD->VD", grad, hidden, preferred_element_type=jnp.float32)
         return (total, table_grad), hidden_grad.astype(hidden.dtype)
@@ -194,12 +204,12 @@ def _loss_and_gradients(axes: Axes, chunk: int, hidden, table, targets, weights,
     return total, hidden_grad, table_grad.astype(table.dtype)
 
 
-def _chunked_forward(hidden, table, targets, weights, valid, chunk):
-    total, *gradients = _over_mesh(_loss_and_gradients, hidden, table, targets, weights, valid, chunk)
+def _chunked_forward(hidden, table, targets, weights, valid, chunk, softcap):
+    total, *gradients = _over_mesh(_loss_and_gradients, hidden, table, targets, weights, valid, chunk, softcap)
     return total, tuple(gradients)
 
 
-def _chunked_backward(chunk, grads, cotangent):
+def _chunked_backward(chunk, softcap, grads, cotangent):
     hidden_grad, table_grad = grads
     return (hidden_grad * cotangent).astype(hidden_grad.dtype), (table_grad * cotangent).astype(table_grad.dtype), *(None,) * 3
 

@@ -3,7 +3,7 @@
 Layers are stored stacked (each parameter has a leading layer axis) and run by `jax.lax.scan`, so that compile time does not
 grow with depth. `unroll=True` inlines them, which is faster on CPU. Cross-attention sits in the last layer of each
 group of `every` layers, hence the scan runs over groups; layers at the end that fill no group are inlined and have none.
-Layers may differ in what they see: all that the mask allows, or a window of it (Gemma 3).
+Layers may differ in what they see: all that the mask allows, or a window of it (Gemma 3). And in whether they know positions (SmolLM3).
 
 What a backward pass needs of a group is kept, or computed again (`remat`): memory for computation.
 """
@@ -20,11 +20,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from user_llm.common.arrays import AnyArray
 from user_llm.common.mesh import constrain
-from user_llm.nn.attention import Attention, AttentionConfig, KVCache, RopeScaling, Rotation, rope_frequencies, rotation
+from user_llm.nn.attention import Attention, AttentionConfig, KVCache
 from user_llm.nn.cross_attention import CrossAttentionConfig, GatedCrossAttention, LayersKV, UserKV, readers
+from user_llm.nn.experts import Experts, ExpertsConfig
 from user_llm.nn.layers import RMSNorm, dropout, linear_param
 from user_llm.nn.lora import LoRAConfig
 from user_llm.nn.mlp import MLP
+from user_llm.nn.rotary import RopeScaling, Rotation, rope_frequencies, rotation
 from user_llm.nn.visibility import SelfMask
 
 # What is kept of each group of layers for the backward pass, besides its input: everything, the products with weights, or nothing.
@@ -37,20 +39,26 @@ REMAT: dict[str, Callable[..., bool] | None] = {
 
 @dataclasses.dataclass(frozen=True)
 class BlockConfig:
-    """One pre-norm transformer layer.
+    """One transformer layer.
 
     Attributes:
       width, heads, kv_heads, head_dim, mlp_width: D, N, K, H, F.
       rope_theta: base of the rotary positions; None for none.
       rope_scaling: of those positions.
+      rotary_share: the share of a head's numbers that positions turn, the first ones (Phi-4-mini).
       window: keys that a layer with a window sees, its own included; None if the stack has no such layers.
       window_rope_theta: base of the rotary positions in layers with a window, never scaled; None for `rope_theta`, scaled alike.
       activation: of the gated MLP.
       norm_offset: what norms add to their scale (1 in Gemma).
-      post_norms: also normalise the output of each branch before adding it (Gemma).
+      pre_norms: normalise the input of each branch (all but OLMo 2 and 3).
+      post_norms: normalise the output of each branch before adding it (Gemma, OLMo 2 and 3).
+      residual_scale: what each branch is multiplied by before adding it (Granite).
       qk_norm: RMSNorm on queries and keys, per head (Qwen3, Gemma 3).
+      qk_norm_over_heads: whether it is one norm over all heads (OLMo 2 and 3).
       qkv_bias: biases on queries, keys and values (Qwen2).
       query_scale: queries are scaled by it, and by 1 / sqrt(H) if None.
+      attn_softcap: scores are bent to stay below it, as `layers.capped` does (Gemma 2); None for no cap.
+      experts: several MLPs, of which each token goes through a few (Qwen3 mixture of experts); None for one MLP.
       residual_gate: multiply each branch by sigmoid(x W) before adding it (LiGR, as in eSASRec).
       dropout: on the output of both branches.
       lora: low-rank adapters of this layer's weights.
@@ -64,15 +72,21 @@ class BlockConfig:
     mlp_width: int
     rope_theta: float | None = 10_000.0
     rope_scaling: RopeScaling | None = None
+    rotary_share: float = 1.0
     window: int | None = None
     window_rope_theta: float | None = None
     activation: str = "silu"
     norm_eps: float = 1e-6
     norm_offset: float = 0.0
+    pre_norms: bool = True
     post_norms: bool = False
+    residual_scale: float = 1.0
     qk_norm: bool = False
+    qk_norm_over_heads: bool = False
     qkv_bias: bool = False
     query_scale: float | None = None
+    attn_softcap: float | None = None
+    experts: ExpertsConfig | None = None
     residual_gate: bool = False
     dropout: float = 0.0
     lora: LoRAConfig | None = None
@@ -92,15 +106,19 @@ class View(NamedTuple):
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), cross-attention if given, then x + mlp(norm(x))."""
+    """x + attention(norm(x)), cross-attention if given, then x + mlp(norm(x)); which norms there are says the config."""
 
     def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs):
         c = self.config = config
         norm = lambda: RMSNorm(c.width, eps=c.norm_eps, offset=c.norm_offset)  # noqa: E731
-        self.attn_norm = norm()
+        if c.pre_norms:
+            self.attn_norm, self.mlp_norm = norm(), norm()
         self.attn = Attention(c.attention, rngs=rngs)
-        self.mlp_norm = norm()
-        self.mlp = MLP(c.width, c.mlp_width, activation=c.activation, lora=c.lora, rngs=rngs)
+        self.mlp: MLP | Experts
+        if c.experts is None:
+            self.mlp = MLP(c.width, c.mlp_width, activation=c.activation, lora=c.lora, rngs=rngs)
+        else:
+            self.mlp = Experts(c.experts, c.width, c.mlp_width, activation=c.activation, rngs=rngs)
         if c.post_norms:
             self.attn_post_norm, self.mlp_post_norm = norm(), norm()
         if c.residual_gate:
@@ -121,18 +139,23 @@ class Block(nnx.Module):
         c = self.config
         attn_key, mlp_key = (None, None) if key is None else jax.random.split(key)
         out, cache = self.attn(
-            self.attn_norm(x), mask=view.mask, rotate=view.rotate, cache=cache, layer=layer, slots=slots, key=attn_key
-        )
+            self.attn_norm(x) if c.pre_norms else x,
+            mask=view.mask, rotate=view.rotate, cache=cache, layer=layer, slots=slots, key=attn_key,
+        )  # fmt: skip
         if c.post_norms:
             out = self.attn_post_norm(out)
+        if c.residual_scale != 1.0:
+            out *= c.residual_scale
         if c.residual_gate:
             out *= jax.nn.sigmoid(x @ self.attn_gate[...])
         x = constrain(x + dropout(out, c.dropout, attn_key), "rows", None, None)
         if cross is not None:
             x = cross(x)
-        out = self.mlp(self.mlp_norm(x), key=mlp_key)
+        out = self.mlp(self.mlp_norm(x) if c.pre_norms else x, key=mlp_key)
         if c.post_norms:
             out = self.mlp_post_norm(out)
+        if c.residual_scale != 1.0:
+            out *= c.residual_scale
         if c.residual_gate:
             out *= jax.nn.sigmoid(x @ self.mlp_gate[...])
         return constrain(x + dropout(out, c.dropout, mlp_key), "rows", None, None), cache
@@ -149,7 +172,10 @@ def stacked(create: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs
 
 
 class Stack(nnx.Module):
-    """`num_layers` blocks, cross-attention in each `cross.every`-th of them, a window in those that `windowed` marks."""
+    """`num_layers` blocks, cross-attention in each `cross.every`-th of them.
+
+    Those that `windowed` marks have a window, and those that `unrotated` marks no rotary positions.
+    """
 
     def __init__(
         self,
@@ -157,6 +183,7 @@ class Stack(nnx.Module):
         num_layers: int,
         *,
         windowed: tuple[bool, ...] = (),
+        unrotated: tuple[bool, ...] = (),
         cross: CrossAttentionConfig | None = None,
         unroll: bool = False,
         remat: str = "none",
@@ -167,9 +194,12 @@ class Stack(nnx.Module):
         self.every = cross.every if cross else 1
         if not 1 <= self.every <= num_layers:
             raise ValueError(f"Cross-attention in every {self.every}th of {num_layers} layers: choose from 1 to the depth.")
-        self.config, self.windowed = config, windowed or (False,) * num_layers
+        none = (False,) * num_layers
+        self.config, self.windowed, self.unrotated = config, windowed or none, unrotated or none
         if len(self.windowed) != num_layers or (any(self.windowed) and config.window is None):
             raise ValueError(f"{num_layers} layers need as many marks of who has a window, and a window: {self.windowed}.")
+        if len(self.unrotated) != num_layers:
+            raise ValueError(f"{num_layers} layers need as many marks of who has no rotary positions: {self.unrotated}.")
         self.groups, self.unroll, self.remat = num_layers // self.every, unroll, remat
         self.seat = cross.seat if cross else None
         self.blocks = stacked(lambda rngs: Block(config, rngs=rngs), num_layers, rngs)
@@ -208,10 +238,16 @@ class Stack(nnx.Module):
         self, mask: Bool[AnyArray, "B T S"] | SelfMask, positions: Int[AnyArray, "B T"], key_positions: Int[AnyArray, "#B S"]
     ) -> tuple[View, View]:
         """Return what layers without and with a window see."""
-        c = self.config
+        c, turned_dim = self.config, int(self.config.head_dim * self.config.rotary_share)
+        length = mask.shape[-1] if not isinstance(mask, SelfMask) else positions.shape[1]
+        if c.rope_scaling is not None and (longest := c.rope_scaling.longest) and length > longest:
+            raise ValueError(
+                f"Texts of up to {length} tokens are asked for, and the rotary positions of this LLM are read for texts of at most "
+                f"{longest}: make prompts or answers shorter."
+            )
 
         def rotate(theta: float | None, scaling: RopeScaling | None) -> Rotation | None:
-            return None if theta is None else rotation(positions, rope_frequencies(c.head_dim, theta, scaling))
+            return None if theta is None else rotation(positions, rope_frequencies(turned_dim, theta, scaling), scaling)
 
         full = View(mask, rotate(c.rope_theta, c.rope_scaling))
         if c.window is None:
@@ -256,14 +292,19 @@ class Stack(nnx.Module):
         slots = positions if slots is None else slots
         block_def, cross_def = nnx.graphdef(self.blocks), None if user is None else nnx.graphdef(self.cross)
         keys = None if key is None else jax.random.split(key, len(self.windowed))
-        marks, rest_marks = self._grouped((np.arange(len(self.windowed)), np.array(self.windowed), keys))
+        marks, rest_marks = self._grouped(
+            (np.arange(len(self.windowed)), np.array(self.windowed), np.array(self.unrotated), keys)
+        )
         segments = None if user is None else readers(x, mask, user)
 
         def run_layer(carry, params, mark, cross=None):
-            (x, cache), (number, windowed, key) = carry, mark
+            (x, cache), (number, windowed, unrotated, key) = carry, mark
             view = full
             if any(self.windowed):
                 view = jax.tree.map(lambda near, full: jnp.where(windowed, near, full), near, full)
+            if any(self.unrotated) and view.rotate is not None:
+                turned = jax.tree.map(lambda still, turns: jnp.where(unrotated, still, turns), view.rotate.still(), view.rotate)
+                view = view._replace(rotate=turned)
             if cross is not None and self.seat == "before_block":
                 x, cross = cross(x), None
             return nnx.merge(block_def, params)(x, view, cache=cache, layer=number, slots=slots, cross=cross, key=key)

@@ -42,7 +42,7 @@ def text_loss(
     """
     table = decoder.output_table()
     valid = jnp.ones(table.shape[0], bool) if among is None else among
-    total = chunked_cross_entropy(hidden, table, tokens, weights, valid, chunk)
+    total = chunked_cross_entropy(decoder.readout(hidden), table, tokens, weights, valid, chunk, decoder.config.logit_softcap)
     return total / whole_count(weights, whole, "tokens")
 
 
