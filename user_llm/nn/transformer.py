@@ -54,6 +54,7 @@ class BlockConfig:
       residual_gate: multiply each branch by sigmoid(x W) before adding it (LiGR, as in eSASRec).
       dropout: on the output of both branches.
       lora: low-rank adapters of this layer's weights.
+      quantize: the form in which this layer's own weights are kept, one of `nn.stored.KINDS`; empty for plain numbers.
       attention_kernel: what computes self-attention, `nn.kernels.KERNELS`.
     """
 
@@ -76,6 +77,7 @@ class BlockConfig:
     residual_gate: bool = False
     dropout: float = 0.0
     lora: LoRAConfig | None = None
+    quantize: str = ""
     attention_kernel: str = "auto"
 
     @property
@@ -100,7 +102,7 @@ class Block(nnx.Module):
         self.attn_norm = norm()
         self.attn = Attention(c.attention, rngs=rngs)
         self.mlp_norm = norm()
-        self.mlp = MLP(c.width, c.mlp_width, activation=c.activation, lora=c.lora, rngs=rngs)
+        self.mlp = MLP(c.width, c.mlp_width, activation=c.activation, lora=c.lora, quantize=c.quantize, rngs=rngs)
         if c.post_norms:
             self.attn_post_norm, self.mlp_post_norm = norm(), norm()
         if c.residual_gate:

@@ -32,7 +32,8 @@ def decoder_config(run: Run, vocab_size: int) -> DecoderConfig:
             vocab_size=vocab_size, num_layers=llm.num_layers, block=BlockConfig(**vars(llm.block)), tie_embeddings=True,
             unroll=llm.unroll, remat=llm.remat,
         )  # fmt: skip
-    return dataclasses.replace(found, block=dataclasses.replace(found.block, attention_kernel=llm.attention_kernel))
+    block = dataclasses.replace(found.block, attention_kernel=llm.attention_kernel, quantize=llm.quantize)
+    return dataclasses.replace(found, block=block)
 
 
 def tokenizer(run: Run, data: Dataset) -> Tokenizer:
