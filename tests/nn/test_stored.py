@@ -74,7 +74,8 @@ def test_a_product_and_its_gradient_are_those_with_the_restored_weight(kind):
     np.testing.assert_array_equal(times(multiply, jnp.asarray(x), stored), multiply(x, whole))
     out, back = jax.vjp(lambda x: times(multiply, x, stored), jnp.asarray(x))
     np.testing.assert_allclose(back(out)[0], jnp.einsum("TNH,DNH->TD", out, whole), rtol=1e-6, atol=1e-5)
-    assert times(multiply, jnp.asarray(x, jnp.bfloat16), stored).dtype == jnp.bfloat16
+    if kind in KINDS:
+        assert times(multiply, jnp.asarray(x, jnp.bfloat16), stored).dtype == jnp.bfloat16
 
 
 def _loss(block, remat="none", unroll=False):

@@ -116,10 +116,10 @@ def dequantize(codes: Num[AnyArray, "..."], scale: Float[AnyArray, "..."], kind:
     """Undo `quantize`, up to rounding: return the numbers that codes stand for, in `dtype`."""
     axis = blocks_axis(codes.shape, scale.shape)
     before, after = codes.shape[:axis], codes.shape[axis + 1 :]
-    codes = codes.reshape(*before, scale.shape[axis], -1, *after)
+    codes = jnp.asarray(codes).reshape(*before, scale.shape[axis], -1, *after)
     if kind != "int8":
         codes = jnp.concatenate([codes & 15, codes >> 4], axis + 1)
-    numbers = _numbers(codes, kind) * jnp.expand_dims(scale.astype(jnp.float32), axis + 1)
+    numbers = _numbers(jnp.asarray(codes), kind) * jnp.expand_dims(scale.astype(jnp.float32), axis + 1)
     return numbers.reshape(*before, -1, *after).astype(dtype)
 
 
