@@ -15,6 +15,7 @@ from user_llm.common import mesh as meshes
 from user_llm.common import trees
 from user_llm.config.defaults import SHARDING
 from user_llm.models.decoder import Decoder
+from user_llm.models.export import save_decoder
 from user_llm.models.pretrained import decoder_config, in_stored_types, load_decoder
 from user_llm.nn.stored import quantize, restored
 
@@ -75,7 +76,7 @@ def test_matrices_stay_in_the_checkpoints_type_and_all_else_is_float32(checkpoin
 
 
 @pytest.mark.parametrize("kind", ["int8", pytest.param("nf4", marks=pytest.mark.slow)])
-def test_layers_are_quantised_while_they_load_on_one_device_as_on_eight(checkpoint, mesh_of, bare_logits, kind):
+def test_layers_are_quantised_while_they_load_on_one_device_as_on_eight(checkpoint, mesh_of, bare_logits, tmp_path, kind):
     path, config = checkpoint()
     whole, coded = trees.flatten(load_decoder(path, config)), _quantized(config, kind)
     found = load_decoder(path, coded, like=_like(path, coded, mesh_of()))
@@ -91,6 +92,9 @@ def test_layers_are_quantised_while_they_load_on_one_device_as_on_eight(checkpoi
     }
     numbers = restored(found, kind, jnp.float32)
     np.testing.assert_allclose(bare_logits(coded, found, IDS), bare_logits(config, numbers, IDS), atol=1e-5)
+    save_decoder(tmp_path / "out", jax.device_get(found), coded, like=path)  # as plain numbers, which no program must decode
+    written = load_decoder(tmp_path / "out", decoder_config(tmp_path / "out"))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(np.float32)), written, numbers)
     spread = load_decoder(path, coded, like=_like(path, coded, mesh_of(data=2, fsdp=2, tensor=2)))
     codes = spread["stack"]["blocks"]["mlp"]["up"]["codes"]
     assert codes.addressable_shards[0].data.size == codes.size // 4

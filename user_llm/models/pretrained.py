@@ -222,8 +222,8 @@ def in_stored_types(
     halves = {"BF16": jnp.bfloat16, "F16": jnp.float16}
     narrow = {found: halves[of.pop()] for found, of in types.items() if len(of) == 1 and of <= halves.keys()}
     flat = trees.flatten(shapes)
-    return trees.unflatten(
-        {found: jax.ShapeDtypeStruct(leaf.shape, narrow.get(found, leaf.dtype)) for found, leaf in flat.items()}
+    return trees.replace(
+        shapes, {found: jax.ShapeDtypeStruct(flat[found].shape, dtype) for found, dtype in narrow.items() if found in flat}
     )
 
 

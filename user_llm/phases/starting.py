@@ -38,7 +38,7 @@ def kept(name: str, run: Run, rules: Rules, shapes: Params) -> Params:
     starts = trees.flatten(sources(run, rules, shapes))
     trains = trees.flatten(trees.match(run.config.strategies[phase.strategy].trainable, shapes))
     frozen = {path for path, source in starts.items() if source == "checkpoint" and not trains[path]}
-    return trees.unflatten({path: narrow[path] if path in frozen else leaf for path, leaf in trees.flatten(shapes).items()})
+    return trees.replace(shapes, {path: narrow[path] for path in frozen})
 
 
 def init(run: Run, create: Callable[[], nnx.Module], rules: Rules, shapes: Params, place: Callable[[Params], Params]) -> Params:
