@@ -1,5 +1,6 @@
 """The way of an open LLM: load -> contextualize by each strategy -> generate -> export -> reload here and in torch."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -39,23 +40,24 @@ FAMILIES = {
 }
 # Every family and every strategy: what a strategy freezes does not depend on the family.
 RUNS = [
-    *((family, "full") for family in FAMILIES if family != "phi3"),
-    ("gemma3_text", "lora"), ("phi3", "lora"), ("qwen3", "enc"), ("llama", "proj"),
+    *((family, "full", "") for family in FAMILIES if family != "phi3"),
+    ("gemma3_text", "lora", ""), ("phi3", "lora", ""), ("qwen3", "enc", ""), ("llama", "proj", ""), ("qwen3", "lora", "nf4"),
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def write_checkpoint(tmp_path_factory):
-    """Return `write(family)`: writes a tiny random checkpoint, made by transformers, with a tokenizer, and returns its folder."""
+    """Return `write(family, half)`: writes a tiny random checkpoint, made by transformers, with a tokenizer, and returns its folder."""
     torch = pytest.importorskip("torch", reason="torch is the reference here")
     transformers = pytest.importorskip("transformers")
 
-    def write(family):
+    def write(family, half=False):
         path = tmp_path_factory.mktemp("checkpoints") / family
         vocab = train_bpe(["The next film this user watches:\n"] * 9, 300, path).vocab_size
         torch.manual_seed(0)
         config = transformers.AutoConfig.for_model(family, vocab_size=vocab, **SIZES | FAMILIES[family])
-        transformers.AutoModelForCausalLM.from_config(config).eval().save_pretrained(path)
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        (model.to(torch.bfloat16) if half else model).save_pretrained(path)
         return path
 
     return write
@@ -82,10 +84,10 @@ def pretrained(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=RUNS, ids="-".join)
 def run(request, write_checkpoint, pretrained, tmp_path_factory):
-    """A finished run of a few steps: (checkpoint, strategy, workdir)."""
-    family, strategy = request.param
-    checkpoint, config = write_checkpoint(family), _config()
-    config.llm.checkpoint = str(checkpoint)
+    """A finished run of a few steps: (checkpoint, strategy, quantize, workdir). What is quantised comes in bfloat16."""
+    family, strategy, quantize = request.param
+    checkpoint, config = write_checkpoint(family, half=bool(quantize)), _config()
+    config.llm.update(checkpoint=str(checkpoint), quantize=quantize)
     config.user_llm.strategy = strategy
     workdir = tmp_path_factory.mktemp("run")
     shutil.copytree(pretrained, workdir, dirs_exist_ok=True)
@@ -96,8 +98,14 @@ def run(request, write_checkpoint, pretrained, tmp_path_factory):
     with one_device(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "_evaluate", newest_is_best)
         main.run(config, epath.Path(workdir))
+        if quantize:  # the same from its last checkpoint
+            before = (workdir / "user_llm" / "results.json").read_text()
+            shutil.rmtree(workdir / "user_llm" / "params")
+            (workdir / "user_llm" / "results.json").unlink()
+            main.run(config, epath.Path(workdir))
+            assert (workdir / "user_llm" / "results.json").read_text() == before
     assert not (workdir / "pretrain_lm").exists()
-    return checkpoint, strategy, workdir
+    return checkpoint, strategy, quantize, workdir
 
 
 @pytest.mark.slow
@@ -105,7 +113,7 @@ def test_from_checkpoint_to_checkpoint(run, bare_logits, tmp_path):
     import torch
     import transformers
 
-    checkpoint, strategy, workdir = run
+    checkpoint, strategy, quantize, workdir = run
     directory = workdir / "user_llm" / "model"
     model = user_llm.load(directory)
     config, trained = model.predictor.config, model.predictor.params
@@ -119,7 +127,10 @@ def test_from_checkpoint_to_checkpoint(run, bare_logits, tmp_path):
     assert (directory / "adapter_model.safetensors").exists() == (strategy == "lora")
 
     # What the strategy freezes keeps every bit.
-    before = trees.flatten(load_decoder(checkpoint, decoder_config(checkpoint)))
+    bare = decoder_config(checkpoint)
+    bare = dataclasses.replace(bare, block=dataclasses.replace(bare.block, quantize=quantize))
+    before = trees.flatten(load_decoder(checkpoint, bare))
+    assert any(path.endswith("/codes") for path in before) == bool(quantize)
     after = trees.flatten(trained["decoder"])
     moved = {path for path, leaf in before.items() if not np.array_equal(leaf, after[path])}
     assert (len(moved) > len(before) / 2) if strategy == "full" else not moved
@@ -139,7 +150,7 @@ def test_from_checkpoint_to_checkpoint(run, bare_logits, tmp_path):
     with torch.no_grad():
         theirs = reference(torch.tensor(ids)).logits.numpy()
     np.testing.assert_allclose(theirs, ours, atol=1e-4)
-    base = bare_logits(decoder_config(checkpoint), load_decoder(checkpoint, decoder_config(checkpoint)), ids)
+    base = bare_logits(bare, load_decoder(checkpoint, bare), ids)
     assert (np.abs(ours - base).max() > 1e-4) == (strategy in ("full", "lora"))
 
     # Settings of the checkpoint are kept.
@@ -158,7 +169,7 @@ def test_from_checkpoint_to_checkpoint(run, bare_logits, tmp_path):
     assert len(set(texts)) == 1
     assert texts[0] != model.generate("The next film", max_tokens=12)
 
-    if strategy == "lora":  # the adapters alone, in peft's layout and by its formula, on the base model
+    if strategy == "lora" and not quantize:  # the adapters alone, in peft's layout and by its formula, on the base model
         settings = json.loads((directory / "adapter_config.json").read_text())
         assert settings["base_model_name_or_path"] == str(checkpoint)
         tensors = load_file(directory / "adapter_model.safetensors")

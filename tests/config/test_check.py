@@ -20,6 +20,7 @@ from user_llm.data.tokenizer import MIN_BPE_VOCAB
 from user_llm.models.user_encoder import OBJECTIVES
 from user_llm.nn.kernels import KERNELS
 from user_llm.nn.mlp import ACTIVATIONS
+from user_llm.nn.stored import KINDS
 from user_llm.nn.transformer import REMAT
 from user_llm.phases.builders import BUILDERS
 from user_llm.phases.kinds import TASKS
@@ -55,6 +56,12 @@ WRONG = [
         "user_llm.eval.generate_users=0: with loss.catalogue=0 no item head is trained, and titles must be written: set it to 1 or more.",
     ),
     ({"user_llm.strategy": "lorra"}, "user_llm.strategy='lorra': choose all, enc, full, lora, none or proj (did you mean lora?)."),
+    ({"llm.quantize": "int2"}, "llm.quantize='int2': choose '', int8, int4 or nf4 (did you mean int8?)."),
+    ({"llm.quantize": "nf4"}, "llm.quantize='nf4': it is for an open LLM: name one by llm.checkpoint, or leave it empty"),
+    (
+        {"llm.quantize": "nf4", "llm.checkpoint": "x"},
+        "user_llm.strategy='full': with llm.quantize=nf4 nothing can train the LLM's own weights: choose lora, enc or proj.",
+    ),
     ({"user_llm.injection": "soft"}, "user_llm.injection='soft': choose cross_attention, soft_prompt or both"),
     ({"user_llm.resampler.kind": "x"}, "user_llm.resampler.kind='x': choose perceiver or none."),
     ({"user_llm.cross.seat": "before"}, "user_llm.cross.seat='before': choose after_attention or before_block"),
@@ -234,10 +241,12 @@ def test_records_hold_what_the_config_says():
 
 def test_choices_are_those_of_the_library():
     choices = {
-        name: typing.get_args(getattr(values, name)) for name in ("Kernel", "Layout", "Objective", "Activation", "Remat")
+        name: typing.get_args(getattr(values, name))
+        for name in ("Kernel", "Layout", "Objective", "Activation", "Remat", "Quantization")
     }
     assert choices == {
         "Kernel": KERNELS, "Layout": tuple(LAYOUTS), "Objective": OBJECTIVES, "Activation": tuple(ACTIVATIONS), "Remat": tuple(REMAT),
+        "Quantization": ("", *KINDS),
     }  # fmt: skip
     assert PHASES.keys() == BUILDERS.keys() and {name: task.settings for name, task in TASKS.items()} == phases.TASKS
 

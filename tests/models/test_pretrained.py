@@ -229,7 +229,7 @@ def test_every_parameter_goes_straight_into_its_sharding(checkpoint, mesh_of):
         (r".*", ()),
     )
     where = meshes.shardings(rules, shapes, mesh_of(data=2, fsdp=2, tensor=2))
-    spread = trees.flatten(load_decoder(path, config, shardings=where))
+    spread = trees.flatten(load_decoder(path, config, like=meshes.placed(shapes, where)))
     assert spread["stack/blocks/mlp/down"].addressable_shards[0].data.shape == (2, 6, 4)
     for name, value in trees.flatten(whole).items():
         np.testing.assert_array_equal(spread[name], value)

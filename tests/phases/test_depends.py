@@ -110,7 +110,11 @@ def test_of_an_open_llm_the_files_count_and_not_the_sizes_of_the_small_one():
     assert _identities(config, llm=llm) == before
     after = _identities(config, llm=llm | {"checkpoint/model.safetensors": "other"})
     assert {name for name in before if after[name] != before[name]} == {"user_llm", "text_prompt_10"}
-    config.general_text.windows = 1
+    assert not any("llm.quantize" in identity.settings for identity in before.values())
+    config.llm.quantize = "nf4"
+    after = _identities(config, llm=llm)
+    assert {name for name in before if after[name] != before[name]} == {"user_llm", "text_prompt_10"}
+    config.llm.quantize, config.general_text.windows = "", 1
     assert {name for name in before if _identities(config, llm=llm)[name] != before[name]} == {"user_llm", "text_prompt_10"}
 
 

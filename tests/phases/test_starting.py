@@ -60,6 +60,7 @@ def test_what_other_phases_left_is_read_and_the_rest_is_drawn(make_run, tmp_path
     for name, params in left.items():
         save_params(tmp_path / name / "params", {key: array.astype(np.float32) for key, array in params.items()})
     place = lambda shapes: jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), shapes)  # noqa: E731
-    found = starting.init(make_run(), lambda: Whole(nnx.Rngs(0)), RULES, place)
+    create = lambda: Whole(nnx.Rngs(0))  # noqa: E731
+    found = starting.init(make_run(), create, RULES, trees.abstract(create)[1], place)
     assert found["encoder"]["b"].tolist() == [5.0] * 3 and found["decoder"]["a"].tolist() == [7.0] * 2
     assert np.std(found["head"]) > 0 and set(found) == {"encoder", "decoder", "head"}

@@ -1,5 +1,6 @@
 """The parts of `user_llm.json`: each is checked, and the identity is of what computes."""
 
+import dataclasses
 import json
 import math
 
@@ -24,6 +25,15 @@ def test_a_template_of_another_form_is_refused_by_its_task(value):
 def test_what_json_cannot_hold_is_made_plain():
     found = settings.plain({1: (1.5, math.inf), "a": [math.nan, {"b": ()}]})
     assert found == {"1": [1.5, None], "a": [None, {"b": []}]} and json.loads(json.dumps(found)) == found
+
+
+def test_a_model_says_how_its_llm_is_quantised_only_where_it_is(make_model):
+    config = make_model("cross").written.predictor.config
+    said = settings.sizes(config)["decoder"]["block"]
+    assert "quantize" not in said and settings.sizes(config)["encoder"]["block"].keys() == said.keys()
+    block = dataclasses.replace(config.decoder.block, quantize="nf4")
+    quantized = settings.sizes(dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, block=block)))
+    assert quantized["decoder"]["block"] == said | {"quantize": "nf4"}
 
 
 def test_the_identity_is_of_what_computes(make_model):

@@ -58,8 +58,10 @@ def find_topology(name: str) -> tuple[Chip, list[jax.Device]]:
         raise ValueError(f"Unknown topology {name!r}: name one of {', '.join(CHIPS)} and its form, such as v5e:2x4.")
     for variable, value in MACHINE.items():
         os.environ.setdefault(variable, value)
+    # A host has four chips unless it says otherwise.
+    alone = {"chips_per_host_bounds": (1, 1, 1)} if name.endswith((":1x1", ":1x1x1")) else {}
     try:
-        return chip, topologies.get_topology_desc(name, platform="tpu").devices
+        return chip, topologies.get_topology_desc(name, platform="tpu", **alone).devices
     except Exception as error:  # libtpu raises nothing more precise
         said = str(error).strip().splitlines()[0]
         if "libtpu" in said and find_spec("libtpu") is None:

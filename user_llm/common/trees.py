@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx, traverse_util
 
 Params = dict[str, Any]
@@ -99,6 +100,11 @@ def replace(tree: Params, leaves: dict[str, Any]) -> Params:
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaves.get("/".join(str(entry.key) for entry in path), leaf), tree
     )
+
+
+def in_type(shapes: Params, dtype: np.dtype) -> Params:
+    """Return shapes of arrays with those in float32 in another type; codes and their scales are never in float32."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype if a.dtype == np.float32 else a.dtype), shapes)
 
 
 def count(tree: Params) -> int:

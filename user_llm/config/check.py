@@ -14,6 +14,8 @@ from user_llm.config.reader import Config, changed, either, fault, near_miss, re
 from user_llm.config.records import Block, Encoder
 from user_llm.config.values import ENCODERS, SOURCES
 
+QUANTIZED = (*(f"attn/{weight}" for weight in "qkvo"), "mlp/gate_proj", "mlp/up", "mlp/down")  # what llm.quantize is about
+
 
 def check(
     config: Mapping[str, Any] | ConfigDict,
@@ -61,6 +63,8 @@ def conflicts(run: Config, sources: Collection[str], encoders: Collection[str]) 
     yield from _blocks("encoder", run.encoder.block)
     if not run.llm.checkpoint:
         yield from _llm_conflicts(run.llm.block)
+        if run.llm.quantize:
+            yield "llm.quantize", run.llm.quantize, "it is for an open LLM: name one by llm.checkpoint, or leave it empty"
     axes = {f"mesh.{axis}": size for axis, size in vars(run.mesh).items() if size == -1}
     if len(axes) > 1:
         yield list(axes)[1], -1, f"only one axis can take what the others leave, and {list(axes)[0]} does"
@@ -103,6 +107,9 @@ def _phase_conflicts(run: Config, phase: Phase) -> Iterator[tuple[str, Any, str]
     if isinstance(phase, PretrainEncoder):
         yield from _encoder_conflicts(run, phase)
     if isinstance(phase, Contextualize):
+        if run.llm.quantize and any(_trains(run, phase, f"decoder/stack/blocks/{weight}") for weight in QUANTIZED):
+            why = f"with llm.quantize={run.llm.quantize} nothing can train the LLM's own weights: choose lora, enc or proj"
+            yield "strategy", phase.strategy, why
         yield from _contextual_conflicts(run, phase)
 
 
@@ -173,12 +180,17 @@ def _pack_conflicts(phase: Contextualize) -> Iterator[tuple[str, Any, str]]:
         )
 
 
+def _trains(run: Config, phase: Phase, path: str) -> bool:
+    """Return whether the strategy of a phase trains a parameter."""
+    rules = run.strategies[phase.strategy].trainable
+    return next((trains for pattern, trains in rules if re.search(pattern, path)), True)
+
+
 def _scratch_conflicts(run: Config, phase: Contextualize, encoder: Encoder) -> Iterator[tuple[str, Any, str]]:
     """Yield what an encoder that starts from scratch rules out."""
     if phase.loss.align:
         yield "loss.align", phase.loss.align, "an encoder from scratch teaches nothing: set it to 0"
     if encoder.tower or encoder.objective == "dual":
         yield "encoder_init", phase.encoder_init, "the item tower of its encoder comes pretrained: set it to pretrained"
-    rules = run.strategies[phase.strategy].trainable
-    if not next((trains for pattern, trains in rules if re.search(pattern, "encoder/project")), True):
+    if not _trains(run, phase, "encoder/project"):
         yield "strategy", phase.strategy, "it would leave an encoder from scratch untrained: choose another"

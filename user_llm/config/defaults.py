@@ -23,12 +23,13 @@ DECAY = (
     (PRODUCTS, True),
 )
 
+STORED = "(/codes|/scale)?$"  # the end of a weight's path, or of the parts of a quantised one
 # The axes of the mesh that split each parameter; leading axes (layers) stay whole.
 SHARDING = (
-    (r"attn/(q|k|v)$|cross/(q|k|v)$|layers/\d+/(q|k|v)$", ("fsdp", "tensor", None)),
-    (r"attn/o$|cross/o$|layers/\d+/o$", ("tensor", None, "fsdp")),
-    (r"mlp/(gate_proj|up)$", ("fsdp", "tensor")),
-    (r"mlp/down$", ("tensor", "fsdp")),
+    (rf"attn/(q|k|v){STORED}|cross/(q|k|v)$|layers/\d+/(q|k|v)$", ("fsdp", "tensor", None)),
+    (rf"attn/o{STORED}|cross/o$|layers/\d+/o$", ("tensor", None, "fsdp")),
+    (rf"mlp/(gate_proj|up){STORED}", ("fsdp", "tensor")),
+    (rf"mlp/down{STORED}", ("tensor", "fsdp")),
     (r"(^|/)(item|items|embed)$", ("tensor", "fsdp")),
     (r"(^|/)(project|item_head|head|attn_gate)$|blocks/mlp_gate$", ("fsdp", "tensor")),
     (UNSPLIT, ()),
@@ -276,6 +277,8 @@ def base() -> ConfigDict:
                 # own config.json, and no phase pretrain_lm runs. Empty to train the small one that is described below.
                 "checkpoint": "",
                 "published": {},  # what config.json says, where it is known before a download
+                # In what form the weights of its layers are kept, which nothing may train then: int8, int4 or nf4; "" as they come.
+                "quantize": "",
                 "vocab_size": 2048,
                 "num_layers": 4,
                 "unroll": True,

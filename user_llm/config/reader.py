@@ -255,7 +255,7 @@ def fault(key: str, value: Any, why: str) -> ValueError:
 
 def either(choices: Sequence[Any]) -> str:
     """Return the choices as `a, b or c`."""
-    *most, last = map(str, choices)
+    *most, last = (str(choice) or "''" for choice in choices)
     return f"{', '.join(most)} or {last}" if most else last
 
 

@@ -18,6 +18,7 @@ from user_llm.config.values import (
     Names,
     Objective,
     Positive,
+    Quantization,
     Regex,
     Remat,
     Share,
@@ -162,6 +163,7 @@ class LLM:
 
     checkpoint: str
     published: dict[str, Any]
+    quantize: Quantization
     vocab_size: Annotated[int, Must("259 or more, to hold every byte and the special tokens", lambda n: n >= 259)]
     num_layers: Count
     unroll: bool

@@ -43,6 +43,7 @@ Kernel = Literal["auto", "reference", "splash", "cudnn"]
 Layout = Literal["movielens", "amazon", "google_local", "events"]
 Moment = Literal["float32", "bfloat16"]
 Objective = Literal["autoregressive", "masked", "dual"]
+Quantization = Literal["", "int8", "int4", "nf4"]
 Remat = Literal["none", "dots", "full"]
 Seat = Literal["after_attention", "before_block"]
 

@@ -286,5 +286,5 @@ def _settings_of(c: DecoderConfig, name: str, family: Family) -> dict[str, Any]:
 
 def bare(c: DecoderConfig) -> DecoderConfig:
     """Return what a config.json can say of a decoder: no way to its user, no adapters, and nothing of how it is computed."""
-    block = dataclasses.replace(c.block, lora=None, dropout=0.0, attention_kernel="auto")
+    block = dataclasses.replace(c.block, lora=None, quantize="", dropout=0.0, attention_kernel="auto")
     return dataclasses.replace(c, cross=None, unroll=False, remat="none", block=block)

@@ -2,7 +2,6 @@
 
 It reads embeddings, of tokens or not. The cache and the user's K/V are arguments of each call: `user_kv` computes the
 latter once per user, and no state is kept on the module. Weights come from `models/pretrained.py` or from training.
-Left out: quantisation.
 """
 
 import dataclasses
@@ -73,9 +72,14 @@ class Decoder(nnx.Module):
         if not c.tie_embeddings:
             self.head = linear_param(rngs, (width, c.vocab_size), fan_in=width)
 
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The type that is computed with: that of the norms, which are never kept in fewer bytes, as tables may be."""
+        return self.norm.scale[...].dtype
+
     def embed_tokens(self, ids: Int[AnyArray, "B T"]) -> Float[Array, "B T D"]:
         """Return the input embeddings of tokens; a soft prompt is placed among these."""
-        embedded = self.embed[...][ids]
+        embedded = self.embed[...][ids].astype(self.dtype)
         # Rounded to the computation's type first, as the models that scale were trained.
         return embedded if self.config.embed_scale == 1.0 else embedded * jnp.asarray(self.config.embed_scale, embedded.dtype)
 
@@ -132,7 +136,7 @@ class Decoder(nnx.Module):
 
         They multiply it by `readout`, and bend the products below `logit_softcap`.
         """
-        return self.embed[...] if self.config.tie_embeddings else self.head[...].T
+        return (self.embed[...] if self.config.tie_embeddings else self.head[...].T).astype(self.dtype)
 
     def init_cache(self, batch: int, slots: int, dtype: DTypeLike = jnp.float32) -> KVCache:
         """Return an empty cache, arrays [L, B, K, S, H]; `dtype` is best that of the computation."""

@@ -4,7 +4,7 @@
     DIR/adapter_config.json, adapter_model...      or the adapters alone, in the layout of the peft library
     DIR/user_llm.safetensors                       what no other library knows: encoder, resampler, ways into the LLM, item head
 
-Tensors are written in the types they have here. Left out: other layouts, quantised weights.
+Tensors are written in the types they have here, and quantised weights as plain numbers. Left out: other layouts.
 """
 
 import contextlib
@@ -32,6 +32,7 @@ from user_llm.models.families import FAMILIES, Family, Tensor, family_of, table
 from user_llm.models.pretrained import TOKENIZER_PATTERNS, misfits
 from user_llm.models.user_llm import UserLLMConfig
 from user_llm.nn.lora import merge_lora
+from user_llm.nn.stored import restored
 
 SHARD_BYTES = 5_000_000_000  # of one file, as Hugging Face splits them
 USER_FILE = "user_llm.safetensors"
@@ -49,8 +50,8 @@ def is_bare_llm(path: str) -> bool:
 
 
 def without_adapters(config: UserLLMConfig) -> UserLLMConfig:
-    """Return the config of the model that a merged one is."""
-    block = dataclasses.replace(config.decoder.block, lora=None)
+    """Return the config of the model that a merged one is, all weights plain numbers."""
+    block = dataclasses.replace(config.decoder.block, lora=None, quantize="")
     return dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, block=block))
 
 
@@ -62,7 +63,7 @@ def save_decoder(
     like: Path | None = None,
     families: Mapping[str, Family] = FAMILIES,
 ) -> None:
-    """Write a decoder as a Hugging Face checkpoint, adapters merged.
+    """Write a decoder as a Hugging Face checkpoint, adapters merged; of quantised weights the numbers that their codes stand for.
 
     Args:
       like: a checkpoint of the same decoder, whose settings are kept: stop ids, context length, and the type of its weights where
@@ -73,6 +74,8 @@ def save_decoder(
     """
     settings, dtype = _settings_like(like, config, families)
     family = family_of(settings, "", families)
+    if config.block.quantize:
+        params = restored(params, config.block.quantize, params["norm"]["scale"].dtype)
     if config.block.lora is not None:
         params = merge_lora(params, config.block.lora)
     flat = trees.flatten(params)

@@ -18,11 +18,13 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401 - teaches numpy bfloat16, which safetensors asks for
 import numpy as np
+from flax import nnx
 from huggingface_hub import errors as hub_errors
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
+from user_llm.common import mesh as meshes
 from user_llm.common import trees
 from user_llm.common.files import check_regular
 from user_llm.common.hashes import content_hashes
@@ -31,8 +33,9 @@ from user_llm.common.trees import Params
 from user_llm.common.workdir import path_part
 from user_llm.models import gguf_file
 from user_llm.models.config_json import DEQUANTISED, ORIGINAL, config_from_settings
-from user_llm.models.decoder import DecoderConfig
+from user_llm.models.decoder import Decoder, DecoderConfig
 from user_llm.models.families import FAMILIES, Family, Tensor, family_of, modules_of, table
+from user_llm.nn.stored import blocks_axis, quantize_at_once
 
 # What a Gemma 3 checkpoint with images holds besides its language model.
 IMAGE_SIDE = ("vision_tower.", "multi_modal_projector.")
@@ -144,15 +147,17 @@ def load_decoder(
     path: str | os.PathLike,
     config: DecoderConfig,
     *,
-    shardings: Params | None = None,
+    like: Params | None = None,
     dtype: DTypeLike = jnp.float32,
     families: Mapping[str, Family] = FAMILIES,
 ) -> Params:
     """Load the weights as the parameters of a `Decoder`; what a checkpoint lacks (cross-attention, adapters) is left out.
 
+    Tensors are read one by one, and quantised one by one where the config says so. Besides the parameters themselves, host memory
+    holds two tensors at a time.
+
     Args:
-      shardings: where each parameter goes; None puts all on the first device. Besides the parameters themselves, host
-        memory holds two tensors at a time.
+      like: the shapes, types and shardings of the parameters; None for all of them on the first device, in `dtype`.
       dtype: of the parameters, whatever the checkpoint's.
 
     Raises:
@@ -160,25 +165,72 @@ def load_decoder(
     """
     family = family_at(Path(path), families)
     tensors, files, names = _find_tensors(Path(path), config, family)
-    where = {} if shardings is None else trees.flatten(shardings)
+    wanted = trees.flatten(_on_first_device(config, jnp.dtype(dtype)) if like is None else like)
     params: dict[str, jax.Array] = {}
-    stacked = {t.path: (*(place + 1 for place in t.at), *t.ours) for _, t in tensors}  # by the last place of each stack
-    for name, parts in itertools.groupby(tensors, lambda named: named[0]):
+    for name, sharing in itertools.groupby(tensors, lambda named: named[0]):
         stored = _read_tensor(files[name])
-        for _, t in parts:
-            value = t.read(stored)
-            sharding = where.get(t.path, SingleDeviceSharding(jax.devices()[0]))
-            if not t.at:
-                params[t.path] = _put(value, sharding, dtype)
-                continue
-            if t.path not in params:
-                empty = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)
-                params[t.path] = empty(stacked[t.path], jnp.dtype(dtype))
-            part = _put(value, _of_part(sharding, len(t.at)), dtype)
-            params[t.path] = _set_part(params[t.path], part, t.at)
+        for _, t in sharing:
+            for place, part in _parts(t.read(stored), t, wanted, config.block.quantize).items():
+                if not t.at:
+                    params[place] = part
+                    continue
+                if place not in params:
+                    full = wanted[place]
+                    empty = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=full.sharding)
+                    params[place] = empty(full.shape, full.dtype)
+                params[place] = _set_part(params[place], part, t.at)
     if config.tie_embeddings and names["head"] in files:
         _check_tied(files[names["head"]], files[names["embed"]])
     return trees.unflatten(params)
+
+
+def _on_first_device(config: DecoderConfig, dtype: np.dtype) -> Params:
+    """Return the shapes of a decoder's parameters, all on the first device, those that are no part of codes in `dtype`."""
+    shapes = trees.abstract(lambda: Decoder(config, rngs=nnx.Rngs(params=0)))[1]
+    device = SingleDeviceSharding(jax.devices()[0])
+    return meshes.placed(trees.in_type(shapes, dtype), jax.tree.map(lambda _: device, shapes))
+
+
+def _parts(value: np.ndarray, t: Tensor, wanted: Mapping[str, jax.ShapeDtypeStruct], kind: str) -> dict[str, jax.Array]:
+    """Put a tensor, or one layer's part of it, in its sharding, and return it by its path; or its codes and scales by theirs.
+
+    What is not wanted is left out.
+    """
+    there = [wanted.get(path) for path in (t.path, f"{t.path}/codes", f"{t.path}/scale")]
+    plain, codes, scale = (leaf and _of_part(leaf, len(t.at)) for leaf in there)
+    if plain is not None:
+        return {t.path: _put(value, plain.sharding, plain.dtype)}
+    if codes is None or scale is None:
+        return {}
+    found = quantize_at_once(_put(value, codes.sharding, value.dtype), kind=kind, axis=blocks_axis(codes.shape, scale.shape))
+    parts = jax.device_put(found, (codes.sharding, scale.sharding))
+    return {f"{t.path}/{part}": array for part, array in zip(("codes", "scale"), parts, strict=True)}
+
+
+def in_stored_types(
+    path: str | os.PathLike, shapes: Params, config: DecoderConfig, families: Mapping[str, Family] = FAMILIES
+) -> Params:
+    """Return the shapes of a decoder's parameters with each matrix in the type that the checkpoint holds it in, if that has 2 bytes.
+
+    Norms and biases are left in theirs, and so is a matrix whose type differs from layer to layer. A directory without weights, which
+    stands in for a checkpoint, changes nothing.
+
+    Raises:
+      ValueError: as `load_decoder`.
+    """
+    if not any(Path(path).glob("*.safetensors")):
+        return shapes
+    tensors, files, _ = _find_tensors(Path(path), config, family_at(Path(path), families))
+    types: dict[str, set[str]] = {}
+    for name, t in tensors:
+        if len(t.theirs) > 1:
+            types.setdefault(t.path, set()).add(files[name].dtype)
+    halves = {"BF16": jnp.bfloat16, "F16": jnp.float16}
+    narrow = {found: halves[of.pop()] for found, of in types.items() if len(of) == 1 and of <= halves.keys()}
+    flat = trees.flatten(shapes)
+    return trees.replace(
+        shapes, {found: jax.ShapeDtypeStruct(flat[found].shape, dtype) for found, dtype in narrow.items() if found in flat}
+    )
 
 
 def check_weights(path: str | os.PathLike, families: Mapping[str, Family] = FAMILIES) -> None:
@@ -191,11 +243,12 @@ def check_weights(path: str | os.PathLike, families: Mapping[str, Family] = FAMI
 
 
 class Stored(NamedTuple):
-    """Where a tensor lies, its name there, and its shape."""
+    """Where a tensor lies, its name there, its shape and its type."""
 
     file: Path
     name: str
     shape: tuple[int, ...]
+    dtype: str
 
 
 def _find_tensors(
@@ -228,11 +281,12 @@ def _put(value: np.ndarray, sharding: Sharding, dtype: DTypeLike) -> jax.Array:
     return array.astype(dtype)
 
 
-def _of_part(sharding: Sharding, axes: int) -> Sharding:
-    """Return the sharding of one layer, or one expert of a layer, of an array whose leading axes, so many, are whole."""
-    if isinstance(sharding, NamedSharding):
-        return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[axes:]))
-    return sharding
+def _of_part(stacked: jax.ShapeDtypeStruct, axes: int) -> jax.ShapeDtypeStruct:
+    """Return what one layer, or one expert of a layer, is of an array whose leading axes, so many, are whole."""
+    where = stacked.sharding
+    if isinstance(where, NamedSharding):
+        where = NamedSharding(where.mesh, PartitionSpec(*where.spec[axes:]))
+    return jax.ShapeDtypeStruct(stacked.shape[axes:], stacked.dtype, sharding=where)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -277,7 +331,7 @@ def _tensor_files(path: Path) -> dict[str, Stored]:
                         raise ValueError(f"{file}: {name} is the same tensor as {found[plain].name}; {AGAIN}.")
                     tensor = tensors.get_slice(name)
                     _check_kind(file, name, tensor.get_dtype())
-                    found[plain] = Stored(file, name, tuple(tensor.get_shape()))
+                    found[plain] = Stored(file, name, tuple(tensor.get_shape()), tensor.get_dtype())
         except SafetensorError as error:
             raise ValueError(f"{file} is truncated or no safetensors file ({error}): download it again.") from error
     return found

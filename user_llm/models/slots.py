@@ -78,7 +78,7 @@ def _of_row(tree: Any, row: Int[Array, ""], axis: int = -4) -> Any:
 def _empty(graphdef: nnx.GraphDef, params: Params, rows: int, room: int, users: Any) -> tuple[KVCache, Users | None]:
     """Return the cache and the users' K/V of free rows; `users` are the leaves' shapes and types of one user, or None."""
     decoder = merge(graphdef, params)
-    cache = decoder.init_cache(rows, room, decoder.embed[...].dtype)
+    cache = decoder.init_cache(rows, room, decoder.dtype)
     if users is None:
         return _split(cache, None)
     k, v, mask = (jnp.zeros(shape, dtype) for shape, dtype in users)

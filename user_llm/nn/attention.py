@@ -11,6 +11,7 @@ return the mean of all values there), so that a user without events changes noth
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -22,9 +23,10 @@ from jaxtyping import Array, Bool, Float, Int
 from user_llm.common.arrays import AnyArray
 from user_llm.common.mesh import constrain
 from user_llm.nn.kernels import choose, fused
-from user_llm.nn.layers import RMSNorm, capped, linear_param
+from user_llm.nn.layers import RMSNorm, capped
 from user_llm.nn.lora import LoRAConfig, adapters
 from user_llm.nn.rotary import Rotation, apply_rope
+from user_llm.nn.stored import times, weight_param
 from user_llm.nn.visibility import SelfMask
 
 # Added to the logits of hidden keys; large enough to absorb any logit, small enough that float32 never reaches -inf.
@@ -141,6 +143,7 @@ class AttentionConfig:
     norm_eps: float = 1e-6
     norm_offset: float = 0.0
     lora: LoRAConfig | None = None
+    quantize: str = ""
     attention_kernel: str = "auto"
 
 
@@ -151,10 +154,10 @@ class Attention(nnx.Module):
         c = self.config = config
         if c.heads % c.kv_heads:
             raise ValueError(f"{c.heads} heads cannot be shared evenly by {c.kv_heads} key/value heads.")
-        self.q = linear_param(rngs, (c.width, c.heads, c.head_dim), fan_in=c.width)
-        self.k = linear_param(rngs, (c.width, c.kv_heads, c.head_dim), fan_in=c.width)
-        self.v = linear_param(rngs, (c.width, c.kv_heads, c.head_dim), fan_in=c.width)
-        self.o = linear_param(rngs, (c.heads, c.head_dim, c.width), fan_in=c.heads * c.head_dim)
+        self.q = weight_param(rngs, (c.width, c.heads, c.head_dim), 1, c.quantize)
+        self.k = weight_param(rngs, (c.width, c.kv_heads, c.head_dim), 1, c.quantize)
+        self.v = weight_param(rngs, (c.width, c.kv_heads, c.head_dim), 1, c.quantize)
+        self.o = weight_param(rngs, (c.heads, c.head_dim, c.width), 2, c.quantize)
         if c.qkv_bias:
             self.q_bias, self.k_bias, self.v_bias = (
                 nnx.Param(jnp.zeros((heads, c.head_dim), jnp.float32)) for heads in (c.heads, c.kv_heads, c.kv_heads)
@@ -182,9 +185,8 @@ class Attention(nnx.Module):
         positions.
         """
         c = self.config
-        q = jnp.einsum("BTD,DNH->BTNH", x, self.q[...])
-        k = jnp.einsum("BTD,DKH->BTKH", x, self.k[...])
-        v = jnp.einsum("BTD,DKH->BTKH", x, self.v[...])
+        heads_of = functools.partial(jnp.einsum, "BTD,DNH->BTNH")
+        q, k, v = times(heads_of, x, self.q), times(heads_of, x, self.k), times(heads_of, x, self.v)
         if self.lora is not None:
             q, k, v = (out + self.lora(name, x, key) for name, out in (("q", q), ("k", k), ("v", v)))
         if c.qkv_bias:
@@ -207,7 +209,7 @@ class Attention(nnx.Module):
                 k, v = cache.k[layer, :, :, :seen], cache.v[layer, :, :, :seen]
         heads = attention(q, k, v, mask=mask, scale=c.query_scale, softcap=c.attn_softcap, kernel=c.attention_kernel)
         # As one matrix: XLA on CPU turns `o` around for a product over two axes.
-        out = heads.reshape(*x.shape[:2], -1) @ self.o[...].reshape(-1, c.width)
+        out = times(lambda joined, o: joined @ o.reshape(-1, c.width), heads.reshape(*x.shape[:2], -1), self.o)
         if self.lora is not None:
             out += self.lora("o", heads, key)
         return out, cache

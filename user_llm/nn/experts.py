@@ -51,14 +51,16 @@ class Experts(nnx.Module):
 
     def __call__(self, x: Float[Array, "... D"], *, key: Array | None = None) -> Float[Array, "... D"]:
         c, rows = self.config, x.reshape(-1, x.shape[-1])
-        share, expert = jax.lax.top_k(jax.nn.softmax((rows @ self.gate[...]).astype(jnp.float32), axis=-1), c.per_token)
+        # Frozen weights may be kept in fewer bytes than what is computed with.
+        router, gate_proj, up_proj, down = (w[...].astype(x.dtype) for w in (self.gate, self.gate_proj, self.up, self.down))
+        share, expert = jax.lax.top_k(jax.nn.softmax((rows @ router).astype(jnp.float32), axis=-1), c.per_token)
         if c.normalised:
             share /= share.sum(axis=-1, keepdims=True)
         # Row r of `rows` comes C times: as rows r C to r C + C - 1 of what `order` sorts.
         order = jnp.argsort(expert.reshape(-1), stable=True)
         sizes = jnp.bincount(expert.reshape(-1), length=c.count)
         by_expert = rows[order // c.per_token]
-        gate, up = (jax.lax.ragged_dot(by_expert, weight[...], sizes) for weight in (self.gate_proj, self.up))
-        out = jax.lax.ragged_dot(ACTIVATIONS[self.activation](gate) * up, self.down[...], sizes)
+        gate, up = (jax.lax.ragged_dot(by_expert, weight, sizes) for weight in (gate_proj, up_proj))
+        out = jax.lax.ragged_dot(ACTIVATIONS[self.activation](gate) * up, down, sizes)
         out = out[jnp.argsort(order)].reshape(len(rows), c.per_token, -1)
         return jnp.einsum("RCD,RC->RD", out, share.astype(out.dtype)).reshape(x.shape)

@@ -1,7 +1,7 @@
 """Low-rank adapters of frozen weights (LoRA, Hu et al. 2021): W x + alpha / rank * B A x.
 
 B starts at zero, so an adapted model starts as the model it adapts. An adapter lives in the module whose weights it adapts, below
-`lora/` and under the weight's own name: `stack/blocks/attn/lora/q/a`. Left out: adapters of embeddings, quantised weights.
+`lora/` and under the weight's own name: `stack/blocks/attn/lora/q/a`. Left out: adapters of embeddings.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from user_llm.common.trees import Params, flatten, unflatten
 from user_llm.nn.layers import dropout, linear_param
+from user_llm.nn.stored import Weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ class LoRAConfig:
 class LoRA(nnx.Module):
     """The adapters of one module. Parameters by weight: a [*inputs, rank] and b [rank, *outputs]."""
 
-    def __init__(self, config: LoRAConfig, module: str, weights: Mapping[str, tuple[nnx.Param, int]], *, rngs: nnx.Rngs):
+    def __init__(self, config: LoRAConfig, module: str, weights: Mapping[str, tuple[Weight, int]], *, rngs: nnx.Rngs):
         """Adapt those of `weights` that the config targets; each comes with the number of its input dimensions."""
         self.config = config
         self.names = tuple(name for name in weights if re.fullmatch(config.targets, f"{module}/{name}"))
@@ -64,9 +65,7 @@ class LoRA(nnx.Module):
         return jnp.tensordot(low * (self.config.alpha / self.config.rank), adapter["b"][...], axes=1)
 
 
-def adapters(
-    config: LoRAConfig | None, module: str, weights: Mapping[str, tuple[nnx.Param, int]], rngs: nnx.Rngs
-) -> LoRA | None:
+def adapters(config: LoRAConfig | None, module: str, weights: Mapping[str, tuple[Weight, int]], rngs: nnx.Rngs) -> LoRA | None:
     """Return the adapters of a module, or None where none of its weights is a target."""
     lora = None if config is None else LoRA(config, module, weights, rngs=rngs)
     return lora if lora is not None and lora.names else None

@@ -3,12 +3,13 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from user_llm.common.mesh import constrain
-from user_llm.nn.layers import linear_param
 from user_llm.nn.lora import LoRAConfig, adapters
+from user_llm.nn.stored import times, weight_param
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -21,23 +22,25 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 class MLP(nnx.Module):
     """down(activation(gate_proj(x)) * up(x)), the gated MLP of Shazeer 2020."""
 
-    def __init__(self, width: int, mlp_width: int, *, activation: str, lora: LoRAConfig | None = None, rngs: nnx.Rngs):
+    def __init__(
+        self, width: int, mlp_width: int, *, activation: str, lora: LoRAConfig | None = None, quantize: str = "", rngs: nnx.Rngs
+    ):
         if activation not in ACTIVATIONS:
             raise ValueError(f"Unknown activation {activation!r}: choose one of {', '.join(ACTIVATIONS)}.")
         self.activation = activation
-        self.gate_proj = linear_param(rngs, (width, mlp_width), fan_in=width)
-        self.up = linear_param(rngs, (width, mlp_width), fan_in=width)
-        self.down = linear_param(rngs, (mlp_width, width), fan_in=mlp_width)
+        self.gate_proj = weight_param(rngs, (width, mlp_width), 1, quantize)
+        self.up = weight_param(rngs, (width, mlp_width), 1, quantize)
+        self.down = weight_param(rngs, (mlp_width, width), 1, quantize)
         self.lora = adapters(lora, "mlp", {name: (getattr(self, name), 1) for name in ("gate_proj", "up", "down")}, rngs)
 
     def __call__(self, x: Float[Array, "... D"], *, key: Array | None = None) -> Float[Array, "... D"]:
         # As one matrix of rows: the gradients of products over [B, T, D] are slower on CPU.
         rows = x.reshape(-1, x.shape[-1])
-        gate, up = rows @ self.gate_proj[...], rows @ self.up[...]
+        gate, up = times(jnp.matmul, rows, self.gate_proj), times(jnp.matmul, rows, self.up)
         if self.lora is not None:
             gate, up = gate + self.lora("gate_proj", rows, key), up + self.lora("up", rows, key)
         hidden = constrain(ACTIVATIONS[self.activation](gate) * up, "rows", "features")
-        out = hidden @ self.down[...]
+        out = times(jnp.matmul, hidden, self.down)
         if self.lora is not None:
             out += self.lora("down", hidden, key)
         return out.reshape(x.shape)

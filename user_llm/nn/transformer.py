@@ -62,6 +62,7 @@ class BlockConfig:
       residual_gate: multiply each branch by sigmoid(x W) before adding it (LiGR, as in eSASRec).
       dropout: on the output of both branches.
       lora: low-rank adapters of this layer's weights.
+      quantize: the form in which this layer's own weights are kept, one of `nn.stored.KINDS`; empty for plain numbers.
       attention_kernel: what computes self-attention, `nn.kernels.KERNELS`.
     """
 
@@ -90,6 +91,7 @@ class BlockConfig:
     residual_gate: bool = False
     dropout: float = 0.0
     lora: LoRAConfig | None = None
+    quantize: str = ""
     attention_kernel: str = "auto"
 
     @property
@@ -116,7 +118,7 @@ class Block(nnx.Module):
         self.attn = Attention(c.attention, rngs=rngs)
         self.mlp: MLP | Experts
         if c.experts is None:
-            self.mlp = MLP(c.width, c.mlp_width, activation=c.activation, lora=c.lora, rngs=rngs)
+            self.mlp = MLP(c.width, c.mlp_width, activation=c.activation, lora=c.lora, quantize=c.quantize, rngs=rngs)
         else:
             self.mlp = Experts(c.experts, c.width, c.mlp_width, activation=c.activation, rngs=rngs)
         if c.post_norms:

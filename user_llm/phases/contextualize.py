@@ -226,6 +226,7 @@ def build(name: str, run: Run, data: Dataset) -> Task:
     create = lambda: UserLLM(full, rngs=nnx.Rngs(params=run.seed))  # noqa: E731
     graphdef, shapes = trees.abstract(create)
     load = ((r"^encoder/", encoder_source(phase)), *phase.load) if examples.max_events else phase.load
+    shapes = starting.kept(name, run, load, shapes)
     monitored = next(iter(asked))
     predictor = Predictor(
         full, graphdef, shapes, run.mesh, {task: of.template for task, of in asked.items()},
@@ -269,7 +270,7 @@ def build(name: str, run: Run, data: Dataset) -> Task:
         name=name,
         shapes=shapes,
         load=load,
-        init=lambda place: starting.init(run, create, load, place),
+        init=lambda place: starting.init(run, create, load, shapes, place),
         loss=lambda params, batch, key, whole: contextual_loss(
             trees.merge(graphdef, params), batch, key, whole=whole, choices=choices.get(task_of(batch)), **weights
         ),

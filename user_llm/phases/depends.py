@@ -226,10 +226,15 @@ def _encoder(config: Config, phase: str) -> dict[str, Any]:
 
 
 def text_settings(config: Config) -> dict[str, Any]:
-    """Return how much of the general text is read."""
+    """Return how much of the general text is read, and what by."""
     settings = flat(config.said["general_text"], "general_text")
     settings.pop("general_text.file", None)
-    return settings
+    return settings | llm_settings(config)
+
+
+def llm_settings(config: Config) -> dict[str, Any]:
+    """Return how the weights of an open LLM are kept; nothing where they are kept as they come."""
+    return {"llm.quantize": config.llm.quantize} if config.llm.quantize else {}
 
 
 def text_files(config: Config) -> dict[str, str]:

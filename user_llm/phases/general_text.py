@@ -76,8 +76,9 @@ def untouched(run: Run, data: Dataset) -> list[dict]:
         model = decoder_config(run, tokenizer(run, data).vocab_size)
         graphdef, shapes = trees.abstract(lambda: Decoder(model, rngs=nnx.Rngs(params=0)))
         rules = run.config.sections[run.config.phases[-1]].loop.sharding
-        where = meshes.shardings(rules, shapes, run.mesh)
-        params = pretrained.load_decoder(run.checkpoint, model, shardings=where, families=run.kinds.families)
+        shapes = pretrained.in_stored_types(run.checkpoint, shapes, model, run.kinds.families)
+        like = meshes.placed(shapes, meshes.shardings(rules, shapes, run.mesh))
+        params = pretrained.load_decoder(run.checkpoint, model, like=like, families=run.kinds.families)
         found = {"perplexity": float(perplexity(graphdef, params, batch))}
         rows = result_rows(found, batch["next"].size, **run.row_facts("llm", data), task="general_text", method="llm")
         write_json(directory / loop.RESULTS, rows)

@@ -23,16 +23,25 @@ CORPUS_TEXTS = 50_000
 
 
 def decoder_config(run: Run, vocab_size: int) -> DecoderConfig:
-    """Return the LLM as it comes: the checkpoint's own, or a small one to train from scratch."""
+    """Return the LLM as it comes: the checkpoint's own, or a small one to train from scratch.
+
+    Raises:
+      ValueError: what `llm.quantize` asks for cannot be had, or as `pretrained.decoder_config`.
+    """
     llm = run.config.llm
     if llm.checkpoint:
         found = pretrained.decoder_config(run.checkpoint, run.kinds.families, unroll=llm.unroll, remat=llm.remat)
+        if llm.quantize and found.block.experts is not None:
+            raise ValueError(
+                f"config.llm.quantize={llm.quantize}: the weights of experts cannot be kept in codes, leave it empty."
+            )
     else:
         found = DecoderConfig(
             vocab_size=vocab_size, num_layers=llm.num_layers, block=BlockConfig(**vars(llm.block)), tie_embeddings=True,
             unroll=llm.unroll, remat=llm.remat,
         )  # fmt: skip
-    return dataclasses.replace(found, block=dataclasses.replace(found.block, attention_kernel=llm.attention_kernel))
+    block = dataclasses.replace(found.block, attention_kernel=llm.attention_kernel, quantize=llm.quantize)
+    return dataclasses.replace(found, block=block)
 
 
 def tokenizer(run: Run, data: Dataset) -> Tokenizer:

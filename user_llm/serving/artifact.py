@@ -60,6 +60,7 @@ from user_llm.serving.settings import (
     plain,
     read_settings,
     reading,
+    sizes,
     template,
     write_settings,
 )  # fmt: skip
@@ -130,7 +131,7 @@ def _write(directory: Path, model: Personalizer, made: Making, params: Params, *
         if held:
             kept = made.source if (made.source / "config.json").is_file() else None
             formats.save_decoder(folder, params["decoder"], config.decoder, like=kept, families=made.families)
-            settings["model"] = plain(dataclasses.asdict(formats.without_adapters(config)))
+            settings["model"] = sizes(formats.without_adapters(config))
         elif config.decoder.block.lora is not None:
             base, family = made.base.checkpoint if made.base else "", family_at(made.source, made.families)
             modules = pretrained.modules_at(made.source)
@@ -165,7 +166,7 @@ def _settings(model: Personalizer, made: Making) -> dict[str, Any]:
     limits = (field.name for field in dataclasses.fields(Limits))
     kind = (predictor.config.encoder or UserEncoderConfig).kind
     return plain({
-        **({} if kind == UserEncoderConfig.kind else {"encoder": kind}), "model": dataclasses.asdict(predictor.config), "vocabulary": model.vocabulary.to_json(),
+        **({} if kind == UserEncoderConfig.kind else {"encoder": kind}), "model": sizes(predictor.config), "vocabulary": model.vocabulary.to_json(),
         "lines": {"max_title_tokens": lines.max_title_tokens, "history": lines.kind, "text_items": lines.text_items},
         "prompts": {task: {"kind": kind_of(of)} | of.settings for task, of in predictor.templates.items()},
         "names": model.names, "limits": {name: getattr(predictor, name) for name in limits}, "dtype": made.dtype,
@@ -334,19 +335,22 @@ def _params(
     # These settings say how the LLM is computed and not what it computes, so that they may differ.
     same = dataclasses.replace(
         config, cross=None, unroll=bare.unroll, remat=bare.remat,
-        block=dataclasses.replace(config.block, lora=None, dropout=0.0, attention_kernel=bare.block.attention_kernel),
+        block=dataclasses.replace(config.block, lora=None, quantize="", dropout=0.0, attention_kernel=bare.block.attention_kernel),
     )  # fmt: skip
     if same != bare:
         raise ValueError(f"The LLM at {source} is another one than {directory / FILE} says: {AGAIN}.")
-    found = {"decoder": load_decoder(source, bare, shardings=where["decoder"], families=families)}
+    bare = dataclasses.replace(bare, block=dataclasses.replace(bare.block, quantize=config.block.quantize))
+    like = meshes.placed(trees.in_type(shapes["decoder"], dtype), where["decoder"])
+    found = {"decoder": load_decoder(source, bare, like=like, families=families)}
     side = formats.load_user_side(directory, shapes)
     if config.block.lora is not None:
         side = trees.combine(
             side, {"decoder": formats.load_adapter(directory, shapes["decoder"], config, family_at(source, families))}
         )
-    places, flat = trees.flatten(where), trees.flatten(trees.combine(found, side))
+    places = trees.flatten(where)
     cast = lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf  # noqa: E731
-    return trees.unflatten({path: cast(jax.device_put(leaf, places[path])) for path, leaf in flat.items()})
+    placed = {path: cast(jax.device_put(leaf, places[path])) for path, leaf in trees.flatten(side).items()}
+    return trees.combine(found, trees.unflatten(placed))
 
 
 def _base(base: Base, llm: str) -> Path:

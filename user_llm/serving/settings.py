@@ -231,6 +231,17 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def sizes(config: UserLLMConfig) -> dict[str, Any]:
+    """Return a model's config as JSON holds it; what of it is not quantised says nothing of it, as before there was a choice."""
+
+    def said(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: said(inner) for key, inner in value.items() if (key, inner) != ("quantize", "")}
+        return value
+
+    return said(plain(dataclasses.asdict(config)))
+
+
 def write_settings(directory: Path, settings: Mapping[str, Any]) -> None:
     """Write `user_llm.json` with its seal."""
     (directory / FILE).write_text(json.dumps(dict(settings) | {"seal": digest(settings)}, indent=1))

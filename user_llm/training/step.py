@@ -32,10 +32,14 @@ class TrainState:
 
 
 def cast(tree: Params, dtype: jnp.dtype) -> Params:
-    """Return arrays, or the shapes of arrays, with floating-point leaves in `dtype`; leaves in `dtype` already are not copied."""
+    """Return arrays, or the shapes of arrays, with floating-point leaves in `dtype`, but for those that take fewer bytes already.
+
+    These are weights that nothing trains, as their checkpoint holds them (`nn/stored.py`); they and leaves in `dtype` are not copied.
+    """
+    dtype = jnp.dtype(dtype)
 
     def to_dtype(a: jax.Array | jax.ShapeDtypeStruct) -> jax.Array | jax.ShapeDtypeStruct:
-        if a.dtype == dtype or not jnp.issubdtype(a.dtype, jnp.floating):
+        if a.dtype == dtype or not jnp.issubdtype(a.dtype, jnp.floating) or a.dtype.itemsize < dtype.itemsize:
             return a
         if isinstance(a, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(a.shape, dtype, sharding=a.sharding)
