@@ -95,7 +95,9 @@ def _without(data: Dataset, known: int) -> Dataset:
         before[timelines.offsets[users] + positions] - before[timelines.offsets[users]]
     )
     old, first = timelines.catalogue, timelines.schema.features[0]
-    catalogue = Catalogue(old.titles[:known], old.keys[:known], {name: bag[:known] for name, bag in old.multi.items()}, old.vocab)
+    catalogue = Catalogue(
+        old.titles[:known], old.keys[:known], {name: bag[:known] for name, bag in old.multi.items()}, old.vocab
+    )
     fewer = dataclasses.replace(
         timelines,
         offsets=before[timelines.offsets],

@@ -1,0 +1,96 @@
+"""Where an item lies among the items that a model knows, by what it is: its categories and the words of its title.
+
+A ridge regression, fitted after training from the contents of the items that training has seen to their rows of the item table, places
+an item that training has never seen ("learned linear projection into the id space", arXiv 2508.18442). It trains nothing, so that it
+serves any model, and what the model knows of other items stays as it is.
+
+Axis letters: I items of a catalogue, F columns of contents, C those that the regression uses, D width of an item's vector.
+"""
+
+import dataclasses
+import re
+import zlib
+
+import numpy as np
+import scipy.linalg
+import scipy.sparse as sparse
+from jaxtyping import Float, Int
+
+from user_llm.data.timelines import Catalogue
+
+WORD = re.compile(r"\w+")
+WORDS = 1 << 20  # the columns that words of titles are hashed to
+COLUMNS = 4096  # the most columns of the regression, the commonest ones: the time of a fit grows with their cube
+RIDGE = 10.0  # how much the weights are drawn to 0, in events
+
+
+def contents(catalogue: Catalogue, first: int = 0) -> sparse.csr_array:
+    """Return what the items from number `first` on are: a matrix [I, F] with a 1 for each category and each word of the title.
+
+    Column 0 is 1 for every item.
+    """
+    count = len(catalogue.keys) - first
+    rows, columns = [np.arange(count)], [np.zeros(count, np.int64)]
+    width = 1
+    for name, bag in sorted(catalogue.multi.items()):
+        row, place = np.nonzero(bag[first:])
+        rows.append(row)
+        columns.append(width + bag[first:][row, place].astype(np.int64))
+        width += len(catalogue.vocab[name])
+    words = [
+        {width + zlib.crc32(word.encode()) % WORDS for word in WORD.findall(title.lower())}
+        for title in catalogue.titles[first:]
+    ]
+    rows.append(np.repeat(np.arange(count), [len(found) for found in words]))
+    columns.append(np.fromiter((column for found in words for column in sorted(found)), np.int64))
+    where = np.concatenate(rows), np.concatenate(columns)
+    found = sparse.csr_array((np.ones(len(where[0]), np.float32), where), shape=(count, width + WORDS))
+    found.sum_duplicates()
+    found.data[:] = 1
+    return found
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Content:
+    """A fitted regression from contents to item vectors.
+
+    Attributes:
+      columns: the columns of the contents that are used.
+      weights: the vector of each of them.
+      norm: the length that a placed item's vector gets: the mean length among the items of the training.
+    """
+
+    columns: Int[np.ndarray, " C"]
+    weights: Float[np.ndarray, "C D"]
+    norm: float
+
+    @classmethod
+    def fit(cls, catalogue: Catalogue, table: Float[np.ndarray, "I D"], counts: Int[np.ndarray, " I"]) -> "Content":
+        """Fit the regression to the items that have training events.
+
+        Args:
+          table: the vector of each item of the catalogue, PAD included.
+          counts: the number of training events of each item. An item counts the more, the more events have taught its vector.
+
+        Raises:
+          ValueError: no item has training events.
+        """
+        known = np.flatnonzero(counts[: len(table)] > 0)
+        if not len(known):
+            raise ValueError("No item of the model has events in training, so that nothing says where a further item lies.")
+        content, table = contents(catalogue)[known], np.asarray(table, np.float64)[known]
+        often = np.asarray(content.sum(axis=0)).reshape(-1)
+        columns = np.sort(np.argsort(-often, kind="stable")[:COLUMNS])
+        columns = columns[often[columns] > 0]
+        used = content[:, columns].astype(np.float64)
+        weighted = used.multiply((counts[known] / (counts[known] + RIDGE))[:, None]).tocsr()
+        gram = (used.T @ weighted).toarray()
+        penalty = np.where(columns == 0, 1e-6, RIDGE)
+        weights = scipy.linalg.solve(gram + np.diag(penalty), weighted.T @ table, assume_a="pos")
+        return cls(columns, weights, float(np.linalg.norm(table, axis=1).mean()))
+
+    def place(self, catalogue: Catalogue, first: int) -> Float[np.ndarray, "I D"]:
+        """Return the vectors of the items from number `first` on."""
+        found = contents(catalogue, first)[:, self.columns] @ self.weights
+        length = np.linalg.norm(found, axis=1, keepdims=True)
+        return (found * (self.norm / np.maximum(length, 1e-12))).astype(np.float32)
