@@ -12,24 +12,35 @@ import json
 import pathlib
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax import nnx
 from jaxtyping import Bool, Int
 
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from configs import amazon_encoder, events_encoder, movielens_encoder  # noqa: E402
+from user_llm.common import trees  # noqa: E402
 from user_llm.common.mesh import make_mesh  # noqa: E402
+from user_llm.common.trees import Params  # noqa: E402
 from user_llm.config.check import check  # noqa: E402
 from user_llm.data.dataset import Dataset, open_dataset  # noqa: E402
+from user_llm.data.pipeline import history_batches  # noqa: E402
 from user_llm.data.schema import Schema  # noqa: E402
 from user_llm.data.timelines import Catalogue, Timelines  # noqa: E402
+from user_llm.evals.ranking import target_ranks  # noqa: E402
+from user_llm.models.content import Content  # noqa: E402
+from user_llm.models.user_encoder import UserEncoderConfig  # noqa: E402
 from user_llm.phases import pretrain_encoder  # noqa: E402
 from user_llm.phases.run import Run  # noqa: E402
 from user_llm.training import loop  # noqa: E402
 
 PHASE = "pretrain_encoder"
+METRICS = ("recall@10", "recall@10/unseen")
+RANKS = jax.jit(target_ranks)
 # Each set: its config, and what it changes.
 SETS = {
     "union": (movielens_encoder, {"data.dir": "movielens/ml-latest-union"}),
@@ -118,6 +129,55 @@ def _without(data: Dataset, known: int) -> Dataset:
     return Dataset(fewer, dataclasses.replace(split, train_stop=stop, targets=targets))
 
 
+def grown(config: UserEncoderConfig, params: Params, data: Parted) -> tuple[UserEncoderConfig, Params]:
+    """Return the encoder with rows for all items; those that training has not seen are placed by their contents."""
+    known, catalogue = len(data.train.timelines.catalogue.keys), data.whole.timelines.catalogue
+    config = dataclasses.replace(config, schema=data.whole.timelines.schema)
+    table = np.zeros((config.table_rows, config.width), np.float32)
+    table[:known] = np.asarray(params["item"])[:known]
+    content = Content.fit(catalogue, table[:known], data.train.train_counts)
+    table[known : len(catalogue.keys)] = content.place(catalogue, known)
+    return config, params | {"item": jnp.asarray(table)}
+
+
+def hits(
+    config: UserEncoderConfig, params: Params, data: Dataset, max_events: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the item of each test target, and whether it is among the first 10: of all items, and of those that the user has not had."""
+    graphdef, _ = trees.abstract(lambda: config.build(nnx.Rngs(params=0)))
+    timelines, (users, positions) = data.timelines, data.split.targets["test"]
+    found = np.zeros((2, len(users)), bool)
+    valid = np.arange(config.table_rows) <= timelines.schema.num_items
+    for indices, batch in history_batches(timelines, users, positions, max_events=max_events, batch_size=64):
+        scores = pretrain_encoder.score_next(graphdef, params, batch.events, batch.lengths)
+        for row, exclude in enumerate((None, batch.seen)):
+            found[row, indices] = np.asarray(RANKS(scores, batch.targets, exclude, valid))[: batch.count] <= 10
+    return timelines.item[timelines.offsets[users] + positions], *found
+
+
+def table(data: Parted, config: UserEncoderConfig, params: Params, max_events: int) -> list[dict]:
+    """Return recall@10 of the test targets by the training events of their items, before and after the items are added.
+
+    Before, an item that training has not seen is in no history and in no ranking, and its targets are missed.
+    """
+    counts = np.zeros(len(data.whole.timelines.catalogue.keys), int)
+    counts[: len(data.train.train_counts)] = data.train.train_counts
+    rows = []
+    for name, found in (
+        ("before", hits(config, params, data.train, max_events)),
+        ("added", hits(*grown(config, params, data), data.whole, max_events)),
+    ):
+        items = found[0]
+        groups = {
+            "taken out": data.drawn[items], "no event": (counts[items] == 0) & ~data.drawn[items],
+            "1 to 5 events": (counts[items] > 0) & (counts[items] <= 5), "more events": counts[items] > 5,
+        }  # fmt: skip
+        for group, chosen in groups.items():
+            recalls = [float(hit[chosen].mean()) if chosen.any() else 0.0 for hit in found[1:]]
+            rows.append({"items": name, "targets": group, "n": int(chosen.sum()), **dict(zip(METRICS, recalls, strict=True))})
+    return rows
+
+
 def main() -> None:
     """Train, add the items, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -135,13 +195,16 @@ def main() -> None:
         config[PHASE].loop.total_steps = args.steps
     read = check(config)
     run = Run(read, epath.Path(args.workdir), make_mesh(**vars(read.mesh)))
-    data = parted(open_dataset(read, run.workdir), args.share, args.seed)
+    encoder = read.encoder_of(PHASE)
+    data = parted(open_dataset(read, run.workdir).select(encoder.features), args.share, args.seed)
     task = pretrain_encoder.build(PHASE, run, data.train)
     section = read.sections[PHASE]
-    params, rows = loop.run(
+    params, _ = loop.run(
         task, loop.LoopConfig(**vars(section.loop)), run.optimizer_config(PHASE), run.mesh, run.workdir / PHASE, args.seed
     )
-    print(json.dumps(rows, indent=1))
+    model = pretrain_encoder.encoder_config(encoder, data.train.timelines.schema, {})
+    for row in table(data, model, params, section.eval.max_events):
+        print(json.dumps(row))
 
 
 if __name__ == "__main__":

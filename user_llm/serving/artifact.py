@@ -3,7 +3,7 @@
     README.md               the model card
     user_llm.json           format, identity, sizes, rules by which raw events become ids, prompts, checksums of the other files
     user_llm.safetensors    everything but the LLM: encoder, resampler, what links user tokens to the LLM, item head
-    catalogue.parquet       the items in the order of their numbers
+    catalogue.parquet       the items in the order of their numbers, those that were added after the training at the end
     tokenizer*, ...         the tokenizer, in Hugging Face's layout
     config.json, model*.safetensors                    the LLM in Hugging Face's layout, if its weights were trained or are exported
     adapter_config.json, adapter_model.safetensors     the adapters of the LLM in peft's layout, if it has adapters
