@@ -39,7 +39,8 @@ from user_llm.phases.run import Run  # noqa: E402
 from user_llm.training import loop  # noqa: E402
 
 PHASE = "pretrain_encoder"
-METRICS = ("recall@10", "recall@10/unseen")
+# Among all items, among those that the user has not had, and among the added ones of these.
+METRICS = ("recall@10", "recall@10/unseen", "recall@10/added")
 RANKS = jax.jit(target_ranks)
 # Each set: its config, and what it changes.
 SETS = {
@@ -141,18 +142,23 @@ def grown(config: UserEncoderConfig, params: Params, data: Parted) -> tuple[User
 
 
 def hits(
-    config: UserEncoderConfig, params: Params, data: Dataset, max_events: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the item of each test target, and whether it is among the first 10: of all items, and of those that the user has not had."""
+    config: UserEncoderConfig, params: Params, data: Dataset, first: int, max_events: int
+) -> tuple[np.ndarray, Bool[np.ndarray, "3 n"]]:
+    """Return the item of each test target, and whether the target is among the first 10 by each of METRICS.
+
+    Args:
+      first: the number of the first item that training has not seen.
+    """
     graphdef, _ = trees.abstract(lambda: config.build(nnx.Rngs(params=0)))
     timelines, (users, positions) = data.timelines, data.split.targets["test"]
-    found = np.zeros((2, len(users)), bool)
-    valid = np.arange(config.table_rows) <= timelines.schema.num_items
+    found = np.zeros((len(METRICS), len(users)), bool)
+    item = np.arange(config.table_rows)
+    every = item <= timelines.schema.num_items
     for indices, batch in history_batches(timelines, users, positions, max_events=max_events, batch_size=64):
         scores = pretrain_encoder.score_next(graphdef, params, batch.events, batch.lengths)
-        for row, exclude in enumerate((None, batch.seen)):
+        for row, (exclude, valid) in enumerate(((None, every), (batch.seen, every), (batch.seen, every & (item >= first)))):
             found[row, indices] = np.asarray(RANKS(scores, batch.targets, exclude, valid))[: batch.count] <= 10
-    return timelines.item[timelines.offsets[users] + positions], *found
+    return timelines.item[timelines.offsets[users] + positions], found
 
 
 def table(data: Parted, config: UserEncoderConfig, params: Params, max_events: int) -> list[dict]:
@@ -162,18 +168,17 @@ def table(data: Parted, config: UserEncoderConfig, params: Params, max_events: i
     """
     counts = np.zeros(len(data.whole.timelines.catalogue.keys), int)
     counts[: len(data.train.train_counts)] = data.train.train_counts
-    rows = []
-    for name, found in (
-        ("before", hits(config, params, data.train, max_events)),
-        ("added", hits(*grown(config, params, data), data.whole, max_events)),
+    rows, first = [], len(data.train.timelines.catalogue.keys)
+    for name, (items, found) in (
+        ("before", hits(config, params, data.train, first, max_events)),
+        ("added", hits(*grown(config, params, data), data.whole, first, max_events)),
     ):
-        items = found[0]
         groups = {
             "taken out": data.drawn[items], "no event": (counts[items] == 0) & ~data.drawn[items],
             "1 to 5 events": (counts[items] > 0) & (counts[items] <= 5), "more events": counts[items] > 5,
         }  # fmt: skip
         for group, chosen in groups.items():
-            recalls = [float(hit[chosen].mean()) if chosen.any() else 0.0 for hit in found[1:]]
+            recalls = [float(hit[chosen].mean()) if chosen.any() else 0.0 for hit in found]
             rows.append({"items": name, "targets": group, "n": int(chosen.sum()), **dict(zip(METRICS, recalls, strict=True))})
     return rows
 

@@ -64,6 +64,7 @@ def test_two_processes_of_a_store_number_items_alike(serve, model, tmp_path, mon
         assert answer.status_code == 400 and "'new' is there already" in answer.json()["error"]["message"]
 
 
+@pytest.mark.slow
 def test_items_come_beside_other_requests(serve, model):
     """More than there are rows for: programs are compiled anew while others ask."""
     with serve(model, queue=1000) as served, client(served) as http:

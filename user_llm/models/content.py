@@ -28,23 +28,21 @@ FEW = 10.0  # an item of so many training events counts half as much as one of v
 LENGTH = 0.8
 
 
-def contents(catalogue: Catalogue, first: int = 0) -> sparse.csr_array:
-    """Return what the items from number `first` on are: a matrix [I, F] with a 1 for each category and each word of the title.
+def contents(catalogue: Catalogue, first: int = 0, stop: int | None = None) -> sparse.csr_array:
+    """Return what the items [first, stop) are: a matrix [I, F] with a 1 for each category and each word of the title.
 
     Column 0 is 1 for every item.
     """
-    count = len(catalogue.keys) - first
+    titles = catalogue.titles[first:stop]
+    count = len(titles)
     rows, columns = [np.arange(count)], [np.zeros(count, np.int64)]
     width = 1
     for name, bag in sorted(catalogue.multi.items()):
-        row, place = np.nonzero(bag[first:])
+        row, place = np.nonzero(bag[first:stop])
         rows.append(row)
         columns.append(width + bag[first:][row, place].astype(np.int64))
         width += len(catalogue.vocab[name])
-    words = [
-        {width + zlib.crc32(word.encode()) % WORDS for word in WORD.findall(title.lower())}
-        for title in catalogue.titles[first:]
-    ]
+    words = [{width + zlib.crc32(word.encode()) % WORDS for word in WORD.findall(title.lower())} for title in titles]
     rows.append(np.repeat(np.arange(count), [len(found) for found in words]))
     columns.append(np.fromiter((column for found in words for column in sorted(found)), np.int64))
     where = np.concatenate(rows), np.concatenate(columns)
@@ -80,7 +78,7 @@ class Content:
         known = np.flatnonzero(counts[: len(table)] > 0)
         if not len(known):
             raise ValueError("No item of the model has events in training, so that nothing says where a further item lies.")
-        content, table = contents(catalogue)[known], np.asarray(table, np.float64)[known]
+        content, table = contents(catalogue, 0, len(table))[known], np.asarray(table, np.float64)[known]
         often = np.asarray(content.sum(axis=0)).reshape(-1)
         columns = np.sort(np.argsort(-often, kind="stable")[:COLUMNS])
         columns = columns[often[columns] > 0]
