@@ -111,7 +111,7 @@ def test_a_full_redis_is_named_without_the_events_and_still_reads_and_deletes(cl
             call()
         assert "<b" not in str(refused.value) and "\n" not in str(refused.value)
     assert store.histories(["ann"]) == {"ann": (version, [{"movie": "a"}])} and store.versions(["ann"]) == {"ann": version}
-    assert store.states(["ann"], "model") == {"ann": b"state"} and store.items() == {}
+    assert store.states(["ann"], "model") == {"ann": b"state"} and store.items() == []
     assert store.counts() == Counts(1, 1, 1)
     assert store.delete("ann") and not store.delete("ann")
     assert store.counts() == Counts(0, 0, 0)

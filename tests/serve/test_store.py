@@ -93,7 +93,7 @@ def test_what_was_stored_is_there_when_the_store_is_opened_again(url, opened):
     again = opened(url)
     assert again.histories(["ann"]) == {"ann": History(added.version, rows("a"))}
     assert again.states(["ann"], MODEL) == {"ann": b"state"}
-    assert again.items() == {"1": {"id": "1", "title": "One"}}
+    assert again.items() == [{"id": "1", "title": "One"}]
     assert again.counts() == Counts(1, 1, 1)
 
 
@@ -131,19 +131,17 @@ def test_a_user_who_was_deleted_and_comes_back_is_another_one(store):
     assert store.states(["ann"], MODEL) == {}
 
 
-def test_items_are_kept_by_their_ids_and_the_last_row_wins(store):
-    assert store.items() == {}
+def test_items_keep_their_order_and_the_first_row_of_an_id_counts(store):
+    assert store.items() == store.items(3) == []
     store.add_items([{"id": "b", "title": "Bé"}, {"id": "a", "title": "A"}, {"id": "b", "title": "B", "categories": ["x"]}])
-    store.add_items([{"id": "a", "title": "A2"}])
+    store.add_items([{"id": "a", "title": "A2"}, {"id": "0"}])
     store.add_items([])
-    assert list(store.items().items()) == [
-        ("a", {"id": "a", "title": "A2"}),
-        ("b", {"id": "b", "title": "B", "categories": ["x"]}),
-    ]
+    assert store.items() == [{"id": "b", "title": "Bé"}, {"id": "a", "title": "A"}, {"id": "0"}]
+    assert store.items(2) == [{"id": "0"}] and store.items(3) == []
     for row in ({"title": "A"}, {"id": 3}, {"id": "c", "title": float("nan")}):
         with pytest.raises(ValueError):
             store.add_items([{"id": "d"}, row])
-    assert list(store.items()) == ["a", "b"]
+    assert [row["id"] for row in store.items()] == ["b", "a", "0"]
 
 
 HOSTILE = [

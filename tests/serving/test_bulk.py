@@ -218,3 +218,16 @@ def test_a_user_is_forgotten_by_writing_the_files_anew(known, events, tmp_path):
     pq.write_table(pa.table({"id": [1]}), out / "other.parquet")
     with pytest.raises(ValueError, match="no column 'user'"):
         user_llm.forget(out, "u2")
+
+
+def test_items_of_a_file_are_encoded_and_recommended(known, events, tmp_path):
+    """States of the one are rankings of the other; a folder is not continued with other items."""
+    pq.write_table(pa.table({"id": ["no such"], "title": ["There now"], "genres": [["War"]]}), tmp_path / "items.parquet")
+    model = user_llm.load(known.directory, items=tmp_path / "items.parquet")
+    bulk.run(Encode(model), str(events), tmp_path / "states")
+    states = pq.read_table(tmp_path / "states")
+    assert sum(states["unknown"].to_pylist()) == 0 and states["user"].to_pylist()
+    rankings = Recommend(str(known.directory), 10, items=str(tmp_path / "items.parquet"))(states)
+    assert rankings["title"].to_pylist().count("There now") == len(states)
+    with pytest.raises(ValueError, match="holds results of another model"):
+        bulk.run(Encode(user_llm.load(known.directory)), str(events), tmp_path / "states")

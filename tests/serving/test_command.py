@@ -21,7 +21,7 @@ def events(make_model, tmp_path):
     return path
 
 
-NAMES = ("model", "events", "out", "llm", "share", "bad_rows")
+NAMES = ("model", "events", "out", "llm", "items", "share", "bad_rows")
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ def event_pieces(
         return _of_files(os.fspath(events), wanted, needed, numbers, bad_rows)
     if isinstance(events, list | tuple):
         return _of_dicts(events, wanted, needed)
-    table = _arrow(events)
+    table = as_arrow(events, "Events")
     return _of_table(table, wanted, needed) if isinstance(table, pa.Table) else _of_dicts(table, wanted, needed)
 
 
@@ -94,18 +94,26 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, decimal.Decimal) else value
 
 
-def _arrow(events: Any) -> pa.Table | list[dict]:
-    """Return a table as an Arrow table; a pandas table with a column of mixed types as a list of dicts."""
-    of_pandas = type(events).__module__.split(".")[0] == "pandas" and hasattr(events, "columns")
-    if not (of_pandas or hasattr(events, "__arrow_c_stream__") or hasattr(events, "__arrow_c_array__")):
-        kind = type(events).__name__
-        raise ValueError(f"Events are a list of dicts, a table of pandas, polars or Arrow, or the path of a file, not {kind}.")
+def as_arrow(rows: Any, what: str) -> pa.Table | list[dict]:
+    """Return a table as an Arrow table; a pandas table with a column of mixed types as a list of dicts.
+
+    Args:
+      what: what the rows are, in a message, such as "Events".
+
+    Raises:
+      ValueError: no table of a kind that can be read.
+    """
+    of_pandas = type(rows).__module__.split(".")[0] == "pandas" and hasattr(rows, "columns")
+    if not (of_pandas or hasattr(rows, "__arrow_c_stream__") or hasattr(rows, "__arrow_c_array__")):
+        kind = type(rows).__name__
+        raise ValueError(f"{what} are a list of dicts, a table of pandas, polars or Arrow, or the path of a file, not {kind}.")
     try:
-        return pa.Table.from_pandas(events, preserve_index=False) if of_pandas else pa.table(events)
+        return pa.Table.from_pandas(rows, preserve_index=False) if of_pandas else pa.table(rows)
     except (pa.ArrowException, TypeError, ValueError) as error:
         if of_pandas and isinstance(error, pa.ArrowException):
-            return events.to_dict("records")
-        raise ValueError(f"{TABLE} cannot be read by Arrow: {' '.join(str(error).split())[:160]}.") from None
+            return rows.to_dict("records")
+        where = f"The table of {what.lower()}"
+        raise ValueError(f"{where} cannot be read by Arrow: {' '.join(str(error).split())[:160]}.") from None
 
 
 def _of_table(table: pa.Table, wanted: Sequence[str], needed: Sequence[str]) -> tuple[set[str], Iterator[Piece]]:

@@ -158,6 +158,12 @@ class Vocabulary:
             raise ValueError(f"The events are of {len(timelines)} users, such as {first!r} and {second!r}: give those of one.")
         return timelines.features(np.arange(len(timelines.item)))
 
+    def extended(self, catalogue: Catalogue) -> "Vocabulary":
+        """Return the same rules for a catalogue that has further items behind those of this one."""
+        first, *others = self.schema.features
+        schema = Schema((dataclasses.replace(first, size=len(catalogue.keys)), *others))
+        return dataclasses.replace(self, schema=schema, catalogue=catalogue)
+
     def knows(self, item: str) -> bool:
         """Return whether there is an item of this id in the catalogue."""
         return item in self._item_numbers

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 from absl import logging
 
-from user_llm.serve.inputs import Inputs, compiled
+from user_llm.serve.inputs import Inputs, ask, compiled
 from user_llm.serve.limits import Limits
 from user_llm.serve.work import Busy, Choice, Closing, Encoding, Explaining, Piece, Prompt, Writing, together
 from user_llm.serving.explaining import Seen
@@ -103,6 +103,16 @@ class Engine:
         self.drain()
         if self._thread.is_alive():
             self._thread.join(seconds)
+
+    def grow(self, model: Personalizer) -> None:
+        """Let the engine's model with further items take its place. Programs that it needs anew are compiled here first.
+
+        Any thread may call this, one at a time. What has begun goes on.
+        """
+        if model.predictor.config != self.model.predictor.config:
+            with jax.set_mesh(model.predictor.mesh):
+                ask(model, self.limits)
+        self.model, self._inputs = model, Inputs(model, self.limits.context)
 
     def check(self, prompt: Prompt) -> None:
         """Check that a prompt and its answer fit into a row.

@@ -51,6 +51,15 @@ def compiled(model: Personalizer, inputs: Inputs, limits: Limits) -> Slots:
     slots = Slots(*inputs.decoder(), rows=limits.rows, room=limits.context, users=None if nobody is None else nobody.kv)
     slots.compile()
     inputs.of_prompt(Prompt(np.array([*model.lines.start, model.lines.end_id], np.int32), 0, None, 1))
+    ask(model, limits)
+    if model.tokenizer.chat_template is not None:  # the first conversation imports what takes seconds
+        with contextlib.suppress(ValueError):
+            model.tokenizer.chat([{"role": "user", "content": "Hello"}])
+    return slots
+
+
+def ask(model: Personalizer, limits: Limits) -> None:
+    """Compile all programs that answer questions about users."""
     user, size = model.reader.nobody(), 1
     if model.predictor.max_events:
         user = dataclasses.replace(user, events=np.ones((1, user.events.shape[1]), np.int32), ticks=np.zeros(1, np.int64))
@@ -62,7 +71,3 @@ def compiled(model: Personalizer, inputs: Inputs, limits: Limits) -> Slots:
         size *= 2
     if model.predictor.config.resampler is not None:
         model.explain(those[0], 1)
-    if model.tokenizer.chat_template is not None:  # the first conversation imports what takes seconds
-        with contextlib.suppress(ValueError):
-            model.tokenizer.chat([{"role": "user", "content": "Hello"}])
-    return slots

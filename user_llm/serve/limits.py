@@ -18,10 +18,11 @@ class Limits:
         takes its room before it comes.
       small_body_bytes: the size up to which a body is read even where those bytes are taken.
       body_seconds: the time in which a body must come, so that a slow one gives its room back.
-      events: the most events in one request.
+      events: the most events, or items to add, in one request.
       user_events: the most events of one user; further ones are refused. What a request for a user costs grows with the user's events.
       event_bytes: the most bytes of an event, as JSON.
       k: the most items of one answer.
+      items: the most items that may be added to the model's own.
       cached: the number of users whose states are kept in memory, besides the store.
 
     Raises:
@@ -41,6 +42,7 @@ class Limits:
     user_events: int = 50_000
     event_bytes: int = 64 << 10
     k: int = 1000
+    items: int = 1_000_000
     cached: int = 10_000
 
     def __post_init__(self) -> None:

@@ -23,7 +23,6 @@ from user_llm.serve.store import (
     History,
     StoreError,
     Version,
-    bytes_text,
     pack,
     pack_items,
     text_bytes,
@@ -31,7 +30,9 @@ from user_llm.serve.store import (
 )
 
 PREFIX = b"user_llm:"
-EPOCHS, EVENTS, STATES, ITEMS = (PREFIX + name for name in (b"epochs", b"events", b"states", b"items"))
+EPOCHS, EVENTS, STATES, ITEM_IDS, ITEMS = (
+    PREFIX + name for name in (b"epochs", b"events", b"states", b"added_items:ids", b"added_items:rows")
+)
 WAIT = 10.0  # seconds that a call waits for Redis
 CHUNK = 10_000  # the most events that one command carries
 # Redis runs a script, like a transaction, without any other command in between. What only reads or deletes is no transaction but a
@@ -71,6 +72,12 @@ redis.call('UNLINK', KEYS[4], KEYS[5], KEYS[6])
 redis.call('DECRBY', KEYS[2], events)
 redis.call('DECRBY', KEYS[3], states)
 return deleted
+"""
+# The keys are the ids of all items, and their rows in their order.
+ADD_ITEMS = """
+for i = 1, #ARGV, 2 do
+  if redis.call('SADD', KEYS[1], ARGV[i]) == 1 then redis.call('RPUSH', KEYS[2], ARGV[i + 1]) end
+end
 """
 # The keys of these are the epochs by user, and the rows of each of the users that the arguments name.
 HISTORIES = """
@@ -162,17 +169,16 @@ class RedisStore:
 
     def add_items(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Store items; see `Store.add_items`."""
-        words = [word for item in pack_items(rows).items() for word in item]
-        if words:
-            with self._translated():
-                self._redis.hset(ITEMS, items=words)
+        with self._pipeline(transaction=True) as pipeline:
+            for chunk in _chunks(list(pack_items(rows).items())):
+                pipeline.eval(ADD_ITEMS, 2, ITEM_IDS, ITEMS, *(word for item in chunk for word in item))
+            pipeline.execute()
 
-    def items(self) -> dict[str, dict[str, Any]]:
-        """Return all items; see `Store.items`."""
+    def items(self, first: int = 0) -> list[dict[str, Any]]:
+        """Return items; see `Store.items`."""
         with self._translated():
-            found: dict[Any, Any] = self._redis.hgetall(ITEMS)
-        ids = sorted(found)
-        return dict(zip(map(bytes_text, ids), unpack(found[item] for item in ids), strict=True))
+            found: Any = self._redis.lrange(ITEMS, first, -1)
+        return unpack(found)
 
     def counts(self) -> Counts:
         """Return the totals; see `Store.counts`."""

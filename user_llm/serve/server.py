@@ -19,6 +19,7 @@ from absl import logging
 from user_llm.common.printable import printable
 from user_llm.serve.app import make_app
 from user_llm.serve.engine import Engine
+from user_llm.serve.items import with_items
 from user_llm.serve.keys import Keys, read_keys
 from user_llm.serve.limits import Limits
 from user_llm.serve.metrics import Metrics
@@ -105,7 +106,9 @@ def serve(options: Options) -> None:
 def _serve(options: Options, keys: list[Keys | None], sockets: list[socket.socket]) -> None:
     """Open the store, load the model, and answer what comes to some sockets. A new reading of the keys takes the place of `keys[0]`."""
     limits, metrics, store = options.limits, Metrics(), open_store(options.store)
-    engine = lambda: Engine(load(options.model, llm=options.llm), limits, metrics.observe)  # noqa: E731
+    engine = lambda: Engine(  # noqa: E731
+        with_items(load(options.model, llm=options.llm), store.items()), limits, metrics.observe
+    )
     state = State(options.name, engine(), store, limits, metrics)
 
     one_at_a_time = threading.Lock()

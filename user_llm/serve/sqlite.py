@@ -26,7 +26,6 @@ from user_llm.serve.store import (
     History,
     StoreError,
     Version,
-    bytes_text,
     pack,
     pack_items,
     text_bytes,
@@ -131,13 +130,14 @@ class SQLiteStore:
         """Store items; see `Store.add_items`."""
         packed = pack_items(rows)
         with self._writing() as connection:
-            connection.executemany("INSERT OR REPLACE INTO items VALUES (?, ?)", packed.items())
+            query = "INSERT INTO added_items (id, row) VALUES (?, ?) ON CONFLICT (id) DO NOTHING"
+            connection.executemany(query, packed.items())
 
-    def items(self) -> dict[str, dict[str, Any]]:
-        """Return all items; see `Store.items`."""
+    def items(self, first: int = 0) -> list[dict[str, Any]]:
+        """Return items; see `Store.items`."""
         with self._reading() as connection:
-            found = dict(connection.execute("SELECT id, row FROM items ORDER BY id"))
-        return dict(zip(map(bytes_text, found), unpack(found.values()), strict=True))
+            found = connection.execute("SELECT row FROM added_items WHERE place > ? ORDER BY place", (first,)).fetchall()
+        return unpack(row for (row,) in found)
 
     def counts(self) -> Counts:
         """Return the totals; see `Store.counts`."""

@@ -27,12 +27,13 @@ SCHEMA = (
         " PRIMARY KEY (user, kind, key)) WITHOUT ROWID"
         for number in range(TABLES)
     ),
-    "CREATE TABLE items (id BLOB PRIMARY KEY, row BLOB NOT NULL) WITHOUT ROWID",
     "CREATE TABLE totals (users INTEGER NOT NULL, events INTEGER NOT NULL, states INTEGER NOT NULL)",
     "INSERT INTO totals VALUES (0, 0, 0)",
     f"PRAGMA application_id = {APPLICATION}",
     f"PRAGMA user_version = {SCHEMA_VERSION}",
 )
+# Items have the places 1, 2, ... without gaps, since none is ever deleted. Files that earlier versions wrote do not have the table.
+ITEMS = "CREATE TABLE IF NOT EXISTS added_items (place INTEGER PRIMARY KEY, id BLOB UNIQUE NOT NULL, row BLOB NOT NULL)"
 
 
 def prepare(connection: sqlite3.Connection, path: Path, wait: float) -> None:
@@ -56,6 +57,7 @@ def prepare(connection: sqlite3.Connection, path: Path, wait: float) -> None:
                 raise ValueError(f"{path} is a database of another program: name another file.")
             elif version != SCHEMA_VERSION:
                 raise ValueError(f"{path} has schema version {version}, but this program reads version {SCHEMA_VERSION}.")
+            connection.execute(ITEMS)
             connection.execute("COMMIT")
             connection.execute("PRAGMA journal_mode = WAL")
             return

@@ -4,6 +4,7 @@ import dataclasses
 import time
 
 from user_llm.serve.engine import Engine
+from user_llm.serve.items import Items
 from user_llm.serve.limits import Limits
 from user_llm.serve.metrics import Metrics
 from user_llm.serve.states import States
@@ -31,5 +32,8 @@ class State:
     begun: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
-        self.states = States(self.store, lambda: self.engine, self.limits.cached, self.metrics.encodings.inc)
+        self.items = Items(self.store, lambda: self.engine, self.limits.items)
+        self.states = States(
+            self.store, lambda: self.engine, self.limits.cached, self.metrics.encodings.inc, current=self.items.current
+        )
         self.users = Users(self.store, self.states, lambda: self.engine.model.vocabulary, self.limits)

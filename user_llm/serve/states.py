@@ -11,13 +11,14 @@ then is not kept in memory, and the store does not keep it either.
 import asyncio
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from absl import logging
 
 from user_llm.data.timelines import hash_key
 from user_llm.serve.engine import Engine
 from user_llm.serve.store import NOBODY, Store, Version
+from user_llm.serving.personalizer import Personalizer
 from user_llm.serving.user import User
 
 
@@ -29,9 +30,18 @@ class States:
       engine: returns the engine that computes states at this moment.
       cached: the number of users whose states are kept in memory.
       encoded: is called whenever a state was computed.
+      current: is awaited before a user is looked for: it lets the model have the items of the store.
     """
 
-    def __init__(self, store: Store, engine: Callable[[], Engine], cached: int, encoded: Callable[[], None] = lambda: None):
+    def __init__(
+        self,
+        store: Store,
+        engine: Callable[[], Engine],
+        cached: int,
+        encoded: Callable[[], None] = lambda: None,
+        current: Callable[[], Awaitable[None]] | None = None,
+    ):
+        self._current = current
         self._store, self._engine, self._most, self._encoded = store, engine, cached, encoded
         self._cache: OrderedDict[str, tuple[str, Version, User]] = OrderedDict()
         self._owners: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
@@ -45,6 +55,8 @@ class States:
           StoreError: the store failed.
           Busy, Closing: see `Engine`.
         """
+        if self._current is not None:
+            await self._current()
         engine = self._engine()
         version = await self._version(user)
         found = self._cached(user, engine, version)
@@ -77,7 +89,7 @@ class States:
         if version == NOBODY:
             return engine.model.reader.nobody()
         there = self._cache.get(user)
-        if there is None or there[:2] != (engine.model.identity, version):
+        if there is None or there[:2] != (engine.model.identity, version) or not _fits(there[2], engine.model):
             return None
         self._cache.move_to_end(user)
         return there[2]
@@ -87,7 +99,7 @@ class States:
         model = engine.model
         data = (await asyncio.to_thread(self._store.states, [user], model.identity)).get(user)
         found = None if data is None else _read(data, user)
-        if found is None:
+        if found is None or not _fits(found, model):
             history = (await asyncio.to_thread(self._store.histories, [user])).get(user)
             if history is None:  # deleted meanwhile
                 return NOBODY, model.reader.nobody()
@@ -107,6 +119,11 @@ class States:
         self._cache.move_to_end(user)
         while len(self._cache) > self._most:
             self._cache.popitem(last=False)
+
+
+def _fits(user: User, model: Personalizer) -> bool:
+    """Return whether a state holds all that a model knows of a user: items may have been added, of which the user has had events."""
+    return user.added == model.mark or (user.added in model.marks and not user.unknown)
 
 
 def _read(data: bytes, user: str) -> User | None:

@@ -114,14 +114,16 @@ class Store(Protocol):
         """Delete a user's events and states; return whether the user existed. Each store says what is left of them, and where."""
 
     def add_items(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Store items in one transaction. A row is a JSON object with the item's `id`; it replaces an earlier row of this id.
+        """Store items behind those that are there, in one transaction; they are on disk when the call returns.
+
+        A row is a JSON object with the item's `id`. An item that is there stays as it is, and where it is.
 
         Raises:
           ValueError: a row has no text as `id`, or cannot be written as JSON; nothing is stored then.
         """
 
-    def items(self) -> dict[str, dict[str, Any]]:
-        """Return the rows of all items by their ids, which are in the order of their UTF-8 bytes."""
+    def items(self, first: int = 0) -> list[dict[str, Any]]:
+        """Return the rows of the items in the order in which they were stored, without the first so many."""
 
     def counts(self) -> Counts:
         """Return how much the store holds. The numbers are maintained, so that the call takes no longer with more users."""
@@ -184,7 +186,7 @@ def unpack(rows: Iterable[bytes]) -> list[dict[str, Any]]:
 
 
 def pack_items(rows: Sequence[Mapping[str, Any]]) -> dict[bytes, bytes]:
-    """Return the packed rows of items by the bytes of their ids; the last row of an id wins.
+    """Return the packed rows of items by the bytes of their ids; the first row of an id counts.
 
     Raises:
       ValueError: a row has no text as `id`, or cannot be written as JSON.
@@ -192,4 +194,7 @@ def pack_items(rows: Sequence[Mapping[str, Any]]) -> dict[bytes, bytes]:
     for row in rows:
         if not isinstance(row.get("id"), str):
             raise ValueError("An item needs a text as its `id`.")
-    return {text_bytes(row["id"]): pack(row) for row in rows}
+    found: dict[bytes, bytes] = {}
+    for row in rows:
+        found.setdefault(text_bytes(row["id"]), pack(row))
+    return found

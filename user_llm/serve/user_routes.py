@@ -1,4 +1,4 @@
-"""The routes of users: their events, recommendations, and what their tokens look at."""
+"""The routes of users: their events, recommendations, and what their tokens look at; and the route that adds items."""
 
 import asyncio
 import csv
@@ -48,6 +48,20 @@ def router(state: State) -> APIRouter:
         kind = request.headers.get("content-type", "")
         rows = await asyncio.to_thread(_rows, await request.body(), kind, state.limits)
         return _stored(await _add(state, rows, None, None), None)
+
+    @routes.post("/v1/items")
+    async def add_items(request: Request) -> Response:
+        rows = _json(await request.body())
+        if isinstance(rows, dict) and set(rows) == {"items"}:
+            rows = rows["items"]
+        if not isinstance(rows, list) or not rows:
+            raise ValueError("The body is a list of items that is not empty, or an object with such a list as `items`.")
+        if len(rows) > state.limits.events:
+            raise ValueError(f"{len(rows)} items: a request has at most {state.limits.events}, so divide them.")
+        # What has begun ends even where nobody waits for it.
+        added = await asyncio.shield(state.items.add(rows))
+        count = len(state.engine.model.vocabulary.catalogue.keys) - 1
+        return JSONResponse({"added": added, "known": len(rows) - added, "items": count})
 
     @routes.get("/v1/users/{user}")
     async def look(user: User) -> Response:

@@ -3,7 +3,7 @@
     README.md               the model card
     user_llm.json           format, identity, sizes, rules by which raw events become ids, prompts, checksums of the other files
     user_llm.safetensors    everything but the LLM: encoder, resampler, what links user tokens to the LLM, item head
-    catalogue.parquet       the items in the order of their numbers
+    catalogue.parquet       the items in the order of their numbers, those that were added after the training at the end
     tokenizer*, ...         the tokenizer, in Hugging Face's layout
     config.json, model*.safetensors                    the LLM in Hugging Face's layout, if its weights were trained or are exported
     adapter_config.json, adapter_model.safetensors     the adapters of the LLM in peft's layout, if it has adapters
@@ -45,6 +45,7 @@ from user_llm.models.pretrained import checkpoint_hashes, decoder_config, family
 from user_llm.models.user_encoder import UserEncoderConfig
 from user_llm.models.user_llm import UserLLM, UserLLMConfig
 from user_llm.serving.card import card
+from user_llm.serving.growth import CATALOGUE, Growth
 from user_llm.serving.personalizer import Personalizer
 from user_llm.serving.predictor import Predictor
 from user_llm.serving.settings import (
@@ -65,7 +66,6 @@ from user_llm.serving.settings import (
     write_settings,
 )  # fmt: skip
 
-CATALOGUE = "catalogue.parquet"
 PATTERNS = (*pretrained.PATTERNS, "*.parquet", "README.md")  # globs that match the files of a model directory
 
 
@@ -171,6 +171,7 @@ def _settings(model: Personalizer, made: Making) -> dict[str, Any]:
         "prompts": {task: {"kind": kind_of(of)} | of.settings for task, of in predictor.templates.items()},
         "names": model.names, "limits": {name: getattr(predictor, name) for name in limits}, "dtype": made.dtype,
         "sharding": trees.flatten(trees.match(made.sharding, predictor.params)), "facts": made.facts,
+        **({"added": model.growth.added} if model.growth and model.growth.added else {}),
     })  # fmt: skip
 
 
@@ -199,7 +200,7 @@ def load(
     file, config = directory / FILE, settings.model
     with reading(file):
         schema, categories = schema_and_names(settings.vocabulary)
-    catalogue, _ = read_catalogue(directory / CATALOGUE, schema, categories)
+    catalogue, counts = read_catalogue(directory / CATALOGUE, schema, categories)
     with reading(file):
         vocabulary = Vocabulary.from_json(settings.vocabulary, catalogue)
         _check_sizes(settings, schema)
@@ -217,7 +218,8 @@ def load(
     # In another type it computes something else, and so it is another model.
     identity_of = settings.identity if computed == _dtype(settings.dtype) else f"{settings.identity}-{computed}"
     predictor = Predictor(config, graphdef, params, mesh, templates, **dataclasses.asdict(settings.limits))
-    return Personalizer(identity_of, predictor, vocabulary, lines, names, dataclasses.asdict(settings.facts))
+    growth = Growth.of(directory, catalogue, counts, settings.added)
+    return Personalizer(identity_of, predictor, vocabulary, lines, names, dataclasses.asdict(settings.facts), growth)
 
 
 def _check_sizes(settings: Settings, schema: Schema) -> None:
@@ -238,6 +240,8 @@ def _check_sizes(settings: Settings, schema: Schema) -> None:
         encoder is not None and encoder.longest is not None and events > encoder.longest
     ):
         raise ValueError(f"limits.max_events={events} is not what its encoder reads.")
+    if settings.added >= config.num_items:
+        raise ValueError(f"added: {settings.added} of {config.num_items} items, so that none is left of the training.")
     if others := sorted(set(settings.names) - set(settings.prompts)):
         raise ValueError(f"names: the model has no task {others[0]!r}.")
 

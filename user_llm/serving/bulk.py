@@ -136,7 +136,7 @@ def _settle(out: Path, function: Encode | Recommend, events: list, settings: dic
     """
     digest = hashlib.sha256(json.dumps(events).encode()).hexdigest()[:16]
     facts = {
-        "model": function.model.identity,
+        "model": "+".join(filter(None, (function.model.identity, function.model.mark))),
         "command": type(function).__name__.lower(),
         "settings": settings,
         "events": digest,

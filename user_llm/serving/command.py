@@ -17,6 +17,9 @@ _MODEL = flags.DEFINE_string("model", None, "Model directory, such as RUN/user_l
 _EVENTS = flags.DEFINE_string("events", None, "A file, a folder or a glob of events with the columns of the training data.")
 _OUT = flags.DEFINE_string("out", None, "Folder for Parquet files; the same command, given again, continues.")
 _LLM = flags.DEFINE_string("llm", "", "Directory or hub name of the LLM, if the model only names its LLM; empty for that name.")
+_ITEMS = flags.DEFINE_string(
+    "items", None, "Parquet file of items to add to the model's own, with the columns of its catalogue.parquet."
+)
 _SHARE = flags.DEFINE_string("share", "0/1", "The share of users of this process, as INDEX/COUNT: 0/4 is the first of four.")
 _BAD_ROWS = flags.DEFINE_enum(
     "bad_rows", "refuse", ["refuse", "skip"], "Refuse stops at a row that cannot be read; skip leaves it out."
@@ -35,7 +38,7 @@ def run(make: Callable[[Personalizer], Encode | Recommend]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}")
         try:
-            function = make(load(str(_MODEL.value), llm=_LLM.value))
+            function = make(load(str(_MODEL.value), llm=_LLM.value, items=_ITEMS.value))
             share, skip = bulk.Share.of(_SHARE.value), _BAD_ROWS.value == "skip"
             count = bulk.run(function, str(_EVENTS.value), Path(str(_OUT.value)), share=share, skip_bad=skip)
         except KeyboardInterrupt:

@@ -24,6 +24,7 @@ def load(
     dtype: Any = None,
     encoders: Mapping[str, Any] | None = None,
     families: Mapping[str, Family] | None = None,
+    items: Any = None,
 ) -> Personalizer:
     """Load a trained model.
 
@@ -41,9 +42,10 @@ def load(
         the training.
       encoders: the encoder of a model that was trained with one of your own, by its kind: what `user_llm.run` was given.
       families: families of LLMs besides those of the package, likewise.
+      items: items to add to the model's own, as in `Personalizer.add_items`.
 
     Raises:
-      ValueError: there is no such model or device, the mesh does not fit the devices, or a file of the model is missing, altered or
+      ValueError: an item is refused, there is no such model or device, the mesh does not fit the devices, or a file of the model is missing, altered or
         of an unknown format.
     """
     if mesh is not None and device is not None:
@@ -55,7 +57,8 @@ def load(
             raise ValueError(f"mesh={tuple(mesh)}: name the sizes of {', '.join(meshes.AXES)}.")
         mesh = meshes.make_mesh(*mesh)
     every = {**FAMILIES, **(families or {})}
-    return artifact.load(find_model(model), llm=str(llm), mesh=mesh, dtype=dtype, encoders=encoders, families=every)
+    found = artifact.load(find_model(model), llm=str(llm), mesh=mesh, dtype=dtype, encoders=encoders, families=every)
+    return found if items is None else found.add_items(items)
 
 
 def find_model(model: str | os.PathLike) -> Path:

@@ -11,19 +11,24 @@ A `Personalizer` needs neither the training run nor its dataset. Its parts do th
 
 import dataclasses
 import functools
+import os
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
+from user_llm.data.new_items import extended
 from user_llm.data.prompts.base import Lines
 from user_llm.data.tokenizer import Tokenizer
 from user_llm.data.vocabulary import Read, Vocabulary
 from user_llm.serving.explaining import Seen, attended
+from user_llm.serving.growth import NO_MARKS, Growth
 from user_llm.serving.predictor import Predictor, on_mesh
 from user_llm.serving.ranking import Item, Ranker
 from user_llm.serving.reading import Reader
+from user_llm.serving.settings import kind_of, template
 from user_llm.serving.user import User, check_user
 from user_llm.serving.writing import Writer
 
@@ -40,6 +45,7 @@ class Personalizer:
       lines: the pieces that prompts are made of: the titles as tokens, and the user's history as text.
       names: the possible answers of each task that chooses among names, such as `favorite`: {task: {number: name}}.
       facts: what the model directory says about the training, for people to read.
+      growth: what the model needs in order to get further items; None for a model that was not loaded from a directory.
     """
 
     identity: str
@@ -48,6 +54,7 @@ class Personalizer:
     lines: Lines
     names: Mapping[str, Mapping[int, str]]
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    growth: Growth | None = None
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -70,7 +77,7 @@ class Personalizer:
     @functools.cached_property
     def reader(self) -> Reader:
         """The part of the model that makes users of raw events."""
-        return Reader(self.identity, self.predictor, self.vocabulary, self.keep)
+        return Reader(self.identity, self.predictor, self.vocabulary, self.keep, self.mark)
 
     @functools.cached_property
     def ranker(self) -> Ranker:
@@ -172,7 +179,7 @@ class Personalizer:
         for name in events:
             if name not in old:
                 raise ValueError(f"There are events of {name!r}, but no such user: encode these events first.")
-            check_user(old[name], self.identity)
+            self.check(old[name])
         changed = {name: self.reader.updated(old[name], rows) for name, rows in events.items()}
         return dict(old) | dict(zip(changed, self.reader.encoded(list(changed.values())), strict=True))
 
@@ -221,7 +228,7 @@ class Personalizer:
             given, or the model was not trained for the task `next_item`.
         """
         for user in those:
-            check_user(user, self.identity)
+            self.check(user)
         return self.ranker.rankings(those, k, seen=seen, allow=allow, deny=deny, candidates=candidates)
 
     def generate(self, prompt: str | None = None, user: User | None = None, *, stream: bool = False, **settings: Any) -> Any:
@@ -326,10 +333,71 @@ class Personalizer:
           ValueError: the user is of another model, `k` is below 1, or the model has no resampler. Without a resampler each event is a
             user token of its own, and nothing attends to it.
         """
-        check_user(user, self.identity)
+        self.check(user)
         return attended(self.predictor, self.vocabulary.catalogue, user, k)
+
+    @on_mesh
+    def add_items(self, items: Any) -> "Personalizer":
+        """Return the same model with further items, which can be encoded and recommended at once. Nothing is trained.
+
+            model = model.add_items([{"id": "m901", "title": "Heat (1995)", "genres": ["Crime"]}])
+
+        An item is placed among those of the training by the words of its title and its categories. The given model is not changed, and
+        its users can be used with the result. Events of a further item that a user had before count once they are given again to
+        `encode`. `save` keeps the further items.
+
+        Args:
+          items: a list of dicts with the keys `id`, `title` and the names of the model's bags of categories (such as `genres`), all but
+            the id optional; a pandas, polars or Arrow table with these columns; or the path of a Parquet file with them, such as a
+            `catalogue.parquet`. An item that the model knows may be given again as it is.
+
+        Raises:
+          ValueError: a value cannot be read, a title is blank, the model knows an item of the same id with another title or other
+            categories, the model's encoder is not one of this package, or the model was not loaded from a directory.
+        """
+        catalogue = extended(self.vocabulary.catalogue, items, self.vocabulary.schema)
+        if catalogue is self.vocabulary.catalogue:
+            return self
+        growth, predictor = self._growth().grown(self.predictor, catalogue)
+        lines, vocabulary = self.lines.extended(catalogue), self.vocabulary.extended(catalogue)
+        templates = {
+            task: template(lines, task, {"kind": kind_of(of), **of.settings}) for task, of in predictor.templates.items()
+        }
+        predictor = dataclasses.replace(predictor, templates=templates)
+        return dataclasses.replace(self, predictor=predictor, vocabulary=vocabulary, lines=lines, growth=growth)
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Write the model, with the items that were added, to a directory that `user_llm.load` loads. A directory there is replaced.
+
+        Raises:
+          ValueError: the model was not loaded from a directory, or that directory is gone or altered.
+        """
+        self._growth().save(Path(directory), self.predictor, self.vocabulary.catalogue)
+
+    @property
+    def marks(self) -> dict[str, int]:
+        """The marks of the items that were added; see `growth.py`."""
+        return self.growth.marks if self.growth else NO_MARKS
+
+    @property
+    def mark(self) -> str:
+        """The mark of all items that were added; empty if there are none."""
+        return next(reversed(self.marks))
+
+    def check(self, user: Any) -> None:
+        """Check that this model has encoded a user.
+
+        Raises:
+          ValueError: the user is of another model, or of one with other added items, or is no `User` at all.
+        """
+        check_user(user, self.identity, self.marks)
+
+    def _growth(self) -> Growth:
+        if self.growth is None:
+            raise ValueError("This model was not loaded from a directory: load it by user_llm.load first.")
+        return self.growth
 
     def _check(self, those: Sequence[User | None]) -> None:
         for user in those:
             if user is not None:
-                check_user(user, self.identity)
+                self.check(user)

@@ -23,7 +23,7 @@ class Reader:
     """The part of a `Personalizer` that makes users of raw events.
 
     Attributes:
-      model: the identity that the users get.
+      model, added: the identity, and the mark of further items, that the users get.
       keep: how many of the latest events a user keeps; None for all.
     """
 
@@ -31,11 +31,12 @@ class Reader:
     predictor: Predictor
     vocabulary: Vocabulary
     keep: int | None
+    added: str = ""
 
     def nobody(self) -> User:
         """Return a user without events."""
         fields = self.vocabulary.fields
-        return users.unknown_user(self.model, self.vocabulary.schema.width, hash_key(""), fields.ticks_per_second)
+        return users.unknown_user(self.model, self.vocabulary.schema.width, hash_key(""), fields.ticks_per_second, self.added)
 
     def read(self, events: Any) -> Read:
         """Return the events as timelines, and log how many events were left out."""
@@ -50,6 +51,7 @@ class Reader:
         found = users.from_timelines(
             read.timelines, places, keep=keep, model=self.model, keys=list(map(hash_key, keys)),
             unknown=[_unknown(read, number) for number in numbers], ticks_per_second=self.vocabulary.fields.ticks_per_second,
+            added=self.added,
         )  # fmt: skip
         return dict(zip(keys, found, strict=True))
 

@@ -134,6 +134,7 @@ class Settings:
       sharding: the mesh axes of each parameter's dimensions, by the parameter's path.
       files: the SHA-256 of each file of the directory that is read.
       llm: the LLM that the directory names; None if the directory holds its LLM.
+      added: the number of items that were added after the training. They are the last ones of the catalogue.
     """
 
     format: Count
@@ -151,6 +152,7 @@ class Settings:
     llm: Base | None
     facts: Facts
     encoder: Text = UserEncoderConfig.kind
+    added: CountOrZero = 0
 
 
 KINDS: dict[str, tuple[Any, Any]] = {"next_item": (NextItem, NextItemSettings), "question": (Question, QuestionSettings)}

@@ -11,7 +11,7 @@ Axis letters: M user tokens, U width of a user token, E kept events, A features 
 import dataclasses
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ ARRAYS = {"tokens": "i1", "scales": "<f4", "events": "<i4", "ticks": "<i8", "see
 HEADER = {
     "model": text, "key": anything, "count": whole_number, "unknown": whole_number, "before": anything,
     "last_unknown": anything, "ticks_per_second": positive_whole_number, "shapes": dict.fromkeys(ARRAYS, [whole_number]),
+    "added?": text,
 }  # fmt: skip
 
 
@@ -49,6 +50,7 @@ class User:
       last_unknown: the tick of the latest event that was left out; None if none was.
       key: a number that stands for the user's id in the hash that orders events of the same time.
       ticks_per_second: the number of ticks in a second, or in one step of an order.
+      added: the mark of the items that the model had besides those of its training; empty if it had none. See `growth.py`.
     """
 
     model: str
@@ -62,6 +64,7 @@ class User:
     last_unknown: int | None
     key: int
     ticks_per_second: int
+    added: str = ""
 
     @property
     def items(self) -> Int[np.ndarray, " E"]:
@@ -88,7 +91,7 @@ class User:
         header = {
             "model": self.model, "key": self.key, "count": self.count, "unknown": self.unknown, "before": self.before,
             "last_unknown": self.last_unknown, "ticks_per_second": self.ticks_per_second,
-            "shapes": {name: list(array.shape) for name, array in arrays.items()},
+            "shapes": {name: list(array.shape) for name, array in arrays.items()}, **({"added": self.added} if self.added else {}),
         }  # fmt: skip
         parts = b"".join(_planes(array.astype(ARRAYS[name])) for name, array in arrays.items())
         packed = json.dumps(header, separators=(",", ":")).encode()
@@ -111,21 +114,29 @@ class User:
             events=np.ascontiguousarray(arrays["events"].T), ticks=np.cumsum(arrays["ticks"]), before=header["before"],
             seen=np.cumsum(arrays["seen"], dtype=np.int32), count=header["count"], unknown=header["unknown"],
             last_unknown=header["last_unknown"], key=header["key"],
-            ticks_per_second=header["ticks_per_second"],
+            ticks_per_second=header["ticks_per_second"], added=header.get("added", ""),
         )  # fmt: skip
 
 
-def check_user(user: Any, model: str) -> None:
+def check_user(user: Any, model: str, marks: Collection[str]) -> None:
     """Check that a user was encoded by the model of an identity.
 
+    Args:
+      marks: the marks of the items that the model has besides those of its training; see `growth.py`.
+
     Raises:
-      ValueError: the user is of another model, or is no `User` at all.
+      ValueError: the user is of another model, or of one with other further items, or is no `User` at all.
     """
     if not isinstance(user, User):
         raise ValueError(f"{type(user).__name__} is no user: pass a User, such as encode returns.")
     if user.model != model:
         raise ValueError(
             f"This user was encoded by the model {user.model}, and this one is {model}: encode their events again."
+        )
+    if user.added not in marks:
+        raise ValueError(
+            "This user was encoded with items that this model does not have, or has in another order: add the same items, or encode "
+            "their events again."
         )
 
 
@@ -193,6 +204,7 @@ def from_timelines(
     keys: Sequence[int],
     unknown: Sequence[Int[np.ndarray, " X"]],
     ticks_per_second: int,
+    added: str = "",
 ) -> list[User]:
     """Return users with the events of timelines but without user tokens.
 
@@ -201,7 +213,7 @@ def from_timelines(
       keep: the number of latest events that a user keeps; None for all.
       keys: for each user, its attribute `key`.
       unknown: for each user, the ticks of the events that are left out, because the model does not know their item.
-      model, ticks_per_second: attributes of all users.
+      model, ticks_per_second, added: attributes of all users.
     """
     firsts, lasts = timelines.offsets[those], timelines.offsets[those + 1]
     starts = firsts if keep is None else np.maximum(lasts - keep, firsts)
@@ -216,7 +228,7 @@ def from_timelines(
             model=model, tokens=np.zeros((0, 0), np.float32), events=events[n].copy(), ticks=ticks[n].copy(),
             before=int(timelines.order[start - 1]) if start > first else None,
             seen=np.unique(timelines.item[first:last]).astype(np.int32), count=last - first, unknown=len(unknown[n]),
-            last_unknown=_latest(unknown[n]), key=keys[n], ticks_per_second=ticks_per_second,
+            last_unknown=_latest(unknown[n]), key=keys[n], ticks_per_second=ticks_per_second, added=added,
         )
         for n, (first, start, last) in enumerate(zip(firsts.tolist(), starts.tolist(), lasts.tolist(), strict=True))
     ]  # fmt: skip
@@ -270,7 +282,7 @@ def joined(
     return dataclasses.replace(
         user, tokens=np.zeros((0, 0), np.float32), events=events, ticks=ticks, before=before,
         seen=np.union1d(user.seen, more.seen).astype(np.int32), count=user.count + added,
-        unknown=user.unknown + len(unknown), last_unknown=_latest(unknown, user.last_unknown),
+        unknown=user.unknown + len(unknown), last_unknown=_latest(unknown, user.last_unknown), added=more.added,
     )  # fmt: skip
 
 
@@ -279,16 +291,16 @@ def _latest(ticks: Int[np.ndarray, " n"], other: int | None = None) -> int | Non
     return max([*ticks[-1:].tolist(), *([] if other is None else [other])], default=None)
 
 
-def unknown_user(model: str, width: int, key: int, ticks_per_second: int) -> User:
+def unknown_user(model: str, width: int, key: int, ticks_per_second: int, added: str = "") -> User:
     """Return a user without events.
 
     Args:
       width: the number of features of an event.
-      model, key, ticks_per_second: attributes of the `User`.
+      model, key, ticks_per_second, added: attributes of the `User`.
     """
     none = np.zeros(0, np.int64)
     return User(
         model=model, tokens=np.zeros((0, 0), np.float32), events=np.zeros((0, width), np.int32), ticks=none, before=None,
         seen=none.astype(np.int32), count=0, unknown=0, last_unknown=None, key=key,
-        ticks_per_second=ticks_per_second,
+        ticks_per_second=ticks_per_second, added=added,
     )  # fmt: skip

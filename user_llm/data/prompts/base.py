@@ -14,6 +14,7 @@ in it a task can be asked, and what the answer is.
 Axis letters: T tokens of a row, E events of a history, P answer positions of a row, B rows of a batch, n any number.
 """
 
+import copy
 import dataclasses
 import string
 from collections import Counter
@@ -139,7 +140,18 @@ class Lines:
         self.end_id = ends[-1]
         self.start = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], np.int32)
         self.titles = tokenizer.encode_all(catalogue.titles)
-        self.title_lines = [np.array([*title[:max_title_tokens], self.end_id], np.int32) for title in self.titles]
+        self.title_lines = [self._title_line(title) for title in self.titles]
+
+    def extended(self, catalogue: Catalogue) -> "Lines":
+        """Return the lines of a catalogue that has further items behind those of this one."""
+        more = copy.copy(self)
+        titles = self.tokenizer.encode_all(catalogue.titles[len(self.titles) :])
+        more.catalogue, more.titles = catalogue, [*self.titles, *titles]
+        more.title_lines = [*self.title_lines, *map(self._title_line, titles)]
+        return more
+
+    def _title_line(self, title: Ids) -> Ids:
+        return np.array([*title[: self.max_title_tokens], self.end_id], np.int32)
 
     def line(self, text: str, most: int | None = None) -> Ids:
         """Return the first `most` tokens of a text, and the end token; an empty array for an empty text."""

@@ -36,7 +36,7 @@ from user_llm.common import mesh as meshes
 from user_llm.data.tokenizer import first_of_user
 from user_llm.serving import batch
 from user_llm.serving.personalizer import Personalizer
-from user_llm.serving.user import User, check_user
+from user_llm.serving.user import User
 
 
 def completion(
@@ -65,7 +65,7 @@ def completion(
             "This model attends to its user by cross-attention, for which a completion has no place: ask it by a conversation."
         )
     if user is not None:
-        check_user(user, model.identity)
+        model.check(user)
     writer = model.writer
     template = writer.template(task, fields) if task else None
     row = writer.row(prompt, user, template, fields or {}, chat)
@@ -99,7 +99,7 @@ def conversation(model: Personalizer, user: User | None, chat: Sequence[Mapping[
     if not chat:
         raise ValueError("The chat has no messages: give at least one.")
     if user is not None:
-        check_user(user, model.identity)
+        model.check(user)
     config = model.predictor.config
     if config.decoder.cross is not None and config.soft_prompt:
         raise ValueError("vLLM gives a request cross-attention or a soft prompt, and this model has both.")

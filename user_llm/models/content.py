@@ -1,0 +1,98 @@
+"""Where an item lies among the items that a model knows, by what it is: its categories and the words of its title.
+
+A ridge regression, fitted after training from the contents of the items that training has seen to their rows of the item table, places
+an item that training has never seen ("learned linear projection into the id space", arXiv 2508.18442). It trains nothing, so that it
+serves any model, and what the model knows of other items stays as it is.
+
+Axis letters: I items of a catalogue, F columns of contents, C those that the regression uses, D width of an item's vector.
+"""
+
+import dataclasses
+import re
+import zlib
+
+import numpy as np
+import scipy.linalg
+import scipy.sparse as sparse
+from jaxtyping import Float, Int
+
+from user_llm.data.timelines import Catalogue
+
+WORD = re.compile(r"\w+")
+WORDS = 1 << 20  # the columns that words of titles are hashed to
+COLUMNS = 2048  # the most columns of the regression, the commonest ones: the time of a fit grows with their cube
+RIDGE = 10.0  # how much the weights are drawn to 0, in items
+FEW = 10.0  # an item of so many training events counts half as much as one of very many
+# The length of placed vectors on average, in lengths of trained ones. Longer ones are recommended more often, in the place of items that
+# training knows. launch/benchmark_items.py measures both sides.
+LENGTH = 0.8
+
+
+def contents(catalogue: Catalogue, first: int = 0, stop: int | None = None) -> sparse.csr_array:
+    """Return what the items [first, stop) are: a matrix [I, F] with a 1 for each category and each word of the title.
+
+    Column 0 is 1 for every item.
+    """
+    titles = catalogue.titles[first:stop]
+    count = len(titles)
+    rows, columns = [np.arange(count)], [np.zeros(count, np.int64)]
+    width = 1
+    for name, bag in sorted(catalogue.multi.items()):
+        row, place = np.nonzero(bag[first:stop])
+        rows.append(row)
+        columns.append(width + bag[first:][row, place].astype(np.int64))
+        width += len(catalogue.vocab[name])
+    words = [{width + zlib.crc32(word.encode()) % WORDS for word in WORD.findall(title.lower())} for title in titles]
+    rows.append(np.repeat(np.arange(count), [len(found) for found in words]))
+    columns.append(np.fromiter((column for found in words for column in sorted(found)), np.int64))
+    where = np.concatenate(rows), np.concatenate(columns)
+    found = sparse.csr_array((np.ones(len(where[0]), np.float32), where), shape=(count, width + WORDS))
+    found.sum_duplicates()
+    found.data[:] = 1
+    return found
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Content:
+    """A fitted regression from contents to item vectors.
+
+    Attributes:
+      columns: the columns of the contents that are used.
+      weights: the vector of each of them.
+    """
+
+    columns: Int[np.ndarray, " C"]
+    weights: Float[np.ndarray, "C D"]
+
+    @classmethod
+    def fit(cls, catalogue: Catalogue, table: Float[np.ndarray, "I D"], counts: Int[np.ndarray, " I"]) -> "Content":
+        """Fit the regression to the items that have training events.
+
+        Args:
+          table: the vector of each item of the catalogue, PAD included.
+          counts: the number of training events of each item. An item counts the more, the more events have taught its vector.
+
+        Raises:
+          ValueError: no item has training events.
+        """
+        known = np.flatnonzero(counts[: len(table)] > 0)
+        if not len(known):
+            raise ValueError("No item of the model has events in training, so that nothing says where a further item lies.")
+        content, table = contents(catalogue, 0, len(table))[known], np.asarray(table, np.float64)[known]
+        often = np.asarray(content.sum(axis=0)).reshape(-1)
+        columns = np.sort(np.argsort(-often, kind="stable")[:COLUMNS])
+        columns = columns[often[columns] > 0]
+        used = content[:, columns].astype(np.float64)
+        share = counts[known] / (counts[known] + FEW)
+        share /= share.mean()
+        weighted = used.multiply(share[:, None]).tocsr()
+        gram = (used.T @ weighted).toarray()
+        penalty = np.where(columns == 0, 1e-6, RIDGE)
+        weights = scipy.linalg.solve(gram + np.diag(penalty), weighted.T @ table, assume_a="pos")
+        # What a regression says is shorter than what it was fitted to: all of it is made longer alike.
+        long, short = (share @ np.linalg.norm(vectors, axis=1) for vectors in (table, used @ weights))
+        return cls(columns, LENGTH * long / max(short, 1e-12) * weights)
+
+    def place(self, catalogue: Catalogue, first: int) -> Float[np.ndarray, "I D"]:
+        """Return the vectors of the items from number `first` on."""
+        return (contents(catalogue, first)[:, self.columns] @ self.weights).astype(np.float32)
