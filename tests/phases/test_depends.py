@@ -118,11 +118,13 @@ def test_what_is_off_is_no_part_of_a_phase_and_what_is_on_is():
     """A phase that code without these keys has trained has none of them among its settings."""
     off = {"loss.trie_softmax": False, "eval.guide": (), "eval.rerank": 0, "eval.control_users": 0}
     on = {"loss.trie_softmax": True, "eval.guide": (0.5,), "eval.rerank": 9, "eval.control_users": 7}
+    more = {"loss.trie_softmax": {"loss.teacher", "loss.all_words"}}  # what counts with a key alone
     before = _identities(_config({f"user_llm.{key}": value for key, value in off.items()}))["user_llm"]
-    assert not {f"user_llm.{key}" for key in off} & before.settings.keys()
+    assert not {f"user_llm.{key}" for key in (*off, *more["loss.trie_softmax"])} & before.settings.keys()
     for key, value in on.items():
         after = _identities(_config({f"user_llm.{k}": v for k, v in off.items()} | {f"user_llm.{key}": value}))["user_llm"]
-        assert after.settings.keys() - before.settings.keys() == {f"user_llm.{key}"} and after != before
+        added = {f"user_llm.{key}" for key in (key, *more.get(key, ()))}
+        assert after.settings.keys() - before.settings.keys() == added and after != before
 
 
 def test_adapters_and_favourites_count_where_they_are_used():

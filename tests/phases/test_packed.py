@@ -28,6 +28,7 @@ from user_llm.models.choices import Choices
 from user_llm.models.decoder import DecoderConfig
 from user_llm.models.user_encoder import UserEncoderConfig
 from user_llm.models.user_llm import UserLLM, UserLLMConfig
+from user_llm.nn import columns
 from user_llm.nn.cross_attention import CrossAttentionConfig
 from user_llm.nn.lora import LoRAConfig
 from user_llm.nn.resampler import ResamplerConfig
@@ -127,7 +128,13 @@ def packed(config, examples, bundles=1):
 def some_choices():
     """Return sets of the tokens of titles: which places of each item's title are choices, and among what, is drawn."""
     of_title = np.random.default_rng(1).integers(-1, 2, (12, 3)).astype(np.int32)
-    return Choices(of_title, np.ones((1, 13), bool), np.arange(1, 13, dtype=np.int32)[None])
+    return Choices(
+        np.zeros_like(of_title),
+        of_title,
+        columns.packed(np.ones((1, 13), bool)),
+        np.array([0, 12]),
+        np.arange(1, 13, dtype=np.int32),
+    )
 
 
 def found_by(graphdef, params, batch, choices=None):
