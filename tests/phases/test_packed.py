@@ -137,12 +137,12 @@ def some_choices():
     )
 
 
-def found_by(graphdef, params, batch, choices=None):
+def found_by(graphdef, params, batch, choices=None, **shares):
     """Return loss, scalars and gradients."""
 
     @functools.partial(jax.jit)
     def run(params, batch):
-        loss = lambda params: contextual_loss(trees.merge(graphdef, params), batch, None, choices=choices, **WEIGHTS)  # noqa: E731
+        loss = lambda params: contextual_loss(trees.merge(graphdef, params), batch, None, choices=choices, **shares, **WEIGHTS)  # noqa: E731
         return jax.value_and_grad(loss, has_aux=True)(params)
 
     return run(params, batch)
@@ -172,9 +172,10 @@ def test_the_choices_of_titles_are_found_in_packed_rows(drawn, variant):
     graphdef, params = drawn(lambda: UserLLM(config, rngs=nnx.Rngs(0)))
     examples, choices = make_examples(config, 6), some_choices()
     batches = stacked(examples), packed(config, examples)
-    counted = [int(contextual_counts(batch, choices)["tokens"]) for batch in batches]
-    assert counted[0] == counted[1] < int(contextual_counts(batches[0])["tokens"])
-    assert_close(*(found_by(graphdef, params, batch, choices) for batch in batches))
+    for shares in ({}, {"all_words": 0.5}):
+        counted = [int(contextual_counts(batch, choices, **shares)["tokens"]) for batch in batches]
+        assert counted[0] == counted[1] < int(contextual_counts(batches[0])["tokens"])
+    assert_close(*(found_by(graphdef, params, batch, choices, teacher=0.75, all_words=0.5) for batch in batches))
 
 
 @pytest.mark.slow

@@ -109,11 +109,12 @@ class Choices(NamedTuple):
         """Return the tokens with which likely titles go on from each place of an item's title, and their shares.
 
         The share of a token is its title's part of the probability of those titles that begin as the item's title does up to there.
-        All shares are 0 where no likely title begins so.
+        All shares are 0 where no likely title begins so. An item without a title has no share.
         """
+        probs = jnp.where(likely < len(self.titles), probs, 0.0)
         own, titles = (jnp.asarray(self.titles)[of] for of in (items[:, None], likely))
         same = jnp.cumprod(jnp.pad(titles == own, ((0, 0), (0, 0), (1, 0)), constant_values=True)[..., :-1], axis=-1)
-        below = jnp.swapaxes(same * probs[..., None], 1, 2)
+        below = jnp.swapaxes(same * (titles >= 0) * probs[..., None], 1, 2)
         total = below.sum(-1, keepdims=True)
         return jnp.swapaxes(titles, 1, 2), below / jnp.where(total > 0, total, 1)
 

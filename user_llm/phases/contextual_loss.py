@@ -13,6 +13,7 @@ from user_llm.models.choices import Choices
 from user_llm.models.encoder import Encoded
 from user_llm.models.user import Packed
 from user_llm.models.user_llm import UserLLM
+from user_llm.nn.columns import Targets
 from user_llm.nn.losses import Whole, chunked_cross_entropy, whole_count
 from user_llm.phases.pretrain_lm import text_loss
 from user_llm.phases.title_loss import places, predicted_tokens, taught_targets
@@ -57,13 +58,16 @@ def contextual_loss(
 
     rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])
     predicted, where = predicted_tokens(batch, choices, all_words)
-    weights, targets, among = predicted.reshape(-1).astype(jnp.float32), tokens[:, 1:].reshape(-1), None
+    weights, among = predicted.reshape(-1).astype(jnp.float32), None
+    targets: Array | Targets = tokens[:, 1:].reshape(-1)
     if choices is not None and where is not None:
         among = choices.columns(where.sets.reshape(-1))
         if teacher and encoded is not None:
             query = encoded.last().reshape(-1, model.item_table.shape[1])
             known = model.item_table, model.valid_items()
-            targets = taught_targets(batch, choices, where, targets, query, *known, teacher=teacher, chunk=chunk)
+            targets = taught_targets(
+                batch, choices, where, tokens[:, 1:].reshape(-1), query, *known, teacher=teacher, chunk=chunk
+            )
     token_loss = text_loss(model.decoder, rows, targets, weights, chunk, whole, among)
     total, scalars = weight[0] * token_loss, {f"{task}/text_loss": token_loss}
     if "items" in batch:

@@ -19,7 +19,7 @@ from user_llm.models.choices import Choices, Places
 from user_llm.nn.columns import Targets
 from user_llm.training.task import Batch
 
-LIKELY = 64  # the likeliest items, whose titles are asked for
+LIKELY = 256  # the likeliest items, whose titles are asked for
 
 
 def places(batch: Batch) -> Int[Array, "G X"]:
