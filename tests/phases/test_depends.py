@@ -125,6 +125,8 @@ def test_what_is_off_is_no_part_of_a_phase_and_what_is_on_is():
         after = _identities(_config({f"user_llm.{k}": v for k, v in off.items()} | {f"user_llm.{key}": value}))["user_llm"]
         added = {f"user_llm.{key}" for key in (key, *more.get(key, ()))}
         assert after.settings.keys() - before.settings.keys() == added and after != before
+    text_prompt = _identities(_config({"text_prompt_10.loss.trie_softmax": True}))["text_prompt_10"].settings
+    assert "text_prompt_10.loss.all_words" in text_prompt and "text_prompt_10.loss.teacher" not in text_prompt  # no encoder
 
 
 def test_adapters_and_favourites_count_where_they_are_used():

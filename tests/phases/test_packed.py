@@ -141,11 +141,11 @@ def found_by(graphdef, params, batch, choices=None, **shares):
     """Return loss, scalars and gradients."""
 
     @functools.partial(jax.jit)
-    def run(params, batch):
+    def run(params, batch, choices):
         loss = lambda params: contextual_loss(trees.merge(graphdef, params), batch, None, choices=choices, **shares, **WEIGHTS)  # noqa: E731
         return jax.value_and_grad(loss, has_aux=True)(params)
 
-    return run(params, batch)
+    return run(params, batch, choices)
 
 
 def assert_close(first, second, atol=1e-5):
@@ -186,7 +186,8 @@ def test_bundles_are_shared_out_over_eight_devices(drawn, mesh_of):
     for mesh in (mesh_of(), mesh_of(4, 2, 1)):
         placed = jax.device_put(params, meshes.shardings(defaults.SHARDING, params, mesh))
         with jax.set_mesh(mesh):
-            found.append(found_by(graphdef, placed, meshes.put_batch(batch, mesh)))
+            choices = meshes.put_whole(some_choices(), mesh)
+            found.append(found_by(graphdef, placed, meshes.put_batch(batch, mesh), choices, teacher=0.75, all_words=0.5))
     assert_close(*found)
 
 
@@ -212,7 +213,7 @@ def test_a_phase_of_two_tasks_packs_each_and_its_streams_resume(tmp_path, mesh_o
         jax.tree.map(np.testing.assert_array_equal, next(again), batch)
         [(name, weight)] = batch["text_weight"].items()
         assert len(weight) == 4 == len(batch["segments"])
-        value, scalars = jax.eval_shape(task.loss, task.shapes, batch, jax.random.key(0), None)
+        value, scalars = jax.eval_shape(task.loss, task.shapes, batch | task.beside, jax.random.key(0), None)
         assert value.shape == () and f"{name}/text_loss" in scalars
         assert task.count_events(batch) == sum(map(int, (batch["prefix"] > 0).reshape(-1))) > 8
         seen.append(name)

@@ -4,7 +4,7 @@ A softmax over the whole vocabulary also pushes down the tokens that beam search
 can follow, it is certain: there is nothing to learn, and the loss leaves the token out.
 
 Axis letters: I items and PAD, T tokens of a row, L tokens of the longest title, R rows, P answer positions of a row, W sets that are
-masks, B words of 32 bits of a mask, N sets that are lists, C tokens of all lists together, A titles, K likely items.
+masks, B words of 32 bits of a mask, M bounds of lists, C tokens of all lists together, A titles, K likely items.
 """
 
 from typing import NamedTuple
@@ -32,7 +32,7 @@ class Choices(NamedTuple):
     titles: Int[AnyArray, "I L"]
     of_title: Int[AnyArray, "I L"]
     masks: UInt32[AnyArray, "W B"]
-    first: Int[AnyArray, " N+1"]
+    first: Int[AnyArray, " M"]
     listed: Int[AnyArray, " C"]
 
     @classmethod

@@ -1,6 +1,6 @@
 """Which columns of a table each row's softmax is over, where rows differ in it, and what it is to be where that is no single column.
 
-Axis letters: R rows, V columns, W masks, B words of 32 bits of a mask, N lists, C columns of all lists together, K columns of a target.
+Axis letters: R rows, V columns, W masks, B words of 32 bits of a mask, M bounds of lists, C columns of all lists together, K columns of a target.
 """
 
 from typing import NamedTuple
@@ -27,7 +27,7 @@ class Columns(NamedTuple):
 
     of_row: Int[AnyArray, " R"]
     masks: UInt32[AnyArray, "W B"]
-    first: Int[AnyArray, " N+1"]
+    first: Int[AnyArray, " M"]
     listed: Int[AnyArray, " C"]
 
     @classmethod

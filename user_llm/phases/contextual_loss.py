@@ -58,16 +58,12 @@ def contextual_loss(
 
     rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])
     predicted, where = predicted_tokens(batch, choices, all_words)
-    weights, among = predicted.reshape(-1).astype(jnp.float32), None
-    targets: Array | Targets = tokens[:, 1:].reshape(-1)
+    asked, weights, among = tokens[:, 1:].reshape(-1), predicted.reshape(-1).astype(jnp.float32), None
+    targets: Array | Targets = asked
     if choices is not None and where is not None:
         among = choices.columns(where.sets.reshape(-1))
         if teacher and encoded is not None:
-            query = encoded.last().reshape(-1, model.item_table.shape[1])
-            known = model.item_table, model.valid_items()
-            targets = taught_targets(
-                batch, choices, where, tokens[:, 1:].reshape(-1), query, *known, teacher=teacher, chunk=chunk
-            )
+            targets = taught_targets(model, encoded, batch, choices, where, asked, teacher=teacher, chunk=chunk)
     token_loss = text_loss(model.decoder, rows, targets, weights, chunk, whole, among)
     total, scalars = weight[0] * token_loss, {f"{task}/text_loss": token_loss}
     if "items" in batch:

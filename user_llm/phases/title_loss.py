@@ -16,6 +16,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from user_llm.common.mesh import constrain
 from user_llm.models.choices import Choices, Places
+from user_llm.models.encoder import Encoded
+from user_llm.models.user_llm import UserLLM
 from user_llm.nn.columns import Targets
 from user_llm.training.task import Batch
 
@@ -67,13 +69,12 @@ def _drawn(batch: Batch, share: float) -> Bool[Array, "*S J P"]:
 
 
 def taught_targets(
+    model: UserLLM,
+    encoded: Encoded,
     batch: Batch,
     choices: Choices,
     where: Places,
     tokens: Int[Array, " R"],
-    query: Float[Array, "A D"],
-    table: Float[Array, "V D"],
-    valid: Bool[Array, " V"],
     *,
     teacher: float,
     chunk: int,
@@ -83,12 +84,14 @@ def taught_targets(
     The other share, and all of it where no likely title begins as the one that came next, is the token that came next.
 
     Args:
+      encoded: the histories, of which each answer position has one end.
       where: of `predicted_tokens`, R places in all.
       tokens: that came next.
-      query: of each answer position, by whose products with `table` items are likely.
-      chunk: so many answer positions are scored at a time.
+      chunk: the items of so many answer positions are scored at a time.
     """
-    likely, probs = _likeliest(jax.lax.stop_gradient(query), jax.lax.stop_gradient(table), valid, chunk)
+    table = jax.lax.stop_gradient(model.item_table)
+    query = jax.lax.stop_gradient(encoded.last()).reshape(-1, table.shape[1])
+    likely, probs = _likeliest(query, table, model.valid_items(), chunk)
     probs = probs * (batch["prefix"].reshape(-1, 1) > 0)  # without events nothing is known
     columns, shares = choices.shares(batch["items"].reshape(-1), likely, probs)
     answers = places(batch).shape[1]
