@@ -69,9 +69,9 @@ def time_training(
     feed = iter(batches)
     with jax.set_mesh(mesh):
         state, step = initial_state(task, settle_steps(loop, task), optimizer, mesh, seed)
-        batch = next(feed)
+        batch, beside = next(feed), meshes.put_whole(task.beside, mesh)
         start = time.monotonic()
-        traced = step.trace(state, meshes.put_batch(batch, mesh))
+        traced = step.trace(state, meshes.put_batch(batch, mesh) | beside)
         compiled = traced.lower().compile()
         compile_s = time.monotonic() - start
 
@@ -79,12 +79,12 @@ def time_training(
             nonlocal state
             events = 0
             for batch in batches:
-                state, scalars = compiled(state, meshes.put_batch(batch, mesh))
+                state, scalars = compiled(state, meshes.put_batch(batch, mesh) | beside)
                 events += task.count_events(batch)
             jax.block_until_ready((state, scalars))
             return events, scalars
 
-        chunks = [math.ceil(int(count) / chunk) for count in task.counts(batch).values()]
+        chunks = [math.ceil(int(count) / chunk) for count in task.counts(batch | task.beside).values()]
         first = float(train(iter([batch]))[1]["loss"])
         train(itertools.islice(feed, WARM_UP - 1))
         start = time.monotonic()

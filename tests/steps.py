@@ -36,7 +36,7 @@ def losses(run: Run, dataset: Dataset, name: str) -> list[float]:
     state, step = initial_state(task, loop, run.optimizer_config(name), run.mesh, run.seed)
     data, found = iter(task.train_data), []
     for _ in range(STEPS):
-        state, scalars = step(state, meshes.put_batch(next(data), run.mesh))
+        state, scalars = step(state, meshes.put_batch(next(data), run.mesh) | meshes.put_whole(task.beside, run.mesh))
         found.append(float(scalars["loss"]))
     return found
 

@@ -125,7 +125,7 @@ def test_user_llm_takes_any_encoder(tmp_path, make_timelines, mesh_of, monkeypat
         task = BUILDERS["contextualize"](name, run, data)
         params, batch = task.init(None), next(iter(task.train_data))
         sources[name] = found[r"^encoder/"], {"mask_token", "tower"} & set(params["encoder"])
-        assert jax.eval_shape(task.loss, params, batch, jax.random.key(0), None)[0].shape == ()
+        assert jax.eval_shape(task.loss, params, batch | task.beside, jax.random.key(0), None)[0].shape == ()
     assert sources == {
         "user_llm_bert4rec": ("bert4rec", {"mask_token"}),
         "user_llm_dual": ("dual_encoder", {"tower"}),
@@ -144,7 +144,7 @@ def test_rules_cover_every_parameter_and_losses_have_gradients(context, monkeypa
             trees.match(rules, params)
         learning_rate_schedule(optimizer, loop.total_steps)
         assert task.steps_per_epoch > 0
-        batch = jax.eval_shape(lambda batch: batch, next(iter(task.train_data)))
+        batch = jax.eval_shape(lambda batch: batch, next(iter(task.train_data)) | task.beside)
         trainable, frozen = partition_trainable(optimizer, params)
         key = jax.eval_shape(lambda: jax.random.key(0))
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from user_llm.nn.columns import Columns
+from user_llm.nn.columns import Columns, Targets, packed
 from user_llm.nn.losses import (
     chunked_cross_entropy,
     draw_items,
@@ -59,8 +59,9 @@ def test_chunked_equals_the_plain_softmax(chunk, softcap):
 OF_ROW = np.array([0, 1, 2, 3, 1, 0, 1, 2, 0, 3])
 COLUMNS = Columns(
     OF_ROW,
-    masks=np.array([[False, True, True, True, True, False, False], [True, True, True, False, False, False, True]]),
-    lists=np.array([[6, 3, -1], [4, -1, -1]]),
+    masks=packed(np.array([[False, True, True, True, True, False, False], [True, True, True, False, False, False, True]])),
+    first=np.array([0, 2, 3]),
+    listed=np.array([6, 3, 4]),
 )
 AMONG = np.array([[0, 1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0, 1], [0, 0, 0, 1, 0, 0, 1], [0, 0, 0, 0, 1, 0, 0]], bool)[OF_ROW]
 
@@ -85,12 +86,36 @@ def test_each_row_has_columns_of_its_own(chunk):
     np.testing.assert_allclose(_chunked(HIDDEN, TABLE, TARGETS, WEIGHTS, COLUMNS, chunk), expected, rtol=1e-6)
 
 
+MIXED = Targets(
+    np.array([[1, 1, 4], [2, 0, 2], [6, 3, 6], [4, 4, 4], [1, 0, 0]] * 2), np.tile([[0.2, 0.5, 0.3]], (ROWS, 1)).astype("f4")
+)
+
+
+@pytest.mark.parametrize(("chunk", "sizes"), [(4, None), (64, None), (2, (2, 2, 2))], ids=str)
+def test_a_target_is_a_distribution(mesh_of, chunk, sizes):
+    """A column may be named twice; rows of a chunk, and columns of several devices. Gradients are those of the plain softmax."""
+    table = np.concatenate([TABLE, TABLE[:1]])  # 8 columns, of which two devices have 4 each
+    among = np.pad(AMONG, ((0, 0), (0, 1))) | np.asarray(MIXED.over(8) > 0)
+
+    def plain(hidden, table):
+        log_probs = jax.nn.log_softmax(jnp.where(among, hidden @ table.T, -1e30))
+        return -jnp.sum(WEIGHTS[:, None] * MIXED.shares * jnp.take_along_axis(log_probs, MIXED.columns, axis=1))
+
+    expected, expected_grads = jax.value_and_grad(plain, (0, 1))(HIDDEN, table)
+    of_all = Columns(np.arange(ROWS), packed(among), np.zeros(1, np.int32), np.zeros(0, np.int32))
+    with jax.set_mesh(mesh_of(*(sizes or ()))):
+        value, grads = jax.jit(_chunked_and_grads, static_argnums=5)(HIDDEN, table, MIXED, WEIGHTS, of_all, chunk)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    for grad, wanted in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(grad, wanted, atol=1e-5)
+
+
 @pytest.mark.parametrize("sizes", [(1, 1, 8), (2, 2, 2)], ids=str)
 def test_each_row_has_columns_of_its_own_on_a_mesh(mesh_of, sizes):
     """A table of 16 rows of which each device has a part, and no list names a column of every part."""
     table = np.random.default_rng(1).normal(size=(16, WIDTH)).astype(np.float32)
-    masks, lists = np.arange(16)[None] < np.array([[14], [9]]), np.array([[15, 3, -1], [4, 12, 7]])
-    columns = Columns(OF_ROW, masks, lists)
+    masks = packed(np.arange(16)[None] < np.array([[14], [9]]))
+    columns = Columns(OF_ROW, masks, np.array([0, 2, 5]), np.array([15, 3, 4, 12, 7]))
     expected, expected_grads = _chunked_and_grads(HIDDEN, table, TARGETS, WEIGHTS, columns, 1)
     with jax.set_mesh(mesh_of(*sizes)):
         value, grads = jax.jit(_chunked_and_grads, static_argnums=5)(HIDDEN, table, TARGETS, WEIGHTS, columns, 1)

@@ -25,6 +25,7 @@ from user_llm.nn.cross_attention import CrossAttentionConfig
 from user_llm.nn.lora import LoRAConfig
 from user_llm.nn.resampler import ResamplerConfig
 from user_llm.nn.transformer import BlockConfig
+from user_llm.phases import title_loss
 from user_llm.phases.contextual_loss import contextual_counts, contextual_loss
 from user_llm.phases.contextualize import encoder_source
 from user_llm.training.loop import LoopConfig, initial_state, train_summary
@@ -114,11 +115,24 @@ def test_the_loss_is_of_items_at_the_answers_the_titles_that_follow_and_the_way_
 TITLES = {5: [6, 7, 3], 9: [9, 3], 8: [4, 5, 3], 1: [6, 8, 3], 2: [6, 3], 3: [4, 5, 5, 3]}
 
 
-def test_titles_are_chosen_among_those_of_the_catalogue(model):
-    """By hand: each token is chosen among the tokens that its prefix goes on with, and what has no choice counts for nothing."""
-    choices = Choices.build(Trie.build(TITLES), CONFIG.decoder.vocab_size, max_title_tokens=4)
-    compiled = jax.jit(lambda p, batch: contextual_loss(trees.merge(model[0], p), batch, None, choices=choices, **WEIGHTS))
-    scalars = compiled(model[1], BATCH)[1]
+# Row and place of BATCH, the token that comes next, and for each token that it is chosen among the items whose titles go on with it.
+CHOSEN = [
+    (0, 1, 6, {4: [8, 3], 6: [5, 1, 2], 9: [9]}),
+    (0, 2, 7, {3: [2], 7: [5], 8: [1]}),
+    (1, 1, 9, {4: [8, 3], 6: [5, 1, 2], 9: [9]}),
+    (2, 1, 4, {4: [8, 3], 6: [5, 1, 2], 9: [9]}),
+    (2, 3, 3, {3: [8], 5: [3]}),
+]
+
+
+@pytest.fixture(scope="module")
+def choices():
+    return Choices.build(Trie.build(TITLES), CONFIG.decoder.vocab_size, max_title_tokens=4)
+
+
+@pytest.fixture(scope="module")
+def text_logits(model):
+    """Of each row and place of BATCH."""
 
     @jax.jit
     def logits(params):
@@ -127,13 +141,76 @@ def test_titles_are_chosen_among_those_of_the_catalogue(model):
         hidden = llm.hidden(BATCH["text"].reshape(4, 5), BATCH["text_lengths"].reshape(4), user=user, leading=1)
         return hidden @ llm.decoder.output_table().T
 
-    found = np.asarray(logits(model[1]))
-    # Row, place, the token there, and the tokens that it is chosen among.
-    chosen = [(0, 1, 6, [4, 6, 9]), (0, 2, 7, [3, 7, 8]), (1, 1, 9, [4, 6, 9]), (2, 1, 4, [4, 6, 9]), (2, 3, 3, [3, 5])]
-    losses = [np.logaddexp.reduce(found[row, place, among]) - found[row, place, token] for row, place, token, among in chosen]
+    return np.asarray(logits(model[1]))
+
+
+def _scalars(model, batch, **settings):
+    """The scalars of the loss."""
+    loss = jax.jit(
+        lambda params, choices: contextual_loss(trees.merge(model[0], params), batch, None, choices=choices, **settings)
+    )
+    return lambda choices: loss(model[1], choices)[1]
+
+
+def test_titles_are_chosen_among_those_of_the_catalogue(model, choices, text_logits):
+    """By hand: each token is chosen among the tokens that its prefix goes on with, and what has no choice counts for nothing."""
+    scalars = _scalars(model, BATCH, **WEIGHTS)(choices)
+    losses = [np.logaddexp.reduce(text_logits[r, t, [*among]]) - text_logits[r, t, token] for r, t, token, among in CHOSEN]
     np.testing.assert_allclose(scalars["next_item/text_loss"], np.mean(losses), rtol=1e-5)
     np.testing.assert_allclose(scalars["item_loss"], _loss(model, BATCH)[1]["item_loss"], rtol=1e-6)
     assert contextual_counts(BATCH, choices)["tokens"] == len(losses) and contextual_counts(BATCH)["tokens"] == 8
+
+
+def test_the_encoder_teaches_which_titles_are_likely(model, choices, text_logits):
+    """By hand: three quarters of a token's target are the encoder's probabilities of the items whose titles go on with it."""
+    llm = trees.merge(*model)
+    last = llm.encode(BATCH["events"], BATCH["prefix"]).last().reshape(4, -1)
+    probs, losses = np.asarray(jax.nn.softmax(llm.score(last))), []
+    for row, place, token, among in CHOSEN:
+        share = np.array([probs[row, items].sum() for items in among.values()])
+        wanted = 0.75 * share / share.sum() + 0.25 * (np.array([*among]) == token)
+        found = text_logits[row, place, [*among]]
+        losses.append(-wanted @ (found - np.logaddexp.reduce(found)))
+    scalars = _scalars(model, BATCH, **WEIGHTS, teacher=0.75)(choices)
+    np.testing.assert_allclose(scalars["next_item/text_loss"], np.mean(losses), rtol=1e-5)
+
+
+def test_titles_among_all_words(model, choices, monkeypatch):
+    """All of them are what the loss without choices asks for; of some of them, the mean over both kinds of tokens is by hand."""
+    plain = _loss(model, BATCH)[1]["next_item/text_loss"]
+    free = _scalars(model, BATCH, **WEIGHTS, teacher=0.75, all_words=1.0)(choices)
+    np.testing.assert_allclose(free["next_item/text_loss"], plain, rtol=1e-6)
+    assert contextual_counts(BATCH, choices, 1.0)["tokens"] == 8
+    assert contextual_counts(BATCH, choices, 0.0)["tokens"] == len(CHOSEN)
+    first = dict(BATCH, items=BATCH["items"] * [[[1], [0]], [[0], [0]]], answers=BATCH["answers"] * [[[1], [0]], [[0], [0]]])
+    rest = dict(BATCH, items=BATCH["items"] * [[[0], [1]], [[1], [0]]], answers=BATCH["answers"] * [[[0], [1]], [[1], [0]]])
+    monkeypatch.setattr(title_loss, "_drawn", lambda batch, share: jnp.asarray(batch["items"]) == 5)
+    mixed = _scalars(model, BATCH, **WEIGHTS, all_words=0.5)(choices)["next_item/text_loss"]
+    parts = (_loss(model, first)[1]["next_item/text_loss"], _scalars(model, rest, **WEIGHTS)(choices)["next_item/text_loss"])
+    np.testing.assert_allclose(mixed, (3 * parts[0] + 3 * parts[1]) / 6, rtol=1e-5)
+
+
+def test_a_share_of_the_titles_is_drawn_and_always_the_same():
+    rng = np.random.default_rng(0)
+    batch = {"items": rng.integers(1, 5000, (100, 20, 5)), "prefix": rng.integers(0, 200, (100, 20))}
+    drawn = [np.asarray(title_loss._drawn(batch, share)) for share in (0.0, 0.1, 0.1, 0.5, 1.0)]
+    assert [round(float(of.mean()), 2) for of in drawn] == [0, 0.1, 0.1, 0.5, 1]
+    np.testing.assert_array_equal(drawn[1], drawn[2])
+    assert (drawn[3] | ~drawn[1]).all() and np.ptp(drawn[1].mean((0, 1))) < 0.05  # each place has its share
+
+
+def test_a_large_catalogue_is_no_part_of_the_compiled_step(model):
+    """Of 50,000 titles no array of more than a kilobyte is a constant, and the step takes some 5 MB of them as arguments."""
+    rng, words = np.random.default_rng(0), 2100
+    titles = {n + 1: [*rng.integers(3, words, 3).tolist(), n % 8 + 3, n // 2048 + 3, n % 2048 + 3, 2] for n in range(50_000)}
+    many = Choices.build(Trie.build(titles), words, max_title_tokens=8)
+    assert sum(a.nbytes for a in many) < 6e6 and len(many.masks) < 4
+    traced = jax.make_jaxpr(
+        lambda params, batch, choices: contextual_loss(
+            trees.merge(model[0], params), batch, None, choices=choices, teacher=1.0, all_words=0.1, **WEIGHTS
+        )
+    )(model[1], BATCH, many)
+    assert max((np.asarray(a).nbytes for a in traced.consts), default=0) < 1024
 
 
 def test_the_llm_moves_to_the_encoder_and_not_the_encoder_to_the_llm(model):

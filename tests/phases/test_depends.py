@@ -135,11 +135,18 @@ def test_of_an_open_llm_the_files_count_and_not_the_sizes_of_the_small_one():
 )
 def test_what_is_off_is_no_part_of_a_phase_and_what_is_on_is(phase, off, on):
     """A phase that code without these keys has trained has none of them among its settings."""
+    more = {"loss.trie_softmax": {"loss.teacher", "loss.all_words"}}  # what counts with a key alone
     before = _identities(_config({f"{phase}.{key}": value for key, value in off.items()}))[phase]
-    assert not {f"{phase}.{key}" for key in off} & before.settings.keys()
+    assert not {f"{phase}.{key}" for key in (*off, *more["loss.trie_softmax"])} & before.settings.keys()
     for key, value in on.items():
         after = _identities(_config({f"{phase}.{k}": v for k, v in off.items()} | {f"{phase}.{key}": value}))[phase]
-        assert after.settings.keys() - before.settings.keys() == {f"{phase}.{key}"} and after != before
+        added = {f"{phase}.{key}" for key in (key, *more.get(key, ()))}
+        assert after.settings.keys() - before.settings.keys() == added and after != before
+
+
+def test_a_teacher_counts_only_where_there_is_an_encoder():
+    text_prompt = _identities(_config({"text_prompt_10.loss.trie_softmax": True}))["text_prompt_10"].settings
+    assert "text_prompt_10.loss.all_words" in text_prompt and "text_prompt_10.loss.teacher" not in text_prompt
 
 
 def test_a_tower_counts_for_what_reads_the_encoder_and_only_where_it_is_on():

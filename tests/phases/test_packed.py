@@ -28,6 +28,7 @@ from user_llm.models.choices import Choices
 from user_llm.models.decoder import DecoderConfig
 from user_llm.models.user_encoder import UserEncoderConfig
 from user_llm.models.user_llm import UserLLM, UserLLMConfig
+from user_llm.nn import columns
 from user_llm.nn.cross_attention import CrossAttentionConfig
 from user_llm.nn.lora import LoRAConfig
 from user_llm.nn.resampler import ResamplerConfig
@@ -129,18 +130,24 @@ def packed(config, examples, bundles=1):
 def some_choices():
     """Return sets of the tokens of titles: which places of each item's title are choices, and among what, is drawn."""
     of_title = np.random.default_rng(1).integers(-1, 2, (12, 3)).astype(np.int32)
-    return Choices(of_title, np.ones((1, 13), bool), np.arange(1, 13, dtype=np.int32)[None])
+    return Choices(
+        np.zeros_like(of_title),
+        of_title,
+        columns.packed(np.ones((1, 13), bool)),
+        np.array([0, 12]),
+        np.arange(1, 13, dtype=np.int32),
+    )
 
 
-def found_by(graphdef, params, batch, choices=None):
+def found_by(graphdef, params, batch, choices=None, **shares):
     """Return loss, scalars and gradients."""
 
     @functools.partial(jax.jit)
-    def run(params, batch):
-        loss = lambda params: contextual_loss(trees.merge(graphdef, params), batch, None, choices=choices, **WEIGHTS)  # noqa: E731
+    def run(params, batch, choices):
+        loss = lambda params: contextual_loss(trees.merge(graphdef, params), batch, None, choices=choices, **shares, **WEIGHTS)  # noqa: E731
         return jax.value_and_grad(loss, has_aux=True)(params)
 
-    return run(params, batch)
+    return run(params, batch, choices)
 
 
 def assert_close(first, second, atol=1e-5):
@@ -167,9 +174,10 @@ def test_the_choices_of_titles_are_found_in_packed_rows(drawn, variant):
     graphdef, params = drawn(lambda: UserLLM(config, rngs=nnx.Rngs(0)))
     examples, choices = make_examples(config, 6), some_choices()
     batches = stacked(examples), packed(config, examples)
-    counted = [int(contextual_counts(batch, choices)["tokens"]) for batch in batches]
-    assert counted[0] == counted[1] < int(contextual_counts(batches[0])["tokens"])
-    assert_close(*(found_by(graphdef, params, batch, choices) for batch in batches))
+    for shares in ({}, {"all_words": 0.5}):
+        counted = [int(contextual_counts(batch, choices, **shares)["tokens"]) for batch in batches]
+        assert counted[0] == counted[1] < int(contextual_counts(batches[0])["tokens"])
+    assert_close(*(found_by(graphdef, params, batch, choices, teacher=0.75, all_words=0.5) for batch in batches))
 
 
 @pytest.mark.slow
@@ -180,7 +188,8 @@ def test_bundles_are_shared_out_over_eight_devices(drawn, mesh_of):
     for mesh in (mesh_of(), mesh_of(4, 2, 1)):
         placed = jax.device_put(params, meshes.shardings(defaults.SHARDING, params, mesh))
         with jax.set_mesh(mesh):
-            found.append(found_by(graphdef, placed, meshes.put_batch(batch, mesh)))
+            choices = meshes.put_whole(some_choices(), mesh)
+            found.append(found_by(graphdef, placed, meshes.put_batch(batch, mesh), choices, teacher=0.75, all_words=0.5))
     assert_close(*found)
 
 
@@ -206,7 +215,7 @@ def test_a_phase_of_two_tasks_packs_each_and_its_streams_resume(tmp_path, mesh_o
         jax.tree.map(np.testing.assert_array_equal, next(again), batch)
         [(name, weight)] = batch["text_weight"].items()
         assert len(weight) == 4 == len(batch["segments"])
-        value, scalars = jax.eval_shape(task.loss, task.shapes, batch, jax.random.key(0), None)
+        value, scalars = jax.eval_shape(task.loss, task.shapes, batch | task.beside, jax.random.key(0), None)
         assert value.shape == () and f"{name}/text_loss" in scalars
         assert task.count_events(batch) == sum(map(int, (batch["prefix"] > 0).reshape(-1))) > 8
         seen.append(name)

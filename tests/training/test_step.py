@@ -50,7 +50,7 @@ def encoder(drawn):
     return drawn(lambda: UserEncoder(ENCODER, rngs=nnx.Rngs(params=0)))
 
 
-def _prepare(encoder, mesh, dtype="float32", parts=1):
+def _prepare(encoder, mesh, dtype="float32", parts=1, **changes):
     """The state at step 0 and the jitted step."""
     graphdef, params = encoder
     task = Task(
@@ -59,6 +59,7 @@ def _prepare(encoder, mesh, dtype="float32", parts=1):
         loss=lambda params, batch, key, whole: LOSS(trees.merge(graphdef, params), batch, key, whole),
         counts=lambda batch: {"events": (batch["segments"] > 0).sum()},
     )  # fmt: skip
+    task = dataclasses.replace(task, **changes)
     placed = jax.device_put(jax.tree.map(np.asarray, params), meshes.shardings(SHARDING, params, mesh))
     trainable, frozen = partition_trainable(OPTIMIZER, placed)
     optimizer = make_optimizer(OPTIMIZER, trainable, 10)
@@ -182,3 +183,22 @@ def test_memory_is_counted_in_full_before_the_step_runs(mesh_of, monkeypatch):
         check_memory(step, *arrays, mesh_of())
     monkeypatch.setattr(meshes, "free_bytes", lambda mesh: 101_000_000)
     check_memory(step, *arrays, mesh_of())
+
+
+@pytest.mark.parametrize(("sizes", "parts"), [((1, 1, 1), 1), ((2, 2, 2), 2)], ids=str)
+def test_what_stands_beside_the_rows_is_whole_everywhere(encoder, mesh_of, sizes, parts):
+    """Five numbers beside 8 rows that two parts of eight devices share: every row finds all five, as arguments of the step."""
+    graphdef, params = encoder
+    beside = {"five": {"numbers": np.arange(5, dtype=np.float32)}}
+
+    def loss(params, batch, key, whole):
+        found, _ = LOSS(trees.merge(graphdef, params), batch, key, whole)
+        return found, {"rows": jnp.float32(len(batch["events"])), "sum": batch["five"]["numbers"].sum()}
+
+    mesh = mesh_of(*sizes)
+    with jax.set_mesh(mesh):
+        state, step = _prepare(encoder, mesh, parts=parts, beside=beside, loss=loss)
+        batch = meshes.put_batch(_batch(), mesh) | meshes.put_whole(beside, mesh)
+        assert batch["five"]["numbers"].sharding.is_fully_replicated
+        _, scalars = step(state, batch)
+    assert (float(scalars["rows"]), float(scalars["sum"])) == (8 / parts, 10)

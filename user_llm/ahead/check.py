@@ -175,7 +175,8 @@ def abstract_batch(task: Task, mesh: Mesh) -> dict[str, Any]:
     def shape(array: np.ndarray) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((shares * array.shape[0], *array.shape[1:]), array.dtype, sharding=meshes.by_row(mesh))
 
-    return jax.tree.map(shape, next(iter(task.train_data)))
+    beside = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=meshes.replicated(mesh)), task.beside)
+    return jax.tree.map(shape, next(iter(task.train_data))) | beside
 
 
 def bytes_read(traced: jax.stages.Traced, arguments: tuple) -> int:

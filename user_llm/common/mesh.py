@@ -161,6 +161,12 @@ def put_rows(rows: Any, mesh: Mesh) -> Any:
     return jax.tree.map(put, rows)
 
 
+def put_whole(tree: Any, mesh: Mesh) -> Any:
+    """Put arrays that every process has on each of its devices, whole."""
+    put = lambda array: jax.make_array_from_callback(array.shape, replicated(mesh), lambda index: array[index])  # noqa: E731
+    return jax.tree.map(put, tree)
+
+
 def rows_like(shapes: Any, mesh: Mesh, axis: int = 0) -> Any:
     """Return shapes that carry the sharding of rows along `axis`; what the devices do not divide, and scalars, are whole everywhere."""
 

@@ -281,12 +281,17 @@ class ContextualLoss:
 
     Attributes:
       trie_softmax: whether an item's title is written by choosing each token among those that the catalogue's titles go on with, in
-        training and in beam search; otherwise among all tokens.
+        training and in beam search; otherwise among all tokens. The two keys below compute nothing then.
+      teacher: how much of what a title's token is to be comes from the pretrained encoder's likeliest items; the rest is the title that
+        came next.
+      all_words: the share of titles whose tokens are chosen among all tokens nevertheless.
     """
 
     catalogue: Weight
     align: Weight
     trie_softmax: bool
+    teacher: Probability
+    all_words: Probability
     chunk: Count
 
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from user_llm.common.arrays import AnyArray
 from user_llm.common.mesh import BATCH_AXES
-from user_llm.nn.columns import Columns
+from user_llm.nn.columns import Columns, Targets
 from user_llm.nn.layers import capped
 
 Whole = Mapping[str, Array]  # of a batch: its counts by name, and `parts`, into how many it is split
@@ -61,7 +61,7 @@ class Axes(NamedTuple):
 def chunked_cross_entropy(
     hidden: Float[Array, "R D"],
     table: Float[Array, "V D"],
-    targets: Int[AnyArray, " R"],
+    targets: Int[AnyArray, " R"] | Targets,
     weights: Float[AnyArray, " R"],
     valid: Bool[AnyArray, " V"] | Columns,
     chunk: int,
@@ -69,9 +69,12 @@ def chunked_cross_entropy(
 ) -> Float[Array, ""]:
     """Return the sum over rows of weight * -log softmax(hidden table^T)[target], the softmax over `valid` columns.
 
-    Logits are bent to stay below `softcap`, as `layers.capped` does; None for no cap. All rows may share their columns, or each row has its own. A row's target must be one of its columns. Gradients flow to `hidden`
-    and `table`. They are computed in the forward pass, chunk by chunk of `chunk` rows; peak memory is O(chunk V). Rows of weight 0
-    count for nothing, whatever their target, and their logits are computed only where they fill up a chunk. Within `jax.set_mesh` rows are shared out over `data` and `fsdp`, each device taking `chunk` of its own at a time, and the
+    All rows may share their columns, or each row has its own. A row's target must be one of its columns, or several of them, whose
+    -log softmax is then averaged by their shares. Logits are bent to stay below `softcap`, as `layers.capped` does; None for no cap.
+
+    Gradients flow to `hidden` and `table`. They are computed in the forward pass, chunk by chunk of `chunk` rows; peak memory is
+    O(chunk V). Rows of weight 0 count for nothing, whatever their target, and their logits are computed only where they fill up a
+    chunk. Within `jax.set_mesh` rows are shared out over `data` and `fsdp`, each device taking `chunk` of its own at a time, and the
     catalogue over `tensor`.
     """
     return _over_mesh(_loss, hidden, table, targets, weights, valid, chunk, softcap)[0]
@@ -79,27 +82,32 @@ def chunked_cross_entropy(
 
 def _over_mesh(body: Callable[..., tuple], hidden, table, targets, weights, valid, chunk: int, softcap: float | None) -> tuple:
     """Run `body(axes, chunk, softcap, ...)` on every device's part of the arrays; a dimension that its axis does not divide stays whole."""
+    targets = targets if isinstance(targets, Targets) else Targets.single(targets)
     of_row, *sets = valid if isinstance(valid, Columns) else Columns.same(valid, len(hidden))
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return body(Axes((), None, None), chunk, softcap, hidden, table, targets, weights, of_row, *sets)
     shards, rows = mesh.shape["data"] * mesh.shape["fsdp"], hidden.shape[0]
     fits = [axis if dim % mesh.shape[axis] == 0 else None for axis, dim in zip(("tensor", "fsdp"), table.shape, strict=True)]
-    by_rows = (hidden, targets, weights, of_row)
-    hidden, targets, weights, of_row = (jnp.pad(a, [(0, -rows % shards)] + [(0, 0)] * (a.ndim - 1)) for a in by_rows)
-    by_row, by_column, whole = PartitionSpec(BATCH_AXES), PartitionSpec(None, fits[0]), PartitionSpec()
+    hidden, targets, weights, of_row = _padded((hidden, targets, weights, of_row), shards)
+    by_row, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
     of_table = PartitionSpec(*fits)
     found = jax.shard_map(
         functools.partial(body, Axes(BATCH_AXES, *fits), chunk, softcap),
-        in_specs=(by_row, of_table, by_row, by_row, by_row, by_column, whole),
+        in_specs=(by_row, of_table, by_row, by_row, by_row, *[whole] * len(sets)),
         out_specs=(whole,) if body is _loss else (whole, by_row, of_table),
         check_vma=False,  # sums over axes are written out below
     )(hidden, table, targets, weights, of_row, *sets)
     return found if body is _loss else (found[0], found[1][:rows], found[2])
 
 
+def _padded(by_rows: tuple, multiple: int) -> tuple:
+    """Return arrays with as many zero rows behind them as make their number a multiple."""
+    return jax.tree.map(lambda a: jnp.pad(a, [(0, -len(a) % multiple)] + [(0, 0)] * (a.ndim - 1)), by_rows)
+
+
 class _Chunk(NamedTuple):
-    """A chunk's softmax over this device's part of the catalogue.
+    """A chunk's softmax over this device's part of the catalogue, and what it is to be.
 
     Attributes:
       bend: the derivative of the logits by what they are before the cap; 1 for no cap.
@@ -108,21 +116,21 @@ class _Chunk(NamedTuple):
     exp: Float[Array, "c v"]
     sums: Float[Array, " c"]
     losses: Float[Array, " c"]
-    hit: Bool[Array, "c v"]
+    wanted: Float[Array, "c v"]
     bend: Float[Array, "c v"] | float
 
 
-def _softmax(axes: Axes, softcap: float | None, hidden: Array, table: Array, targets: AnyArray, columns: Columns) -> _Chunk:
+def _softmax(axes: Axes, softcap: float | None, hidden: Array, table: Array, targets: Targets, columns: Columns) -> _Chunk:
     logits = capped(jnp.einsum("RD,VD->RV", hidden, table, preferred_element_type=jnp.float32), softcap)
     bend = 1.0 if softcap is None else 1 - jnp.square(logits / softcap)
     first = 0 if axes.catalogue is None else jax.lax.axis_index(axes.catalogue) * table.shape[0]
-    logits = jnp.where(columns.valid(first), logits, -1e30)
-    hit = first + jnp.arange(table.shape[0]) == targets[:, None]
+    logits = jnp.where(columns.valid(table.shape[0], first), logits, -1e30)
+    wanted = targets.over(table.shape[0], first)
     peak = axes.max(jax.lax.stop_gradient(logits.max(axis=1)))
     exp = jnp.exp(logits - peak[:, None])
     sums = axes.sum(exp.sum(axis=1))
-    picked = axes.sum(jnp.where(hit, logits, 0.0).sum(axis=1))
-    return _Chunk(exp, sums, jnp.log(sums) + peak - picked, hit, bend)
+    picked = axes.sum((wanted * logits).sum(axis=1))
+    return _Chunk(exp, sums, jnp.log(sums) + peak - picked, wanted, bend)
 
 
 def _whole_width(axes: Axes, table: Array) -> Array:
@@ -135,7 +143,7 @@ def _over_chunks(
     step: Callable[..., tuple[Any, Array]],
     start: Any,
     hidden: Array,
-    targets: AnyArray,
+    targets: Targets,
     weights: AnyArray,
     of_row: AnyArray,
 ) -> tuple[Any, Array]:
@@ -148,16 +156,16 @@ def _over_chunks(
         return step(start, hidden, targets, weights, of_row)
     order = jnp.argsort(weights == 0, stable=True)
     # Behind the last row, and of weight 0, those that fill up the last chunk.
-    ordered = (jnp.take(a, order, axis=0, mode="clip") for a in (hidden, targets, weights, of_row))
-    filled = (jnp.pad(a, [(0, -rows % chunk)] + [(0, 0)] * (a.ndim - 1)) for a in ordered)
-    chunks = tuple(a.reshape(-1, chunk, *a.shape[1:]) for a in filled)
+    by_rows = (hidden, targets, weights, of_row)
+    filled = _padded(jax.tree.map(lambda a: jnp.take(a, order, axis=0, mode="clip"), by_rows), chunk)
+    chunks = jax.tree.map(lambda a: a.reshape(-1, chunk, *a.shape[1:]), filled)
     most, counting = len(chunks[0]), (weights != 0).sum()
     if axes.catalogue:  # its parts are summed up within a step: all devices make as many
         counting = jax.lax.pmax(counting, axes.rows)
 
     def advance(state):
         number, carry, outs = state
-        carry, out = step(carry, *(a[number] for a in chunks))
+        carry, out = step(carry, *jax.tree.map(lambda a: a[number], chunks))
         return number + 1, carry, outs.at[number].set(out)
 
     # No scan with a condition in its body: what all chunks share, such as the table turned around, is made once for a loop. `most` says
@@ -188,7 +196,7 @@ def _loss_and_gradients(
         total, table_grad = carry
         found = _softmax(axes, softcap, hidden, table, targets, Columns(of_row, *sets))
         total += jnp.sum(weights * found.losses)
-        grad = found.exp * (weights / found.sums)[:, None] - jnp.where(found.hit, weights[:, None], 0.0)
+        grad = found.exp * (weights / found.sums)[:, None] - found.wanted * weights[:, None]
         grad = (grad * found.bend).astype(table.dtype)
         hidden_grad = axes.sum(jnp.einsum("RV,VD->RD", grad, table, preferred_element_type=jnp.float32))
         table_grad += jnp.einsum("RV,RD->VD", grad, hidden, preferred_element_type=jnp.float32)

@@ -7,14 +7,16 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from user_llm.models.choices import Choices
 from user_llm.models.encoder import Encoded
 from user_llm.models.user import Packed
 from user_llm.models.user_llm import UserLLM
+from user_llm.nn.columns import Targets
 from user_llm.nn.losses import Whole, chunked_cross_entropy, whole_count
 from user_llm.phases.pretrain_lm import text_loss
+from user_llm.phases.title_loss import places, predicted_tokens, taught_targets
 from user_llm.training.task import Batch
 
 
@@ -29,11 +31,14 @@ def contextual_loss(
     leading: Mapping[str, int],
     whole: Whole | None = None,
     choices: Choices | None = None,
+    teacher: float = 0.0,
+    all_words: float = 0.0,
 ) -> tuple[Array, dict[str, Array]]:
     """Return the weighted sum of three losses.
 
     - `text`, weighted by the batch itself: cross entropy of what follows the first answer position. With `choices`, each token of a
-      title is predicted among those that titles can go on with.
+      title is predicted among those that titles can go on with, and `teacher` and `all_words` are shares as in `title_loss.py`;
+      without an encoder there is no teacher.
     - `catalogue`, where there are items to rank: their cross entropy at the answer positions.
     - `align`, with an encoder only: mean squared distance of the LLM's item query from the encoder's own, its last state: that of the
       last event, or of the mask token behind it. Both are in the space of the encoder's item vectors, by which the LLM ranks too. The
@@ -53,10 +58,14 @@ def contextual_loss(
     tokens, hidden = _read(model, batch, encoded, leading[task], decoder_key)
 
     rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-    predicted, sets = predicted_tokens(batch, choices)
-    among = None if choices is None or sets is None else choices.columns(sets.reshape(-1))
-    weights = predicted.reshape(-1).astype(jnp.float32)
-    token_loss = text_loss(model.decoder, rows, tokens[:, 1:].reshape(-1), weights, chunk, whole, among)
+    predicted, where = predicted_tokens(batch, choices, all_words)
+    asked, weights, among = tokens[:, 1:].reshape(-1), predicted.reshape(-1).astype(jnp.float32), None
+    targets: Array | Targets = asked
+    if choices is not None and where is not None:
+        among = choices.columns(where.sets.reshape(-1))
+        if teacher and encoded is not None:
+            targets = taught_targets(model, encoded, batch, choices, where, asked, teacher=teacher, chunk=chunk)
+    token_loss = text_loss(model.decoder, rows, targets, weights, chunk, whole, among)
     total, scalars = weight[0] * token_loss, {f"{task}/text_loss": token_loss}
     if "items" in batch:
         ranked, found = _ranking_losses(model, batch, hidden, encoded, chunk, whole)
@@ -88,39 +97,10 @@ def _read(
     return tokens, model.hidden(tokens, batch["text_lengths"].reshape(-1), user=user, leading=leading, key=key)
 
 
-def predicted_tokens(batch: Batch, choices: Choices | None = None) -> tuple[Bool[Array, "R T"], Int[Array, "R T"] | None]:
-    """Return which tokens the text loss asks for, by the place before each: those behind a prompt's first answer position.
-
-    With `choices` and items to rank, tokens that alone can follow are not asked for, and the second array is the number of the set
-    that each token is chosen from; otherwise it is None.
-    """
-    text = batch["text"].reshape(-1, batch["text"].shape[-1])
-    if "predicted" in batch:
-        predicted = batch["predicted"].reshape(text.shape)[:, :-1] > 0
-    else:
-        lengths, answers = (batch[k].reshape(len(text), -1) for k in ("text_lengths", "answers"))
-        position = jnp.arange(text.shape[1] - 1)
-        predicted = (position >= answers[:, :1]) & (position + 1 < lengths) & (answers[:, :1] > 0)
-    if choices is None or "items" not in batch:
-        return predicted, None
-    answers = _places(batch)
-    sets = choices.at(answers, batch["items"].reshape(answers.shape), text.size // len(answers)).reshape(text.shape)[:, :-1]
-    return predicted & (sets >= 0), sets
-
-
-def contextual_counts(batch: Batch, choices: Choices | None = None) -> dict[str, Array]:
+def contextual_counts(batch: Batch, choices: Choices | None = None, all_words: float = 0.0) -> dict[str, Array]:
     """Return by what the means of `contextual_loss` divide."""
-    counts = {"tokens": predicted_tokens(batch, choices)[0].sum()}
+    counts = {"tokens": predicted_tokens(batch, choices, all_words)[0].sum()}
     return counts | ({"items": (batch["items"] > 0).sum()} if "items" in batch else {})
-
-
-def _places(batch: Batch) -> Int[Array, "G X"]:
-    """Return the answer positions, X of each row of text (G rows), by their places in it.
-
-    Of packed rows they are X of each bundle (G bundles), by their places in all rows of the bundle.
-    """
-    rows = batch["text"].size // batch["text"].shape[-1]
-    return batch["answers"].reshape(len(batch["answers"]) if "segments" in batch else rows, -1)
 
 
 def _ranking_losses(
@@ -128,9 +108,9 @@ def _ranking_losses(
 ) -> tuple[Array, dict[str, Array]]:
     """Return the loss of ranking the items at the answer positions, and the scalars to log, `align_loss` among them."""
     items = batch["items"]
-    answers = _places(batch)
-    places = hidden.reshape(len(answers), -1, hidden.shape[-1])
-    query = model.item_query(jnp.take_along_axis(places, answers[..., None], axis=1))
+    answers = places(batch)
+    states = hidden.reshape(len(answers), -1, hidden.shape[-1])
+    query = model.item_query(jnp.take_along_axis(states, answers[..., None], axis=1))
     query = query.reshape(-1, query.shape[-1])
     wanted = (items > 0).reshape(-1).astype(jnp.float32)
     wanted /= whole_count(wanted, whole, "items")

@@ -42,7 +42,7 @@ from user_llm.serving.predictor import Predictor
 from user_llm.serving.settings import kind_of
 from user_llm.tasks.asking import Asking, title_trie
 from user_llm.tasks.controls import measure_controls
-from user_llm.training.task import Task
+from user_llm.training.task import Batch, Task
 
 
 def model_config(name: str, run: Run, data: Dataset, base: DecoderConfig) -> UserLLMConfig:
@@ -237,7 +237,11 @@ def build(name: str, run: Run, data: Dataset) -> Task:
     asking = Asking(predictor, data, asked)
     leading = {task: predictor.leading(task) for task in asked}
     weights = {key: value for key, value in vars(phase.loss).items() if key != "trie_softmax"} | {"leading": leading}
+    weights["teacher"] = phase.loss.teacher if phase.encoder_init == "pretrained" else 0.0  # from scratch it knows nothing
     choices = title_choices(asked, full.decoder.vocab_size) if phase.loss.trie_softmax else {}
+
+    def choices_of(batch: Batch) -> Choices | None:
+        return batch["choices"].get(task_of(batch)) if choices else None
 
     def evaluate(params: Params) -> dict[str, float]:
         """Return the metrics of the first task, which the phase monitors."""
@@ -272,9 +276,9 @@ def build(name: str, run: Run, data: Dataset) -> Task:
         load=load,
         init=lambda place: starting.init(run, create, load, shapes, place),
         loss=lambda params, batch, key, whole: contextual_loss(
-            trees.merge(graphdef, params), batch, key, whole=whole, choices=choices.get(task_of(batch)), **weights
+            trees.merge(graphdef, params), batch, key, whole=whole, choices=choices_of(batch), **weights
         ),
-        counts=lambda batch: contextual_counts(batch, choices.get(task_of(batch))),
+        counts=lambda batch: contextual_counts(batch, choices_of(batch), phase.loss.all_words),
         train_data=train_data,
         steps_per_epoch=len(windows) / phase.batch_size,
         work=_work(shapes, phase, max(of.template.max_tokens for of in asked.values()), packings.values()),
@@ -284,5 +288,6 @@ def build(name: str, run: Run, data: Dataset) -> Task:
         evaluate=evaluate,
         results=results,
         programs=predictor.programs,
+        beside={"choices": choices} if choices else {},
         taught_by=(phase.encoder,) if examples.max_events and phase.encoder_init == "pretrained" else (),
     )

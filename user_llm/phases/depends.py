@@ -28,6 +28,8 @@ SMALL_LLM = ("llm.vocab_size", "llm.num_layers", "llm.block")
 ITEM_TABLE = ("encoder.kind", "encoder.options", "encoder.features", "encoder.block.width")
 OFF = (
     "loss.trie_softmax",
+    "loss.teacher",
+    "loss.all_words",
     "loss.in_batch",
     "residual",
     "eval.transitions",
@@ -35,6 +37,7 @@ OFF = (
     "eval.rerank",
     "eval.control_users",
 )  # keys of a phase that compute nothing where they are off
+OF_TITLES = ("teacher", "all_words")  # keys of `loss` that compute nothing without `trie_softmax`
 ANOTHER = "{} holds a run of another config ({}): choose another --workdir."
 
 
@@ -190,8 +193,8 @@ def own_settings(config: Config, name: str) -> dict[str, Any]:
     """Return the settings of a phase's section and of its strategy.
 
     The strategy counts by what it trains, and the section's `encoder` by the settings of that encoder, not by their names. Tasks of
-    weight 0, how prompts would be packed where they are not, and what is OFF count for nothing, so that a phase of older code, which
-    has not these keys, is the same phase.
+    weight 0, how prompts would be packed where they are not, OF_TITLES where titles are written among all words, a teacher without a
+    pretrained encoder, and what is OFF count for nothing, so that a phase of older code, which has not these keys, is the same phase.
 
     Raises:
       ValueError: a method whose name is no part of a path.
@@ -202,6 +205,10 @@ def own_settings(config: Config, name: str) -> dict[str, Any]:
         path_part(section["method"].replace("/", "_"), f"{name}.method")
     if "pack" in section and not section["pack"]["histories"]:
         del section["pack"]
+    if "trie_softmax" in section.get("loss", ()):
+        taught = config.contextual(name).examples.max_events and section["encoder_init"] == "pretrained"
+        unread = OF_TITLES if not section["loss"]["trie_softmax"] else () if taught else ("teacher",)
+        section["loss"] = {key: value for key, value in section["loss"].items() if key not in unread}
     if "prompts" in section:
         asked = section["prompts"].items()
         section["prompts"] = {task: of for task, of in asked if not isinstance(of, dict) or of.get("weight")}

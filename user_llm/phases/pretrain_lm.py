@@ -18,7 +18,7 @@ from user_llm.config.phases import PretrainLM
 from user_llm.data.dataset import Dataset
 from user_llm.data.pipeline import packed_text
 from user_llm.models.decoder import Decoder
-from user_llm.nn.columns import Columns
+from user_llm.nn.columns import Columns, Targets
 from user_llm.nn.losses import Whole, chunked_cross_entropy, whole_count
 from user_llm.nn.visibility import segment_mask
 from user_llm.phases.llm import corpus, decoder_config, tokenizer
@@ -29,7 +29,7 @@ from user_llm.training.task import Batch, Task
 def text_loss(
     decoder: Decoder,
     hidden: Array,
-    tokens: Array,
+    tokens: Array | Targets,
     weights: Array,
     chunk: int,
     whole: Whole | None = None,

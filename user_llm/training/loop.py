@@ -214,6 +214,7 @@ def _train(
         # Targets read since the last log, and since `progress.targets` was last updated.
         events, uncounted, since = 0, 0, time.monotonic()
         checked: set[tuple] = set()  # shapes of batches: several tasks may take turns
+        beside = meshes.put_whole(task.beside, mesh)
         while True:
             signalled = preempted(step)
             last = step >= config.total_steps
@@ -242,7 +243,7 @@ def _train(
             if last or stalled:
                 break
             batch = next(data)
-            arrays = meshes.put_batch(batch, mesh)
+            arrays = meshes.put_batch(batch, mesh) | beside
             shapes = tuple(array.shape for array in jax.tree.leaves(arrays))
             if shapes not in checked:
                 check_memory(step_fn, state, arrays, mesh)

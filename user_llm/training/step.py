@@ -66,7 +66,7 @@ def split_batch(batch: Batch, parts: int, shards: int) -> Batch:
 def make_train_step(
     task: Task, optimizer: optax.GradientTransformation, like: TrainState, *, seed: int, dtype: jnp.dtype, parts: int = 1
 ) -> jax.stages.Wrapped:
-    """Return the jitted (state, batch) -> (state, scalars); the state given is donated.
+    """Return the jitted (state, batch) -> (state, scalars); the state given is donated. A batch holds `task.beside`, too.
 
     What comes out is sharded as in `like`: left to itself, XLA may choose otherwise, and the next step compiles again. With
     `parts` above 1 the gradient is summed up over as many parts of the batch, one in memory at a time; scalars named `loss` are sums
@@ -83,10 +83,13 @@ def make_train_step(
 
     def accumulated(state: TrainState, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict, Params]:
         whole = {**task.counts(batch), "parts": jnp.asarray(parts)}
-        of_parts = split_batch(batch, parts, meshes.row_shards(jax.sharding.get_abstract_mesh()))
+        beside = {name: batch[name] for name in task.beside}
+        rows = {name: arrays for name, arrays in batch.items() if name not in beside}
+        of_parts = split_batch(rows, parts, meshes.row_shards(jax.sharding.get_abstract_mesh()))
 
         def add(grads: Params, part: tuple[Batch, jax.Array]) -> tuple[Params, tuple]:
-            value, scalars, more = gradient(state, *part, whole)
+            rows, key = part
+            value, scalars, more = gradient(state, rows | beside, key, whole)
             return jax.lax.with_sharding_constraint(jax.tree.map(jnp.add, grads, more), where.trainable), (value, scalars)
 
         start = jax.tree.map(jnp.zeros_like, state.trainable)
