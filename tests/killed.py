@@ -17,7 +17,7 @@ class Count:
     """Stands in for `Recommend`, and for its model: one row for each event of a user, computed without jax."""
 
     vocabulary: Vocabulary
-    identity = "count"
+    identity, mark = "count", ""
     settings = {}
     schema = pa.schema({"user": pa.string(), "rank": pa.int64()})
 
