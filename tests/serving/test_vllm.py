@@ -115,6 +115,11 @@ def test_what_vllm_cannot_say_is_refused(soft, user, make_model):
     for ask in (lambda m, u: vllm.completion(m, u, "x"), lambda m, u: vllm.conversation(m, u, CHAT)):
         with pytest.raises(ValueError, match="encode their events again"):
             ask(soft.written, dataclasses.replace(user, model="another"))
+        config = soft.written.predictor.config
+        scaled = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, embed_scale=12.0))
+        granite = dataclasses.replace(soft.written, predictor=dataclasses.replace(soft.written.predictor, config=scaled))
+        with pytest.raises(ValueError, match=r"\(Granite\) multiply embeddings by 12\.0 wherever they come from"):
+            ask(granite, user)
     with pytest.raises(ValueError, match="no messages"):
         vllm.conversation(soft.written, user, [])
     with pytest.raises(ValueError, match="Give one of a prompt, a task and a chat"):

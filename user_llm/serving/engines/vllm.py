@@ -17,7 +17,8 @@ server applies its chat template around that.
 vLLM's cache of prefixes knows a block of embeddings by their bytes. In a prompt of tokens and embeddings it takes a zero embedding
 for the token 0 (vLLM issue 56655). A conversation therefore has a `cache_salt` of its user: nothing is shared between two users.
 
-The server reads embeddings without checking what they are. Only trusted programs may therefore send them.
+The server reads embeddings without checking what they are. Only trusted programs may therefore send them. Granite multiplies them
+once more, wherever they come from: its models are refused.
 """
 
 import base64
@@ -57,13 +58,14 @@ def completion(
       prompt, task, fields, chat: what to write, as in `Personalizer.generate_many`.
 
     Raises:
-      ValueError: the model has cross-attention, the user is of another model, or the prompt, task or chat is one that
+      ValueError: the model has cross-attention or is a Granite, the user is of another model, or the prompt, task or chat is one that
         `Personalizer.generate_many` refuses.
     """
     if model.predictor.config.decoder.cross is not None:
         raise ValueError(
             "This model attends to its user by cross-attention, for which a completion has no place: ask it by a conversation."
         )
+    _check_scale(model)
     if user is not None:
         model.check(user)
     writer = model.writer
@@ -94,7 +96,7 @@ def conversation(model: Personalizer, user: User | None, chat: Sequence[Mapping[
       chat: messages such as {"role": "user", "content": "Hello"}.
 
     Raises:
-      ValueError: the model has both cross-attention and a soft prompt, the user is of another model, or there is no message.
+      ValueError: the model has both cross-attention and a soft prompt, or a soft prompt and is a Granite, the user is of another model, or there is no message.
     """
     if not chat:
         raise ValueError("The chat has no messages: give at least one.")
@@ -110,6 +112,7 @@ def conversation(model: Personalizer, user: User | None, chat: Sequence[Mapping[
         data = encode_tensor(user.tokens)
         part = {"type": "image_embeds", "image_embeds": data}
     else:
+        _check_scale(model)
         data = encode_tensor(soft_tokens(model, user))
         part = {"type": "prompt_embeds", "data": data}
     first = messages[first_of_user(messages)]
@@ -117,6 +120,16 @@ def conversation(model: Personalizer, user: User | None, chat: Sequence[Mapping[
     texts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content or ())
     first["content"] = [part, *texts]
     return {"messages": messages, "cache_salt": hashlib.sha256(data.encode()).hexdigest()}
+
+
+def _check_scale(model: Personalizer) -> None:
+    """Refuse an LLM that scales all embeddings that it is given; Gemma scales by the square root of the width, and tokens' alone."""
+    decoder = model.predictor.config.decoder
+    if decoder.embed_scale not in (1.0, decoder.block.width**0.5):
+        raise ValueError(
+            f"LLMs of this family (Granite) multiply embeddings by {decoder.embed_scale} wherever they come from, and these are "
+            "multiplied already: let this package itself write, or use cross-attention."
+        )
 
 
 def soft_tokens(model: Personalizer, user: User | None) -> Float[np.ndarray, "M D"]:
