@@ -8,7 +8,8 @@ Left out: scales that are quantised themselves, calibration on data, activations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -128,18 +129,25 @@ def blocks_axis(codes: tuple[int, ...], scale: tuple[int, ...]) -> int:
     return next(axis for axis, sizes in enumerate(zip(codes, scale, strict=True)) if sizes[0] != sizes[1])
 
 
+def by_weight(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a flat tree holds of each weight by the weight's own path; of one in codes, what it holds of the codes."""
+    return {
+        path.removesuffix("/codes"): leaf
+        for path, leaf in flat.items()
+        if not (path.endswith("/scale") and path.removesuffix("scale") + "codes" in flat)
+    }
+
+
 def restored(params: Params, kind: str, dtype: DTypeLike) -> Params:
     """Return parameters with every weight that is kept in codes as the numbers that they stand for, in `dtype`."""
     flat = flatten(params)
-    found = {path: leaf for path, leaf in flat.items() if path.removesuffix("/scale") + "/codes" not in flat}
-    for path in [path for path in found if path.endswith("/codes")]:
-        weight = path.removesuffix("/codes")
-        found[weight] = _dequantize(found.pop(path), flat[f"{weight}/scale"], kind, jnp.dtype(dtype))
+    found = by_weight(flat)
+    for path in found.keys() - flat.keys():
+        found[path] = _dequantize(found[path], flat[f"{path}/scale"], kind, jnp.dtype(dtype))
     return unflatten(found)
 
 
 _dequantize = jax.jit(dequantize, static_argnums=(2, 3))
-quantize_at_once = jax.jit(quantize, static_argnames=("kind", "axis"))
 
 
 def _nearest(x: Float[Array, "..."], kind: str) -> Num[Array, "..."]:
