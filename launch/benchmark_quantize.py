@@ -28,7 +28,7 @@ def log_probabilities(llm: str, form: str, tokens) -> tuple:
     from user_llm.models.pretrained import decoder_config, load_decoder
     from user_llm.models.user import hidden_states
 
-    plain = decoder_config(llm, unroll=True)
+    plain = decoder_config(llm)
     config = dataclasses.replace(plain, block=dataclasses.replace(plain.block, quantize=form))
     graphdef, shapes = trees.abstract(lambda: Decoder(config, rngs=nnx.Rngs(params=0)))
     params = load_decoder(llm, config)

@@ -35,7 +35,7 @@ from user_llm.models import gguf_file
 from user_llm.models.config_json import DEQUANTISED, ORIGINAL, config_from_settings
 from user_llm.models.decoder import Decoder, DecoderConfig
 from user_llm.models.families import FAMILIES, Family, Tensor, family_of, modules_of, table
-from user_llm.nn.stored import blocks_axis, quantize_at_once
+from user_llm.nn.stored import blocks_axis, quantize
 
 # What a Gemma 3 checkpoint with images holds besides its language model.
 IMAGE_SIDE = ("vision_tower.", "multi_modal_projector.")
@@ -202,8 +202,8 @@ def _parts(value: np.ndarray, t: Tensor, wanted: Mapping[str, jax.ShapeDtypeStru
         return {t.path: _put(value, plain.sharding, plain.dtype)}
     if codes is None or scale is None:
         return {}
-    found = quantize_at_once(_put(value, codes.sharding, value.dtype), kind=kind, axis=blocks_axis(codes.shape, scale.shape))
-    parts = jax.device_put(found, (codes.sharding, scale.sharding))
+    in_codes = jax.jit(quantize, static_argnames=("kind", "axis"), out_shardings=(codes.sharding, scale.sharding))
+    parts = in_codes(_put(value, codes.sharding, value.dtype), kind=kind, axis=blocks_axis(codes.shape, scale.shape))
     return {f"{t.path}/{part}": array for part, array in zip(("codes", "scale"), parts, strict=True)}
 
 

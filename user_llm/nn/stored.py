@@ -8,7 +8,8 @@ Left out: scales that are quantised themselves, calibration on data, activations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,26 +63,30 @@ def weight_param(rngs: nnx.Rngs, shape: tuple[int, ...], inputs: int, quantize: 
 def times(multiply: Callable[[Array, Array], Array], x: Float[Array, "..."], weight: Weight) -> Float[Array, "..."]:
     """Return multiply(x, weight), which is linear in `x`; a weight that is stored in fewer bytes than `x` is first restored.
 
-    Such a weight gets no gradient, and the restored one is not kept for the backward pass.
+    The restored weight is not kept for the backward pass. One in codes has no gradient.
     """
-    stored: tuple[Array, ...]
-    restore: Callable[..., Array]
     if isinstance(weight, Quantized):
-        stored, restore = (weight.codes[...], weight.scale[...]), functools.partial(dequantize, kind=weight.kind, dtype=x.dtype)
-    elif weight[...].dtype.itemsize < x.dtype.itemsize:
-        stored, restore = (weight[...],), lambda narrow: narrow.astype(x.dtype)
-    else:
+        return _of_codes(multiply, x, (weight.codes[...], weight.scale[...]), weight.kind)
+    if weight[...].dtype.itemsize >= x.dtype.itemsize:
         return multiply(x, weight[...])
+    return jax.checkpoint(lambda x, narrow: multiply(x, narrow.astype(x.dtype)))(x, weight[...])
+
+
+def _of_codes(multiply: Callable[[Array, Array], Array], x: Array, stored: tuple[Array, Array], kind: str) -> Array:
+    """Return multiply(x, weight) of a weight in codes.
+
+    Not by `jax.checkpoint`: where a checkpoint around it saves products, those within another one are computed again.
+    """
     like = jax.ShapeDtypeStruct(x.shape, x.dtype)
 
     @jax.custom_vjp
     def product(x, stored):
-        return multiply(x, restore(*stored))
+        return multiply(x, dequantize(*stored, kind, like.dtype))
 
     def backward(stored, gradient):
         # Behind a barrier, or XLA would find the same restored weight as in the forward pass, and keep it.
         stored, gradient = jax.lax.optimization_barrier((stored, gradient))
-        return *jax.linear_transpose(lambda x: multiply(x, restore(*stored)), like)(gradient), None
+        return *jax.linear_transpose(lambda x: multiply(x, dequantize(*stored, kind, like.dtype)), like)(gradient), None
 
     product.defvjp(lambda x, stored: (product(x, stored), stored), backward)
     return product(x, stored)
@@ -128,18 +133,25 @@ def blocks_axis(codes: tuple[int, ...], scale: tuple[int, ...]) -> int:
     return next(axis for axis, sizes in enumerate(zip(codes, scale, strict=True)) if sizes[0] != sizes[1])
 
 
+def by_weight(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a flat tree holds of each weight by the weight's own path; of one in codes, what it holds of the codes."""
+    return {
+        path.removesuffix("/codes"): leaf
+        for path, leaf in flat.items()
+        if not (path.endswith("/scale") and path.removesuffix("scale") + "codes" in flat)
+    }
+
+
 def restored(params: Params, kind: str, dtype: DTypeLike) -> Params:
     """Return parameters with every weight that is kept in codes as the numbers that they stand for, in `dtype`."""
     flat = flatten(params)
-    found = {path: leaf for path, leaf in flat.items() if path.removesuffix("/scale") + "/codes" not in flat}
-    for path in [path for path in found if path.endswith("/codes")]:
-        weight = path.removesuffix("/codes")
-        found[weight] = _dequantize(found.pop(path), flat[f"{weight}/scale"], kind, jnp.dtype(dtype))
+    found = by_weight(flat)
+    for path in found.keys() - flat.keys():
+        found[path] = _dequantize(found[path], flat[f"{path}/scale"], kind, jnp.dtype(dtype))
     return unflatten(found)
 
 
 _dequantize = jax.jit(dequantize, static_argnums=(2, 3))
-quantize_at_once = jax.jit(quantize, static_argnames=("kind", "axis"))
 
 
 def _nearest(x: Float[Array, "..."], kind: str) -> Num[Array, "..."]:

@@ -29,6 +29,9 @@ def kept(name: str, run: Run, rules: Rules, shapes: Params) -> Params:
 
     Args:
       rules: as in `init`.
+
+    Raises:
+      ValueError: a quantised weight that would be drawn.
     """
     if not run.config.llm.checkpoint:
         return shapes
@@ -36,6 +39,10 @@ def kept(name: str, run: Run, rules: Rules, shapes: Params) -> Params:
     stored = pretrained.in_stored_types(run.checkpoint, decoder, decoder_config(run, 0), run.kinds.families)
     narrow = trees.flatten(cast({"decoder": stored}, jnp.dtype(phase.loop.dtype)))
     starts = trees.flatten(sources(run, rules, shapes))
+    if drawn := [path for path, source in starts.items() if path.endswith("/codes") and source == "fresh"]:
+        raise ValueError(
+            f"{name}.load: {drawn[0]} cannot start fresh, with llm.quantize={run.config.llm.quantize}: load the checkpoint."
+        )
     trains = trees.flatten(trees.match(run.config.strategies[phase.strategy].trainable, shapes))
     frozen = {path for path, source in starts.items() if source == "checkpoint" and not trains[path]}
     return trees.replace(shapes, {path: narrow[path] for path in frozen})

@@ -44,6 +44,7 @@ from user_llm.models.families import FAMILIES, Family
 from user_llm.models.pretrained import checkpoint_hashes, decoder_config, family_at, find_checkpoint, load_decoder
 from user_llm.models.user_encoder import UserEncoderConfig
 from user_llm.models.user_llm import UserLLM, UserLLMConfig
+from user_llm.nn.stored import by_weight
 from user_llm.serving.card import card
 from user_llm.serving.growth import CATALOGUE, Growth
 from user_llm.serving.personalizer import Personalizer
@@ -131,7 +132,7 @@ def _write(directory: Path, model: Personalizer, made: Making, params: Params, *
         if held:
             kept = made.source if (made.source / "config.json").is_file() else None
             formats.save_decoder(folder, params["decoder"], config.decoder, like=kept, families=made.families)
-            settings["model"] = sizes(formats.without_adapters(config))
+            settings |= {"model": sizes(formats.without_adapters(config)), "sharding": by_weight(settings["sharding"])}
         elif config.decoder.block.lora is not None:
             base, family = made.base.checkpoint if made.base else "", family_at(made.source, made.families)
             modules = pretrained.modules_at(made.source)
