@@ -81,7 +81,8 @@ def preset_config(name: str) -> ConfigDict:
     config.phases = ("pretrain_encoder", "user_llm")
     plain = defaults.optimizer(1e-3, warmup_steps=0)
     config.update_from_flattened_dict({
-        "encoder.features": ("item",), "encoder.dropout": 0.0, "encoder.block.dropout": 0.0,
+        "encoder.features": ("item",), "encoder.tower": False, "encoder.dropout": 0.0, "encoder.block.dropout": 0.0,
+        "pretrain_encoder.loss.in_batch": False,
         "pretrain_encoder.optimizer": ConfigDict(plain), "user_llm.optimizer": ConfigDict(plain),
         "user_llm.encoder_init": "scratch", "user_llm.load": ((r".*", "fresh"),), "user_llm.loss.align": 0.0,
         "user_llm.resampler.recency_buckets": 0, "user_llm.prompts.next_item.max_tokens": 32, "llm.checkpoint": "random weights",

@@ -34,6 +34,7 @@ def ours(data: str, steps: int) -> dict:
 
     config = movielens_encoder.get_config("small")
     config.data.dir = data
+    config.encoder.tower = config.pretrain_encoder.loss.in_batch = False  # as the peer's encoder
     with tempfile.TemporaryDirectory() as work:
         read = check(config)
         run = Run(read, epath.Path(work), make_mesh(**vars(read.mesh)))

@@ -103,7 +103,7 @@ def _shapes(context, name, monkeypatch):
     """The task of a phase, and the shapes of its parameters, without what earlier phases would have saved."""
     run, data = context
     monkeypatch.setattr(trees, "init", lambda create, place, wanted=None: trees.abstract(create)[1])
-    monkeypatch.setattr(starting, "init", lambda run, create, rules, place: trees.init(create, place))
+    monkeypatch.setattr(starting, "init", lambda run, create, rules, shapes, place: trees.init(create, place))
     task = BUILDERS[run.config.sections[name].task](name, run, data)
     return task, task.init(None)
 
@@ -119,7 +119,9 @@ def test_user_llm_takes_any_encoder(tmp_path, make_timelines, mesh_of, monkeypat
         config.variants[name].changes.update({"batch_size": 1, "examples": {"targets_per_history": 2}})
     run, data = opened(config, make_timelines([list(range(1, 101))] * 4), mesh_of(), tmp_path)
     found = {}
-    monkeypatch.setattr(starting, "init", lambda run, create, rules, place: found.update(rules) or trees.abstract(create)[1])
+    monkeypatch.setattr(
+        starting, "init", lambda run, create, rules, shapes, place: found.update(rules) or trees.abstract(create)[1]
+    )
     sources = {}
     for name in names:
         task = BUILDERS["contextualize"](name, run, data)
