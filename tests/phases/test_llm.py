@@ -78,3 +78,22 @@ def test_a_checkpoint_whose_tokenizer_has_more_tokens_than_its_table_is_refused(
     (tmp_path / "llm" / "config.json").write_text(json.dumps(settings | {"vocab_size": size - 1}))
     with pytest.raises(ValueError, match=rf"llm: the tokenizer has {size} tokens, and the LLM's table {size - 1}"):
         llm.tokenizer(run, data)
+
+
+def test_experts_are_kept_in_no_codes(tmp_path, mesh_of):
+    settings = {
+        "model_type": "qwen3_moe", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "head_dim": 4, "vocab_size": 30, "num_experts": 2, "num_experts_per_tok": 1,
+        "moe_intermediate_size": 8, "norm_topk_prob": True,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    config = experiments.experiment("movielens", "xattn", "small")
+    config.llm.update(checkpoint=str(tmp_path), quantize="int8")
+    config.user_llm.strategy = "lora"
+    for name in ("text_prompt_10", "text_prompt_50"):
+        config[name].strategy = "lora"
+    run = Run(read_config(config), epath.Path(tmp_path), mesh_of())
+    with pytest.raises(ValueError, match="llm.quantize=int8: the weights of experts"):
+        llm.decoder_config(run, 30)
+    config.llm.quantize = ""
+    assert llm.decoder_config(dataclasses.replace(run, config=read_config(config)), 30).block.experts.count == 2
