@@ -219,7 +219,7 @@ def load(
     # In another type it computes something else, and so it is another model.
     identity_of = settings.identity if computed == _dtype(settings.dtype) else f"{settings.identity}-{computed}"
     predictor = Predictor(config, graphdef, params, mesh, templates, **dataclasses.asdict(settings.limits))
-    growth = Growth.of(directory, catalogue, counts, settings.added)
+    growth = Growth.of(directory, settings.identity, catalogue, counts, settings.added, encoders)
     return Personalizer(identity_of, predictor, vocabulary, lines, names, dataclasses.asdict(settings.facts), growth)
 
 
