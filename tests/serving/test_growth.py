@@ -168,6 +168,7 @@ def test_users_of_other_items_are_refused(old):
         (["a"], "row 1: 'a' is no dict"),
         ([NEW, NEW | {"title": "B"}], "row 2: the item 'new' is there already, with the title 'A new film'"),
         ([NEW, NEW | {"genres": ["War"]}], "'new' is there already, with the genres Drama, War"),
+        ([{"id": "new"}, NEW], "row 2: the item 'new' is there already, with the title 'new'"),
         ([{"id": "10", "title": "Another"}], "row 1: the item '10' is there already"),
         (7, "Items are a list of dicts, a table of pandas, polars or Arrow, or the path of a file, not int"),
         ("no/file.parquet", "There is no file no/file.parquet"),
