@@ -1,6 +1,7 @@
 """Items that are added to a running server: known at once and after a restart, to all processes of a store, beside other requests."""
 
 import asyncio
+import dataclasses
 import sqlite3
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ import httpx2
 import pytest
 
 from user_llm.serve import items
+from user_llm.serve.engine import Engine
 from user_llm.serve.items import Items, with_items
 from user_llm.serve.limits import Limits
 from user_llm.serve.store import open_store
@@ -190,3 +192,17 @@ def test_a_store_of_before_gets_its_table(tmp_path):
     store.add_items([NEW])
     assert store.items() == [NEW]
     store.close()
+
+
+def test_a_model_without_an_item_head_compiles_before_it_takes_the_place(model, monkeypatch):
+    """Its programs hold the titles of all items, so that one more item needs other programs even where there are rows for it."""
+    asked = []
+    monkeypatch.setattr("user_llm.serve.engine.ask", lambda model, limits: asked.append(model))
+    for ranks in (True, False):
+        engine = Engine(dataclasses.replace(model, predictor=dataclasses.replace(model.predictor, ranks=ranks)), Limits())
+        grown = engine.model.add_items([NEW])
+        one_more = grown.add_items([{"id": "b"}])  # there is a row for it
+        engine.grow(grown)
+        engine.grow(one_more)
+        assert engine.model is one_more and asked == ([grown] if ranks else [grown, one_more])
+        asked.clear()
