@@ -1,9 +1,10 @@
 """How a model grows: items that are added after its training, by their titles and categories, without any further training.
 
-A further item gets the next number, and numbers are never given again. A user whom the model encoded before therefore stays right. A
-*mark* names the further items that a user was encoded with, so that two models with different further items do not mix their users.
+An added item gets the next number, and numbers are never given again. A user whom the model encoded before therefore stays right. Each user
+carries a *mark*: a hash of the added items, in order, that the model had when it encoded the user. A model accepts only users whose mark is
+one of its own.
 
-Axis letters: I items of the training and PAD, V rows of the item table, D width of an item's vector.
+Axis letters: I items that were there in training, PAD (number 0) included, V rows of the item table, D width of an item's vector.
 """
 
 import dataclasses
@@ -39,13 +40,13 @@ NO_MARKS: dict[str, int] = {"": 0}
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Growth:
-    """What a model needs in order to grow.
+    """What `add_items` and `save` need of a loaded model.
 
     Attributes:
       directory: the model directory that the model was loaded from.
       identity: that of the model in it when it was loaded.
       counts: the number of training events of each item of the training; index 0 is PAD.
-      marks: each mark, in order, with the number of further items that it stands for; the mark of none is the empty text.
+      marks: {mark: n}: the mark of the first n added items, for n = 0, 1, 2, ...; the mark of none is the empty text.
       content: the regression that computes the vectors of added items. It is fitted at the first `add_items`; None before.
       encoders: the encoders besides ours that the model was loaded with, by their kinds.
     """
@@ -67,13 +68,13 @@ class Growth:
         added: int,
         encoders: Mapping[str, Any] | None = None,
     ) -> "Growth":
-        """Return the growth of a model that was loaded from a directory, and has so many further items already."""
+        """Return the growth of a model that was loaded from a directory, and of which the last `added` items were added."""
         trained = len(catalogue.keys) - added
         return cls(directory, identity, counts[:trained], _marks(NO_MARKS, catalogue, trained), encoders=encoders)
 
     @property
     def added(self) -> int:
-        """The number of further items."""
+        """The number of added items."""
         return len(self.marks) - 1
 
     def grown(self, predictor: Predictor, catalogue: Catalogue) -> tuple["Growth", Predictor]:
@@ -84,8 +85,10 @@ class Growth:
         """
         first = len(self.counts) + self.added
         path = item_rows.table_path(predictor.config)
-        trained = fetch(trees.flatten(predictor.params)[path])[: len(self.counts)]
-        content = self.content or Content.fit(catalogue, trained, self.counts)
+        content = self.content
+        if content is None:
+            trained = fetch(trees.flatten(predictor.params)[path])[: len(self.counts)]
+            content = Content.fit(catalogue, trained, self.counts)
         config = item_rows.roomy(predictor.config, len(catalogue.keys) - 1)
         rows = content.place(catalogue, first), item_rows.features_of(config, catalogue, first)
         params = item_rows.with_rows(config, predictor.params, first, *rows)
@@ -94,7 +97,7 @@ class Growth:
         return growth, dataclasses.replace(predictor, config=config, graphdef=graphdef, params=params)
 
     def save(self, out: Path, predictor: Predictor, catalogue: Catalogue) -> None:
-        """Write the model directory with all further items to `out`; a directory there is replaced.
+        """Write the model directory with all added items to `out`; a directory there is replaced.
 
         Raises:
           ValueError: the directory that the model was loaded from is gone, altered or another model's by now.
