@@ -169,11 +169,12 @@ def test_requests_do_not_wait_while_items_are_added(model, opened, tmp_path, mon
     assert asyncio.run(both()) == 1 and engine.model.vocabulary.knows("new")
 
 
-def test_what_the_device_has_no_room_for_is_not_stored_and_stops_nobody(model, opened, tmp_path):
+@pytest.mark.parametrize("error", [RuntimeError("RESOURCE_EXHAUSTED"), ValueError("the same title")])
+def test_what_cannot_be_served_is_not_stored_and_stops_nobody(model, opened, tmp_path, error):
     store = opened(f"sqlite:{tmp_path}/users.db")
-    engine = Growing(model, RuntimeError("RESOURCE_EXHAUSTED"))
+    engine = Growing(model, error)
     found = Items(store, lambda: engine, Limits())
-    with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+    with pytest.raises(type(error), match=str(error)):
         asyncio.run(found.add([NEW]))
     assert store.items() == []
     store.add_items([NEW])  # by another process

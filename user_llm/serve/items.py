@@ -87,7 +87,7 @@ class Items:
         async with self._turn:
             try:
                 await self._catch_up()
-            except RuntimeError as error:  # such as a device without room
+            except (RuntimeError, ValueError) as error:  # such as a device without room, or titles of the same tokens
                 logging.error("The store's items were not added to the model, which answers without them: %s", printable(error))
                 self._read, self._looked = (self._engine(), self._count()), time.monotonic()
 
