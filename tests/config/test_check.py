@@ -216,6 +216,15 @@ def test_settings_that_mean_something_pass(changes):
     check(changed(changes))
 
 
+def test_an_encoder_of_another_kind_has_no_tower():
+    """Its section has the key `tower` all the same, which is not read."""
+    off = {"encoder_init": "scratch", "loss.align": 0.0}
+    check(
+        changed({"encoder.kind": "mine", "encoder.tower": True} | {f"user_llm.{key}": value for key, value in off.items()}),
+        encoders=("transformer", "mine"),
+    )
+
+
 def test_every_phase_follows_its_kind_even_where_it_does_not_run():
     with pytest.raises(ValueError, match=r"text_prompt_50\.loop\.mode='banana'"):
         check(changed({"phases": ("pretrain_encoder",), "text_prompt_50.loop.mode": "banana"}))

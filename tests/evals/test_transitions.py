@@ -1,6 +1,7 @@
 """The transition baseline against plain Python; what counts as a step, and that training alone counts."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from scipy import sparse
 
 from user_llm.data.splits import leave_last_out
 from user_llm.evals import transitions as module
-from user_llm.evals.transitions import item_words, largest, transition_ranks, transitions
+from user_llm.evals.transitions import item_words, largest, transition_ranks, transition_scorer, transitions
 
 ITEMS = 12
 TITLES = ["", "Red Fox", "red dog", "Blue Whale", *(f"thing {n}" for n in range(4, ITEMS + 1))]
@@ -80,6 +81,19 @@ def test_ranks_are_those_of_plain_python(timelines, part):
         trained = {int(i) for u, stop in enumerate(split.train_stop) for i in timelines.items(u, 0, stop)}
         others = [scores[item] for item in range(1, ITEMS + 1) if item != target]
         assert rank == (1 + sum(other > scores[target] for other in others) if target in trained else np.inf)
+
+
+def test_scores_of_many_items_are_computed_a_part_at_a_time(timelines, monkeypatch):
+    split = leave_last_out(timelines)
+    batch = SimpleNamespace(users=np.arange(20), positions=timelines.lengths - 1)
+    whole, rows = transition_scorer(timelines, split)(batch), []
+    monkeypatch.setattr(module, "ENTRIES", 3 * (ITEMS + 1))
+    concatenate = np.concatenate
+    monkeypatch.setattr(np, "concatenate", lambda parts, **how: rows.extend(map(len, parts)) or concatenate(parts, **how))
+    scored = transition_scorer(timelines, split)
+    rows.clear()
+    np.testing.assert_array_equal(scored(batch), whole)
+    assert rows == [3] * 6 + [2]
 
 
 def test_a_second_step_leads_to_the_likeliest_alone(timelines, monkeypatch):

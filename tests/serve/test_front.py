@@ -25,7 +25,7 @@ BODY = {"model": "tiny", "prompt": "Secret words", "user": "secret-user", "max_t
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory):
     file = tmp_path_factory.mktemp("keys") / "keys.txt"
-    made = {scopes: add_key(file, f"holder:{scopes}") for scopes in ("read", "write", "read,write")}
+    made = {scopes: add_key(file, f"holder:{scopes}") for scopes in ("read", "write", "items", "read,write")}
     assert file.stat().st_mode & 0o077 == 0 and not any(key in file.read_text() for key in made.values())
     return read_keys(file), made
 
@@ -43,7 +43,8 @@ def test_keys_open_what_their_scopes_name(guarded, keys):
             reads.append(http.post("/v1/completions", json=BODY))
             event = {"item": "10", "rating": 3, "timestamp": 1}
             writes = [http.post("/v1/users/u/events", json=event), http.delete("/v1/users/u")]
-            for answers, scope in ((reads, "read"), (writes, "write")):
+            adds = [http.post("/v1/items", json=[{"id": "10"}])]
+            for answers, scope in ((reads, "read"), (writes, "write"), (adds, "items")):
                 for answer in answers:
                     if not scopes:
                         assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"

@@ -1,6 +1,9 @@
 """Items that are added to a running server: known at once and after a restart, to all processes of a store, beside other requests."""
 
+import asyncio
+import dataclasses
 import sqlite3
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
@@ -8,7 +11,9 @@ import httpx2
 import pytest
 
 from user_llm.serve import items
-from user_llm.serve.items import with_items
+from user_llm.serve.engine import Engine
+from user_llm.serve.items import Items, with_items
+from user_llm.serve.limits import Limits
 from user_llm.serve.store import open_store
 
 NEW = {"id": "new", "title": "A new film", "genres": ["Drama"]}
@@ -93,6 +98,8 @@ def test_items_come_beside_other_requests(serve, model):
         ([{"id": "a"}, {"title": "b"}], "row 2: an item's id"),
         ([{"id": "a", "genres": {"War": 1}}], "genres are a list of texts"),
         ([{"id": "10", "title": "Another"}], "'10' is there already"),
+        ([{"id": "a" * 257}], "An item's id is a text of 1 to 256 printable characters"),
+        ([{"id": "a", "title": "A", "genres": ["War" * 30_000]}], "The item 'a' takes more than 65536 bytes"),
         ([{"id": str(n)} for n in range(8)], "8 items: a request has at most 7"),
         ([{"id": str(n)} for n in range(100, 107)], "7 added items, and at most 6"),
     ],
@@ -113,11 +120,66 @@ def few(serve, model):
 
 
 def test_rows_that_do_not_fit_a_model_leave_it_as_it_is(model):
-    assert (
-        with_items(model, [{"id": "a", "colour": "red"}]) is model
-        and with_items(model, [{"id": "10", "title": "Else"}]) is model
-    )
-    assert with_items(model, [NEW]).vocabulary.knows("new")
+    assert with_items(model, [{"id": "10", "title": "Else"}]) is model
+    assert with_items(model, [NEW, {"id": "a", "title": " "}]) is model
+
+
+def test_bags_of_another_model_are_left_out(model):
+    """A row that was stored while a model with a further bag was served keeps no other row from this model."""
+    found = with_items(model, [NEW, {"id": "a", "colours": ["red"]}])
+    assert found.mark == model.add_items([NEW, {"id": "a"}]).mark
+
+
+def test_the_store_keeps_what_a_model_reads_and_no_more(serve, model):
+    with serve(model) as served, client(served) as http:
+        assert http.post("/v1/items", json=[NEW | {"id": 7, "events": "x" * 1000}]).json()["added"] == 1
+        assert served.state.store.items() == [NEW | {"id": "7"}]
+
+
+class Growing:
+    """An engine, as far as items see it, whose model takes its time to grow, or cannot."""
+
+    def __init__(self, model, error: Exception | None = None):
+        self.model, self.error, self.begun, self.go = model, error, threading.Event(), threading.Event()
+
+    def compile(self, model) -> None:
+        if self.error:
+            raise self.error
+        self.begun.set()
+        assert self.go.wait(60)
+
+    def grow(self, model) -> None:
+        self.compile(model)
+        self.model = model
+
+
+def test_requests_do_not_wait_while_items_are_added(model, opened, tmp_path, monkeypatch):
+    monkeypatch.setattr(items, "SECONDS", 0.0)
+    engine = Growing(model)
+    found = Items(opened(f"sqlite:{tmp_path}/users.db"), lambda: engine, Limits())
+
+    async def both() -> int:
+        adding = asyncio.create_task(found.add([NEW]))
+        await asyncio.to_thread(engine.begun.wait, 60)
+        await found.current()
+        assert not adding.done() and engine.model is model
+        engine.go.set()
+        return await adding
+
+    assert asyncio.run(both()) == 1 and engine.model.vocabulary.knows("new")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("RESOURCE_EXHAUSTED"), ValueError("the same title")])
+def test_what_cannot_be_served_is_not_stored_and_stops_nobody(model, opened, tmp_path, error):
+    store = opened(f"sqlite:{tmp_path}/users.db")
+    engine = Growing(model, error)
+    found = Items(store, lambda: engine, Limits())
+    with pytest.raises(type(error), match=str(error)):
+        asyncio.run(found.add([NEW]))
+    assert store.items() == []
+    store.add_items([NEW])  # by another process
+    asyncio.run(Items(store, lambda: engine, Limits()).current())
+    assert engine.model is model
 
 
 def test_a_store_of_before_gets_its_table(tmp_path):
@@ -131,3 +193,17 @@ def test_a_store_of_before_gets_its_table(tmp_path):
     store.add_items([NEW])
     assert store.items() == [NEW]
     store.close()
+
+
+def test_a_model_without_an_item_head_compiles_before_it_takes_the_place(model, monkeypatch):
+    """Its programs hold the titles of all items, so that one more item needs other programs even where there are rows for it."""
+    asked = []
+    monkeypatch.setattr("user_llm.serve.engine.ask", lambda model, limits: asked.append(model))
+    for ranks in (True, False):
+        engine = Engine(dataclasses.replace(model, predictor=dataclasses.replace(model.predictor, ranks=ranks)), Limits())
+        grown = engine.model.add_items([NEW])
+        one_more = grown.add_items([{"id": "b"}])  # there is a row for it
+        engine.grow(grown)
+        engine.grow(one_more)
+        assert engine.model is one_more and asked == ([grown] if ranks else [grown, one_more])
+        asked.clear()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -118,10 +119,27 @@ def test_a_saved_model_answers_as_before(known, old, tmp_path):
     artifact.export(tmp_path / "one", tmp_path / "whole")
     same_ranking(user_llm.load(tmp_path / "whole").recommend(user, 12), further.recommend(user, 12))
     assert "added" not in json.loads((known.directory / "user_llm.json").read_text())
-    with pytest.raises(ValueError, match="holds other items than it did"):
+    with pytest.raises(ValueError, match="holds another model, or other items"):
         user_llm.load(tmp_path / "one").growth.save(tmp_path / "two", old.predictor, old.vocabulary.catalogue)
     with pytest.raises(ValueError, match="not loaded from a directory"):
         known.written.add_items([NEW])
+
+
+def test_a_model_is_not_saved_with_what_another_run_left_in_its_place(make_model, tmp_path):
+    """Even where the other model has the same items, the rows that were added lie in another space."""
+    directory = shutil.copytree(make_model("cross").directory, tmp_path / "model")
+    grown = user_llm.load(directory).add_items([NEW])
+    shutil.rmtree(directory)
+    shutil.copytree(make_model("soft").directory, directory)
+    with pytest.raises(ValueError, match="holds another model, or other items"):
+        grown.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_added_items_is_saved_as_it_was(known, old, tmp_path):
+    old.save(tmp_path / "model")
+    for file in ("user_llm.json", "catalogue.parquet", "README.md"):
+        assert (tmp_path / "model" / file).read_bytes() == (known.directory / file).read_bytes()
 
 
 def test_users_of_other_items_are_refused(old):
@@ -150,6 +168,7 @@ def test_users_of_other_items_are_refused(old):
         (["a"], "row 1: 'a' is no dict"),
         ([NEW, NEW | {"title": "B"}], "row 2: the item 'new' is there already, with the title 'A new film'"),
         ([NEW, NEW | {"genres": ["War"]}], "'new' is there already, with the genres Drama, War"),
+        ([{"id": "new"}, NEW], "row 2: the item 'new' is there already, with the title 'new'"),
         ([{"id": "10", "title": "Another"}], "row 1: the item '10' is there already"),
         (7, "Items are a list of dicts, a table of pandas, polars or Arrow, or the path of a file, not int"),
         ("no/file.parquet", "There is no file no/file.parquet"),

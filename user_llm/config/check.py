@@ -190,7 +190,7 @@ def _scratch_conflicts(run: Config, phase: Contextualize, encoder: Encoder) -> I
     """Yield what an encoder that starts from scratch rules out."""
     if phase.loss.align:
         yield "loss.align", phase.loss.align, "an encoder from scratch teaches nothing: set it to 0"
-    if encoder.tower or encoder.objective == "dual":
+    if encoder.kind in ENCODERS and (encoder.tower or encoder.objective == "dual"):
         yield "encoder_init", phase.encoder_init, "the item tower of its encoder comes pretrained: set it to pretrained"
     if not _trains(run, phase, "encoder/project"):
         yield "strategy", phase.strategy, "it would leave an encoder from scratch untrained: choose another"

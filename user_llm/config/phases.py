@@ -127,7 +127,7 @@ class EncoderLoss:
     """The loss of the encoder.
 
     Attributes:
-      in_batch: whether an item is told from the other targets of the batch alone, as a dual encoder tells it whatever is set here.
+      in_batch: whether an item's negatives are the other targets of its batch, as a dual encoder's always are.
     """
 
     head_weights: dict[str, Weight]
@@ -143,8 +143,8 @@ class EncoderEval:
     """Validation and test of the encoder.
 
     Attributes:
-      transitions: the weights of the graph of transitions beside the encoder's scores; the weight that is best on validation is measured
-        on test, as the method's name and `+transitions`. Empty for no such sum.
+      transitions: the weights to try for the logarithm of the graph's scores, which is added to the encoder's. Validation chooses one by
+        NDCG@10. The sum is measured on test, as the method's name and `+transitions`. Empty: nothing is added.
     """
 
     max_events: Count

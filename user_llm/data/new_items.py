@@ -113,8 +113,9 @@ def _as_given(catalogue: Catalogue, number: int) -> Row:
 
 def _difference(row: Row, before: Row, catalogue: Catalogue) -> str:
     """Return in what an item that is there differs from what is given; the empty string if they are the same."""
-    if row.title and before.title and row.title not in (before.title, NUMBERED.sub("", before.title)):
-        return f"the title {shown(before.title)}"
+    title = before.title or readable(None, before.id, 0)  # an earlier row without a title has its id as title
+    if row.title and row.title not in (title, NUMBERED.sub("", title)):
+        return f"the title {shown(title)}"
     for name, values in row.bags.items():
         ids = set(catalogue.vocab[name])
         known = [value for value in values if value in ids]

@@ -27,7 +27,7 @@ BACKWARDS = 0.5  # A step from one item to another also counts this much as a st
 MISSING = 20.0  # The items' shares of all events count as this many steps from every item.
 BEFORE = 0.5  # The item before the last counts this much; the last counts 1.
 ALIKE = 0.01  # The cosine of two items' words counts this much; a probability counts 1.
-ENTRIES = 2**24  # The most scores of a batch: several arrays of them lie beside each other.
+ENTRIES = 2**24  # The most scores that are computed at once: several arrays of them lie beside each other.
 SECOND = 100  # How many items, those most often gone to, a second step may lead to: it bounds the work.
 
 
@@ -47,17 +47,22 @@ def transition_scorer(timelines: Timelines, split: Split) -> Callable[[HistoryBa
     chance, missing = sparse.diags_array(1 / left).tocsr() @ steps, (MISSING / left).astype(np.float32)
     second, words = largest(chance, SECOND), item_words(timelines.catalogue)
 
-    def score(batch: HistoryBatch) -> np.ndarray:
+    def score(users: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Return the scores of all items; popularity where the history is empty, for item 0 was never left."""
-        ends = timelines.offsets[batch.users] + batch.positions
-        last, before = (np.where(batch.positions >= back, timelines.item[np.maximum(ends - back, 0)], 0) for back in (1, 2))
-        weight = np.where(batch.positions >= 2, BEFORE, 0.0).astype(np.float32)[:, None]
+        ends = timelines.offsets[users] + positions
+        last, before = (np.where(positions >= back, timelines.item[np.maximum(ends - back, 0)], 0) for back in (1, 2))
+        weight = np.where(positions >= 2, BEFORE, 0.0).astype(np.float32)[:, None]
         both = lambda of_items: of_items[last] + of_items[before].multiply(weight)  # noqa: E731
         step, named = both(chance).tocsr(), both(words).tocsr()
         likely = (step + step @ second).toarray() + (missing[last, None] + weight * missing[before, None]) * share
         return (likely + ALIKE * (named @ words.T).toarray()).astype(np.float32)
 
-    return score
+    def in_parts(batch: HistoryBatch) -> np.ndarray:
+        parts = range(0, len(batch.users), max(ENTRIES // len(counts), 1))
+        rows = [slice(first, first + parts.step) for first in parts]
+        return np.concatenate([score(batch.users[part], batch.positions[part]) for part in rows])
+
+    return in_parts
 
 
 def transitions(timelines: Timelines, split: Split) -> sparse.csr_array:

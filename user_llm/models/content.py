@@ -8,7 +8,6 @@ Axis letters: I items of a catalogue, F columns of contents, C those that the re
 """
 
 import dataclasses
-import re
 import zlib
 
 import numpy as np
@@ -16,13 +15,12 @@ import scipy.linalg
 import scipy.sparse as sparse
 from jaxtyping import Float, Int
 
-from user_llm.data.timelines import Catalogue
+from user_llm.data.timelines import WORD, Catalogue
 
-WORD = re.compile(r"\w+")
-WORDS = 1 << 20  # the columns that words of titles are hashed to
-COLUMNS = 2048  # the most columns of the regression, the commonest ones: the time of a fit grows with their cube
-RIDGE = 10.0  # how much the weights are drawn to 0, in items
-FEW = 10.0  # an item of so many training events counts half as much as one of very many
+WORDS = 1 << 20  # each word of a title is hashed to one of so many columns
+COLUMNS = 2048  # the regression uses at most so many: those that most items have. The time of a fit grows with their cube.
+RIDGE = 10.0  # the strength of the pull of the weights to 0, as a number of items
+FEW = 10.0  # an item with so many training events has half the weight of an item with very many
 # The length of placed vectors on average, in lengths of trained ones. Longer ones are recommended more often, in the place of items that
 # training knows. launch/benchmark_items.py measures both sides.
 LENGTH = 0.8
@@ -70,7 +68,7 @@ class Content:
 
         Args:
           table: the vector of each item of the catalogue, PAD included.
-          counts: the number of training events of each item. An item counts the more, the more events have taught its vector.
+          counts: the number of training events of each item. An item with more events has more weight in the fit.
 
         Raises:
           ValueError: no item has training events.
@@ -89,7 +87,8 @@ class Content:
         gram = (used.T @ weighted).toarray()
         penalty = np.where(columns == 0, 1e-6, RIDGE)
         weights = scipy.linalg.solve(gram + np.diag(penalty), weighted.T @ table, assume_a="pos")
-        # What a regression says is shorter than what it was fitted to: all of it is made longer alike.
+        # Predicted vectors are shorter than trained ones. All are multiplied by one number, so that their mean length is LENGTH times that
+        # of trained vectors.
         long, short = (share @ np.linalg.norm(vectors, axis=1) for vectors in (table, used @ weights))
         return cls(columns, LENGTH * long / max(short, 1e-12) * weights)
 

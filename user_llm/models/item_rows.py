@@ -17,7 +17,7 @@ from user_llm.common.mesh import fetch
 from user_llm.common.trees import Params
 from user_llm.data.timelines import Catalogue
 from user_llm.models.encoder import item_features
-from user_llm.models.user_encoder import TABLE_MULTIPLE, UserEncoderConfig
+from user_llm.models.user_encoder import UserEncoderConfig, padded_rows
 from user_llm.models.user_llm import UserLLM, UserLLMConfig
 
 TOWER = "encoder/tower/catalogue"  # of a dual encoder: the features of each item
@@ -38,24 +38,24 @@ def table_path(config: UserLLMConfig) -> str:
 
 def resized(config: UserLLMConfig, items: int) -> UserLLMConfig:
     """Return the sizes of the same model with another number of items."""
-    rows = -(-(items + 1) // TABLE_MULTIPLE) * TABLE_MULTIPLE
     encoder = config.encoder
     if isinstance(encoder, UserEncoderConfig):
         first, *others = encoder.schema.features
         schema = dataclasses.replace(encoder.schema, features=(dataclasses.replace(first, size=items + 1), *others))
         encoder = dataclasses.replace(encoder, schema=schema)
-    return dataclasses.replace(config, encoder=encoder, table_rows=rows, num_items=items)
+    return dataclasses.replace(config, encoder=encoder, table_rows=padded_rows(items + 1), num_items=items)
 
 
 def roomy(config: UserLLMConfig, items: int) -> UserLLMConfig:
-    """Return the sizes of the same model with room for so many items: its own sizes where they have it, or else an eighth more than needed.
+    """Return the sizes of the same model with room for so many items.
 
-    All rows of the result count as items.
+    If the rows are enough, their number stays. Otherwise there are an eighth more than needed. In both cases `num_items` becomes the number
+    of rows - 1: rows that hold no item yet count as items too, and the caller must leave them out of rankings.
     """
     if items <= config.num_items:
         return config
     rows = items + 1 if items < config.table_rows else items + items // 8 + 1
-    return resized(config, -(-rows // TABLE_MULTIPLE) * TABLE_MULTIPLE - 1)
+    return resized(config, padded_rows(rows) - 1)
 
 
 def abstract(config: UserLLMConfig) -> tuple[nnx.GraphDef, Params]:
@@ -70,7 +70,7 @@ def with_rows(
 
     Args:
       config: the sizes of the result.
-      params: the parameters of the model with as many rows, or fewer.
+      params: the parameters of the model before; they have at most as many rows.
       first: the number of the first further item. Rows from there on are replaced.
       vectors, features: a row for each further item.
     """

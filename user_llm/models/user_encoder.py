@@ -32,6 +32,11 @@ TABLE_MULTIPLE = 128
 OBJECTIVES = ("autoregressive", "masked", "dual")
 
 
+def padded_rows(rows: int) -> int:
+    """Return the rows of an item table that has at least so many."""
+    return -(-rows // TABLE_MULTIPLE) * TABLE_MULTIPLE
+
+
 @dataclasses.dataclass(frozen=True)
 class UserEncoderConfig:
     """Sizes of the user encoder.
@@ -100,7 +105,7 @@ class UserEncoderConfig:
     @property
     def table_rows(self) -> int:
         """Rows of the item table: PAD, the items, and rows that nothing ever uses up to a round number."""
-        return -(-self.schema.features[0].size // TABLE_MULTIPLE) * TABLE_MULTIPLE
+        return padded_rows(self.schema.features[0].size)
 
     def build(self, rngs: nnx.Rngs, catalogue: Int[np.ndarray, "V X"] | None = None) -> "UserEncoder":
         """Return the encoder with drawn parameters; see `UserEncoder`."""

@@ -36,8 +36,8 @@ class UserLLMConfig:
       encoder: None for a decoder that reads histories as text.
       resampler: None for user tokens that are the encoder's states.
       soft_prompt: whether the user tokens stand among the decoder's embeddings.
-      residual: whether items are ranked by the sum of the LLM's query, which starts at zero, and the encoder's own. The last of the user
-        tokens is then the encoder's last state, which the decoder reads beside what the resampler makes.
+      residual: whether an item's score is the product of its vector with the sum of the encoder's query and the LLM's, which starts at
+        zero. With a resampler, the user tokens are then its M outputs and, as the last one, the encoder's last state.
     """
 
     decoder: DecoderConfig
@@ -113,7 +113,7 @@ class UserLLM(nnx.Module):
         return UserTokens(tokens, jnp.where(seen > 0, tokens.shape[1], 0).reshape(-1))
 
     def from_tokens(self, users: UserTokens, chosen: Int[AnyArray, "Z C"] | None = None) -> User:
-        """Return what the decoder reads of users: K/V for its cross-attention, soft tokens, or both; and what it adds its query to.
+        """Return what the decoder reads of users: K/V for its cross-attention, soft tokens, or both; for a `residual` model also its query.
 
         Args:
           chosen: the users are divided, in order, into Z equal parts. Row z names C users of part z by their numbers within it. Z C
@@ -186,7 +186,7 @@ class UserLLM(nnx.Module):
         """Project hidden states at answer positions into the space of item vectors.
 
         Args:
-          query: the encoder's own, to which that of a `residual` model is added (`User.query`); None for a user without events.
+          query: the encoder's own, to which that of a `residual` model is added (`User.query`); None for another model, or without a user.
         """
         own = self.item_norm(hidden) @ self.item_head[...]
         return own if query is None else own + query

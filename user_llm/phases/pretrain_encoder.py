@@ -52,7 +52,7 @@ from user_llm.phases.run import Run
 from user_llm.training.task import Batch, Program, Task
 
 Graph = Callable[[HistoryBatch], Float[np.ndarray, "B V"]]
-LEAST = 1e-7  # score of an item that the graph of transitions does not know
+LEAST = 1e-7  # the least score that counts as the graph's: it keeps the logarithm finite
 
 
 def encoder_config(section: Encoder, schema: Schema, kinds: Mapping[str, Any]) -> EncoderConfig:
@@ -101,7 +101,7 @@ class EncoderLoss:
       negatives: 0 for the exact softmax, else how many sampled negatives a step.
       chunk: rows of logits in memory at once in the exact softmax.
       log_q: log of each item's probability in a draw of a negative, by train frequency ^ 0.75.
-      share: of each item among the training events, by which logits are corrected where negatives are those of the batch.
+      share: each item's share of all training events. It corrects the logits where the negatives are those of the batch.
       mask_probability, last_only: of `choose_masked`, for the masked objective.
       in_batch: whether the negatives are the other targets of the batch, as those of a dual encoder always are.
     """

@@ -105,14 +105,25 @@ class Engine:
             self._thread.join(seconds)
 
     def grow(self, model: Personalizer) -> None:
-        """Let the engine's model with further items take its place. Programs that it needs anew are compiled here first.
+        """Replace the model by the same model with added items. Programs that it needs anew are compiled here, before the exchange.
 
         Any thread may call this, one at a time. What has begun goes on.
         """
-        if model.predictor.config != self.model.predictor.config:
+        self.compile(model)
+        self.model, self._inputs = model, Inputs(model, self.limits.context)
+
+    def compile(self, model: Personalizer) -> None:
+        """Compile what the same model with added items needs anew, in the thread that calls this.
+
+        Without an item head, the trie of all titles is part of the programs that recommend, so that every added item needs new ones.
+
+        Raises:
+          ValueError: two items have titles of the same tokens.
+          RuntimeError: the device has no room.
+        """
+        if model.predictor.config != self.model.predictor.config or not model.predictor.ranks:
             with jax.set_mesh(model.predictor.mesh):
                 ask(model, self.limits)
-        self.model, self._inputs = model, Inputs(model, self.limits.context)
 
     def check(self, prompt: Prompt) -> None:
         """Check that a prompt and its answer fit into a row.

@@ -129,7 +129,8 @@ class Front:
         holder = keys.holder(given.strip()) if kind.lower() == "bearer" else None
         if holder is None:
             raise Refusal(401, "A key is needed: send it as `Authorization: Bearer KEY`.", {"www-authenticate": "Bearer"})
-        scope_needed = "read" if scope["method"] in ("GET", "HEAD") or scope["path"] in READING else "write"
+        reads = scope["method"] in ("GET", "HEAD") or scope["path"] in READING
+        scope_needed = "read" if reads else "items" if scope["path"] == "/v1/items" else "write"
         if scope_needed not in holder.scopes:
             raise Refusal(403, f"This key does not have the scope {scope_needed!r}.")
         return holder.name

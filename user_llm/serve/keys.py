@@ -3,7 +3,8 @@
     # name  scopes      SHA-256 of the key
     app     read,write  9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08
 
-`read` is for texts, recommendations and looking at users. `write` is for storing and deleting events.
+`read` is for texts, recommendations and looking at users. `write` is for storing and deleting events. `items` is for
+adding items, which are recommended to everybody and cannot be removed.
 """
 
 import hashlib
@@ -14,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-SCOPES = ("read", "write")
+SCOPES = ("read", "write", "items")
 
 
 class Key(NamedTuple):

@@ -18,9 +18,9 @@ class Limits:
         takes its room before it comes.
       small_body_bytes: the size up to which a body is read even where those bytes are taken.
       body_seconds: the time in which a body must come, so that a slow one gives its room back.
-      events: the most events, or items to add, in one request.
+      events: the most events of one request, and the most items of one request to `/v1/items`.
       user_events: the most events of one user; further ones are refused. What a request for a user costs grows with the user's events.
-      event_bytes: the most bytes of an event, as JSON.
+      event_bytes: the most bytes of an event, or of an added item, as JSON.
       k: the most items of one answer.
       items: the most items that may be added to the model's own.
       cached: the number of users whose states are kept in memory, besides the store.

@@ -73,7 +73,7 @@ redis.call('DECRBY', KEYS[2], events)
 redis.call('DECRBY', KEYS[3], states)
 return deleted
 """
-# The keys are the ids of all items, and their rows in their order.
+# KEYS[1] is the set of the ids of all items; KEYS[2] is the list of their rows, in the order in which they were added.
 ADD_ITEMS = """
 for i = 1, #ARGV, 2 do
   if redis.call('SADD', KEYS[1], ARGV[i]) == 1 then redis.call('RPUSH', KEYS[2], ARGV[i + 1]) end

@@ -32,7 +32,7 @@ class State:
     begun: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
-        self.items = Items(self.store, lambda: self.engine, self.limits.items)
+        self.items = Items(self.store, lambda: self.engine, self.limits)
         self.states = States(
             self.store, lambda: self.engine, self.limits.cached, self.metrics.encodings.inc, current=self.items.current
         )

@@ -122,7 +122,10 @@ class States:
 
 
 def _fits(user: User, model: Personalizer) -> bool:
-    """Return whether a state holds all that a model knows of a user: items may have been added, of which the user has had events."""
+    """Return whether a model would compute the same state.
+
+    After items were added, it would unless the user has events with unknown items: some of them may be known now.
+    """
     return user.added == model.mark or (user.added in model.marks and not user.unknown)
 
 

@@ -123,7 +123,7 @@ class Store(Protocol):
         """
 
     def items(self, first: int = 0) -> list[dict[str, Any]]:
-        """Return the rows of the items in the order in which they were stored, without the first so many."""
+        """Return the rows of the items in the order in which they were stored, from place `first` on, counted from 0."""
 
     def counts(self) -> Counts:
         """Return how much the store holds. The numbers are maintained, so that the call takes no longer with more users."""

@@ -39,11 +39,11 @@ from user_llm.data.schema import Schema
 from user_llm.data.tokenizer import load_tokenizer
 from user_llm.data.vocabulary import Vocabulary, schema_and_names
 from user_llm.models import export as formats
-from user_llm.models import pretrained
+from user_llm.models import item_rows, pretrained
 from user_llm.models.families import FAMILIES, Family
 from user_llm.models.pretrained import checkpoint_hashes, decoder_config, family_at, find_checkpoint, load_decoder
 from user_llm.models.user_encoder import UserEncoderConfig
-from user_llm.models.user_llm import UserLLM, UserLLMConfig
+from user_llm.models.user_llm import UserLLMConfig
 from user_llm.nn.stored import by_weight
 from user_llm.serving.card import card
 from user_llm.serving.growth import CATALOGUE, Growth
@@ -219,7 +219,7 @@ def load(
     # In another type it computes something else, and so it is another model.
     identity_of = settings.identity if computed == _dtype(settings.dtype) else f"{settings.identity}-{computed}"
     predictor = Predictor(config, graphdef, params, mesh, templates, **dataclasses.asdict(settings.limits))
-    growth = Growth.of(directory, catalogue, counts, settings.added)
+    growth = Growth.of(directory, settings.identity, catalogue, counts, settings.added, encoders)
     return Personalizer(identity_of, predictor, vocabulary, lines, names, dataclasses.asdict(settings.facts), growth)
 
 
@@ -254,7 +254,7 @@ def _abstract(config: UserLLMConfig) -> tuple[nnx.GraphDef, Params]:
       ValueError: no model can have these sizes.
     """
     try:
-        return trees.abstract(lambda: UserLLM(config, rngs=nnx.Rngs(params=0)))
+        return item_rows.abstract(config)
     except (ValueError, TypeError, KeyError, ArithmeticError, re.error) as error:
         raise ValueError(f"model: no model has such sizes ({printable(error, 200)}).") from error
 

@@ -1,16 +1,19 @@
 """How a model grows: items that are added after its training, by their titles and categories, without any further training.
 
-A further item gets the next number, and numbers are never given again. A user whom the model encoded before therefore stays right. A
-*mark* names the further items that a user was encoded with, so that two models with different further items do not mix their users.
+An added item gets the next number, and numbers are never given again. A user whom the model encoded before therefore stays right. Each user
+carries a *mark*: a hash of the added items, in order, that the model had when it encoded the user. A model accepts only users whose mark is
+one of its own.
 
-Axis letters: I items of the training and PAD, V rows of the item table, D width of an item's vector.
+Axis letters: I items that were there in training, PAD (number 0) included, V rows of the item table, D width of an item's vector.
 """
 
 import dataclasses
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -26,9 +29,10 @@ from user_llm.data.vocabulary import schema_and_names
 from user_llm.models import item_rows
 from user_llm.models.content import Content
 from user_llm.models.export import USER_FILE
+from user_llm.models.user_llm import UserLLMConfig
 from user_llm.serving.card import card
 from user_llm.serving.predictor import Predictor
-from user_llm.serving.settings import plain, read_settings, write_settings
+from user_llm.serving.settings import read_settings, sizes, write_settings
 
 CATALOGUE = "catalogue.parquet"
 NO_MARKS: dict[str, int] = {"": 0}
@@ -36,29 +40,41 @@ NO_MARKS: dict[str, int] = {"": 0}
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Growth:
-    """What a model needs in order to grow.
+    """What `add_items` and `save` need of a loaded model.
 
     Attributes:
       directory: the model directory that the model was loaded from.
+      identity: that of the model in it when it was loaded.
       counts: the number of training events of each item of the training; index 0 is PAD.
-      marks: each mark, in order, with the number of further items that it stands for; the mark of none is the empty text.
-      content: what places items; None until it is needed.
+      marks: {mark: n}: the mark of the first n added items, for n = 0, 1, 2, ...; the mark of none is the empty text.
+      content: the regression that computes the vectors of added items. It is fitted at the first `add_items`; None before.
+      encoders: the encoders besides ours that the model was loaded with, by their kinds.
     """
 
     directory: Path
+    identity: str
     counts: Int[np.ndarray, " I"]
     marks: dict[str, int] = dataclasses.field(default_factory=lambda: NO_MARKS)
     content: Content | None = None
+    encoders: Mapping[str, Any] | None = None
 
     @classmethod
-    def of(cls, directory: Path, catalogue: Catalogue, counts: Int[np.ndarray, " V"], added: int) -> "Growth":
-        """Return the growth of a model that was loaded from a directory, and has so many further items already."""
+    def of(
+        cls,
+        directory: Path,
+        identity: str,
+        catalogue: Catalogue,
+        counts: Int[np.ndarray, " V"],
+        added: int,
+        encoders: Mapping[str, Any] | None = None,
+    ) -> "Growth":
+        """Return the growth of a model that was loaded from a directory, and of which the last `added` items were added."""
         trained = len(catalogue.keys) - added
-        return cls(directory, counts[:trained], _marks(NO_MARKS, catalogue, trained))
+        return cls(directory, identity, counts[:trained], _marks(NO_MARKS, catalogue, trained), encoders=encoders)
 
     @property
     def added(self) -> int:
-        """The number of further items."""
+        """The number of added items."""
         return len(self.marks) - 1
 
     def grown(self, predictor: Predictor, catalogue: Catalogue) -> tuple["Growth", Predictor]:
@@ -69,8 +85,10 @@ class Growth:
         """
         first = len(self.counts) + self.added
         path = item_rows.table_path(predictor.config)
-        trained = fetch(trees.flatten(predictor.params)[path])[: len(self.counts)]
-        content = self.content or Content.fit(catalogue, trained, self.counts)
+        content = self.content
+        if content is None:
+            trained = fetch(trees.flatten(predictor.params)[path])[: len(self.counts)]
+            content = Content.fit(catalogue, trained, self.counts)
         config = item_rows.roomy(predictor.config, len(catalogue.keys) - 1)
         rows = content.place(catalogue, first), item_rows.features_of(config, catalogue, first)
         params = item_rows.with_rows(config, predictor.params, first, *rows)
@@ -79,36 +97,48 @@ class Growth:
         return growth, dataclasses.replace(predictor, config=config, graphdef=graphdef, params=params)
 
     def save(self, out: Path, predictor: Predictor, catalogue: Catalogue) -> None:
-        """Write the model directory with all further items to `out`; a directory there is replaced.
+        """Write the model directory with all added items to `out`; a directory there is replaced.
 
         Raises:
           ValueError: the directory that the model was loaded from is gone, altered or another model's by now.
         """
-        written, settings = read_settings(self.directory)
+        written, settings = read_settings(self.directory, self.encoders)
         there, _ = read_catalogue(self.directory / CATALOGUE, *schema_and_names(settings.vocabulary))
-        known = len(there.keys)
-        if there.keys != catalogue.keys[:known] or there.titles != catalogue.titles[:known]:
-            raise ValueError(f"{self.directory} holds other items than it did when the model was loaded: load it again.")
-        config = item_rows.resized(settings.model, len(catalogue.keys) - 1)
+        same = there.keys == catalogue.keys[: len(there.keys)] and there.titles == catalogue.titles[: len(there.keys)]
+        if settings.identity != self.identity or not same:
+            raise ValueError(
+                f"{self.directory} holds another model, or other items, than when the model was loaded: load it again."
+            )
+        with whole_folder(out) as folder:
+            for name in written["files"]:
+                shutil.copy(self.directory / name, folder / name)
+            if len(catalogue.keys) > len(there.keys):
+                config = item_rows.resized(settings.model, len(catalogue.keys) - 1)
+                self._write_items(folder, config, predictor, catalogue, len(there.keys))
+                written["files"] = {name: sha256(folder / name) for name in written["files"]}
+                written["model"] = sizes(config)
+                written["vocabulary"]["schema"][0]["size"] = config.num_items + 1
+                written["added"] = self.added
+            write_settings(folder, {key: value for key, value in written.items() if key != "seal"})
+            (folder / "README.md").write_text(card(written))
+
+    def _write_items(self, folder: Path, config: UserLLMConfig, predictor: Predictor, catalogue: Catalogue, known: int) -> None:
+        """Write the catalogue, and the parameters with rows for its items, over those of a copy of the directory.
+
+        Args:
+          config: the sizes of the model that is written.
+          known: the number of the directory's items, PAD included.
+        """
         counts = np.zeros(len(catalogue.keys), np.int64)
         counts[: len(self.counts)] = self.counts
-        arrays, now = load_file(self.directory / USER_FILE), trees.flatten(predictor.params)
+        arrays, now = load_file(folder / USER_FILE), trees.flatten(predictor.params)
         for name in {item_rows.table_path(config), item_rows.TOWER} & arrays.keys():
             table = np.zeros((config.table_rows, arrays[name].shape[1]), arrays[name].dtype)
             table[:known] = arrays[name][:known]
             table[known : len(counts)] = fetch(now[name])[known : len(counts)]
             arrays[name] = table
-        with whole_folder(out) as folder:
-            for name in written["files"]:
-                shutil.copy(self.directory / name, folder / name)
-            save_file(arrays, folder / USER_FILE)
-            write_catalogue(folder / CATALOGUE, catalogue, counts)
-            written["files"] = {name: sha256(folder / name) for name in written["files"]}
-            written["model"] = plain(dataclasses.asdict(config))
-            written["vocabulary"]["schema"][0]["size"] = config.num_items + 1
-            written["added"] = self.added
-            write_settings(folder, {key: value for key, value in written.items() if key != "seal"})
-            (folder / "README.md").write_text(card(written))
+        save_file(arrays, folder / USER_FILE)
+        write_catalogue(folder / CATALOGUE, catalogue, counts)
 
 
 def _marks(marks: dict[str, int], catalogue: Catalogue, first: int) -> dict[str, int]:

@@ -45,7 +45,7 @@ class Personalizer:
       lines: the pieces that prompts are made of: the titles as tokens, and the user's history as text.
       names: the possible answers of each task that chooses among names, such as `favorite`: {task: {number: name}}.
       facts: what the model directory says about the training, for people to read.
-      growth: what the model needs in order to get further items; None for a model that was not loaded from a directory.
+      growth: what `add_items` and `save` need; None for a model that was not loaded from a directory.
     """
 
     identity: str
@@ -343,8 +343,8 @@ class Personalizer:
             model = model.add_items([{"id": "m901", "title": "Heat (1995)", "genres": ["Crime"]}])
 
         An item is placed among those of the training by the words of its title and its categories. The given model is not changed, and
-        its users can be used with the result. Events of a further item that a user had before count once they are given again to
-        `encode`. `save` keeps the further items.
+        its users can be used with the result. A user's earlier events with such an item do not count until they are given to `encode` or
+        `update` again. `save` keeps the added items.
 
         Args:
           items: a list of dicts with the keys `id`, `title` and the names of the model's bags of categories (such as `genres`), all but
@@ -370,7 +370,7 @@ class Personalizer:
         """Write the model, with the items that were added, to a directory that `user_llm.load` loads. A directory there is replaced.
 
         Raises:
-          ValueError: the model was not loaded from a directory, or that directory is gone or altered.
+          ValueError: the model was not loaded from a directory, or that directory is gone, altered or another model's by now.
         """
         self._growth().save(Path(directory), self.predictor, self.vocabulary.catalogue)
 

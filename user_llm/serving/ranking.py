@@ -24,7 +24,7 @@ class Item(NamedTuple):
     """An item of a ranking.
 
     Attributes:
-      id: the item's id in the training data.
+      id: the item's id in the catalogue.
       title: the item's title.
       score: a higher score is a better item. Only scores of one ranking can be compared. They are logits of the item head; a model
         without a trained item head gives the log-probability of writing the title.
@@ -49,7 +49,7 @@ class Ranker:
 
     @functools.cached_property
     def numbers(self) -> dict[str, int]:
-        """The number of each item in the catalogue, by the item's id in the training data."""
+        """The number of each item in the catalogue, by its id."""
         return {key: number for number, key in enumerate(self.catalogue.keys) if number}
 
     @functools.cached_property
@@ -103,7 +103,7 @@ class Ranker:
         Args:
           may: the items that a user may be recommended: a row for each prompt, or one row for all prompts.
         """
-        known = len(self.catalogue.titles)
+        known = len(self.catalogue.titles)  # rows from there on hold no item yet: they have scores that mean nothing
         if self.predictor.ranks:
             return meshes.fetch(self.predictor.score(RANKING, prompts, user))[:, :known]
         # Each number of beams compiles a program. The numbers are therefore `beams` times powers of two.
@@ -129,7 +129,7 @@ class Ranker:
         spelled = [str(one) for one in ids]
         found = [self.numbers.get(one) for one in spelled]
         if None in found:
-            raise ValueError(f"No item has the id {spelled[found.index(None)]!r}: ids are those of the training data.")
+            raise ValueError(f"No item has the id {spelled[found.index(None)]!r}: ids are those of the model's catalogue.")
         return [number for number in found if number]
 
     def _best(self, scores: Float[np.ndarray, " V"], k: int) -> list[Item]:

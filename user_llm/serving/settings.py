@@ -220,7 +220,7 @@ def identity(settings: Mapping[str, Any]) -> str:
 
 
 def _without(sizes: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return sizes without one that is off, of which directories of before say nothing."""
+    """Return sizes without the key `name` if it is off. Directories that were written before the key existed do not have it."""
     return {key: value for key, value in sizes.items() if value or key != name}
 
 
@@ -234,7 +234,7 @@ def plain(value: Any) -> Any:
 
 
 def sizes(config: UserLLMConfig) -> dict[str, Any]:
-    """Return a model's config as JSON holds it; what of it is not quantised says nothing of it, as before there was a choice."""
+    """Return a model's config as JSON holds it. `quantize` is left out where it is empty, as before that key existed."""
 
     def said(value: Any) -> Any:
         if isinstance(value, dict):

@@ -50,7 +50,7 @@ class User:
       last_unknown: the tick of the latest event that was left out; None if none was.
       key: a number that stands for the user's id in the hash that orders events of the same time.
       ticks_per_second: the number of ticks in a second, or in one step of an order.
-      added: the mark of the items that the model had besides those of its training; empty if it had none. See `growth.py`.
+      added: the mark of the model's added items (`growth.py`); empty if it had none. See `growth.py`.
     """
 
     model: str
@@ -122,7 +122,7 @@ def check_user(user: Any, model: str, marks: Collection[str]) -> None:
     """Check that a user was encoded by the model of an identity.
 
     Args:
-      marks: the marks of the items that the model has besides those of its training; see `growth.py`.
+      marks: the marks of the model's added items; see `growth.py`.
 
     Raises:
       ValueError: the user is of another model, or of one with other further items, or is no `User` at all.
