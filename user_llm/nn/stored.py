@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num
@@ -143,12 +144,22 @@ def by_weight(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def restored(params: Params, kind: str, dtype: DTypeLike) -> Params:
-    """Return parameters with every weight that is kept in codes as the numbers that they stand for, in `dtype`."""
+    """Return parameters with every weight that is kept in codes as the numbers that they stand for, in `dtype`.
+
+    All of them are in host memory: a device that holds the codes may have no room for the numbers.
+    """
     flat = flatten(params)
     found = by_weight(flat)
     for path in found.keys() - flat.keys():
-        found[path] = _dequantize(found[path], flat[f"{path}/scale"], kind, jnp.dtype(dtype))
-    return unflatten(found)
+        found[path] = _to_host(found[path], flat[f"{path}/scale"], kind, jnp.dtype(dtype))
+    return unflatten(jax.device_get(found))
+
+
+def _to_host(codes: Num[AnyArray, "..."], scale: Float[AnyArray, "..."], kind: str, dtype: jnp.dtype) -> np.ndarray:
+    """Return what codes stand for, one entry of the first axis, the layers', at a time, unless blocks lie along it."""
+    if blocks_axis(codes.shape, scale.shape) == 0:
+        return np.asarray(_dequantize(codes, scale, kind, dtype))
+    return np.stack([np.asarray(_dequantize(*layer, kind, dtype)) for layer in zip(codes, scale, strict=True)])
 
 
 _dequantize = jax.jit(dequantize, static_argnums=(2, 3))
