@@ -26,7 +26,7 @@ class Family:
       scaled_embeddings: whether embeddings are multiplied by the square root of their width.
       activation: the key of config.json that names the activation.
       query_scale: the key of config.json whose value to the power of -1/2 scales queries; None for the head's size.
-      fields: settings of config.json that are fields of `BlockConfig` or `DecoderConfig`, by the fields' names.
+      fields: fields of `BlockConfig` or `DecoderConfig`, by the settings of config.json that hold them.
       reads: which of OPTIONAL the family has.
       names: what a checkpoint calls our parameters, where it is not as in LLAMA_NAMES. Parameters of one name lie in one tensor, one
         after another. In a name of an expert's, {} stands for the expert's number.
