@@ -245,8 +245,8 @@ class Stack(nnx.Module):
         length = mask.shape[-1] if not isinstance(mask, SelfMask) else positions.shape[1]
         if c.rope_scaling is not None and (longest := c.rope_scaling.longest) and length > longest:
             raise ValueError(
-                f"Texts of up to {length} tokens are asked for, and the rotary positions of this LLM are read for texts of at most "
-                f"{longest}: make prompts or answers shorter."
+                f"Rows of {length} tokens are asked for, padding and room for answers included, and the rotary positions of this LLM are "
+                f"read for rows of at most {longest}: make prompts or answers shorter, or beams fewer."
             )
 
         def rotate(theta: float | None, scaling: RopeScaling | None) -> Rotation | None:
