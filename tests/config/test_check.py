@@ -62,6 +62,13 @@ WRONG = [
         {"llm.quantize": "nf4", "llm.checkpoint": "x"},
         "user_llm.strategy='full': with llm.quantize=nf4 nothing can train the LLM's own weights: choose lora, enc or proj.",
     ),
+    (
+        {
+            "llm.quantize": "nf4", "llm.checkpoint": "x", "user_llm.strategy": "enc",
+            "strategies.enc.trainable": ((r"(^|/)scale$", True), (".*", False)),
+        },
+        "user_llm.strategy='enc': with llm.quantize=nf4 nothing can train the LLM's own weights: choose lora, enc or proj.",
+    ),
     ({"user_llm.injection": "soft"}, "user_llm.injection='soft': choose cross_attention, soft_prompt or both"),
     ({"user_llm.resampler.kind": "x"}, "user_llm.resampler.kind='x': choose perceiver or none."),
     ({"user_llm.cross.seat": "before"}, "user_llm.cross.seat='before': choose after_attention or before_block"),

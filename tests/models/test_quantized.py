@@ -59,7 +59,7 @@ def _quantized(config, kind):
     return dataclasses.replace(config, block=dataclasses.replace(config.block, quantize=kind))
 
 
-def test_matrices_stay_in_the_checkpoints_type_and_all_else_is_float32(checkpoint, mesh_of, bare_logits):
+def test_matrices_stay_in_the_checkpoints_type_and_all_else_is_float32(checkpoint, mesh_of, bare_logits, tmp_path):
     path, config = checkpoint(up_proj=np.float16, v_proj=np.float32, **{"layers.1.self_attn.k_proj": np.float32})
     kept = load_decoder(path, config, like=_like(path, config, mesh_of()))
     types = {name: leaf.dtype for name, leaf in trees.flatten(kept).items()}
@@ -73,6 +73,8 @@ def test_matrices_stay_in_the_checkpoints_type_and_all_else_is_float32(checkpoin
     assert {leaf.dtype for leaf in jax.tree.leaves(whole)} == {np.dtype(np.float32)}
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.astype(np.float32), b), kept, whole)
     np.testing.assert_allclose(bare_logits(config, kept, IDS), bare_logits(config, whole, IDS), atol=1e-5)
+    save_decoder(tmp_path / "out", kept, config)  # of several types, none of which holds the numbers of the others
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
 
 
 @pytest.mark.parametrize("kind", ["int8", pytest.param("nf4", marks=pytest.mark.slow)])
@@ -91,6 +93,7 @@ def test_layers_are_quantised_while_they_load_on_one_device_as_on_eight(checkpoi
         for part in ("codes", "scale")
     }
     numbers = restored(found, kind, jnp.float32)
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(numbers))  # on no device, which might have no room
     np.testing.assert_allclose(bare_logits(coded, found, IDS), bare_logits(config, numbers, IDS), atol=1e-5)
     save_decoder(tmp_path / "out", jax.device_get(found), coded, like=path)  # as plain numbers, which no program must decode
     written = load_decoder(tmp_path / "out", decoder_config(tmp_path / "out"))

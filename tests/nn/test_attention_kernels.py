@@ -107,6 +107,8 @@ def test_splash_caps_scores_as_the_reference_does():
     _assert_equal_reference("splash", mask, qkv, softcap=0.5)
     plain, bent = (_values_and_gradients(*qkv, mask, 1.0, kernel="reference", softcap=cap)[0] for cap in (None, 0.5))
     assert np.abs(plain - bent).max() > 0.1
+    with pytest.raises(ValueError, match="cuDNN's attention has no soft cap"):
+        _values_and_gradients(*qkv, mask, 1.0, kernel="cudnn", softcap=0.5)
 
 
 def test_scores_with_a_cap_go_to_no_kernel_that_does_not_know_it():

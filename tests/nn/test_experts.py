@@ -59,6 +59,19 @@ def test_one_expert_of_two_by_hand():
     np.testing.assert_allclose(trees.merge(graphdef, params)(jnp.array([[3.0], [-2.0]])), [[18.0], [0.0]])
 
 
+def test_widened_weights_are_not_kept_for_the_backward_pass():
+    """Of what a scan over layers saves for the backward pass nothing has the size of the experts' weights."""
+    graphdef, params = _split()[0], jax.tree.map(lambda leaf: jnp.stack([jnp.bfloat16(leaf)] * 3), _drawn())
+
+    def layer(x, weights):
+        return trees.merge(graphdef, weights)(x), None
+
+    with_gradient = jax.make_jaxpr(jax.grad(lambda x: jax.lax.scan(layer, x, params)[0].sum()))(jnp.ones((7, 8)))
+    scans = [equation for equation in with_gradient.eqns if equation.primitive.name == "scan"]
+    saved = {out.aval.shape[1:] for out in scans[0].outvars}
+    assert len(scans) == 2 and not saved & {leaf.shape for leaf in jax.tree.leaves(_drawn())}
+
+
 def test_on_a_mesh_it_is_the_same(mesh_of):
     params, x = _drawn(), np.random.default_rng(1).normal(size=(8, 3, 8)).astype(np.float32)
     expected, mesh = np.asarray(_run(params, x)), mesh_of(2, 2, 2)

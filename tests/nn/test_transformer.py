@@ -134,10 +134,10 @@ def test_longer_texts_than_rotary_positions_are_read_for_are_refused(stack):
     scaling = RopeScaling("longrope", 2.0, factors=(1.0, 1.5, 2.0, 2.5), original_length=6)
     run = stack(dataclasses.replace(PLAIN, rope_scaling=scaling))
     run(_x(1, 6), **_causal(6))
-    with pytest.raises(ValueError, match="up to 7 tokens are asked for, .* of this LLM are read for texts of at most 6"):
+    with pytest.raises(ValueError, match="Rows of 7 tokens are asked for, .* of this LLM are read for rows of at most 6"):
         run(_x(1, 7), **_causal(7))
     cache, one = KVCache(*[np.zeros((DEPTH, 1, 2, 7, 8), np.float32)] * 2), np.zeros((1, 1), np.int32)
-    with pytest.raises(ValueError, match="up to 7 tokens"):
+    with pytest.raises(ValueError, match="Rows of 7 tokens"):
         run(_x(1, 1), mask=cache_mask(one, 7), positions=one, cache=cache)
 
 

@@ -25,6 +25,7 @@ from user_llm.nn.cross_attention import CrossAttentionConfig
 from user_llm.nn.lora import LoRAConfig
 from user_llm.nn.resampler import ResamplerConfig
 from user_llm.nn.transformer import BlockConfig
+from user_llm.phases import contextual_loss as contextual_loss_of
 from user_llm.phases import title_loss
 from user_llm.phases.contextual_loss import contextual_counts, contextual_loss
 from user_llm.phases.contextualize import encoder_source
@@ -173,6 +174,23 @@ def test_the_encoder_teaches_which_titles_are_likely(model, choices, text_logits
         losses.append(-wanted @ (found - np.logaddexp.reduce(found)))
     scalars = _scalars(model, BATCH, **WEIGHTS, teacher=0.75)(choices)
     np.testing.assert_allclose(scalars["next_item/text_loss"], np.mean(losses), rtol=1e-5)
+
+
+def test_the_teacher_reads_without_dropout(model, choices, monkeypatch):
+    """In training, too, what teaches is the encoder's reading of whole histories, and not of thinned ones."""
+    thinned = dataclasses.replace(CONFIG, encoder=dataclasses.replace(CONFIG.encoder, dropout=0.5))
+    graphdef, _ = trees.abstract(lambda: UserLLM(thinned, rngs=nnx.Rngs(params=0)))
+    read = []
+    monkeypatch.setattr(contextual_loss_of, "taught_targets", lambda _, encoded, *more, **how: read.append(encoded) or more[3])
+
+    @jax.jit
+    def taught_by(params, key):
+        llm = trees.merge(graphdef, params)
+        contextual_loss(llm, BATCH, key, choices=choices, teacher=0.75, **WEIGHTS)
+        return read.pop().last(), llm.encode(BATCH["events"], BATCH["prefix"]).last()
+
+    found, whole = taught_by(model[1], jax.random.key(0))
+    np.testing.assert_allclose(found.reshape(whole.shape), whole, rtol=1e-5)
 
 
 def test_titles_among_all_words(model, choices, monkeypatch):

@@ -6,6 +6,16 @@ import math
 
 import pytest
 
+from user_llm.config.reader import read_record
+from user_llm.data.schema import Feature, Schema
+from user_llm.models.decoder import DecoderConfig
+from user_llm.models.encoder import EncoderConfig
+from user_llm.models.user_encoder import UserEncoderConfig
+from user_llm.models.user_llm import UserLLMConfig
+from user_llm.nn.cross_attention import CrossAttentionConfig
+from user_llm.nn.experts import ExpertsConfig
+from user_llm.nn.rotary import RopeScaling
+from user_llm.nn.transformer import BlockConfig
 from user_llm.serving import settings
 
 
@@ -27,25 +37,62 @@ def test_what_json_cannot_hold_is_made_plain():
     assert found == {"1": [1.5, None], "a": [None, {"b": []}]} and json.loads(json.dumps(found)) == found
 
 
-def test_a_model_says_how_its_llm_is_quantised_only_where_it_is(make_model):
-    config = make_model("cross").written.predictor.config
-    said = settings.sizes(config)["decoder"]["block"]
-    assert "quantize" not in said and settings.sizes(config)["encoder"]["block"].keys() == said.keys()
-    block = dataclasses.replace(config.decoder.block, quantize="nf4")
-    quantized = settings.sizes(dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, block=block)))
-    assert quantized["decoder"]["block"] == said | {"quantize": "nf4"}
+# What the code before there were families with caps, experts, codes and item towers wrote of `_config`, and its hash of `_settings`.
+BLOCK_BEFORE = {
+    "width": 8, "heads": 2, "kv_heads": 1, "head_dim": 4, "mlp_width": 16, "rope_theta": 10000.0, "window": None,
+    "window_rope_theta": None, "activation": "silu", "norm_eps": 1e-06, "norm_offset": 0.0, "post_norms": False, "qk_norm": False,
+    "qkv_bias": False, "query_scale": None, "residual_gate": False, "dropout": 0.0, "lora": None, "attention_kernel": "auto",
+}  # fmt: skip
+SCALING_BEFORE = {
+    "kind": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_length": 8192,
+}  # fmt: skip
+IDENTITY_BEFORE = "3ad326022c5dd031"
+
+
+def _config(block=None, scaling=None, decoder=None, encoder=None, **more):
+    """A model by features that are as old as model directories, changed by the arguments."""
+    scaled = RopeScaling("llama3", 4.0, **scaling or {})
+    plain = BlockConfig(width=8, heads=2, kv_heads=1, head_dim=4, mlp_width=16)
+    ours = UserEncoderConfig(schema=Schema((Feature("item", "item", 9),)), block=plain, num_layers=1, **encoder or {})
+    cross = CrossAttentionConfig(user_width=8, every=1, heads=2, head_dim=4)
+    block = dataclasses.replace(plain, rope_scaling=scaled, **block or {})
+    llm = DecoderConfig(vocab_size=20, num_layers=1, block=block, tie_embeddings=True, cross=cross, **decoder or {})
+    return UserLLMConfig(llm, table_rows=128, item_width=8, num_items=9, encoder=ours, **more)
+
+
+def _settings(config):
+    limits = {"max_events": 9, "batch_size": 1, "beams": 2, "after_instruction": True, "ranks": False, "pad_whole": True}
+    rest = {"vocabulary": {}, "lines": {}, "prompts": {}, "names": {}, "dtype": "float32", "llm": None}
+    return {"model": settings.sizes(config), "limits": limits, "files": {"user_llm.safetensors": "0"}, **rest}
+
+
+def test_users_stored_by_code_of_before_stay_valid():
+    said = settings.sizes(_config())
+    assert said["decoder"]["block"] == BLOCK_BEFORE | {"rope_scaling": SCALING_BEFORE}
+    assert said["encoder"]["block"] == BLOCK_BEFORE | {"rope_scaling": None}
+    assert settings.identity(_settings(_config())) == IDENTITY_BEFORE
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"block": {"quantize": "nf4"}}, {"block": {"attn_softcap": 50.0}}, {"block": {"experts": ExpertsConfig(2, 1, True)}},
+        {"scaling": {"magnitude": 2.0}}, {"decoder": {"unrotated": (True,)}}, {"encoder": {"tower": True}}, {"residual": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_sizes_that_came_later_count_where_they_compute(change):
+    changed = _config(**change)
+    assert settings.identity(_settings(changed)) != IDENTITY_BEFORE
+    assert read_record(UserLLMConfig, settings.sizes(changed), "", {EncoderConfig: UserEncoderConfig}) == changed
 
 
 def test_the_identity_is_of_what_computes(make_model):
     written = json.loads((make_model("cross").directory / "user_llm.json").read_text())
     same = [{"facts": {}}, {"sharding": {}}, {"limits": written["limits"] | {"batch_size": 1, "pad_whole": True}}]
     model = written["model"]
-    before = {name: value for name, value in model.items() if name != "residual"}
-    before["encoder"] = {name: value for name, value in model["encoder"].items() if name != "tower"}
-    same += [{"model": before}]  # of code that knew neither
     other = [
         {"model": model | {"residual": True}},
-        {"model": model | {"encoder": model["encoder"] | {"tower": True}}},
         {"names": {}},
         {"dtype": "bfloat16"},
         {"limits": written["limits"] | {"beams": 1}},

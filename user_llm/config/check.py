@@ -14,7 +14,8 @@ from user_llm.config.reader import Config, changed, either, fault, near_miss, re
 from user_llm.config.records import Block, Encoder
 from user_llm.config.values import ENCODERS, SOURCES
 
-QUANTIZED = (*(f"attn/{weight}" for weight in "qkvo"), "mlp/gate_proj", "mlp/up", "mlp/down")  # what llm.quantize is about
+# The weights that llm.quantize keeps in codes.
+QUANTIZED = (*(f"attn/{weight}" for weight in "qkvo"), "mlp/gate_proj", "mlp/up", "mlp/down")
 
 
 def check(
@@ -107,7 +108,8 @@ def _phase_conflicts(run: Config, phase: Phase) -> Iterator[tuple[str, Any, str]
     if isinstance(phase, PretrainEncoder):
         yield from _encoder_conflicts(run, phase)
     if isinstance(phase, Contextualize):
-        if run.llm.quantize and any(_trains(run, phase, f"decoder/stack/blocks/{weight}") for weight in QUANTIZED):
+        quantized = [f"decoder/stack/blocks/{weight}{of}" for weight in QUANTIZED for of in ("", "/codes", "/scale")]
+        if run.llm.quantize and any(_trains(run, phase, path) for path in quantized):
             why = f"with llm.quantize={run.llm.quantize} nothing can train the LLM's own weights: choose lora, enc or proj"
             yield "strategy", phase.strategy, why
         yield from _contextual_conflicts(run, phase)

@@ -23,8 +23,8 @@ class Choices(NamedTuple):
 
     Attributes:
       titles: the tokens of each item's title; -1 behind the last, and at PAD.
-      of_title: for each item and each place of its title, the number of the set that the token there is chosen from; -1 where it is no
-        choice, and where no token is trained.
+      of_title: for each item and each place of its title, the number of the set that the token there is chosen from; -1 where only
+        one token can follow, and where no token is trained.
       masks, first, listed: the sets, as in `Columns`. Set 0 is the whole vocabulary. It stands in for rows without a set, which are
         not trained.
     """
@@ -84,7 +84,7 @@ class Choices(NamedTuple):
         Args:
           answers: the places before the first token of each title, in any order.
           items: whose titles they are; 0 for none.
-          freely: the titles whose tokens are chosen among all words; None for none of them.
+          freely: True for titles whose tokens are predicted over the whole vocabulary (set 0); None for none of them.
         """
         place = jnp.arange(length)
         order = jnp.argsort(jnp.where(items > 0, answers, length), axis=1)

@@ -127,7 +127,8 @@ def config_from_settings(
             f"{source}: {heads} heads of {head_dim} numbers and {kv_heads} key-value heads do not make an attention: the second "
             "must be even, and the third divide the first."
         )
-    windowed, window = windows_from_settings(raw, depth, source, everywhere="sliding_window" in family.reads)
+    by_layer = "layer_types" in family.reads or family.defaults is not None
+    windowed, window = windows_from_settings(raw, depth, source, everywhere="sliding_window" in family.reads, by_layer=by_layer)
     ropes = ropes_from_settings(raw, head_dim, source, partial="partial_rotary_factor" in family.reads)
     own = {field: raw.pop(key) for key, field in family.fields.items()}
     experts, mlp_width = None, raw.pop("intermediate_size")

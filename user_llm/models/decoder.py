@@ -128,7 +128,7 @@ class Decoder(nnx.Module):
         return capped(logits, self.config.logit_softcap)
 
     def readout(self, hidden: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        """Return what the output table is multiplied by; a cap, if there is one, comes after that."""
+        """Return hidden states as the output table is multiplied with them: divided by `logit_divisor`. The cap is of the products."""
         return hidden if self.config.logit_divisor == 1.0 else hidden / self.config.logit_divisor
 
     def output_table(self) -> Float[Array, "V D"]:

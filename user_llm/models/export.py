@@ -94,7 +94,8 @@ def save_decoder(
         if shards[-1] and sum(a.nbytes for a in shards[-1].values()) + array.nbytes > SHARD_BYTES:
             shards.append({})
         shards[-1][name if name == family.name("head") else f"model.{name}"] = array
-    written = str(next(iter(shards[0].values())).dtype)
+    types = {str(array.dtype) for shard in shards for array in shard.values()}
+    written = types.pop() if len(types) == 1 else "float32"  # which holds the numbers of every type
     directory.mkdir(parents=True, exist_ok=True)
     for i, shard in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"

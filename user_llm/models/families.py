@@ -26,7 +26,7 @@ class Family:
       scaled_embeddings: whether embeddings are multiplied by the square root of their width.
       activation: the key of config.json that names the activation.
       query_scale: the key of config.json whose value to the power of -1/2 scales queries; None for the head's size.
-      fields: settings of config.json that are fields of `BlockConfig` or `DecoderConfig`, by the fields' names.
+      fields: fields of `BlockConfig` or `DecoderConfig`, by the settings of config.json that hold them.
       reads: which of OPTIONAL the family has.
       names: what a checkpoint calls our parameters, where it is not as in LLAMA_NAMES. Parameters of one name lie in one tensor, one
         after another. In a name of an expert's, {} stands for the expert's number.
@@ -86,10 +86,11 @@ LLAMA_NAMES = {
     "mlp/down": "mlp.down_proj.weight",
 }
 POST_NORMS = ("attn_post_norm/scale", "mlp_post_norm/scale")
-# Settings that some families have, and which ones are needed then: a window of all layers (`layer_types` does not say which have one),
-# layers without rotary positions, heads that positions turn in part, and experts.
+# Settings that some families have, and which ones are needed then: a window of all layers (`layer_types` does not say which have one)
+# or of those that `layer_types` names, layers without rotary positions, heads that positions turn in part, and experts.
 OPTIONAL: Mapping[str, tuple[str, ...]] = {
     "sliding_window": (),
+    "layer_types": (),
     "no_rope_layers": ("no_rope_layers",),
     "partial_rotary_factor": (),
     "num_experts": ("num_experts", "num_experts_per_tok", "norm_topk_prob", "moe_intermediate_size"),
@@ -101,20 +102,20 @@ AFTER_BLOCKS = {
 GEMMA_NAMES = AFTER_BLOCKS | {"mlp_norm/scale": "pre_feedforward_layernorm.weight"}
 FAMILIES: Mapping[str, Family] = {
     "llama": Family("LlamaForCausalLM"),
-    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True),
-    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True),
+    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True, reads=frozenset({"layer_types"})),
+    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, reads=frozenset({"layer_types"})),
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM", qk_norm=True, reads=frozenset({"num_experts"}),
         names={f"mlp/{x}": f"mlp.experts.{{}}.{x if x == 'gate_proj' else f'{x}_proj'}.weight" for x in ("gate_proj", "up", "down")},
     ),
     "gemma2": Family(
         "Gemma2ForCausalLM", post_norms=True, norm_offset=1.0, scaled_embeddings=True, activation="hidden_activation",
-        query_scale="query_pre_attn_scalar", names=GEMMA_NAMES,
+        query_scale="query_pre_attn_scalar", names=GEMMA_NAMES, reads=frozenset({"layer_types"}),
         fields={"attn_logit_softcapping": "attn_softcap", "final_logit_softcapping": "logit_softcap"},
     ),
     "gemma3_text": Family(
         "Gemma3ForCausalLM", qk_norm=True, post_norms=True, norm_offset=1.0, scaled_embeddings=True,
-        activation="hidden_activation", query_scale="query_pre_attn_scalar", names=GEMMA_NAMES,
+        activation="hidden_activation", query_scale="query_pre_attn_scalar", names=GEMMA_NAMES, reads=frozenset({"layer_types"}),
     ),
     "mistral": Family("MistralForCausalLM", reads=frozenset({"sliding_window"})),
     "ministral3": Family("Ministral3ForCausalLM", reads=frozenset({"sliding_window"})),
@@ -122,9 +123,10 @@ FAMILIES: Mapping[str, Family] = {
         "Olmo2ForCausalLM", qk_norm=True, qk_norm_over_heads=True, pre_norms=False, post_norms=True, names=AFTER_BLOCKS
     ),
     "olmo3": Family(
-        "Olmo3ForCausalLM", qk_norm=True, qk_norm_over_heads=True, pre_norms=False, post_norms=True, names=AFTER_BLOCKS
+        "Olmo3ForCausalLM", qk_norm=True, qk_norm_over_heads=True, pre_norms=False, post_norms=True, names=AFTER_BLOCKS,
+        reads=frozenset({"layer_types"}),
     ),
-    "smollm3": Family("SmolLM3ForCausalLM", reads=frozenset({"no_rope_layers"})),
+    "smollm3": Family("SmolLM3ForCausalLM", reads=frozenset({"no_rope_layers", "layer_types"})),
     "phi3": Family(
         "Phi3ForCausalLM", reads=frozenset({"sliding_window", "partial_rotary_factor"}),
         names={f"attn/{x}": "self_attn.qkv_proj.weight" for x in "qkv"} | {f"mlp/{x}": "mlp.gate_up_proj.weight" for x in ("gate_proj", "up")},

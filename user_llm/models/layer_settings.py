@@ -34,9 +34,14 @@ def unrotated_from_settings(raw: dict[str, Any], depth: int, source: str) -> tup
 
 
 def windows_from_settings(
-    raw: dict[str, Any], depth: int, source: str, *, everywhere: bool
+    raw: dict[str, Any], depth: int, source: str, *, everywhere: bool, by_layer: bool
 ) -> tuple[tuple[bool, ...], int | None]:
-    """Take the settings that say which layers have a window, and how long it is; `everywhere`, all have it if there is one."""
+    """Take the settings that say which layers have a window, and how long it is.
+
+    Args:
+      everywhere: whether all layers of the family have a window if there is one.
+      by_layer: whether each layer of the family has a window if `layer_types` says so.
+    """
     window, given = raw.pop("sliding_window", None), raw.pop("layer_types", None)
     kinds = ["sliding_attention" if everywhere and window is not None else "full_attention"] * depth
     if everywhere and given not in (None, kinds):
@@ -46,6 +51,8 @@ def windows_from_settings(
     if unknown or len(kinds) != depth:
         raise ValueError(f"{source}: the setting 'layer_types' of {len(kinds)} layers, {sorted(set(kinds))}, is not supported.")
     windowed = tuple(kind == "sliding_attention" for kind in kinds)
+    if any(windowed) and not (everywhere or by_layer):
+        raise ValueError(f"{source}: the setting 'layer_types' has layers with a window, which models of this family ignore.")
     if any(windowed) and window is None:
         raise ValueError(f"{source}: the setting 'sliding_window' is missing, and 'layer_types' has layers with one.")
     if any(windowed):

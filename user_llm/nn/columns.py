@@ -1,6 +1,7 @@
-"""Which columns of a table each row's softmax is over, where rows differ in it, and what it is to be where that is no single column.
+"""Which columns of a table each row's softmax is over, where rows differ in it, and which distribution over columns it is trained towards.
 
-Axis letters: R rows, V columns, W masks, B words of 32 bits of a mask, M bounds of lists, C columns of all lists together, K columns of a target.
+Axis letters: R rows, V columns, W masks, B words of 32 bits of a mask, M ends of lists (one more than there are lists), C columns of all
+lists together, K columns of a target.
 """
 
 from typing import NamedTuple
@@ -54,7 +55,7 @@ class Columns(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """What each row's softmax is to be: a distribution over K columns, of which some may be the same.
+    """The distribution that each row's softmax is trained towards: shares of K columns, of which some may be the same.
 
     Attributes:
       columns: of each row.

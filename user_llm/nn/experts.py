@@ -1,7 +1,7 @@
 """A mixture of experts: many gated MLPs, of which each token goes through a few (Qwen3 mixture of experts).
 
-Tokens are sorted by their experts, and each expert computes its own run of rows: no token is dropped, and none waits for others. Left
-out: a loss that spreads tokens evenly over experts, adapters of the experts' weights, and experts shared out over devices; the mesh
+Tokens are sorted by their experts, and `ragged_dot` multiplies each expert's own run of rows: no token is dropped. On CPUs JAX makes
+dense products of it: every expert computes all rows, and what is not its own counts 0, for X times the products and memory. Left out: a loss that spreads tokens evenly over experts, adapters of the experts' weights, and experts shared out over devices; the mesh
 splits each expert's matrices instead, as it does those of an MLP.
 
 Axis letters besides those of `nn/attention.py`: R rows, X experts, C experts of a token.
@@ -14,8 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from user_llm.common.arrays import AnyArray
 from user_llm.nn.layers import linear_param
 from user_llm.nn.mlp import ACTIVATIONS
+from user_llm.nn.stored import times
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,16 +53,19 @@ class Experts(nnx.Module):
 
     def __call__(self, x: Float[Array, "... D"], *, key: Array | None = None) -> Float[Array, "... D"]:
         c, rows = self.config, x.reshape(-1, x.shape[-1])
-        # Frozen weights may be kept in fewer bytes than what is computed with.
-        router, gate_proj, up_proj, down = (w[...].astype(x.dtype) for w in (self.gate, self.gate_proj, self.up, self.down))
-        share, expert = jax.lax.top_k(jax.nn.softmax((rows @ router).astype(jnp.float32), axis=-1), c.per_token)
+        router = times(jnp.matmul, rows, self.gate)
+        share, expert = jax.lax.top_k(jax.nn.softmax(router.astype(jnp.float32), axis=-1), c.per_token)
         if c.normalised:
             share /= share.sum(axis=-1, keepdims=True)
-        # Row r of `rows` comes C times: as rows r C to r C + C - 1 of what `order` sorts.
+        # `order` sorts pairs of a token and one of its experts; pair p is of token p // C.
         order = jnp.argsort(expert.reshape(-1), stable=True)
         sizes = jnp.bincount(expert.reshape(-1), length=c.count)
         by_expert = rows[order // c.per_token]
-        gate, up = (jax.lax.ragged_dot(by_expert, weight, sizes) for weight in (gate_proj, up_proj))
-        out = jax.lax.ragged_dot(ACTIVATIONS[self.activation](gate) * up, down, sizes)
+
+        def each_by_its_expert(rows: Array, weight: AnyArray) -> Array:
+            return jax.lax.ragged_dot(rows, weight.astype(rows.dtype), sizes)
+
+        gate, up = (times(each_by_its_expert, by_expert, weight) for weight in (self.gate_proj, self.up))
+        out = times(each_by_its_expert, ACTIVATIONS[self.activation](gate) * up, self.down)
         out = out[jnp.argsort(order)].reshape(len(rows), c.per_token, -1)
         return jnp.einsum("RCD,RC->RD", out, share.astype(out.dtype)).reshape(x.shape)

@@ -81,7 +81,13 @@ def fused(
     scale: float,
     softcap: float | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Attend by the kernel that `choose` named; rows without a visible key are exactly 0."""
+    """Attend by the kernel that `choose` named; rows without a visible key are exactly 0.
+
+    Raises:
+      ValueError: a soft cap, and cuDNN's kernel, which knows none.
+    """
+    if kernel == "cudnn" and softcap is not None:
+        raise ValueError("cuDNN's attention has no soft cap of scores: compute it by the reference.")
     compute = functools.partial(_splash, softcap=softcap) if kernel == "splash" else _cudnn
     seeing = lambda window: functools.partial(compute, causal=mask.causal, window=window, scale=scale)  # noqa: E731
 

@@ -107,10 +107,11 @@ def _padded(by_rows: tuple, multiple: int) -> tuple:
 
 
 class _Chunk(NamedTuple):
-    """A chunk's softmax over this device's part of the catalogue, and what it is to be.
+    """A chunk's softmax over this device's part of the catalogue, and its targets.
 
     Attributes:
-      bend: the derivative of the logits by what they are before the cap; 1 for no cap.
+      wanted: the targets' shares of each column.
+      bend: the derivative of the capped logits by the uncapped ones; 1 without a cap.
     """
 
     exp: Float[Array, "c v"]

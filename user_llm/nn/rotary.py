@@ -26,10 +26,11 @@ class RopeScaling:
         that would turn `slow_turns` and `fast_turns` times (Peng et al. 2023). `longrope` divides each frequency by one of
         `factors` (Ding et al. 2024).
       whole_numbers: whether the ends of `yarn` are rounded outwards to whole numbers of frequencies.
-      factors: of `longrope`, one for each frequency. They are those of texts of at most `original_length` positions.
+      factors: what `longrope` divides each frequency by. A checkpoint has two such lists; these are the ones for texts of at most
+        `original_length` positions.
       magnitude: what rotated queries and keys are multiplied by.
       query_growth: queries at position p are multiplied by 1 + query_growth * log(1 + floor(p / original_length)) (Llama 4,
-        Ministral 3).
+        Ministral 3), which is 1 for the first `original_length` positions.
     """
 
     kind: str

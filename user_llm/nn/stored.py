@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num
@@ -54,16 +55,17 @@ Weight = nnx.Param | Quantized
 
 
 def weight_param(rngs: nnx.Rngs, shape: tuple[int, ...], inputs: int, quantize: str) -> Weight:
-    """Draw a weight whose first `inputs` axes are multiplied with; or return the place of one in codes, of zeros, to be loaded."""
+    """Draw a weight whose first `inputs` axes are multiplied with; or return a quantised weight of zeros, which loading fills."""
     if quantize:
         return Quantized(quantize, shape, inputs)
     return linear_param(rngs, shape, fan_in=math.prod(shape[:inputs]))
 
 
 def times(multiply: Callable[[Array, Array], Array], x: Float[Array, "..."], weight: Weight) -> Float[Array, "..."]:
-    """Return multiply(x, weight), which is linear in `x`; a weight that is stored in fewer bytes than `x` is first restored.
+    """Return multiply(x, weight). `multiply` must be linear in `x`.
 
-    The restored weight is not kept for the backward pass. One in codes has no gradient.
+    A weight that is stored in fewer bytes than `x` is restored first. The restored weight is not kept for the backward pass. One in codes
+    has no gradient.
     """
     if isinstance(weight, Quantized):
         return _of_codes(multiply, x, (weight.codes[...], weight.scale[...]), weight.kind)
@@ -75,7 +77,8 @@ def times(multiply: Callable[[Array, Array], Array], x: Float[Array, "..."], wei
 def _of_codes(multiply: Callable[[Array, Array], Array], x: Array, stored: tuple[Array, Array], kind: str) -> Array:
     """Return multiply(x, weight) of a weight in codes.
 
-    Not by `jax.checkpoint`: where a checkpoint around it saves products, those within another one are computed again.
+    `jax.checkpoint` would do the same, but an outer checkpoint of policy `dots` saves no products inside an inner one: they would be
+    computed again.
     """
     like = jax.ShapeDtypeStruct(x.shape, x.dtype)
 
@@ -134,7 +137,7 @@ def blocks_axis(codes: tuple[int, ...], scale: tuple[int, ...]) -> int:
 
 
 def by_weight(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a flat tree holds of each weight by the weight's own path; of one in codes, what it holds of the codes."""
+    """Return a flat tree with one entry for each weight, by the weight's own path. A quantised weight's entry is that of its codes."""
     return {
         path.removesuffix("/codes"): leaf
         for path, leaf in flat.items()
@@ -143,12 +146,22 @@ def by_weight(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def restored(params: Params, kind: str, dtype: DTypeLike) -> Params:
-    """Return parameters with every weight that is kept in codes as the numbers that they stand for, in `dtype`."""
+    """Return parameters with every weight that is kept in codes as the numbers that they stand for, in `dtype`.
+
+    All of them are in host memory: a device that holds the codes may have no room for the numbers.
+    """
     flat = flatten(params)
     found = by_weight(flat)
     for path in found.keys() - flat.keys():
-        found[path] = _dequantize(found[path], flat[f"{path}/scale"], kind, jnp.dtype(dtype))
-    return unflatten(found)
+        found[path] = _to_host(found[path], flat[f"{path}/scale"], kind, jnp.dtype(dtype))
+    return unflatten(jax.device_get(found))
+
+
+def _to_host(codes: Num[AnyArray, "..."], scale: Float[AnyArray, "..."], kind: str, dtype: jnp.dtype) -> np.ndarray:
+    """Return what codes stand for, one entry of the first axis, the layers', at a time, unless blocks lie along it."""
+    if blocks_axis(codes.shape, scale.shape) == 0:
+        return np.asarray(_dequantize(codes, scale, kind, dtype))
+    return np.stack([np.asarray(_dequantize(*layer, kind, dtype)) for layer in zip(codes, scale, strict=True)])
 
 
 _dequantize = jax.jit(dequantize, static_argnums=(2, 3))

@@ -3,7 +3,8 @@
 Layers are stored stacked (each parameter has a leading layer axis) and run by `jax.lax.scan`, so that compile time does not
 grow with depth. `unroll=True` inlines them, which is faster on CPU. Cross-attention sits in the last layer of each
 group of `every` layers, hence the scan runs over groups; layers at the end that fill no group are inlined and have none.
-Layers may differ in what they see: all that the mask allows, or a window of it (Gemma 3). And in whether they know positions (SmolLM3).
+Layers may differ in what they see: all that the mask allows, or a window of it (Gemma 3). Some layers turn no queries
+and keys by position (SmolLM3).
 
 What a backward pass needs of a group is kept, or computed again (`remat`): memory for computation.
 """
@@ -108,7 +109,7 @@ class View(NamedTuple):
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), cross-attention if given, then x + mlp(norm(x)); which norms there are says the config."""
+    """x + attention(norm(x)), cross-attention if given, then x + mlp(norm(x)). The config says which norms there are."""
 
     def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs):
         c = self.config = config
@@ -244,8 +245,8 @@ class Stack(nnx.Module):
         length = mask.shape[-1] if not isinstance(mask, SelfMask) else positions.shape[1]
         if c.rope_scaling is not None and (longest := c.rope_scaling.longest) and length > longest:
             raise ValueError(
-                f"Texts of up to {length} tokens are asked for, and the rotary positions of this LLM are read for texts of at most "
-                f"{longest}: make prompts or answers shorter."
+                f"Rows of {length} tokens are asked for, padding and room for answers included, and the rotary positions of this LLM are "
+                f"read for rows of at most {longest}: make prompts or answers shorter, or beams fewer."
             )
 
         def rotate(theta: float | None, scaling: RopeScaling | None) -> Rotation | None:

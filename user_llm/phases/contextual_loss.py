@@ -51,10 +51,7 @@ def contextual_loss(
     task = task_of(batch)
     weight = batch["text_weight"][task]
     encoder_key, decoder_key = (None, None) if key is None else jax.random.split(key)
-    encoded = None
-    if model.config.encoder is not None:
-        events, ends = batch["events"], batch["prefix"]
-        encoded = model.encode(events.reshape(-1, *events.shape[-2:]), ends.reshape(-1, ends.shape[-1]), key=encoder_key)
+    encoded = None if model.config.encoder is None else _encode(model, batch, encoder_key)
     tokens, hidden = _read(model, batch, encoded, leading[task], decoder_key)
 
     rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])
@@ -64,7 +61,9 @@ def contextual_loss(
     if choices is not None and where is not None:
         among = choices.columns(where.sets.reshape(-1))
         if teacher and encoded is not None:
-            targets = taught_targets(model, encoded, batch, choices, where, asked, teacher=teacher, chunk=chunk)
+            # The teacher knows the whole histories: dropout would make it another one at each step.
+            knowing = encoded if encoder_key is None else jax.lax.stop_gradient(_encode(model, batch, None))
+            targets = taught_targets(model, knowing, batch, choices, where, asked, teacher=teacher, chunk=chunk)
     token_loss = text_loss(model.decoder, rows, targets, weights, chunk, whole, among)
     total, scalars = weight[0] * token_loss, {f"{task}/text_loss": token_loss}
     if "items" in batch:
@@ -81,6 +80,12 @@ def task_of(batch: Batch) -> str:
     """Return the task whose prompts a batch holds."""
     (task,) = batch["text_weight"]
     return task
+
+
+def _encode(model: UserLLM, batch: Batch, key: Array | None) -> Encoded:
+    """Return the histories of a batch as the encoder reads them."""
+    events, ends = batch["events"], batch["prefix"]
+    return model.encode(events.reshape(-1, *events.shape[-2:]), ends.reshape(-1, ends.shape[-1]), key=key)
 
 
 def _read(

@@ -1,7 +1,8 @@
 """Forgetting: the perplexity of an open LLM on general text, as it came (method `llm`) and as a phase left it.
 
 `perplexity` is without a user, `perplexity/with_user` while it attends to users, another in each window of the text. Strategies
-that freeze the LLM leave the first as it was; only the second can tell what their cross-attention does to it.
+that freeze the LLM leave the first as it was; only the second can tell what their cross-attention does to it. With `llm.quantize` the
+LLM as it came is the quantised one, so that what quantising costs is in both numbers, and their difference is of the training alone.
 """
 
 import functools
@@ -69,7 +70,7 @@ def perplexity(graphdef: nnx.GraphDef, params: Params, batch: Batch, user: User 
 
 
 def untouched(run: Run, data: Dataset) -> list[dict]:
-    """Return the result row of the LLM as it came, measured once per run."""
+    """Return the result row of the LLM as it came, measured once per run; with `llm.quantize`, that of the quantised LLM."""
     directory = run.workdir / "llm"
     if not loop.is_finished(directory):
         batch = read_windows(tokenizer(run, data), **vars(run.config.general_text))

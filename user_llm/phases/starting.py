@@ -25,7 +25,8 @@ def sources(run: Run, rules: Rules, shapes: Params) -> Params:
 def kept(name: str, run: Run, rules: Rules, shapes: Params) -> Params:
     """Return the shapes of a phase's parameters in the types that they are kept in.
 
-    What the phase does not train of an open LLM stays as the checkpoint holds it, or in `loop.dtype` if that takes fewer bytes.
+    What the phase does not train of an open LLM stays as the checkpoint holds it, or in `loop.dtype` if that takes fewer bytes. What
+    starts from another phase has the types of `shapes`, since that phase may have trained it.
 
     Args:
       rules: as in `init`.

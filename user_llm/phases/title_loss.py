@@ -1,12 +1,12 @@
-"""Which tokens the text loss of contextualization asks for, and what is asked of a title's tokens.
+"""Which tokens the text loss of contextualization asks for, and which distributions a title's tokens are trained towards.
 
 With `choices` a title's token is chosen among those that some title goes on with. Two things are added to it:
 
 - A share of the titles, `all_words`, is asked for among all words, with the tokens that alone can follow. Otherwise nothing would hold
   down the tokens that no title goes on with, and what the LLM writes freely would be no text.
-- The encoder's item vectors tell which items are likely next, and the titles of the likeliest items are what a token is to be, by
-  their probabilities, mixed with the one title that came next (`teacher`). So each target teaches a distribution of titles and not one
-  of them, as in distillation (Hinton et al., arXiv 1503.02531).
+- The encoder's item vectors tell which items are likely next. Each token of a title is trained towards the distribution of next tokens
+  of the titles of the likeliest items, mixed with the one title that came next (`teacher`). The encoder reads without dropout here.
+  So each target teaches a distribution of titles and not one of them, as in distillation (Hinton et al., arXiv 1503.02531).
 """
 
 import jax
@@ -79,14 +79,14 @@ def taught_targets(
     teacher: float,
     chunk: int,
 ) -> Targets:
-    """Return what the tokens of rows of text are to be: a share `teacher` is what the titles of the likeliest items go on with.
+    """Return the targets of the tokens of rows of text: a share `teacher` is what the titles of the likeliest items go on with.
 
     The other share, and all of it where no likely title begins as the one that came next, is the token that came next.
 
     Args:
       encoded: the histories, of which each answer position has one end.
       where: of `predicted_tokens`, R places in all.
-      tokens: that came next.
+      tokens: the token that came next at each place.
       chunk: the items of so many answer positions are scored at a time.
     """
     table = jax.lax.stop_gradient(model.item_table)

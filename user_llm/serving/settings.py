@@ -19,10 +19,13 @@ from user_llm.config.reader import either, read_record
 from user_llm.config.values import Count, CountOrZero, Must, Text
 from user_llm.data.prompts.base import Lines, Question, Template
 from user_llm.data.prompts.next_item import NextItem
+from user_llm.models.decoder import DecoderConfig
 from user_llm.models.encoder import EncoderConfig
 from user_llm.models.export import tokenizer_files
 from user_llm.models.user_encoder import UserEncoderConfig
 from user_llm.models.user_llm import UserLLMConfig
+from user_llm.nn.rotary import RopeScaling
+from user_llm.nn.transformer import BlockConfig
 
 FORMAT = 1
 FILE = "user_llm.json"
@@ -30,6 +33,16 @@ AGAIN = "get the model directory again"
 # The keys that the identity of a model is made of. Two models that are equal in these answer alike, and can share users.
 COMPUTES = ("encoder", "model", "vocabulary", "lines", "prompts", "names", "dtype")
 LIMITS_THAT_COMPUTE = ("max_events", "beams", "after_instruction", "ranks", "trie_softmax")
+# The sizes that model directories of before do not have, by the class that has them. At their defaults they compute nothing.
+LATER: Mapping[type, tuple[str, ...]] = {
+    UserLLMConfig: ("residual",),
+    UserEncoderConfig: ("tower",),
+    DecoderConfig: ("logit_divisor", "logit_softcap", "unrotated"),
+    BlockConfig: (
+        "quantize", "rotary_share", "pre_norms", "residual_scale", "qk_norm_over_heads", "attn_softcap", "experts",
+    ),
+    RopeScaling: ("slow_turns", "fast_turns", "whole_numbers", "factors", "magnitude", "query_growth"),
+}  # fmt: skip
 
 MOST = 1 << 20  # the most events, tokens and rows that arrays may be padded to: more would fill any memory
 Size = Annotated[int, Must(f"from 1 to {MOST}", lambda n: 1 <= n <= MOST)]
@@ -210,18 +223,10 @@ def identity(settings: Mapping[str, Any]) -> str:
     limits = {name: settings["limits"][name] for name in LIMITS_THAT_COMPUTE if name in settings["limits"]}
     llm = settings["llm"] and settings["llm"]["files"]
     # The adapters' settings repeat those of the model, and also say where the LLM is stored, which must not count.
-    model = _without(settings["model"], "residual")
-    model["encoder"] = model.get("encoder") and _without(model["encoder"], "tower")
     files = {name: checksum for name, checksum in settings["files"].items() if name != "adapter_config.json"}
     return digest(
-        {name: settings[name] for name in COMPUTES if name in settings}
-        | {"model": model, "files": files, "limits": limits, "llm": llm}
+        {name: settings[name] for name in COMPUTES if name in settings} | {"files": files, "limits": limits, "llm": llm}
     )
-
-
-def _without(sizes: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return sizes without the key `name` if it is off. Directories that were written before the key existed do not have it."""
-    return {key: value for key, value in sizes.items() if value or key != name}
 
 
 def plain(value: Any) -> Any:
@@ -234,14 +239,20 @@ def plain(value: Any) -> Any:
 
 
 def sizes(config: UserLLMConfig) -> dict[str, Any]:
-    """Return a model's config as JSON holds it. `quantize` is left out where it is empty, as before that key existed."""
+    """Return a model's config as JSON holds it. What is LATER, and computes nothing here, is left out, as code of before wrote it."""
 
     def said(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: said(inner) for key, inner in value.items() if (key, inner) != ("quantize", "")}
-        return value
+        if isinstance(value, list | tuple):
+            return [said(inner) for inner in value]
+        if isinstance(value, Mapping):
+            return {key: said(inner) for key, inner in value.items()}
+        if not dataclasses.is_dataclass(value):
+            return value
+        later = LATER.get(type(value), ())
+        kept = [f for f in dataclasses.fields(value) if f.name not in later or getattr(value, f.name) != f.default]
+        return {f.name: said(getattr(value, f.name)) for f in kept}
 
-    return said(plain(dataclasses.asdict(config)))
+    return plain(said(config))
 
 
 def write_settings(directory: Path, settings: Mapping[str, Any]) -> None:

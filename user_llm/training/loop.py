@@ -52,7 +52,7 @@ class LoopConfig:
       monitor, mode: the validation metric that chooses the best parameters, and whether `max` or `min` is best.
       patience_evals: stop after this many evaluations without a new best; 0 never stops early.
       dtype: in which training and evaluation compute. Trained parameters are kept in float32 and cast at every step. Frozen ones are kept
-        in `dtype`, or as they come where that takes fewer bytes (`nn/stored.py`).
+        in `dtype`, or in the checkpoint's type if that takes fewer bytes (`nn/stored.py`).
       accumulation_steps: into how many parts, computed one after the other, each batch is split. The gradient is the whole batch's,
         but for dropout, masked events and negatives within the batch, which each part has of its own.
       sharding: rules to tuples of mesh axes.

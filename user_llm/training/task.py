@@ -39,7 +39,7 @@ class Task:
       programs: shapes of the parameters -> what evaluation compiles besides, by name, for a look ahead (`user_llm/ahead`).
       results: params -> rows for results.json, measured on the test split; likewise.
       taught_by: the phases whose targets the parameters have seen too, before this phase began.
-      beside: what every batch holds beside its rows: trees of arrays by names of their own, the same at each step. Every device has
+      beside: arrays that every batch holds besides its rows, by name. They are the same at each step. Every device has
         them whole, and they are arguments of the compiled step, not a part of it.
     """
 
