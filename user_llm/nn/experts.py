@@ -63,7 +63,7 @@ class Experts(nnx.Module):
         by_expert = rows[order // c.per_token]
 
         def each_by_its_expert(rows: Array, weight: AnyArray) -> Array:
-            return jax.lax.ragged_dot(rows, weight.astype(rows.dtype), sizes)
+            return jax.lax.ragged_dot(rows, jnp.asarray(weight, rows.dtype), sizes)
 
         gate, up = (times(each_by_its_expert, by_expert, weight) for weight in (self.gate_proj, self.up))
         out = times(each_by_its_expert, ACTIVATIONS[self.activation](gate) * up, self.down)
