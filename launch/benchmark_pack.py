@@ -43,6 +43,7 @@ def measure(args: argparse.Namespace, histories: int) -> dict:
     config.user_llm.pack.update(histories=histories, room=args.room)
     config.user_llm.update(encoder_init="scratch", load=((r".*", "fresh"),), injection=args.injection)
     config.user_llm.loss.align = 0.0
+    config.encoder.tower = False  # which an encoder from scratch cannot have
     config.llm.update_from_flattened_dict(
         {"num_layers": args.layers, "block.width": args.width, "block.mlp_width": 3 * args.width}
     )
