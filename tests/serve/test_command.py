@@ -1,5 +1,6 @@
 """The server as a process: killed while it stores, told to end, and given another model."""
 
+import http.client
 import os
 import re
 import shutil
@@ -119,3 +120,14 @@ def test_sigterm_finishes_what_has_begun_and_sighup_takes_another_model(make_mod
     store = open_store(f"sqlite:{tmp_path}/users.db")
     assert store.versions(["u"])["u"].events == 3
     store.close()
+
+
+@pytest.mark.slow
+def test_a_connection_that_was_idle_can_be_used_again(made, tmp_path):
+    with process(made.directory, tmp_path) as (_, url):
+        kept = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
+        for pause in (0, 7):
+            time.sleep(pause)
+            kept.request("GET", "/health")
+            answer = kept.getresponse()
+            assert answer.status == 200 and answer.read() and kept.sock  # not closed, nor opened anew

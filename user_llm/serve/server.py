@@ -28,6 +28,8 @@ from user_llm.serve.store import open_store
 from user_llm.serving.front import load
 
 ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # names such as localhost have an IPv6 address even where a machine has none
+# Clients and proxies keep idle connections for 5 to 60 s. A server that closes one sooner may do so just as it is used again.
+IDLE_SECONDS = 75
 FREE_PORTS = 5  # that are tried, where any port that is free will do
 
 
@@ -131,7 +133,7 @@ def _serve(options: Options, keys: list[Keys | None], sockets: list[socket.socke
 
     config = uvicorn.Config(
         make_app(state, lambda: keys[0]), log_level="warning", access_log=False, server_header=False, limit_concurrency=1000,
-        timeout_graceful_shutdown=int(limits.seconds) + 5, h11_max_incomplete_event_size=1 << 16,
+        timeout_graceful_shutdown=int(limits.seconds) + 5, h11_max_incomplete_event_size=1 << 16, timeout_keep_alive=IDLE_SECONDS,
     )  # fmt: skip
     Server(config, state, reload).run(sockets)
 
