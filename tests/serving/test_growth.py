@@ -93,13 +93,20 @@ def test_items_fill_the_rows_that_are_there_and_then_get_more(old):
     for first, last in ((0, 1), (1, 118), (118, 119), (119, 300)):
         parts = parts.add_items(items[first:last])
     wide = [{"genres": []} | item for item in items]
-    for other in (parts, old.add_items(pa.Table.from_pylist(wide)), old.add_items(pa.Table.from_pylist(wide).to_pandas())):
+    for other in (parts, old.add_items(pa.Table.from_pylist(wide))):
         assert other.mark == at_once.mark and other.vocabulary.catalogue.titles == at_once.vocabulary.catalogue.titles
         np.testing.assert_allclose(table(other)[1][:310], table(at_once)[1][:310], atol=1e-6)
     one = old.add_items(items[:1]).predictor.config
     assert one == old.add_items(items[:100]).predictor.config  # so that nothing is compiled again
     user = at_once.encode([event("n299", 1), event("n4", 2)])
     assert user.items.tolist() == [309, 14] and len(at_once.recommend(user, 400)) == 309
+
+
+def test_items_come_in_a_table_of_pandas(old):
+    pandas = pytest.importorskip("pandas")
+    items = [{"id": f"n{n}", "title": f"Film {n} of war", "genres": ["War"] * (n % 2)} for n in range(3)]
+    found, expected = old.add_items(pandas.DataFrame(items)), old.add_items(items)
+    assert found.mark == expected.mark and found.vocabulary.catalogue.titles == expected.vocabulary.catalogue.titles
 
 
 def test_a_saved_model_answers_as_before(known, old, tmp_path):
