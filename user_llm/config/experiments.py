@@ -240,7 +240,7 @@ def cpu(config: ConfigDict, facts: dict) -> None:
         phase.prompts.max_title_tokens, phase.prompts.next_item.max_tokens = 24, tokens
         phase.loss.update(trie_softmax=True, chunk=1024)
         phase.optimizer.update(lr_multiplier=defaults.PRETRAINED_LEARNING_RATES, schedule="constant", warmup_steps=20)
-        # Few users write titles and reviews: on CPU, writing for 300 of them took longer than all training.
+        # Few users write titles and reviews: on CPU, writing for 300 of them took longer than all training (BUILD_NOTES: "SmolLM2-135M on Gift Cards").
         phase.eval.update(batch_size=32, validation_users=300, generate_users=100, control_users=100, review_users=50)
         phase.eval.update(guide=(0.5, 0.9))
         phase.loop.update(total_steps=320, eval_steps=20, save_steps=20, patience_evals=3)
