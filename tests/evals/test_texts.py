@@ -53,3 +53,44 @@ def test_meteor_is_left_out_where_wordnet_is_missing_and_says_so_once(monkeypatc
     texts._meteor.cache_clear()
     assert texts.meteor(["a cat."], ["A cat."])["meteor"].tolist() == [2 / 3]
     texts._meteor.cache_clear()
+
+
+def test_bert_score_is_the_f_measure_of_the_most_alike_words(tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    pytest.importorskip("bert_score")
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "strap", "a"]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **special).save_pretrained(tmp_path)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    torch.manual_seed(0)
+    model = transformers.BertModel(transformers.BertConfig(vocab_size=len(words), **sizes)).eval()
+    model.save_pretrained(tmp_path)
+
+    def vectors(text):
+        ids = torch.tensor([tokenizer.encode(text).ids])
+        with torch.no_grad():
+            state = model(ids).last_hidden_state[0]
+        return torch.nn.functional.normalize(state, dim=-1)
+
+    target, written = "a good strap", "strap bad"
+    alike = vectors(target) @ vectors(written).T
+    # A word may be nearest to [CLS] or [SEP], whose own nearest words do not count.
+    recall, precision = alike[1:-1].max(1).values.mean(), alike[:, 1:-1].max(0).values.mean()
+    expected = float(2 * recall * precision / (recall + precision))
+    assert expected < 0.99
+    found = texts.bert_score([target, "a", "good"], [written, " ", "good"], str(tmp_path))["bert_score"]
+    np.testing.assert_allclose(found, [expected, 0, 1], atol=1e-5)
+    assert texts.bert_score(["a"], [""], str(tmp_path))["bert_score"].tolist() == [0]
+
+
+def test_bert_score_without_its_package_is_refused(monkeypatch):
+    monkeypatch.setattr(texts.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="eval.bert_score needs the package bert-score"):
+        texts.check_bert_score()

@@ -304,6 +304,7 @@ class ContextualEval:
       guide: the weights of the item head's scores, beside the titles' log-probabilities, in a beam search that both of them guide; the
         weight that is best on as many validation users is measured. Empty for no such search.
       rerank: how many titles are written for the item head to rank them; 0 for none.
+      bert_score: the name or directory of the model by which BERTScore compares reviews; empty for no BERTScore.
       control_users: how many test users are asked again with another user's history and with none; 0 for none of them.
     """
 
@@ -314,6 +315,7 @@ class ContextualEval:
     guide: tuple[Probability, ...]
     rerank: CountOrZero
     review_users: Count
+    bert_score: str
     control_users: CountOrZero
     samples: CountOrZero
     pad_whole: bool

@@ -2,9 +2,11 @@
 
 ROUGE (Lin 2004) is by the package rouge_score with its stemmer, as the paper's field reports it. BLEU (Papineni et al. 2002) and
 chrF (Popovic 2015) are by the package sacrebleu. METEOR (Banerjee and Lavie 2005) is by nltk where its WordNet is installed.
+BERTScore (Zhang et al. 2020) is by the package bert_score.
 """
 
 import functools
+import importlib.util
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -71,6 +73,42 @@ def _meteor() -> Callable[..., float] | None:
         logging.info("METEOR is left out: WordNet is not installed (python -m nltk.downloader wordnet).")
         return None
     return meteor_score
+
+
+def bert_score(targets: Sequence[str], predictions: Sequence[str], model: str) -> dict[str, Float[np.ndarray, " n"]]:
+    """Return BERTScore's F-measure of each pair, mostly from 0 to 1, without importance weights and not rescaled by a baseline.
+
+    Vectors are those of the layer that bert_score names for a published model, and of the last layer of any other. An empty text has 0.
+
+    Args:
+      model: the name or directory of a model that `transformers` loads.
+
+    Raises:
+      ValueError: the package is not installed.
+      OSError: the model cannot be loaded.
+    """
+    check_bert_score()
+    from bert_score import BERTScorer
+    from bert_score.utils import model2layers
+    from transformers import AutoConfig
+
+    layers = model2layers.get(model) or AutoConfig.from_pretrained(model).num_hidden_layers
+    values = np.zeros(len(targets))
+    filled = [row for row, pair in enumerate(zip(targets, predictions, strict=True)) if all(text.strip() for text in pair)]
+    if filled:
+        scorer = BERTScorer(model_type=model, num_layers=layers, device="cpu")
+        values[filled] = scorer.score([predictions[row] for row in filled], [targets[row] for row in filled])[2].numpy()
+    return {"bert_score": values}
+
+
+def check_bert_score() -> None:
+    """See that the package bert_score is installed.
+
+    Raises:
+      ValueError: it is not.
+    """
+    if importlib.util.find_spec("bert_score") is None:
+        raise ValueError("eval.bert_score needs the package bert-score, which is not installed: pip install bert-score.")
 
 
 def _words(text: str) -> list[str]:

@@ -35,6 +35,7 @@ OFF = (
     "eval.transitions",
     "eval.guide",
     "eval.rerank",
+    "eval.bert_score",
     "eval.control_users",
 )  # keys of a phase that compute nothing where they are off
 OF_TITLES = ("teacher", "all_words")  # keys of `loss` that compute nothing without `trie_softmax`

@@ -112,11 +112,13 @@ def check(asked: ReviewExamples, sizes: ContextualEval) -> None:
     """See that prompts have room for a review, and that there are reviews to train on.
 
     Raises:
-      ValueError: they have not, or there are none.
+      ValueError: they have not, or there are none, or `eval.bert_score` asks for a package that is not installed.
     """
     asked.check_room()
     if not asked.trains():
         raise ValueError("nobody wrote anything in training: set its weight to 0 to leave the task out.")
+    if sizes.bert_score:
+        texts.check_bert_score()
 
 
 def measure(asking: Asking, name: str, part: str, limit: int | None, sizes: ContextualEval) -> list[Found]:
@@ -131,6 +133,8 @@ def measure(asking: Asking, name: str, part: str, limit: int | None, sizes: Cont
     targets, written = [asked.answer(user, end) for user, end in pairs], show(asking, name, users, ends)
     others = random_users(*asked.targets(part), seed=0)  # the same however many are asked
     values = texts.rouge(targets, written) | texts.sentence_scores(targets, written) | texts.meteor(targets, written)
+    if sizes.bert_score:
+        values |= texts.bert_score(targets, written, sizes.bert_score)
     values["log_likelihood"] = asking.likelihood(name, asked.template.max_target_tokens, users, ends)
     if others:
         of_author, of_other = (
