@@ -28,7 +28,7 @@ ENCODER = UserEncoderConfig(
 )
 OPTIMIZER = OptimizerConfig(
     learning_rate=0.1, warmup_steps=0, schedule="constant", weight_decay=0.1, clip_norm=1.0, b1=0.9, b2=0.98,
-    first_moment="float32", second_moment="float32",
+    first_moment="float32", second_moment="float32", muon=False, matrices=((r".*", ()),),
     trainable=((r"^project$|^heads/", False), (r".*", True)), lr_multiplier=((r".*", 1.0),), decay=DECAY,
 )  # fmt: skip
 LOSS = EncoderLoss(

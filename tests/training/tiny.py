@@ -38,7 +38,7 @@ LOOP = LoopConfig(
 )  # fmt: skip
 OPTIMIZER = OptimizerConfig(
     learning_rate=0.3, warmup_steps=2, schedule="cosine", weight_decay=0.01, clip_norm=1.0, b1=0.9, b2=0.98,
-    first_moment="float32", second_moment="float32",
+    first_moment="float32", second_moment="float32", muon=False, matrices=((r".*", ()),),
     trainable=((r"frozen", False), (r".*", True)), lr_multiplier=((r".*", 1.0),), decay=EVERYTHING,
 )  # fmt: skip
 SHAPES = {

@@ -23,6 +23,14 @@ DECAY = (
     (PRODUCTS, True),
 )
 
+# How many of a weight's last axes are inputs and outputs of its product, where Muon is to move it.
+MATRICES = (
+    (r"(^|/)(q|k|v)$", (1, 2)),
+    (r"(^|/)o$", (2, 1)),
+    (r"(^|/)(gate_proj|up|down|project)$", (1, 1)),
+    (ANY_PART, ()),
+)
+
 STORED = "(/codes|/scale)?$"  # the end of a weight's path, or of the parts of a quantised one
 # The axes of the mesh that split each parameter; leading axes (layers) stay whole.
 SHARDING = (
@@ -181,10 +189,11 @@ def block(width: int, heads: int, mlp_width: int, *, dropout: float) -> dict:
 
 
 def optimizer(learning_rate: float, **changes) -> dict:
-    """AdamW, `training.optimizer.OptimizerConfig`."""
+    """AdamW or Muon, `training.optimizer.OptimizerConfig`."""
     return {
         "learning_rate": learning_rate, "warmup_steps": 100, "schedule": "constant", "weight_decay": 0.01, "clip_norm": 1.0,
-        "b1": 0.9, "b2": 0.98, "first_moment": "float32", "second_moment": "float32", "lr_multiplier": ((ANY_PART, 1.0),), "decay": DECAY,
+        "b1": 0.9, "b2": 0.98, "first_moment": "float32", "second_moment": "float32", "muon": False, "matrices": MATRICES,
+        "lr_multiplier": ((ANY_PART, 1.0),), "decay": DECAY,
     } | changes  # fmt: skip
 
 

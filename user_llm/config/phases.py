@@ -19,6 +19,7 @@ from user_llm.config.values import (
     Regex,
     Seat,
     Share,
+    Sides,
     Text,
     Weight,
 )
@@ -26,7 +27,7 @@ from user_llm.config.values import (
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """AdamW and its schedule."""
+    """AdamW or Muon, and the schedule (`training/optimizer.py`)."""
 
     learning_rate: Positive
     warmup_steps: CountOrZero
@@ -37,6 +38,8 @@ class Optimizer:
     b2: Share
     first_moment: Moment
     second_moment: Moment | Literal["factored"]
+    muon: bool
+    matrices: tuple[tuple[Regex, Sides], ...]
     lr_multiplier: tuple[tuple[Regex, Weight], ...]
     decay: tuple[tuple[Regex, bool], ...]
 

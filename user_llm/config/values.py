@@ -36,6 +36,7 @@ Probability = Annotated[float, Must("from 0 to 1", lambda x: 0 <= x <= 1)]
 Text = Annotated[str, Must("a text that is not empty", bool)]
 Regex = Annotated[str, Must("a regular expression", is_regex)]
 Names = tuple[Text, ...]
+Sides = Annotated[tuple[Count, ...], Must("a number of inputs and one of outputs, or empty", lambda pair: len(pair) in (0, 2))]
 
 Activation = Literal["silu", "relu", "gelu", "gelu_tanh"]
 Injection = Literal["cross_attention", "soft_prompt", "both"]

@@ -194,7 +194,7 @@ def own_settings(config: Config, name: str) -> dict[str, Any]:
     """Return the settings of a phase's section and of its strategy.
 
     The strategy counts by what it trains, and the section's `encoder` by the settings of that encoder, not by their names. Tasks of
-    weight 0, how prompts would be packed where they are not, OF_TITLES where titles are written among all words, a teacher without a
+    weight 0, how prompts would be packed where they are not, what Muon would move where it does not, OF_TITLES where titles are written among all words, a teacher without a
     pretrained encoder, and what is OFF count for nothing, so that a phase of older code, which has not these keys, is the same phase.
 
     Raises:
@@ -206,6 +206,8 @@ def own_settings(config: Config, name: str) -> dict[str, Any]:
         path_part(section["method"].replace("/", "_"), f"{name}.method")
     if "pack" in section and not section["pack"]["histories"]:
         del section["pack"]
+    if not section["optimizer"]["muon"]:
+        section["optimizer"] = {key: value for key, value in section["optimizer"].items() if key not in ("muon", "matrices")}
     if "trie_softmax" in section.get("loss", ()):
         taught = config.contextual(name).examples.max_events and section["encoder_init"] == "pretrained"
         unread = OF_TITLES if not section["loss"]["trie_softmax"] else () if taught else ("teacher",)

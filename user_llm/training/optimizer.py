@@ -1,15 +1,18 @@
-"""AdamW from rules: which parameters train, how fast each learns, which decay.
+"""AdamW, or Muon for matrices, from rules: which parameters train, how fast each learns, which decay.
 
 Only the trainable subtree is ever differentiated or has optimizer state; frozen parameters are not masked but absent (masking
 with `optax.masked` would pass raw gradients through to them).
 """
 
 import dataclasses
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from optax import contrib
 
 from user_llm.common import mesh as meshes
 from user_llm.common import trees
@@ -18,7 +21,7 @@ from user_llm.common.trees import Params, Rules
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its schedule.
+    """AdamW or Muon, and the schedule.
 
     Attributes:
       learning_rate: peak, after `warmup_steps` of linear rise.
@@ -29,6 +32,9 @@ class OptimizerConfig:
       first_moment: `float32` or `bfloat16`, in which it is kept between steps.
       second_moment: likewise, or `factored`: Adafactor's means over rows and columns (Shazeer and Stern 2018), whose memory is next to
         nothing, with its own decay in place of `b2` and updates clipped to a root mean square of 1.
+      muon: whether Muon moves the matrices, and Adam or Adafactor only the rest.
+      matrices: rules to (inputs, outputs): how many of the last axes of a weight are those of a matrix product's inputs and outputs; axes
+        before them number matrices that are stacked. Empty for what is no matrix.
     """
 
     learning_rate: float
@@ -40,6 +46,8 @@ class OptimizerConfig:
     b2: float
     first_moment: str
     second_moment: str
+    muon: bool
+    matrices: Rules
     trainable: Rules
     lr_multiplier: Rules
     decay: Rules
@@ -88,13 +96,36 @@ def scale_by_moments(config: OptimizerConfig) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: kept(adam.init(params), jnp.bfloat16), update)
 
 
+def scale_by_muon(config: OptimizerConfig, params: Params, rest: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Replace a matrix's mean gradient by the nearest orthogonal matrix (Muon; Jordan 2024), and scale all others by `rest`.
+
+    Its steps have the root mean square of Adam's, 0.2 of the learning rate, whatever the shape (arXiv 2502.16982).
+    """
+    rules = trees.flatten(params)
+    axes = {name: trees.match(config.matrices, {name: leaf})[name] for name, leaf in rules.items()}
+    numbers = {
+        name: contrib.MuonDimensionNumbers(tuple(range(-sum(pair), -pair[1])), tuple(range(-pair[1], 0)))
+        for name, pair in axes.items()
+        if pair
+    }
+    dimensions = trees.unflatten({name: numbers.get(name, optax.MaskedNode()) for name in axes})
+    sizes = {name: max(math.prod(rules[name].shape[axis] for axis in side) for side in of) for name, of in numbers.items()}
+    scales = trees.unflatten({name: 0.2 * sizes[name] ** 0.5 if name in sizes else optax.MaskedNode() for name in axes})
+    muon = optax.chain(
+        contrib.scale_by_muon(mu_dtype=jnp.dtype(config.first_moment), weight_dimension_numbers=dimensions),
+        optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, scales)),
+    )
+    labels = trees.unflatten({name: "muon" if name in numbers else "rest" for name in axes})
+    return optax.partition({"muon": muon, "rest": rest}, labels)
+
+
 def make_optimizer(config: OptimizerConfig, params: Params, total_steps: int) -> optax.GradientTransformation:
     """Build the optimizer of the trainable subtree `params`."""
     decay = trees.match(config.decay, params)
     multiplier = trees.match(config.lr_multiplier, params)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        scale_by_moments(config),
+        scale_by_muon(config, params, scale_by_moments(config)) if config.muon else scale_by_moments(config),
         optax.add_decayed_weights(config.weight_decay, mask=decay),
         optax.stateless(lambda updates, _: jax.tree.map(lambda u, m: u * m, updates, multiplier)),
         optax.scale_by_learning_rate(learning_rate_schedule(config, total_steps)),
@@ -104,9 +135,15 @@ def make_optimizer(config: OptimizerConfig, params: Params, total_steps: int) ->
 def abstract_optimizer(optimizer: optax.GradientTransformation, params: Params, mesh: Mesh) -> optax.OptState:
     """Return the shapes and shardings of the optimizer's state: moments live where their parameters do, all else everywhere."""
     shapes, everywhere = jax.eval_shape(optimizer.init, params), meshes.replicated(mesh)
+
+    def place(moment: jax.ShapeDtypeStruct | optax.MaskedNode, param: jax.Array) -> Any:
+        if isinstance(moment, optax.MaskedNode):  # of a parameter that another part of the optimizer moves
+            return moment
+        return param.sharding if moment.shape == param.shape else everywhere
+
     where = optax.tree.map_params(
-        optimizer, lambda moment, param: param.sharding if moment.shape == param.shape else everywhere, shapes, params,
-        transform_non_params=lambda _: everywhere,
+        optimizer, place, shapes, params,
+        transform_non_params=lambda _: everywhere, is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
     )  # fmt: skip
     return meshes.placed(shapes, where)
 
