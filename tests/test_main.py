@@ -108,6 +108,27 @@ def test_finished_phases_are_not_run_again(finished):
 
 
 @pytest.mark.slow
+def test_other_settings_of_the_test_measure_again_and_train_nothing(finished, tmp_path):
+    """Back to the first settings, everything is as it was."""
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    config, first = _tiny(), _rows(finished)
+    config.user_llm.eval.generate_users, config.user_llm.eval.samples = 3, 1
+    for asked, written in ((config, 3), (_tiny(), _tiny().user_llm.eval.generate_users)):
+        with one_device():
+            rows = main.run(asked, epath.Path(workdir))
+        assert {row["n"] for row in rows if row["method"] == "user_llm/generate"} == {written}
+        kept = [row for row in rows if "generate" not in row["method"]]
+        same = [row for row in first if "generate" not in row["method"]]
+        assert [(row["method"], row["metric"], row["value"]) for row in kept] == [
+            (row["method"], row["metric"], row["value"]) for row in same
+        ]
+        for phase in ("pretrain_encoder", "user_llm"):
+            assert (workdir / phase / "metrics.jsonl").read_text() == (finished / phase / "metrics.jsonl").read_text()
+    assert _rows(workdir) == first and not (workdir / "earlier").exists()
+
+
+@pytest.mark.slow
 def test_another_config_in_the_same_workdir_is_refused(finished):
     config = _tiny()
     config.seed = 1

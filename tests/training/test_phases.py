@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 from etils import epath
@@ -66,6 +67,35 @@ def test_other_settings_set_a_phase_aside_and_the_old_ones_take_it_back(tmp_path
     stands, aside, identity = _settled(tmp_path, A)
     assert (stands, aside, identity) == ("params", [f"p-{wanted.hash}"], A)
     assert (tmp_path / "p" / "checkpoints" / "2").exists() and (tmp_path / "p" / "results.json").exists() == finished
+
+
+GUIDED = Identity(A.inputs, {"p.steps": 4, "p.eval.guide": [0.5]})
+WRITING = Identity(A.inputs, {"p.steps": 4, "p.eval.generate_users": 9})
+HEADED, HEADED_WRITING = (Identity(A.inputs, {"p.loss.catalogue": 1.0, "p.eval.generate_users": users}) for users in (0, 9))
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("before, wanted", [(A, GUIDED), (GUIDED, A), (HEADED, HEADED_WRITING)])
+def test_other_settings_of_the_test_alone_keep_the_parameters_and_measure_again(tmp_path, finished, before, wanted):
+    _make(tmp_path / "p", before, finished=finished)
+    assert _settled(tmp_path, wanted) == ("params", [], wanted)
+    assert (tmp_path / "p" / "checkpoints" / "2").exists() and not (tmp_path / "p" / "results.json").exists()
+
+
+def test_a_phase_that_others_start_from_stays_as_it_was_measured(tmp_path):
+    _make(tmp_path / "p", A)
+    part = decide(epath.Path(tmp_path), "p", GUIDED, runs=[], accept=False, runs_it=False)
+    settle(epath.Path(tmp_path), part)
+    assert part.identity == read_identity(epath.Path(tmp_path / "p")) == A and (tmp_path / "p" / "results.json").exists()
+
+
+def test_what_training_depends_on_as_well_trains_again(tmp_path):
+    """Without an item head, titles are written on validation, which chooses the best step; and what has no checkpoint cannot be measured."""
+    _make(tmp_path / "p", A)
+    assert _settled(tmp_path, WRITING) == (None, [f"p-{A.hash}"], WRITING)
+    taken = _make(tmp_path / "taken" / "p", A)
+    shutil.rmtree(taken / "checkpoints")
+    assert _settled(tmp_path / "taken", GUIDED) == (None, [f"p-{A.hash}"], GUIDED)
 
 
 def _make_begun(folder):

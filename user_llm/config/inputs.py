@@ -25,6 +25,9 @@ NO_INPUT = (
         "where files are, whose content counts; a stand-in for data; a permission",
     ),
 )
+# Settings of the test alone: training, and the choice of the best step, do not depend on them.
+TEST_ALONE = r"\.eval\.(guide|rerank|bert_score|control_users|samples)$"
+WRITTEN = r"\.eval\.generate_users$"  # so too where an item head ranks on validation
 # Keys of `data` that one kind of source alone reads.
 OF_SOURCE = {"category": "amazon", "states": "google_local", "name": "events", "columns": "events", "synthetic": "synthetic"}
 # Keys of `data` that say what is done with a dataset once it is read.
@@ -41,6 +44,13 @@ def flat(section: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         elif not any(re.search(pattern, key) for pattern, _ in NO_INPUT):
             found[key] = value
     return found
+
+
+def training_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of a phase's settings on which its parameters depend; the others change what is measured of them in the end."""
+    has_head = any(key.endswith(".loss.catalogue") and value for key, value in settings.items())
+    alone = f"{TEST_ALONE}|{WRITTEN}" if has_head else TEST_ALONE
+    return {key: value for key, value in settings.items() if not re.search(alone, key)}
 
 
 def reading_settings(config: Mapping[str, Any]) -> dict[str, Any]:

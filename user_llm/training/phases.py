@@ -3,10 +3,11 @@
 | what differs from what the phase was | finished | begun |
 |---|---|---|
 | nothing | kept | goes on |
-| settings, or a phase below it | set aside, trained again | set aside, trained again |
+| settings of the test alone | measured again | goes on |
+| other settings, or a phase below it | set aside, trained again | set aside, trained again |
 | files alone (data, checkpoint, tokenizer, text) | refused; kept if changes are accepted | refused; set aside if accepted |
 
-What is set aside lies in `<workdir>/earlier/<phase>-<identity>`, and comes back by itself when its settings do. All decisions are made
+A phase that was taken from another run has no checkpoints, which measuring starts from, so it is trained again. What is set aside lies in `<workdir>/earlier/<phase>-<identity>`, and comes back by itself when its settings do. All decisions are made
 before the first of them is carried out, so that a refusal changes nothing.
 """
 
@@ -18,6 +19,7 @@ from etils import epath
 
 from user_llm.common.checksums import check_manifest
 from user_llm.common.files import files_below
+from user_llm.config.inputs import training_settings
 from user_llm.training.identity import (
     FILE,
     Identity,
@@ -40,6 +42,7 @@ class Part:
       identity: of what will stand in the directory.
       aside: the identity of what stands there and must leave; None if nothing does.
       source: a directory that holds the phase; None if the phase stands there already, or is to be trained.
+      measured: the settings of the test that differ from those by which what stands there was measured.
       accepted: what differs between the present files and those that the kept phase was trained on.
     """
 
@@ -47,6 +50,7 @@ class Part:
     identity: Identity
     aside: Identity | None = None
     source: epath.Path | None = None
+    measured: tuple[str, ...] = ()
     accepted: tuple[str, ...] = ()
     stands: bool = False
 
@@ -58,8 +62,12 @@ def has_results(directory: epath.Path) -> bool:
 
 def has_begun(directory: epath.Path) -> bool:
     """Return whether a phase is finished, or has saved a step."""
+    return has_results(directory) or _saved(directory)
+
+
+def _saved(directory: epath.Path) -> bool:
     checkpoints = directory / "checkpoints"
-    return has_results(directory) or (checkpoints.exists() and any(path.name.isdigit() for path in checkpoints.iterdir()))
+    return checkpoints.exists() and any(path.name.isdigit() for path in checkpoints.iterdir())
 
 
 def decide(
@@ -69,6 +77,7 @@ def decide(
     *,
     runs: Sequence[epath.Path],
     accept: bool,
+    runs_it: bool = True,
     finished: Callable[[epath.Path], bool] = has_results,
 ) -> Part:
     """Return what becomes of a phase; changes nothing.
@@ -77,6 +86,7 @@ def decide(
       wanted: the identity of the phase as config and files are now.
       runs: workdirs of other runs, whose finished phases may be taken.
       accept: whether finished phases are kept that were trained on other files.
+      runs_it: whether the run has this phase; else others of its phases start from what stands there, however it was measured.
 
     Raises:
       ValueError: the phase was trained on other files, or nobody knows on which.
@@ -97,7 +107,18 @@ def decide(
             raise ValueError(f"{name} in {workdir} was trained on other files ({listed(files)}): {REMEDY}")
         if finished(directory):
             return Part(name, stored, accepted=files, stands=True)
-    return Part(name, wanted, aside=stored, source=find_phase(workdir, name, wanted, runs, finished))
+    if not runs_it and finished(directory) and _trained_alike(stored, wanted):
+        return Part(name, stored, stands=True)
+    source = find_phase(workdir, name, wanted, runs, finished)
+    if source is None and _trained_alike(stored, wanted) and _saved(directory):
+        return Part(name, wanted, measured=tuple(changed_settings(stored.settings, wanted.settings)), stands=True)
+    return Part(name, wanted, aside=stored, source=source)
+
+
+def _trained_alike(one: Identity, other: Identity) -> bool:
+    """Return whether two phases have the same parameters."""
+    same = one.inputs == other.inputs and one.built_on == other.built_on
+    return same and training_settings(one.settings) == training_settings(other.settings)
 
 
 def find_phase(
@@ -121,6 +142,10 @@ def settle(workdir: epath.Path, part: Part) -> None:
     directory = workdir / part.name
     set_aside(workdir, part)
     if part.stands:
+        if part.measured:
+            logging.info("%s: to be measured again, since %s", part.name, listed(part.measured))
+            (directory / "results.json").unlink(missing_ok=True)  # first: without it nobody takes the phase for finished
+            part.identity.write(directory)
         if part.accepted:
             logging.warning("%s: kept although %s since it was trained", part.name, listed(part.accepted))
             part.identity.write(directory, accepted=list(part.accepted))
