@@ -35,6 +35,7 @@ from ml_collections import ConfigDict  # noqa: E402
 
 from configs import movielens_xattn  # noqa: E402
 from user_llm.config import defaults  # noqa: E402
+from user_llm.config.llms import LLMS  # noqa: E402
 from user_llm.config.reader import Config  # noqa: E402
 
 # Part: phase and strategy.
@@ -70,7 +71,7 @@ PRESETS = {
         "user_llm.prompts.next_item.max_tokens": 512,
         "user_llm.cross.heads": 16, "user_llm.cross.head_dim": 64,
         "user_llm.resampler.heads": 8, "user_llm.resampler.head_dim": 64, "user_llm.resampler.mlp_width": 1536,
-        "llm.published": ConfigDict(defaults.LLMS["qwen3_0_6b"][1]),
+        "llm.published": ConfigDict(LLMS["qwen3_0_6b"][1]),
     },
 }  # fmt: skip
 

@@ -139,7 +139,7 @@ def half_side(preset: str) -> dict:
     from ml_collections import ConfigDict
 
     from user_llm.common import trees
-    from user_llm.config.defaults import LLMS
+    from user_llm.config.llms import LLMS
     from user_llm.models.config_json import config_from_settings
     from user_llm.models.decoder import Decoder
     from user_llm.models.generate import generate

@@ -30,7 +30,8 @@ from ml_collections import ConfigDict
 from user_llm.ahead import apart
 from user_llm.ahead.check import Checked, check
 from user_llm.ahead.chips import CHIPS
-from user_llm.config.defaults import LLMS, STRATEGIES
+from user_llm.config.defaults import STRATEGIES
+from user_llm.config.llms import LLMS
 from user_llm.report import markdown
 
 HERE = pathlib.Path(__file__).parent

@@ -17,7 +17,7 @@ from user_llm.common import mesh as meshes
 from user_llm.common import trees
 from user_llm.config import experiments
 from user_llm.config.check import check
-from user_llm.config.defaults import LLMS
+from user_llm.config.llms import LLMS
 from user_llm.config.reader import read_config
 from user_llm.data.dataset import Dataset
 from user_llm.data.schema import Feature, Schema

@@ -15,7 +15,7 @@ from etils import epath
 
 from user_llm import experiment, main
 from user_llm.config.check import check as check_config
-from user_llm.config.defaults import LLMS
+from user_llm.config.llms import LLMS
 
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -253,6 +253,32 @@ def test_stop_ids_are_those_of_the_generation_config(with_files, eos, expected):
     assert with_files(files).stop_ids == expected
 
 
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"eos_token_id": 7}, (7,)),
+        ({"eos_token_id": [7, 9]}, (7, 9)),
+        ({"eos_token_id": 7, "text_config": {"eos_token_id": 9}}, (7,)),  # a wrapper of a language model
+        ({"eos_token_id": None, "text_config": {"eos_token_id": [9, 7]}}, (9, 7)),
+        ({"eos_token_id": None, "text_config": None}, (2,)),
+    ],
+)
+def test_where_no_generation_config_says_it_stop_ids_are_those_of_the_config(with_files, tmp_path, config, expected):
+    assert with_files({"config.json": config}).stop_ids == expected
+    (tmp_path / "llm").mkdir()
+    (tmp_path / "config.json").rename(tmp_path / "llm" / "config.json")
+    assert load_tokenizer(tmp_path).stop_ids == (2,)
+    assert load_tokenizer(tmp_path, tmp_path / "llm").stop_ids == expected
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 0}')
+    assert load_tokenizer(tmp_path, tmp_path / "llm").stop_ids == (0,)
+
+
+@pytest.mark.parametrize("config", [{"eos_token_id": "</s>"}, {"text_config": {"eos_token_id": [-1]}}])
+def test_stop_ids_of_a_config_that_are_no_ids_are_refused(with_files, config):
+    with pytest.raises(ValueError, match=r"config\.json: .*'eos_token_id' is no token ids; get the tokenizer again"):
+        with_files({"config.json": config})
+
+
 def test_a_tokenizer_without_an_end_token_has_no_stop_ids(with_files):
     assert with_files({"tokenizer_config.json": {}}).stop_ids == ()
 

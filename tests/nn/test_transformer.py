@@ -12,7 +12,6 @@ from user_llm.common import trees
 from user_llm.nn.attention import KVCache
 from user_llm.nn.cross_attention import CrossAttentionConfig, UserKV
 from user_llm.nn.experts import ExpertsConfig
-from user_llm.nn.rotary import RopeScaling
 from user_llm.nn.transformer import BlockConfig, Stack
 from user_llm.nn.visibility import cache_mask, causal_mask, segment_mask
 
@@ -128,17 +127,6 @@ def test_layers_without_rotary_positions_do_not_know_positions(stack):
     np.testing.assert_allclose(of(some, 1), stack(unrotated=some, unroll=True)(x, **_causal(5))[0], atol=5e-6)
     with pytest.raises(ValueError, match="5 layers need as many marks of who has no rotary positions"):
         Stack(PLAIN, DEPTH, unrotated=(True,), rngs=nnx.Rngs(params=0))
-
-
-def test_longer_texts_than_rotary_positions_are_read_for_are_refused(stack):
-    scaling = RopeScaling("longrope", 2.0, factors=(1.0, 1.5, 2.0, 2.5), original_length=6)
-    run = stack(dataclasses.replace(PLAIN, rope_scaling=scaling))
-    run(_x(1, 6), **_causal(6))
-    with pytest.raises(ValueError, match="Rows of 7 tokens are asked for, .* of this LLM are read for rows of at most 6"):
-        run(_x(1, 7), **_causal(7))
-    cache, one = KVCache(*[np.zeros((DEPTH, 1, 2, 7, 8), np.float32)] * 2), np.zeros((1, 1), np.int32)
-    with pytest.raises(ValueError, match="Rows of 7 tokens"):
-        run(_x(1, 1), mask=cache_mask(one, 7), positions=one, cache=cache)
 
 
 def test_dropout_needs_a_key_and_differs_by_key(stack):

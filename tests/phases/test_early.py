@@ -247,14 +247,41 @@ LLAMA = {
 }  # fmt: skip
 
 
+LONG = LLAMA | {
+    "model_type": "phi3", "pad_token_id": 0, "max_position_embeddings": 4096, "original_max_position_embeddings": 20,
+    "rope_scaling": {"type": "longrope", "short_factor": [1.0, 2.0], "long_factor": [2.0, 4.0]},
+}  # fmt: skip
+ALONE = {f"user_llm.prompts.{task}.weight": 0.0 for task in ("favorite", "favorite_future", "review")}
+
+
+def _write_llm(folder, settings):
+    """Write an open LLM of these settings with weights of zeros, and return its tensors."""
+    train_bpe(["a line\n"], 300, folder)
+    (folder / "config.json").write_text(json.dumps(settings))
+    tensors = {"model." + t.name: np.zeros(t.theirs, np.float32) for t in table(config_from_settings(settings, ""))}
+    save_file(tensors, folder / "model.safetensors")
+    return tensors
+
+
+def test_texts_longer_than_an_open_llm_is_read_for_are_refused(opened, tmp_path):
+    folder = tmp_path / "llm"
+    _write_llm(folder, LONG)
+    context = opened(ALONE | {"phases": PHASES, "llm.checkpoint": str(folder), "user_llm.cross.every": 1})
+    with pytest.raises(
+        ValueError, match=r"^general_text\.window: a text of 128 tokens is asked for, .* texts of at most 20: make"
+    ):
+        context.build()
+    context.config.general_text.window = 20
+    with pytest.raises(ValueError, match=r"^user_llm\.prompts\.next_item: A prompt with its answer of 48 tokens is asked for"):
+        context.build()
+    (folder / "config.json").write_text(json.dumps(LONG | {"original_max_position_embeddings": 48}))
+    assert context.build()
+
+
 def test_an_open_llm_is_checked_with_its_weights_and_the_general_text(opened, tmp_path):
     folder = tmp_path / "llm"
-    train_bpe(["a line\n"], 300, folder)
-    (folder / "config.json").write_text(json.dumps(LLAMA))
-    tensors = {"model." + t.name: np.zeros(t.theirs, np.float32) for t in table(config_from_settings(LLAMA, ""))}
-    save_file(tensors, folder / "model.safetensors")
-    alone = {f"user_llm.prompts.{task}.weight": 0.0 for task in ("favorite", "favorite_future", "review")}
-    context = opened(alone | {"phases": PHASES, "llm.checkpoint": str(folder), "user_llm.cross.every": 1})
+    tensors = _write_llm(folder, LLAMA)
+    context = opened(ALONE | {"phases": PHASES, "llm.checkpoint": str(folder), "user_llm.cross.every": 1})
     assert tuple(context.build()) == ("pretrain_encoder", "user_llm")
 
     (folder / "vocab_old").symlink_to(tmp_path / "elsewhere")  # a link that nothing follows before the model is written

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from user_llm.common import mesh as meshes
+from user_llm.nn.rotary import RopeScaling
 
 
 @pytest.fixture
@@ -26,6 +27,18 @@ def test_prompts_that_are_alike_are_not_padded_and_others_to_one_of_few_widths(p
     assert whole.padded("next_item", prompts_of(5, 9))[0].shape == (2, whole.templates["next_item"].max_tokens)
     with_titles = make_model("titles").written.predictor  # equal by chance: another batch is not
     assert with_titles.padded("next_item", prompts_of(5, 5))[0].shape == (2, 64)
+
+
+def test_prompts_longer_than_the_decoder_is_read_for_are_refused(predictor):
+    """The soft prompt counts, of a token for each of 6 events here, and padding does not."""
+    scaling = RopeScaling("longrope", 2.0, factors=(1.0, 1.5, 2.0), original_length=15)
+    decoder = predictor.config.decoder
+    decoder = dataclasses.replace(decoder, block=dataclasses.replace(decoder.block, rope_scaling=scaling))
+    short = dataclasses.replace(predictor, config=dataclasses.replace(predictor.config, decoder=decoder))
+    assert short.padded("next_item", prompts_of(5, 9))[0].shape == (2, 64)
+    for sizes, more in (((5, 10), 0), ((9,), 1)):
+        with pytest.raises(ValueError, match="^A text of 16 tokens is asked for, .* texts of at most 15: make"):
+            short.padded("next_item", prompts_of(*sizes), more)
 
 
 def test_padding_changes_no_score(predictor):

@@ -3,7 +3,7 @@
 | variant | for |
 |---|---|
 | `full` | the paper's sets, one TPU host |
-| an open LLM by its name in `defaults.LLMS` | the same with that LLM in place of the small one that is trained from scratch |
+| an open LLM by its name in `llms.LLMS` | the same with that LLM in place of the small one that is trained from scratch |
 | `gpu` | the same sets and an open LLM of some 100 million parameters, by `--config.llm.checkpoint`, on one GPU: minutes |
 | `small` | 2 CPU cores and the small real sets, by `--config.data.dir` |
 | `cpu` | the same sets and cores and an open LLM of some 100 million parameters, by `--config.llm.checkpoint`: hours |
@@ -15,6 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from user_llm.config import defaults
+from user_llm.config.llms import LLMS
 from user_llm.config.variants import nested
 
 # A few thousand events, of five or ten a user: smaller batches, fewer steps.
@@ -127,17 +128,17 @@ def experiment(dataset: str, method: str, variant: str) -> ConfigDict:
         gpu(config, facts)
     elif variant == "cpu":
         cpu(config, facts)
-    elif variant == "full" or variant in defaults.LLMS:
+    elif variant == "full" or variant in LLMS:
         full(config, facts)
-        if variant in defaults.LLMS:
-            config.llm.checkpoint, published = defaults.LLMS[variant]
+        if variant in LLMS:
+            config.llm.checkpoint, published = LLMS[variant]
             config.llm.published = ConfigDict(published)
             for name in ("user_llm", *TEXT_PROMPTS):
                 config[name].strategy = "lora"
                 config[name].optimizer.lr_multiplier = defaults.PRETRAINED_LEARNING_RATES
     else:
         raise ValueError(
-            f"Unknown variant {variant!r}: choose full, gpu, cpu, small, synthetic or an open LLM: {', '.join(defaults.LLMS)}."
+            f"Unknown variant {variant!r}: choose full, gpu, cpu, small, synthetic or an open LLM: {', '.join(LLMS)}."
         )
     more = 1 + sum(facts["tasks"].values())  # so that the next item keeps its steps
     for name in ("user_llm", *TEXT_PROMPTS):

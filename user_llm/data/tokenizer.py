@@ -38,7 +38,8 @@ class Tokenizer:
     Attributes:
       bos_id, eos_id: None where the model has no such token.
       pad_id: 0 where the model names none; padding is masked, so any id would do.
-      stop_ids: tokens that end a text: those of generation_config.json, else `eos_id` if there is one.
+      stop_ids: tokens that end a text: those of generation_config.json, else those of the LLM's config.json, as transformers takes them;
+        where neither names any, `eos_id` if there is one.
       special_tokens: texts of the special tokens by role, such as {"eos_token": "</s>"}, for the chat template.
       chat_template: Jinja template of a conversation; None where the checkpoint has none.
     """
@@ -233,16 +234,20 @@ def train_bpe(texts: Iterable[str], vocab_size: int, directory: str | os.PathLik
     return _wrap(backend, names)
 
 
-def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
-    """Load a directory with tokenizer.json, or anything else that `transformers.AutoTokenizer` knows, hub names too.
+def load_tokenizer(directory: str | os.PathLike, llm: str | os.PathLike | None = None) -> Tokenizer:
+    """Load a directory with tokenizer.json, or with other files that `transformers.AutoTokenizer` knows.
+
+    Args:
+      llm: the directory of the LLM's config.json; None for the same directory.
 
     Raises:
       ValueError: no tokenizer there, broken files, or a vocabulary of next to no words.
     """
     path = epath.Path(directory)
     file = path / "tokenizer.json"
+    stop_ids = _stop_ids(path, path if llm is None else epath.Path(llm))
     if not file.exists():
-        return _with_words(_load_with_transformers(path), path)
+        return _with_words(_load_with_transformers(path, stop_ids), path)
     try:
         backend = tokenizers.Tokenizer.from_buffer(read_file(file))
     except Exception as error:  # the library raises nothing more precise
@@ -252,8 +257,21 @@ def load_tokenizer(directory: str | os.PathLike) -> Tokenizer:
     )
     if (path / "chat_template.jinja").exists():
         settings["chat_template"] = read_text(path / "chat_template.jinja")
-    stop_ids = _settings(path / "generation_config.json", {"eos_token_id?": token_ids}).get("eos_token_id")
     return _with_words(_wrap(backend, settings, stop_ids), path)
+
+
+def _stop_ids(path: epath.Path, llm: epath.Path) -> int | list[int] | None:
+    """Return the tokens that end a text where generation_config.json, or else config.json, names any.
+
+    A wrapper's config.json may name them in its own settings or in those of its language model.
+    """
+    form, file = {"eos_token_id?": token_ids}, llm / "config.json"
+    whole = _settings(file, form)
+    part = whole.get("text_config")
+    if isinstance(part, dict) and (wrong := misfit(part, form)):
+        raise ValueError(f"{file}: text_config {wrong}; {AGAIN}.")
+    said = (_settings(path / "generation_config.json", form), whole, part if isinstance(part, dict) else {})
+    return next((ids for of in said if (ids := of.get("eos_token_id")) is not None), None)
 
 
 def _with_words(tokenizer: Tokenizer, path: epath.Path) -> Tokenizer:
@@ -310,7 +328,7 @@ def _wrap(backend: tokenizers.Tokenizer, settings: dict, stop_ids: int | list[in
     )  # fmt: skip
 
 
-def _load_with_transformers(path: epath.Path) -> Tokenizer:
+def _load_with_transformers(path: epath.Path, stop_ids: int | list[int] | None) -> Tokenizer:
     import transformers  # here, since it takes seconds and most tokenizers do without
 
     try:
@@ -318,9 +336,5 @@ def _load_with_transformers(path: epath.Path) -> Tokenizer:
         backend = loaded.backend_tokenizer
     except Exception as error:  # of whichever library reads the files
         raise ValueError(f"No tokenizer at {path}: a tokenizer.json or a known tokenizer is needed.") from error
-    try:
-        stop_ids = transformers.GenerationConfig.from_pretrained(os.fspath(path)).eos_token_id
-    except OSError:  # there is none
-        stop_ids = None
     settings = {**loaded.special_tokens_map, "chat_template": loaded.chat_template}
     return _wrap(backend, settings, stop_ids)

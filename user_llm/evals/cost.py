@@ -20,6 +20,9 @@ scores would halve the attention of a prompt that is read whole, to the advantag
 this can be seen. The 4 N of a softmax are one operation a score for the mask, the peak, the subtraction and the sum; they matter
 where heads are narrow and prompts long.
 
+Of a mixture of experts (`nn/experts.py`) the C experts of a token count, and what chooses them: T (6 C D F + 2 D X) in place of the mlp.
+This is what accelerators compute. CPUs compute all X experts for each token, so that the formula is too low for them by X / C.
+
 Left out: exp and its like, which XLA counts apart, and low-rank adapters, which `export` merges; and what XLA does count: norms, rotary
 positions, activations, residuals and biases, which grow with T alone, and the building of masks. So the formula is the lower one,
 by about 1% at a width of 128 and 3% at 64. XLA's count is in `cost_compiled.py`; tests hold the two within 5%.

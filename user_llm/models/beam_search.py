@@ -198,6 +198,7 @@ def beam_generate(
         raise ValueError(f"beams {beams} and max_tokens {max_tokens} must be at least 1.")
     table, sizes = pad_prompts(prompts, lengths, params["embed"].shape[0])
     check_user(user, len(sizes))
+    merge(graphdef, params).config.check_length(int(sizes.max()) + max_tokens - 1)
     found = _beam_texts(
         graphdef, params, table, sizes, user, jnp.asarray(stop_ids, jnp.int32), length_penalty, max_tokens,
         beams=beams, room=bucket(max_tokens),

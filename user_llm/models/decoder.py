@@ -50,6 +50,23 @@ class DecoderConfig:
     unroll: bool = False
     remat: str = "none"
 
+    def check_length(self, tokens: int, text: str = "A text") -> None:
+        """Refuse a text that reaches beyond the positions that this decoder is read for; compiled programs see no such limit.
+
+        Args:
+          tokens: that are read of the text, a soft prompt included; padding does not count.
+          text: how the sentence begins.
+
+        Raises:
+          ValueError: the text is too long.
+        """
+        scaling = self.block.rope_scaling
+        if scaling is not None and scaling.longest is not None and tokens > scaling.longest:
+            raise ValueError(
+                f"{text} of {tokens} tokens is asked for, and the rotary positions of this LLM are read for texts of at most "
+                f"{scaling.longest}: make prompts or answers shorter."
+            )
+
 
 class Decoder(nnx.Module):
     """Parameters: embed [V, D], stack, norm, and head [D, V] where the embeddings are not tied."""

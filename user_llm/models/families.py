@@ -3,6 +3,10 @@
 A family is what sets its checkpoints apart from Llama's: a few fields of our DecoderConfig, and names of tensors. A table says for
 each of our parameters the checkpoint's name, its shape there and its shape here. The settings of a checkpoint are read in
 `models/config_json.py`.
+
+Left out: Gemma 4, whose layers have embeddings of their own, share keys and values with others and differ in the size of their heads; and
+Qwen 3.5, most of whose layers keep a recurrent state in place of keys and values. Both need a second kind of layer and of cache, which
+prefill, beams and slots would all have to know.
 """
 
 import dataclasses

@@ -151,6 +151,7 @@ def stream(
         raise ValueError(f"max_tokens {max_tokens} and chunk {chunk} must be at least 1.")
     table, sizes = pad_prompts(prompts, lengths, params["embed"].shape[0])
     check_user(user, len(sizes))
+    merge(graphdef, params).config.check_length(int(sizes.max()) + max_tokens - 1)  # the last token that is written is not read
     rows = by_row(sampling, seeds, len(sizes))
     request = _Request(jnp.asarray(sizes), rows, jnp.asarray(stop_ids, jnp.int32), user)
 
@@ -194,7 +195,7 @@ def generate(
       user: K/V of each row's user, from `Decoder.user_kv`; a row whose mask is all False writes as it would without.
 
     Raises:
-      ValueError: settings out of range, or not one prompt, length, seed and user for each row.
+      ValueError: settings out of range, not one prompt, length, seed and user for each row, or a text longer than the decoder is read for.
     """
     return next(
         stream(

@@ -96,7 +96,8 @@ def score(
       chunk: candidates of a row that are read side by side; attention costs grow with its square.
 
     Raises:
-      ValueError: not one prompt, user and equal number of candidates a row, or an empty candidate.
+      ValueError: not one prompt, user and equal number of candidates a row, an empty candidate, or a text longer than the decoder is
+        read for.
     """
     table, sizes = pad_prompts(prompts, lengths, params["embed"].shape[0])
     check_user(user, len(sizes))
@@ -107,6 +108,7 @@ def score(
     widths = np.array([[len(text) for text in row] for row in candidates], np.int32)
     if not widths.all():
         raise ValueError("An empty candidate has nothing to score.")
+    merge(graphdef, params).config.check_length(int(sizes.max() + widths.max()) - 1)
     # The last token is not read, so that single tokens cost no further step; longer texts come in few widths.
     width = 1 + -(-(int(widths.max()) - 1) // 8) * 8
     chunk = min(chunk, count)

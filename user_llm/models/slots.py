@@ -189,13 +189,16 @@ class Slots:
           chunks: the numbers of positions that are read at once.
 
         Raises:
-          ValueError: rows, room or chunks below 1, or K/V that are not of one user.
+          ValueError: rows, room or chunks below 1, a room that is longer than the texts that the decoder is read for, or K/V that are
+            not of one user.
         """
         if min(rows, room, *(chunks or [0])) < 1:
             raise ValueError(f"rows {rows}, room {room} and chunks {tuple(chunks)} must be at least 1.")
         self._model = (graphdef, params)
+        config = merge(graphdef, params).config
+        config.check_length(room, "A row")
         # Copies of the weights that a compiled loop would make once, and a single step would make each time.
-        self._layers = _layers(graphdef, params) if merge(graphdef, params).config.unroll else None
+        self._layers = _layers(graphdef, params) if config.unroll else None
         self.rows, self.room = rows, room
         self._chunks = sorted({min(chunk, room) for chunk in chunks})
         self._lengths = [n for n in (LEAST_SEEN << power for power in range(room.bit_length())) if n < room] + [room]

@@ -242,12 +242,6 @@ class Stack(nnx.Module):
     ) -> tuple[View, View]:
         """Return what layers without and with a window see."""
         c, turned_dim = self.config, int(self.config.head_dim * self.config.rotary_share)
-        length = mask.shape[-1] if not isinstance(mask, SelfMask) else positions.shape[1]
-        if c.rope_scaling is not None and (longest := c.rope_scaling.longest) and length > longest:
-            raise ValueError(
-                f"Rows of {length} tokens are asked for, padding and room for answers included, and the rotary positions of this LLM are "
-                f"read for rows of at most {longest}: make prompts or answers shorter, or beams fewer."
-            )
 
         def rotate(theta: float | None, scaling: RopeScaling | None) -> Rotation | None:
             return None if theta is None else rotation(positions, rope_frequencies(turned_dim, theta, scaling), scaling)

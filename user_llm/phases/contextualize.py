@@ -234,6 +234,9 @@ def build(name: str, run: Run, data: Dataset) -> Task:
         after_instruction=phase.soft_prompt.after_instruction, ranks=phase.loss.catalogue > 0, trie_softmax=phase.loss.trie_softmax,
         pad_whole=phase.eval.pad_whole,
     )  # fmt: skip
+    for task, of in asked.items():
+        with naming(f"prompts.{task}"):
+            full.decoder.check_length(predictor.soft_tokens() + of.template.max_tokens, "A prompt with its answer")
     asking = Asking(predictor, data, asked)
     leading = {task: predictor.leading(task) for task in asked}
     weights = {key: value for key, value in vars(phase.loss).items() if key != "trie_softmax"} | {"leading": leading}

@@ -19,7 +19,7 @@ from user_llm.models import pretrained
 from user_llm.models.export import tokenizer_files
 from user_llm.phases import general_text, starting
 from user_llm.phases.builders import BUILDERS
-from user_llm.phases.llm import tokenizer
+from user_llm.phases.llm import decoder_config, tokenizer
 from user_llm.phases.run import Run
 from user_llm.training.loop import LoopConfig, abstract_state, settle_steps
 from user_llm.training.task import Task
@@ -38,7 +38,8 @@ def build_tasks(run: Run, data: Dataset) -> dict[str, Task]:
     if config.llm.checkpoint:
         pretrained.check_weights(run.checkpoint, run.kinds.families)
         tokenizer_files(run.checkpoint)  # which the model's directory will hold
-        general_text.read_windows(tokenizer(run, data), **vars(config.general_text))
+        windows = general_text.read_windows(tokenizer(run, data), **vars(config.general_text))
+        decoder_config(run, 0).check_length(windows["tokens"].shape[1], "general_text.window: a text")
     for name in config.phases:
         if config.sections[name].task == "pretrain_lm" and config.llm.checkpoint:
             logging.info("%s: left out, the LLM is %s", name, config.llm.checkpoint)

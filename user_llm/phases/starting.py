@@ -25,8 +25,8 @@ def sources(run: Run, rules: Rules, shapes: Params) -> Params:
 def kept(name: str, run: Run, rules: Rules, shapes: Params) -> Params:
     """Return the shapes of a phase's parameters in the types that they are kept in.
 
-    What the phase does not train of an open LLM stays as the checkpoint holds it, or in `loop.dtype` if that takes fewer bytes. What
-    starts from another phase has the types of `shapes`, since that phase may have trained it.
+    What the phase does not train stays in `loop.dtype`, which is what it is computed with; of an open LLM it stays as the checkpoint holds
+    it if that takes fewer bytes. What trains and what is drawn has the types of `shapes`.
 
     Args:
       rules: as in `init`.
@@ -34,18 +34,18 @@ def kept(name: str, run: Run, rules: Rules, shapes: Params) -> Params:
     Raises:
       ValueError: a quantised weight that would be drawn.
     """
-    if not run.config.llm.checkpoint:
-        return shapes
-    phase, decoder = run.config.contextual(name), shapes["decoder"]
-    stored = pretrained.in_stored_types(run.checkpoint, decoder, decoder_config(run, 0), run.kinds.families)
-    narrow = trees.flatten(cast({"decoder": stored}, jnp.dtype(phase.loop.dtype)))
+    phase, held = run.config.contextual(name), shapes
+    if run.config.llm.checkpoint:
+        stored = pretrained.in_stored_types(run.checkpoint, shapes["decoder"], decoder_config(run, 0), run.kinds.families)
+        held = {**shapes, "decoder": stored}
+    narrow = trees.flatten(cast(held, jnp.dtype(phase.loop.dtype)))
     starts = trees.flatten(sources(run, rules, shapes))
     if drawn := [path for path, source in starts.items() if path.endswith("/codes") and source == "fresh"]:
         raise ValueError(
             f"{name}.load: {drawn[0]} cannot start fresh, with llm.quantize={run.config.llm.quantize}: load the checkpoint."
         )
     trains = trees.flatten(trees.match(run.config.strategies[phase.strategy].trainable, shapes))
-    frozen = {path for path, source in starts.items() if source == "checkpoint" and not trains[path]}
+    frozen = {path for path, source in starts.items() if source != "fresh" and not trains[path]}
     return trees.replace(shapes, {path: narrow[path] for path in frozen})
 
 

@@ -205,7 +205,8 @@ def load(
     with reading(file):
         vocabulary = Vocabulary.from_json(settings.vocabulary, catalogue)
         _check_sizes(settings, schema)
-    tokenizer = load_tokenizer(directory)
+    source = directory if settings.llm is None else _base(settings.llm, llm)
+    tokenizer = load_tokenizer(directory, source)
     tokenizer.check_fits(config.decoder.vocab_size, str(directory), AGAIN)
     with reading(file):
         lines = Lines(tokenizer, catalogue, **dataclasses.asdict(settings.lines))
@@ -215,7 +216,7 @@ def load(
         mesh = mesh or meshes.make_mesh(1, 1, 1, devices=jax.devices()[:1])
         where = meshes.shardings(_rules(settings, shapes), shapes, mesh)
     computed = _dtype(dtype or settings.dtype)
-    params = _params(directory, settings, shapes, where, llm, computed, families)
+    params = _params(directory, source, settings, shapes, where, computed, families)
     # In another type it computes something else, and so it is another model.
     identity_of = settings.identity if computed == _dtype(settings.dtype) else f"{settings.identity}-{computed}"
     predictor = Predictor(config, graphdef, params, mesh, templates, **dataclasses.asdict(settings.limits))
@@ -319,23 +320,23 @@ def export(
 
 def _params(
     directory: Path,
+    source: Path,
     settings: Settings,
     shapes: Params,
     where: Params,
-    llm: str,
     dtype: Any,
     families: Mapping[str, Family],
 ) -> Params:
     """Return the parameters, placed on their devices.
 
     Args:
+      source: the directory of the LLM.
       shapes: the shape of each parameter.
       where: the sharding of each parameter.
 
     Raises:
       ValueError: the LLM is of another architecture than the model says, or a parameter has another shape.
     """
-    source = directory if settings.llm is None else _base(settings.llm, llm)
     config, bare = settings.model.decoder, decoder_config(source, families)
     # These settings say how the LLM is computed and not what it computes, so that they may differ.
     same = dataclasses.replace(

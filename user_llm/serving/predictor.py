@@ -160,10 +160,24 @@ class Predictor:
         """
         return meshes.fetch(attended_events(self.graphdef, self.params, *meshes.put_rows((events, lengths), self.mesh)))
 
-    def padded(self, task: str, prompts: Sequence[Ids]) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
-        """Return a task's prompts right-padded to one of few widths, and the number of tokens of each prompt."""
+    def soft_tokens(self) -> int:
+        """Return the most tokens of a user's soft prompt; 0 for a model without one."""
+        if not self.config.soft_prompt:
+            return 0
+        return self.max_events if self.config.num_tokens is None else self.config.num_tokens
+
+    def padded(self, task: str, prompts: Sequence[Ids], more: int = 0) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
+        """Return a task's prompts right-padded to one of few widths, and the number of tokens of each prompt.
+
+        Args:
+          more: how many tokens are read behind a prompt.
+
+        Raises:
+          ValueError: a text that is longer than the decoder is read for.
+        """
         template = self.templates[task]
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+        self.config.decoder.check_length(self.soft_tokens() + int(lengths.max()) + more)
         longest, alike = int(lengths.max()), not template.lines.text_items and lengths.min() == lengths.max()
         most = max(template.max_tokens, longest)
         width = longest if alike else most if self.pad_whole else min(most, bucket(longest))
@@ -206,7 +220,8 @@ class Predictor:
           the rest has id 0 and -inf.
         """
         trie_softmax = self.trie_softmax and isinstance(self.templates[task], NextItem)
-        decoder, inputs, sizes, kv = self.decoding(*self.padded(task, prompts), user, self.leading(task))
+        padded = self.padded(task, prompts, more=trie.depth - 1)
+        decoder, inputs, sizes, kv = self.decoding(*padded, user, self.leading(task))
         return meshes.fetch(
             beam_search(
                 *decoder, inputs, sizes, trie, beams=beams, user=kv, trie_softmax=trie_softmax, guide=guide, weight=weight
