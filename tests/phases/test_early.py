@@ -23,7 +23,7 @@ from user_llm.config.reader import read_config
 from user_llm.data.dataset import Dataset, open_dataset
 from user_llm.data.tokenizer import train_bpe
 from user_llm.models.config_json import config_from_settings
-from user_llm.models.families import table
+from user_llm.models.families import FAMILIES, table
 from user_llm.phases import early, pretrain_lm, starting
 from user_llm.phases.contextualize import build_examples, title_choices
 from user_llm.phases.run import Run
@@ -258,7 +258,8 @@ def _write_llm(folder, settings):
     """Write an open LLM of these settings with weights of zeros, and return its tensors."""
     train_bpe(["a line\n"], 300, folder)
     (folder / "config.json").write_text(json.dumps(settings))
-    tensors = {"model." + t.name: np.zeros(t.theirs, np.float32) for t in table(config_from_settings(settings, ""))}
+    family = FAMILIES[settings["model_type"]]
+    tensors = {"model." + t.name: np.zeros(t.theirs, np.float32) for t in table(config_from_settings(settings, ""), family)}
     save_file(tensors, folder / "model.safetensors")
     return tensors
 
