@@ -172,7 +172,7 @@ def unstack(params: Any, count: int) -> list:
     """
     leaves, structure = jax.tree.flatten(params)
     cut = [[part.squeeze(0) for part in jax.lax.split(leaf, (1,) * count)] for leaf in leaves]
-    return [structure.unflatten(parts) for parts in zip(*cut, strict=True)] if cut else [params] * count
+    return [jax.tree.unflatten(structure, parts) for parts in zip(*cut, strict=True)] if cut else [params] * count
 
 
 def entries(tree: Any, count: int) -> list:
