@@ -11,10 +11,11 @@ random on both sides. Both events (item ids alone) and catalogue are stand-ins, 
 
 Every side runs in a process of its own, turn by turn; figures are medians over the rounds. Prints one JSON object. For each part and
 side: steps, events read, predicted targets and (contextualization) prompt tokens per second, without padding; seconds of tracing and
-compiling, or for `torch_compiled` of the first step; peak bytes, of the device, or on CPU of the whole process, compiling included. FLOPs
+compiling, or for `torch_compiled` of the first step; `peak_bytes`, of the device, or on CPU of the whole process, compiling included;
+`step_bytes`, the most that is held while steps run, on CPU without what the process held before there was a model. FLOPs
 are those of our step's products (ahead/flops.py), without the chunks of logits that it leaves out, for all sides; `mfu` is their share
 of the device's bfloat16 peak, left out where train_speed.py does not know it. `speed_ratio` is our speed over the side's, `memory_ratio`
-our peak over its. `loader_events_per_s` is what our input pipeline alone yields: batches are made ahead of the timing.
+our peak over its, `step_memory_ratio` the same of `step_bytes`. `loader_events_per_s` is what our input pipeline alone yields: batches are made ahead of the timing.
 """
 
 import argparse
@@ -163,8 +164,10 @@ def our_side(preset: str, part: str, workdir: pathlib.Path, steps: int, profile:
     from train_speed import time_training
 
     from user_llm.common import trees
+    from user_llm.common.memory import keep_freed
     from user_llm.training.loop import LoopConfig
 
+    keep_freed()
     run, _, task = open_part(preset_config(preset), part, workdir)
     phase = PARTS[part][0]
     section = run.config.sections[phase]
@@ -183,7 +186,7 @@ def report(means: dict, sides: dict[str, dict]) -> dict:
     for side, found in sides.items():
         figures = {"steps_per_s": 1 / found["step_s"]}
         figures |= {f"{name}_per_s": count / found["step_s"] for name, count in means["step"].items()}
-        figures |= {key: found[key] for key in ("compile_s", "peak_bytes", "device") if found[key] is not None}
+        figures |= {key: found[key] for key in ("compile_s", "peak_bytes", "step_bytes", "device") if found[key] is not None}
         if ours is not None:
             part["flops"] = ours["flops"]
             share = mfu(ours["flops"], found["step_s"], found["device"])
@@ -191,6 +194,7 @@ def report(means: dict, sides: dict[str, dict]) -> dict:
             if side != "user_llm":
                 figures["speed_ratio"] = found["step_s"] / ours["step_s"]
                 figures["memory_ratio"] = ours["peak_bytes"] / found["peak_bytes"]
+                figures["step_memory_ratio"] = ours["step_bytes"] / found["step_bytes"]
         part[side] = figures
     return part
 

@@ -25,6 +25,7 @@ def ours(data: str, steps: int) -> dict:
     from train_speed import time_training
 
     from configs import movielens_encoder
+    from user_llm.common.memory import keep_freed
     from user_llm.common.mesh import make_mesh
     from user_llm.config.check import check
     from user_llm.data.dataset import open_dataset
@@ -32,6 +33,7 @@ def ours(data: str, steps: int) -> dict:
     from user_llm.phases.run import Run
     from user_llm.training.loop import LoopConfig
 
+    keep_freed()
     config = movielens_encoder.get_config("small")
     config.data.dir = data
     config.encoder.tower = config.pretrain_encoder.loss.in_batch = False  # as the peer's encoder

@@ -31,6 +31,7 @@ def measure(args: argparse.Namespace, histories: int) -> dict:
     from train_speed import time_training
 
     from configs import movielens_xattn
+    from user_llm.common.memory import keep_freed
     from user_llm.common.mesh import make_mesh
     from user_llm.config.check import check
     from user_llm.data.dataset import open_dataset
@@ -38,6 +39,7 @@ def measure(args: argparse.Namespace, histories: int) -> dict:
     from user_llm.phases.run import Run
     from user_llm.training.loop import LoopConfig
 
+    keep_freed()
     config = movielens_xattn.get_config(args.variant)
     config.data.dir, config.user_llm.batch_size = args.data, args.batch_size
     config.user_llm.pack.update(histories=histories, room=args.room)

@@ -268,6 +268,8 @@ def time_training(workdir: pathlib.Path, part: str, steps: int, *, compiled: boo
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes = json.loads((workdir / f"{part}.json").read_text())
     batches = [load_batch(path, device) for path in sorted(workdir.glob(f"{part}-*.npz"))]
+    on_cpu = device == "cpu"
+    before = turns.resident_bytes() if on_cpu else 0
     torch.manual_seed(0)
     model = (Pretraining if part == "encoder" else Contextualization)(sizes).to(device)
     optimizer = make_optimizer(model, sizes)
@@ -289,13 +291,18 @@ def time_training(workdir: pathlib.Path, part: str, steps: int, *, compiled: boo
     first = train(1)
     compile_s = time.monotonic() - start
     train(WARM_UP - 1)
+    most = turns.peak_resident_bytes if on_cpu else torch.cuda.max_memory_allocated
+    peak = most()
+    if on_cpu:
+        turns.forget_peak()
     start = time.monotonic()
     train(steps)
     seconds = time.monotonic() - start
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else turns.peak_resident_bytes()
+    of_steps = most()
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     return {
-        "step_s": seconds / steps, "compile_s": compile_s if compiled else None, "peak_bytes": peak, "loss": first, "device": name,
+        "step_s": seconds / steps, "compile_s": compile_s if compiled else None, "peak_bytes": max(peak, of_steps),
+        "step_bytes": of_steps - before, "loss": first, "device": name,
     }  # fmt: skip
 
 

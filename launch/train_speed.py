@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from user_llm.ahead.chips import CHIPS
 from user_llm.ahead.flops import count_flops
 from user_llm.common import mesh as meshes
+from user_llm.common.memory import compiling, return_freed
 from user_llm.training.loop import LoopConfig, initial_state, settle_steps
 from user_llm.training.optimizer import OptimizerConfig
 from user_llm.training.task import Batch, Task
@@ -36,7 +37,7 @@ def mfu(flops: float, seconds: float, device_kind: str) -> float | None:
 
 
 def peak_bytes(device: jax.Device) -> int:
-    """Return the most memory in use so far: an accelerator's own, on CPU the whole process's."""
+    """Return the most memory in use so far: an accelerator's own, on CPU the whole process's, since `turns.forget_peak`."""
     if device.platform == "cpu":
         return turns.peak_resident_bytes()
     return device.memory_stats()["peak_bytes_in_use"]
@@ -62,17 +63,22 @@ def time_training(
       profile: a directory for a trace of three further steps; empty for none.
 
     Returns:
-      Seconds a step, seconds of tracing and compiling, peak bytes, FLOPs of the step's products, the first loss, the events trained on
-      (`Task.count_events`) a second, and the device.
+      Seconds a step, seconds of tracing and compiling, peak bytes, bytes that steps hold at most (on CPU without what the process held
+      before there was a model), FLOPs of the step's products, the first loss, the events trained on (`Task.count_events`) a second, and
+      the device.
     """
     device = mesh.devices.flat[0]
+    on_cpu = device.platform == "cpu"
     feed = iter(batches)
+    return_freed()
+    before = turns.resident_bytes() if on_cpu else 0
     with jax.set_mesh(mesh):
         state, step = initial_state(task, settle_steps(loop, task), optimizer, mesh, seed)
         batch, beside = next(feed), meshes.put_whole(task.beside, mesh)
         start = time.monotonic()
-        traced = step.trace(state, meshes.put_batch(batch, mesh) | beside)
-        compiled = traced.lower().compile()
+        with compiling():
+            traced = step.trace(state, meshes.put_batch(batch, mesh) | beside)
+            compiled = traced.lower().compile()
         compile_s = time.monotonic() - start
 
         def train(batches: Iterator[Batch]) -> tuple[int, dict]:
@@ -87,14 +93,18 @@ def time_training(
         chunks = [math.ceil(int(count) / chunk) for count in task.counts(batch | task.beside).values()]
         first = float(train(iter([batch]))[1]["loss"])
         train(itertools.islice(feed, WARM_UP - 1))
+        peak = peak_bytes(device)
+        if on_cpu:
+            turns.forget_peak()
         start = time.monotonic()
         events, _ = train(itertools.islice(feed, steps))
         seconds = time.monotonic() - start
-        peak = peak_bytes(device)
+        of_steps = peak_bytes(device)
         if profile:
             with jax.profiler.trace(profile):
                 train(itertools.islice(feed, 3))
     return {
-        "step_s": seconds / steps, "events_per_s": events / seconds, "compile_s": compile_s, "peak_bytes": peak,
+        "step_s": seconds / steps, "events_per_s": events / seconds, "compile_s": compile_s,
+        "peak_bytes": max(peak, of_steps), "step_bytes": of_steps - before,
         "flops": count_flops(traced.jaxpr.jaxpr, max(chunks, default=None)), "loss": first, "device": device.device_kind,
     }  # fmt: skip

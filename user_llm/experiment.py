@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from user_llm.common import mesh as meshes
 from user_llm.common.distributed import is_first
 from user_llm.common.files import write_json
+from user_llm.common.memory import keep_freed
 from user_llm.common.terminal import show_results
 from user_llm.common.workdir import hold
 from user_llm.config.phases import Contextualize
@@ -74,6 +75,7 @@ def run(
     Raises:
       ValueError: a setting, data or a directory that does not fit, in one sentence.
     """
+    keep_freed()
     kinds = Kinds.of(datasets or {}, tasks or {}, encoders or {}, families or {})
     read, directory = kinds.read(config), epath.Path(workdir)
     with hold(directory):

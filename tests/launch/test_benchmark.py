@@ -197,18 +197,19 @@ def test_mfu_by_hand():
 
 def test_figures_by_hand():
     device = "NVIDIA H200"
-    ours = {"step_s": 0.5, "compile_s": 9.0, "peak_bytes": 100, "flops": 98.9e12, "device": device, "loss": 1.0}
-    theirs = {"step_s": 2.0, "compile_s": None, "peak_bytes": 400, "device": device, "loss": 1.0}
+    both = {"device": device, "loss": 1.0}
+    ours = {"step_s": 0.5, "compile_s": 9.0, "peak_bytes": 100, "step_bytes": 30, "flops": 98.9e12, **both}
+    theirs = {"step_s": 2.0, "compile_s": None, "peak_bytes": 400, "step_bytes": 60, **both}
     means = {"step": {"events": 300.0, "targets": 20.0}, "loader_events_per_s": 7.0}
     found = benchmark.report(means, {"user_llm": ours, "torch": theirs})
     assert found["flops"] == 98.9e12 and found["loader_events_per_s"] == 7.0
     assert found["user_llm"] == {
         "steps_per_s": 2.0, "events_per_s": 600.0, "targets_per_s": 40.0, "compile_s": 9.0, "peak_bytes": 100,
-        "device": device, "mfu": pytest.approx(0.2),
+        "step_bytes": 30, "device": device, "mfu": pytest.approx(0.2),
     }  # fmt: skip
     assert found["torch"] == {
-        "steps_per_s": 0.5, "events_per_s": 150.0, "targets_per_s": 10.0, "peak_bytes": 400, "device": device,
-        "mfu": pytest.approx(0.05), "speed_ratio": 4.0, "memory_ratio": 0.25,
+        "steps_per_s": 0.5, "events_per_s": 150.0, "targets_per_s": 10.0, "peak_bytes": 400, "step_bytes": 60,
+        "device": device, "mfu": pytest.approx(0.05), "speed_ratio": 4.0, "memory_ratio": 0.25, "step_memory_ratio": 0.5,
     }  # fmt: skip
     on_cpu = benchmark.report(means, {"user_llm": ours | {"device": "cpu"}})
     assert "mfu" not in on_cpu["user_llm"] and "torch" not in on_cpu
@@ -223,7 +224,7 @@ def test_an_unknown_choice_is_refused(flag, monkeypatch, capsys):
 
 
 def test_a_part_that_fails_costs_the_others_nothing(tmp_path, monkeypatch, capsys):
-    ours = {"step_s": 0.5, "compile_s": 9.0, "peak_bytes": 100, "flops": 1.0, "device": "cpu", "loss": 1.0}
+    ours = {"step_s": 0.5, "compile_s": 9.0, "peak_bytes": 100, "step_bytes": 30, "flops": 1.0, "device": "cpu", "loss": 1.0}
 
     def run(command):
         (part,) = next(word for word in command if word.startswith("--parts=")).removeprefix("--parts=").split(",")

@@ -48,3 +48,9 @@ def test_rms_norm_with_an_offset_starts_as_one_without():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32))
     np.testing.assert_array_equal(RMSNorm(4, offset=1.0)(x), RMSNorm(4)(x))
     assert (RMSNorm(4, offset=1.0).scale[...] == 0).all()
+
+
+def test_the_backward_pass_of_a_norm_keeps_nothing_wider_than_its_input():
+    graphdef, params = trees.split(RMSNorm(4))
+    _, backward = jax.vjp(lambda params, x: trees.merge(graphdef, params)(x), params, jnp.ones((3, 4), jnp.bfloat16))
+    assert [a.dtype for a in jax.tree.leaves(backward) if a.shape == (3, 4)] == [jnp.bfloat16]

@@ -12,7 +12,7 @@ from user_llm.common import trees
 from user_llm.nn.attention import KVCache
 from user_llm.nn.cross_attention import CrossAttentionConfig, UserKV
 from user_llm.nn.experts import ExpertsConfig
-from user_llm.nn.transformer import BlockConfig, Stack
+from user_llm.nn.transformer import BlockConfig, Stack, unstack
 from user_llm.nn.visibility import cache_mask, causal_mask, segment_mask
 
 WIDTH, DEPTH = 16, 5  # cross-attention in layers 1 and 3; layer 4 fills no group
@@ -279,3 +279,11 @@ def test_computing_again_changes_no_gradient_and_costs_flops(drawn, options):
 def test_an_unknown_remat_is_refused():
     with pytest.raises(ValueError, match="Unknown remat 'some': choose one of none, dots, full"):
         Stack(PLAIN, 2, remat="some", rngs=nnx.Rngs(params=0))
+
+
+def test_unstacked_parameters_get_their_own_gradients_and_no_sum_is_made():
+    stacked = {"w": jnp.arange(12.0).reshape(3, 4)}
+    loss = lambda params: sum(n * jnp.sum(part["w"] ** 2) for n, part in enumerate(unstack(params, 3), 1))  # noqa: E731
+    np.testing.assert_allclose(jax.grad(loss)(stacked)["w"], 2 * np.array([[1], [2], [3]]) * stacked["w"])
+    made = str(jax.make_jaxpr(jax.grad(loss))(stacked))
+    assert "concatenate" in made and "pad" not in made

@@ -10,6 +10,7 @@ from user_llm.common import mesh as meshes
 from user_llm.common import trees
 from user_llm.training.optimizer import (
     OptimizerConfig,
+    clipped,
     init_optimizer,
     learning_rate_schedule,
     make_optimizer,
@@ -77,6 +78,16 @@ def test_clipping_is_by_the_norm_of_trainable_gradients_together():
     _, _, state = _steps(dataclasses.replace(CONFIG, clip_norm=1.0), 1, gradient=7.0)
     mu = optax.tree.get(state, "mu")
     np.testing.assert_allclose(optax.tree.norm(mu), 0.1, rtol=1e-5)
+
+
+def test_clipped_by_hand():
+    """Their norm is 5. What is shorter, 0 among it, stays as it is; what is no number is not hidden."""
+    updates = {"a": np.float32([3.0, 0.0]), "b": np.float32([4.0])}
+    jax.tree.map(np.testing.assert_allclose, clipped(updates, 1.0), {"a": [0.6, 0.0], "b": [0.8]})
+    jax.tree.map(np.testing.assert_array_equal, clipped(updates, 5.5), updates)
+    zeros = jax.tree.map(np.zeros_like, updates)
+    jax.tree.map(np.testing.assert_array_equal, clipped(zeros, 1.0), zeros)
+    assert np.isnan(clipped({"a": np.float32([np.nan]), "b": np.float32([1.0])}, 1.0)["b"])
 
 
 def test_schedules_by_hand():

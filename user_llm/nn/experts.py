@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from user_llm.common.arrays import AnyArray
 from user_llm.nn.layers import linear_param
-from user_llm.nn.mlp import ACTIVATIONS
+from user_llm.nn.mlp import ACTIVATIONS, gated
 from user_llm.nn.stored import times
 
 
@@ -66,6 +66,6 @@ class Experts(nnx.Module):
             return jax.lax.ragged_dot(rows, jnp.asarray(weight, rows.dtype), sizes)
 
         gate, up = (times(each_by_its_expert, by_expert, weight) for weight in (self.gate_proj, self.up))
-        out = times(each_by_its_expert, ACTIVATIONS[self.activation](gate) * up, self.down)
+        out = times(each_by_its_expert, gated(self.activation, gate, up), self.down)
         out = out[jnp.argsort(order)].reshape(len(rows), c.per_token, -1)
         return jnp.einsum("RCD,RC->RD", out, share.astype(out.dtype)).reshape(x.shape)

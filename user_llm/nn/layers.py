@@ -39,6 +39,10 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.full((width,), 1.0 - offset, jnp.float32))
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        wide = x.astype(jnp.float32)
-        wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return (wide * (self.scale[...].astype(jnp.float32) + self.offset)).astype(x.dtype)
+        def normed(x: Array, scale: Array) -> Array:
+            wide = x.astype(jnp.float32)
+            wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+            return (wide * (scale.astype(jnp.float32) + self.offset)).astype(x.dtype)
+
+        # The backward pass computes the float32 numbers again, which else it would keep beside `x`.
+        return jax.checkpoint(normed)(x, self.scale[...])

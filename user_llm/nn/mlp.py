@@ -19,6 +19,11 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+def gated(activation: str, gate: Float[Array, "... F"], up: Float[Array, "... F"]) -> Float[Array, "... F"]:
+    """Return activation(gate) * up. The backward pass computes the activation again, which else it would keep with what that is made of."""
+    return jax.checkpoint(lambda gate, up: ACTIVATIONS[activation](gate) * up)(gate, up)
+
+
 class MLP(nnx.Module):
     """down(activation(gate_proj(x)) * up(x)), the gated MLP of Shazeer 2020."""
 
@@ -39,7 +44,7 @@ class MLP(nnx.Module):
         gate, up = times(jnp.matmul, rows, self.gate_proj), times(jnp.matmul, rows, self.up)
         if self.lora is not None:
             gate, up = gate + self.lora("gate_proj", rows, key), up + self.lora("up", rows, key)
-        hidden = constrain(ACTIVATIONS[self.activation](gate) * up, "rows", "features")
+        hidden = constrain(gated(self.activation, gate, up), "rows", "features")
         out = times(jnp.matmul, hidden, self.down)
         if self.lora is not None:
             out += self.lora("down", hidden, key)

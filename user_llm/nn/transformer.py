@@ -164,8 +164,19 @@ class Block(nnx.Module):
         return constrain(x + dropout(out, c.dropout, mlp_key), "rows", None, None), cache
 
 
-def unstack(tree: Any, count: int) -> list:
-    """Return what `tree` holds at each of the `count` places of its leading axis."""
+def unstack(params: Any, count: int) -> list:
+    """Return the parameters at each of the `count` places of their leading axis.
+
+    They are cut apart at once: the gradient is then put together at once, where that of `count` indices would be a sum of as many
+    whole arrays.
+    """
+    leaves, structure = jax.tree.flatten(params)
+    cut = [[part.squeeze(0) for part in jax.lax.split(leaf, (1,) * count)] for leaf in leaves]
+    return [jax.tree.unflatten(structure, parts) for parts in zip(*cut, strict=True)] if cut else [params] * count
+
+
+def entries(tree: Any, count: int) -> list:
+    """Return what `tree` holds at each of the `count` places of its leading axis, whose arrays may be numpy's and stay so."""
     return [jax.tree.map(lambda a, i=i: a[i], tree) for i in range(count)]
 
 
@@ -308,7 +319,7 @@ class Stack(nnx.Module):
 
         def run_group(carry, group):
             (blocks, cross_params), marks, user_kv = group
-            *before, last = zip(blocks if self.unroll else unstack(blocks, self.every), unstack(marks, self.every), strict=True)
+            *before, last = zip(blocks if self.unroll else unstack(blocks, self.every), entries(marks, self.every), strict=True)
             for params, mark in before:
                 carry = run_layer(carry, params, mark)
             cross = None
@@ -326,7 +337,7 @@ class Stack(nnx.Module):
             carry, _ = jax.lax.scan(run_group, carry, (groups, marks, None if user is None else (user.k, user.v)))
         else:
             kv = [None] * self.groups if user is None else zip(user.k, user.v, strict=True)
-            for group in zip(groups, unstack(marks, self.groups), kv, strict=True):
+            for group in zip(groups, entries(marks, self.groups), kv, strict=True):
                 carry, _ = run_group(carry, group)
         for params, mark in zip(rest, rest_marks, strict=True):
             carry = run_layer(carry, params, mark)

@@ -65,6 +65,16 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
     raise ValueError(f"Unknown schedule {config.schedule!r}: choose constant or cosine.")
 
 
+def clipped(updates: Params, most: float) -> Params:
+    """Scale updates so that the norm of all of them together is at most `most`.
+
+    By one product with a number that all share, which costs nothing where the result is used; optax divides each update by the norm, and
+    XLA keeps the quotients.
+    """
+    scale = jnp.minimum(1.0, most / optax.tree.norm(updates))
+    return jax.tree.map(lambda update: (update * scale).astype(update.dtype), updates)
+
+
 def scale_by_moments(config: OptimizerConfig) -> optax.GradientTransformation:
     """Divide a mean of past gradients by the root of their mean square, as Adam or Adafactor does.
 
@@ -124,7 +134,7 @@ def make_optimizer(config: OptimizerConfig, params: Params, total_steps: int) ->
     decay = trees.match(config.decay, params)
     multiplier = trees.match(config.lr_multiplier, params)
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
+        optax.stateless(lambda updates, _: clipped(updates, config.clip_norm)),
         scale_by_muon(config, params, scale_by_moments(config)) if config.muon else scale_by_moments(config),
         optax.add_decayed_weights(config.weight_decay, mask=decay),
         optax.stateless(lambda updates, _: jax.tree.map(lambda u, m: u * m, updates, multiplier)),

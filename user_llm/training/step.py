@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from user_llm.common import mesh as meshes
 from user_llm.common import trees
+from user_llm.common.memory import compiling
 from user_llm.common.trees import Params
 from user_llm.nn.losses import Whole
 from user_llm.training.task import Batch, Task
@@ -114,7 +115,8 @@ def check_memory(step: jax.stages.Wrapped, state: TrainState, batch: Batch, mesh
     Raises:
       ValueError: the step needs more memory than is free.
     """
-    stats = step.lower(state, batch).compile().memory_analysis()
+    with compiling():
+        stats = step.lower(state, batch).compile().memory_analysis()
     if stats is None:  # not every backend tells
         return
     needed = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes

@@ -1,0 +1,41 @@
+"""Each test runs a program of its own: what malloc is told holds for a whole process."""
+
+import ctypes
+import subprocess
+import sys
+
+import pytest
+
+# A program with a temporary array of 64 MB; `faults` counts the pages of 4 KiB that five calls of it fault.
+PROGRAM = """
+import resource
+import jax, jax.numpy as jnp, psutil
+from user_llm.common import memory
+
+{first}
+step = jax.jit(lambda x: jnp.exp(jnp.outer(x, x)) @ x)
+x = jnp.ones(4096)
+for number in range(15):
+    if number == 10:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    step(x).block_until_ready()
+faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+held = psutil.Process().memory_info().rss
+memory.return_freed()
+print(faults, held - psutil.Process().memory_info().rss)
+"""
+
+
+def _run(first: str) -> tuple[int, int]:
+    """Return the faults, and the bytes that `return_freed` gave back."""
+    done = subprocess.run([sys.executable, "-c", PROGRAM.format(first=first)], capture_output=True, text=True, check=True)
+    faults, returned = done.stdout.split()
+    return int(faults), int(returned)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="another malloc than glibc's")
+def test_the_memory_of_a_program_is_kept_for_its_next_call_and_returned_when_told():
+    faults, returned = _run("memory.keep_freed()")
+    assert faults < 1000 and returned > 64e6
+    # 64 MB anew at each call, without huge pages.
+    assert _run("")[0] > 5 * 64e6 / 4096
