@@ -268,7 +268,7 @@ def test_with_transitions_the_encoder_scores_each_target_once(make_timelines, me
     alone = results(())
     assert len(calls) == 1  # a batch of test users
     assert set(alone) == {"encoder"}
-    found = results((0.0, 50.0, 1.0))
+    found = results((50.0, 20.0))
     assert len(calls) == 1 + 2
     assert set(found) == {"encoder", "encoder+transitions"} and found["encoder"] == alone["encoder"]
     assert found["encoder+transitions"] != found["encoder"]
