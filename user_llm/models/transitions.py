@@ -33,7 +33,7 @@ BACKWARDS = 0.5  # A step from one item to another also counts this much as a st
 MISSING = 20.0  # The items' shares of all events count as this many steps from every item.
 BEFORE = 0.5  # The item before the last counts this much; the last counts 1.
 ALIKE = 0.01  # The cosine of two items' words counts this much; a probability counts 1.
-NEIGHBOURS = 100  # From each item so many steps are kept, the likeliest ones. This bounds the memory, and the work of two steps.
+NEIGHBOURS = 100  # So many steps from each item are kept, the likeliest ones: it bounds the memory and the work.
 LEAST = 1e-7  # The least score that has a logarithm: a lower one counts as this.
 ENTRIES = 2**24  # The most scores that are computed at once: several arrays of them lie beside each other.
 
