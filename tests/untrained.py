@@ -46,6 +46,7 @@ def untrained() -> Iterator[list[str]]:
 
     with one_device(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "_train", train)
-        patch.setattr(pretrain_encoder, "rank_targets", lambda score, *where, **sizes: popularity_ranks(*where))
+        rank = lambda score, count, *where, **sizes: [popularity_ranks(*where)] * count  # noqa: E731
+        patch.setattr(pretrain_encoder, "rank_each", rank)
         patch.setattr(experiment, "write_report", lambda workdir: None)
         yield names

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from user_llm.data.splits import Split, leave_last_out, train_counts
-from user_llm.evals.evaluator import rank_listed, rank_targets
+from user_llm.evals.evaluator import rank_each, rank_listed, rank_targets
 from user_llm.evals.popularity import popularity_ranks, recent_popularity_ranks
 
 ITEMS = 30
@@ -173,3 +173,14 @@ def test_a_target_without_history_can_be_ranked(make_timelines):
     ranks = popularity_ranks(timelines, split, "test")
     np.testing.assert_array_equal(ranks.everything, [2])
     np.testing.assert_array_equal(ranks.unseen, [2])
+
+
+def test_several_ways_of_scoring_rank_as_each_does_alone(timelines, split):
+    where, sizes = (timelines, split, "test"), {"max_events": 5, "batch_size": 7}
+    ways = [scorer(2), lambda batch: -scorer(2)(batch)]
+    together = rank_each(lambda batch: [score(batch) for score in ways], 2, *where, **sizes)
+    for found, score in zip(together, ways, strict=True):
+        alone = rank_targets(score, *where, **sizes)
+        np.testing.assert_array_equal(found.everything, alone.everything)
+        np.testing.assert_array_equal(found.unseen, alone.unseen)
+    assert (together[0].everything != together[1].everything).any()

@@ -123,13 +123,25 @@ def test_of_an_open_llm_the_files_count_and_not_the_sizes_of_the_small_one():
     [
         (
             "user_llm",
-            {"loss.trie_softmax": False, "eval.guide": (), "eval.rerank": 0, "eval.control_users": 0, "residual": False},
-            {"loss.trie_softmax": True, "eval.guide": (0.5,), "eval.rerank": 9, "eval.control_users": 7, "residual": True},
+            {
+                "loss.trie_softmax": False,
+                "eval.guide": (),
+                "eval.rerank": 0,
+                "eval.control_users": 0,
+                "residual": False,
+            },
+            {
+                "loss.trie_softmax": True,
+                "eval.guide": (0.5,),
+                "eval.rerank": 9,
+                "eval.control_users": 7,
+                "residual": True,
+            },
         ),
         (
             "pretrain_encoder",
-            {"loss.in_batch": False, "eval.transitions": ()},
-            {"loss.in_batch": True, "eval.transitions": (1.0,)},
+            {"loss.in_batch": False, "transitions": ()},
+            {"loss.in_batch": True, "transitions": (1.0,)},
         ),
     ],
 )

@@ -18,13 +18,20 @@ from user_llm.common import trees
 from user_llm.config import experiments
 from user_llm.config.reader import read_config
 from user_llm.data import movielens, prepare, synthetic_files
+from user_llm.data.dataset import Dataset
 from user_llm.data.splits import leave_last_out
 from user_llm.data.synthetic import optimal_ranks
 from user_llm.evals.evaluator import rank_targets
 from user_llm.models.user_encoder import UserEncoder
 from user_llm.nn.masking import choose_masked
 from user_llm.nn.visibility import segment_mask
-from user_llm.phases.pretrain_encoder import EncoderLoss, encoder_config, item_catalogue, negative_log_q, score_next, with_graph
+from user_llm.phases import pretrain_encoder as module
+from user_llm.phases.pretrain_encoder import EncoderLoss, encoder_config, item_catalogue, negative_log_q, score_next
+from user_llm.phases.run import Run
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tiny_quickstart import tiny_config
 
 ROOT = Path(__file__).parents[2]
 # Of the optimal predictor's recall@10 with the history removed, on the quick start's world, after the quick start's 400 steps.
@@ -240,9 +247,28 @@ def test_negatives_are_drawn_by_frequency_to_three_quarters_and_never_what_was_n
     np.testing.assert_allclose(np.exp(log_q), [0, 8 / 9, 1 / 9, 0, 0, 0], rtol=1e-6)
 
 
-def test_the_graph_of_transitions_counts_by_its_weighted_logarithm():
-    """By hand: spare rows of the table keep their scores, and an item that the graph does not know counts as a 1e-7."""
-    scores = np.array([[-np.inf, 1.0, 2.0, 3.0, -np.inf]], np.float32)
-    found = with_graph(scores, np.array([[0.0, 0.5, 0.0, 0.25]], np.float32), 2.0)
-    expected = [[-np.inf, 1 + 2 * np.log(0.5), 2 + 2 * np.log(1e-7), 3 + 2 * np.log(0.25), -np.inf]]
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+def test_with_transitions_the_encoder_scores_each_target_once(make_timelines, mesh_of, tmp_path, monkeypatch):
+    """For all weights together, and on test for itself and the sum; its own results are those that it has without transitions."""
+    rng = np.random.default_rng(0)
+    timelines = make_timelines([rng.integers(1, 13, rng.integers(3, 9)).tolist() for _ in range(20)], num_items=12)
+    data, calls = Dataset(timelines, leave_last_out(timelines)), []
+    monkeypatch.setattr(module, "score_next", lambda *about: calls.append(1) or score_next(*about))
+
+    def results(weights):
+        config = tiny_config()
+        config.pretrain_encoder.transitions = weights
+        task = module.build("pretrain_encoder", Run(read_config(config), epath.Path(tmp_path), mesh_of()), data)
+        noise = np.random.default_rng(1)
+        params = jax.tree.map(lambda like: noise.normal(size=like.shape).astype(like.dtype), task.shapes)
+        found = {}
+        for row in task.results(params):
+            found.setdefault(row["method"], {})[row["metric"]] = row["value"]
+        return found
+
+    alone = results(())
+    assert len(calls) == 1  # a batch of test users
+    assert set(alone) == {"encoder"}
+    found = results((50.0, 20.0))
+    assert len(calls) == 1 + 2
+    assert set(found) == {"encoder", "encoder+transitions"} and found["encoder"] == alone["encoder"]
+    assert found["encoder+transitions"] != found["encoder"]

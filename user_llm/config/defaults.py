@@ -211,9 +211,9 @@ def pretrain_encoder(*, total_steps: int, eval_steps: int, **changes) -> ConfigD
         "loss": {
             "head_weights": {}, "negatives": 0, "in_batch": False, "chunk": 512, "mask_probability": 0.2, "last_only": 0.1,
         },
-        "eval": {
-            "max_events": 200, "batch_size": 64, "validation_users": 2000, "transitions": (), "pad_whole": False,
-        },
+        # Weights to try for the transitions beside the scores of items (models/transitions.py); () for none.
+        "transitions": (),
+        "eval": {"max_events": 200, "batch_size": 64, "validation_users": 2000, "pad_whole": False},
         "optimizer": optimizer(1e-3),
         "loop": loop(total_steps, eval_steps, monitor="ndcg@10", patience_evals=15),
     } | changes)  # fmt: skip

@@ -68,6 +68,8 @@ DATASETS: dict[str, dict[str, Any]] = {
     },
 }
 
+TRANSITIONS = (0.0, 0.5, 1.0, 2.0)  # the weights of the transitions of which validation chooses one
+
 # The phases of each method.
 TEXT_PROMPTS = ("text_prompt_10", "text_prompt_50")
 METHODS = {
@@ -189,7 +191,7 @@ def small(config: ConfigDict, facts: dict) -> None:
     # 12 passes over the training events of ml-latest-union, 3,000 a step.
     optimizer = defaults.optimizer(2e-3, schedule="cosine")
     config.pretrain_encoder = defaults.pretrain_encoder(total_steps=1200, eval_steps=100, optimizer=optimizer)
-    config.pretrain_encoder.eval.transitions = (0.5, 1.0, 2.0)
+    config.pretrain_encoder.transitions = TRANSITIONS
     config.pretrain_lm = defaults.pretrain_lm(total_steps=400, eval_steps=200)
     # The text prompts see more targets: 128, 16 x 10 and 4 x (about) 50 a step.
     asked = defaults.prompts(facts["next"], max_tokens=24, max_title_tokens=18)

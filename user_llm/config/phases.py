@@ -143,29 +143,30 @@ class EncoderLoss:
 
 @dataclasses.dataclass(frozen=True)
 class EncoderEval:
-    """Validation and test of the encoder.
-
-    Attributes:
-      transitions: the weights to try for the logarithm of the graph's scores, which is added to the encoder's. Validation chooses one by
-        NDCG@10. The sum is measured on test, as the method's name and `+transitions`. Empty: nothing is added.
-    """
+    """Validation and test of the encoder."""
 
     max_events: Count
     batch_size: Count
     validation_users: Count
-    transitions: tuple[Weight, ...]
     pad_whole: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainEncoder(Phase):
-    """Phase 1."""
+    """Phase 1.
+
+    Attributes:
+      transitions: the weights to try for the logarithm of the transitions' scores (`models/transitions.py`), which is added to the
+        encoder's scores. Validation chooses one by NDCG@10. The sum is measured on test, as the method's name and `+transitions`.
+        Empty: nothing is added.
+    """
 
     task: Literal["pretrain_encoder"]
     method: Text
     encoder: Annotated[dict[str, Any], CHANGES, Encoder]
     batch: EventBatch
     loss: EncoderLoss
+    transitions: tuple[Weight, ...]
     eval: EncoderEval
 
     @property

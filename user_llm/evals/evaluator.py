@@ -1,6 +1,6 @@
 """Ranks every test user's target among the whole catalogue with any scorer (DESIGN section 4)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -32,17 +32,35 @@ def rank_targets(
 
     A target without a single event in training is a miss: no trained scorer can know it, and its untrained score is noise.
     """
+    score = lambda batch: [scorer(batch)]  # noqa: E731
+    return rank_each(
+        score, 1, timelines, split, part, max_events=max_events, batch_size=batch_size, limit=limit, bucket=bucket
+    )[0]
+
+
+def rank_each(
+    scorer: Callable[[HistoryBatch], Sequence[Float[Array | np.ndarray, "B V"]]],
+    count: int,
+    timelines: Timelines,
+    split: Split,
+    part: str,
+    *,
+    max_events: int,
+    batch_size: int,
+    limit: int | None = None,
+    bucket: int = BUCKET,
+) -> list[Ranks]:
+    """Rank the targets in several ways at once, by a scorer that returns `count` arrays of scores; the rest as in `rank_targets`."""
     counts = train_counts(timelines, split)
 
-    def rank(batch: HistoryBatch) -> tuple[np.ndarray, np.ndarray]:
-        scores = scorer(batch)
+    def ranks(scores: Float[Array | np.ndarray, "B V"], batch: HistoryBatch) -> list[np.ndarray]:
         valid = np.zeros(scores.shape[1], bool)
         valid[1 : len(counts)] = True
-        everything, unseen = (meshes.fetch(_ranks(scores, batch.targets, exclude, valid)) for exclude in (None, batch.seen))
-        known = counts[batch.targets] > 0
-        return np.where(known, everything, np.inf), np.where(known, unseen, np.inf)
+        both = [meshes.fetch(_ranks(scores, batch.targets, exclude, valid)) for exclude in (None, batch.seen)]
+        return [np.where(counts[batch.targets] > 0, found, np.inf) for found in both]
 
-    return _rank_all(rank, timelines, split, part, max_events, batch_size, limit, bucket)
+    rank = lambda batch: [ranks(scores, batch) for scores in scorer(batch)]  # noqa: E731
+    return _rank_all(rank, count, timelines, split, part, max_events, batch_size, limit, bucket)
 
 
 def rank_listed(
@@ -62,7 +80,7 @@ def rank_listed(
     """
     counts = train_counts(timelines, split)
 
-    def rank(batch: HistoryBatch) -> tuple[np.ndarray, np.ndarray]:
+    def rank(batch: HistoryBatch) -> list[list[np.ndarray]]:
         listed = proposer(batch)
         hit = (listed == batch.targets[:, None]) & (counts[batch.targets] > 0)[:, None]
         listed_before = np.stack([np.isin(items, seen) for items, seen in zip(listed, batch.seen, strict=True)])
@@ -71,17 +89,16 @@ def rank_listed(
         place = hit.argmax(1)
         # Its rank among the listed items that are not in the history.
         place_unseen = np.cumsum(fresh, axis=1)[np.arange(len(listed)), place]
-        return np.where(found, place + 1.0, np.inf), np.where(found_unseen, place_unseen, np.inf)
+        return [[np.where(found, place + 1.0, np.inf), np.where(found_unseen, place_unseen, np.inf)]]
 
-    return _rank_all(rank, timelines, split, part, max_events, batch_size, limit, bucket)
+    return _rank_all(rank, 1, timelines, split, part, max_events, batch_size, limit, bucket)[0]
 
 
-def _rank_all(rank, timelines, split, part, max_events, batch_size, limit, bucket) -> Ranks:
-    """Collect (everything, unseen) ranks of all batches in the order of the targets."""
+def _rank_all(rank, count, timelines, split, part, max_events, batch_size, limit, bucket) -> list[Ranks]:
+    """Collect the ranks of all batches in the order of the targets: `count` times those of everything, and those of the unseen."""
     users, positions = (array[:limit] for array in split.targets[part])
-    everything, unseen = np.full(len(users), np.inf), np.full(len(users), np.inf)
+    ranks = np.full((count, 2, len(users)), np.inf)
     batches = history_batches(timelines, users, positions, max_events=max_events, batch_size=batch_size, bucket=bucket)
     for indices, batch in batches:
-        for ranks, found in zip((everything, unseen), rank(batch), strict=True):
-            ranks[indices] = found[: batch.count]
-    return Ranks(users, positions, everything, unseen)
+        ranks[:, :, indices] = np.stack(rank(batch))[:, :, : batch.count]
+    return [Ranks(users, positions, everything, unseen) for everything, unseen in ranks]

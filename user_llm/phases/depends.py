@@ -32,7 +32,7 @@ OFF = (
     "loss.all_words",
     "loss.in_batch",
     "residual",
-    "eval.transitions",
+    "transitions",
     "eval.guide",
     "eval.rerank",
     "eval.bert_score",

@@ -10,7 +10,7 @@ replicability study of BERT4Rec") needed up to 30 times the training of common d
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,10 +31,11 @@ from user_llm.data.pipeline import BUCKET, HistoryBatch, packed_windows
 from user_llm.data.schema import Schema
 from user_llm.data.splits import Split
 from user_llm.data.timelines import Timelines
-from user_llm.evals.evaluator import rank_targets
+from user_llm.evals.evaluator import rank_each
 from user_llm.evals.ranking import RANKING, Ranks
-from user_llm.evals.transitions import transition_scorer
+from user_llm.evals.transitions import TOGETHER, best_weight
 from user_llm.models.encoder import EncoderConfig, item_features
+from user_llm.models.transitions import Transitions, last_items
 from user_llm.models.user_encoder import UserEncoder, UserEncoderConfig
 from user_llm.nn.losses import (
     Whole,
@@ -50,9 +51,6 @@ from user_llm.nn.transformer import BlockConfig
 from user_llm.nn.visibility import segment_mask
 from user_llm.phases.run import Run
 from user_llm.training.task import Batch, Program, Task
-
-Graph = Callable[[HistoryBatch], Float[np.ndarray, "B V"]]
-LEAST = 1e-7  # the least score that counts as the graph's: it keeps the logarithm finite
 
 
 def encoder_config(section: Encoder, schema: Schema, kinds: Mapping[str, Any]) -> EncoderConfig:
@@ -194,13 +192,6 @@ def score_next(graphdef: nnx.GraphDef, params: Params, events: Int[Array, "B E A
     return encoder.score(encoder.encode(events, lengths[:, None]).last()[:, 0])
 
 
-def with_graph(scores: Float[np.ndarray, "B V"], graph: Float[np.ndarray, "B I"], weight: float) -> Float[np.ndarray, "B V"]:
-    """Return the encoder's scores plus `weight` times the logarithm of those of the graph of transitions, which has no spare rows."""
-    prior = np.zeros_like(scores)
-    prior[:, : graph.shape[1]] = np.log(np.maximum(graph, LEAST))
-    return scores + np.float32(weight) * prior
-
-
 def check_targets(split: Split) -> None:
     """See that both parts of a split have targets.
 
@@ -232,13 +223,17 @@ def build(name: str, run: Run, data: Dataset) -> Task:
         **vars(phase.loss),
     )
 
-    def rank(params: Params, part: str, limit: int | None = None, graph: Graph | None = None, weight: float = 0.0) -> Ranks:
-        def score(batch: HistoryBatch) -> Array | np.ndarray:
+    def rank(
+        params: Params, part: str, limit: int | None = None, graph: Transitions | None = None, weights: Sequence[float] = (0.0,)
+    ) -> list[Ranks]:
+        def score(batch: HistoryBatch) -> Sequence[Array | np.ndarray]:
             scores = score_next(graphdef, params, *meshes.put_rows((batch.events, batch.lengths), run.mesh))
-            return scores if graph is None else with_graph(meshes.fetch(scores), graph(batch), weight)
+            if graph is None:
+                return [scores]
+            return graph.sums(meshes.fetch(scores), last_items(timelines, batch.users, batch.positions), weights)
 
-        return rank_targets(
-            score, timelines, split, part, max_events=phase.eval.max_events, limit=limit,
+        return rank_each(
+            score, len(weights), timelines, split, part, max_events=phase.eval.max_events, limit=limit,
             bucket=phase.eval.max_events if phase.eval.pad_whole else BUCKET,
             batch_size=meshes.even_rows(phase.eval.batch_size, run.mesh),
         )  # fmt: skip
@@ -250,16 +245,13 @@ def build(name: str, run: Run, data: Dataset) -> Task:
         return {"score": (score_next, (graphdef, params, *histories))}
 
     def results(params: Params) -> list[dict]:
-        rows = run.record(name, data, "next_item", phase.method, rank(params, "test").measured())
-        if not phase.eval.transitions:
-            return rows
-        graph = transition_scorer(timelines, split)
-        known = {
-            weight: rank(params, "validation", phase.eval.validation_users, graph, weight) for weight in phase.eval.transitions
-        }
-        best = max(known, key=lambda weight: known[weight].metrics()["ndcg@10"])
-        ranks = rank(params, "test", None, graph, best)
-        return rows + run.record(name, data, "next_item", f"{phase.method}+transitions", ranks.measured())
+        record = lambda method, ranks: run.record(name, data, "next_item", method, ranks.measured())  # noqa: E731
+        if not phase.transitions:
+            return record(phase.method, rank(params, "test")[0])
+        graph = Transitions.counted(timelines, split)
+        known = rank(params, "validation", phase.eval.validation_users, graph, phase.transitions)
+        alone, both = rank(params, "test", None, graph, (0.0, best_weight(phase.transitions, known)))
+        return record(phase.method, alone) + record(phase.method + TOGETHER, both)
 
     return Task(
         name=name,
@@ -281,7 +273,7 @@ def build(name: str, run: Run, data: Dataset) -> Task:
         count_events=lambda batch: int((batch["segments"] > 0).sum()),
         metrics=RANKING,
         check=lambda: check_targets(split),
-        evaluate=lambda params: rank(params, "validation", phase.eval.validation_users).metrics(),
+        evaluate=lambda params: rank(params, "validation", phase.eval.validation_users)[0].metrics(),
         results=results,
         programs=programs,
     )  # fmt: skip
