@@ -71,7 +71,8 @@ def check_served(workdir: Path, config: ConfigDict, elsewhere: Path, phase: str 
             histories[number], orders[number] = ordered[:end], ordered
             where.append(key)
         # Rankings, and what they are worth: exactly the run's.
-        ranks = next((of for name, of in measured.items() if name == f"next_item.{read.contextual(phase).method}"), None)
+        method = read.contextual(phase).method + ("+transitions" if model.predictor.transitions else "")
+        ranks = measured.get(f"next_item.{method}")
         every = sorted(trained)
         together = model.encode_many([row for history in histories.values() for row in history])
         encoded = {number: together[where[number]] for number in histories}

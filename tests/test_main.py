@@ -67,6 +67,7 @@ def test_leaves_all_that_the_readme_promises(finished):
         "transitions",
         "encoder",
         "user_llm",
+        "user_llm+transitions",
         "user_llm/generate",
         "text_prompt_10",
     }

@@ -43,6 +43,7 @@ TINY = {
     "user_llm.eval.beams": 4,
     "user_llm.eval.guide": (),  # `serving/test_ranking.py` measures what the item head adds to the writing
     "user_llm.eval.rerank": 0,
+    "user_llm.transitions": (0.5, 1.0),
     "text_prompt_10.loop.total_steps": 2,
     "text_prompt_10.loop.eval_steps": 2,
     "text_prompt_10.batch_size": 8,

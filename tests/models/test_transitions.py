@@ -1,13 +1,15 @@
-"""Transitions against plain Python: what counts as a step, how items are scored, beside a model, and with added items."""
+"""Transitions against plain Python: what counts as a step, how items are scored, beside a model, with added items, and in a file."""
 
 import dataclasses
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from scipy import sparse
 
-from user_llm.data.splits import leave_last_out
+from user_llm.data.splits import leave_last_out, train_counts
 from user_llm.models import transitions as module
+from user_llm.models.export import TRANSITIONS_FILE, load_transitions, save_transitions
 from user_llm.models.transitions import Transitions, count_steps, item_words, largest, last_items
 
 ITEMS = 12
@@ -148,3 +150,41 @@ def test_an_added_item_is_scored_by_its_words_alone_and_changes_no_other_score(g
     # From an added item no step leads on: popularity, and the words.
     after = grown.scores(np.array([[first, 0]], np.int32))[0]
     np.testing.assert_allclose(after[:first], graph.share + 0.01 * own[:first] @ own[first], rtol=1e-5)
+
+
+def test_a_file_holds_the_steps(graph, timelines, last, tmp_path):
+    counts = train_counts(timelines, leave_last_out(timelines))
+    save_transitions(tmp_path, graph)
+    read = load_transitions(tmp_path, timelines.catalogue, counts, 0.5)
+    assert read.weight == 0.5
+    np.testing.assert_array_equal(read.scores(last), graph.scores(last))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda file: file.unlink(),
+        lambda file: file.write_bytes(file.read_bytes()[:-3]),
+        lambda file: save_file({"first": np.zeros(ITEMS + 2, np.int64)}, file),
+        lambda file: _set(file, "item", 0, ITEMS + 1),
+        lambda file: _set(file, "item", 0, 0),
+        lambda file: _set(file, "chance", 0, np.nan),
+        lambda file: _set(file, "chance", 0, -1),
+        lambda file: _set(file, "chance", 0, 2),
+        lambda file: _set(file, "first", 0, 1),
+        lambda file: _set(file, "first", 3, 10**6),
+        lambda file: _set(file, "first", -1, 1),
+    ],
+)
+def test_a_file_of_other_steps_is_refused(graph, timelines, tmp_path, change):
+    save_transitions(tmp_path, graph)
+    change(tmp_path / TRANSITIONS_FILE)
+    with pytest.raises(ValueError, match=rf"{TRANSITIONS_FILE} (is missing|is truncated|does not fit)") as error:
+        load_transitions(tmp_path, timelines.catalogue, np.ones(ITEMS + 1, np.int64), 1.0)
+    assert "\n" not in str(error.value)
+
+
+def _set(file, name, place, value):
+    arrays = load_file(file)
+    arrays[name][place] = value
+    save_file(arrays, file)

@@ -129,6 +129,7 @@ def test_of_an_open_llm_the_files_count_and_not_the_sizes_of_the_small_one():
                 "eval.rerank": 0,
                 "eval.control_users": 0,
                 "residual": False,
+                "transitions": (),
             },
             {
                 "loss.trie_softmax": True,
@@ -136,6 +137,7 @@ def test_of_an_open_llm_the_files_count_and_not_the_sizes_of_the_small_one():
                 "eval.rerank": 9,
                 "eval.control_users": 7,
                 "residual": True,
+                "transitions": (1.0,),
             },
         ),
         (

@@ -286,6 +286,8 @@ def contextualize(method: str, *, total_steps: int, eval_steps: int, **changes) 
         },
         "load": LOAD,
         "loss": {"catalogue": 1.0, "align": 1.0, "trie_softmax": False, "teacher": 1.0, "all_words": 0.1, "chunk": 512},
+        # As for the encoder; the model directory ranks by the sum.
+        "transitions": (),
         "eval": {"batch_size": 64, "validation_users": 1000, "generate_users": 0, "beams": 10, "guide": (), "rerank": 0,
                  "review_users": 500, "bert_score": "", "control_users": 500, "samples": 3, "pad_whole": False},
         "optimizer": optimizer(1e-3, lr_multiplier=CONTEXTUAL_LEARNING_RATES),

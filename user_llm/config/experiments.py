@@ -197,6 +197,7 @@ def small(config: ConfigDict, facts: dict) -> None:
     asked = defaults.prompts(facts["next"], max_tokens=24, max_title_tokens=18)
     config.user_llm = defaults.contextualize("user_llm", total_steps=1000, eval_steps=200, prompts=asked)
     config.user_llm.eval.generate_users = 500
+    config.user_llm.transitions = TRANSITIONS
     past = facts["past"]
     config.text_prompt_10 = defaults.text_prompt(10, past, total_steps=1200, eval_steps=200, max_tokens=128, batch_size=16)
     config.text_prompt_50 = defaults.text_prompt(50, past, total_steps=900, eval_steps=150, max_tokens=640, batch_size=4)

@@ -331,6 +331,9 @@ class Contextualize(Phase):
 
     Attributes:
       residual: whether items are ranked by the sum of the encoder's query and the LLM's, which starts at zero.
+      transitions: as in `PretrainEncoder`, beside the scores of the item head. The model directory holds the transitions with the weight
+        that validation chose, and ranks by the sum. A weight of 0 adds nothing, and neither does a phase without an item head that ranks
+        the next item.
     """
 
     task: Literal["contextualize"]
@@ -348,6 +351,7 @@ class Contextualize(Phase):
     resampler: Resampler
     load: tuple[tuple[Regex, Text], ...]
     loss: ContextualLoss
+    transitions: tuple[Weight, ...]
     eval: ContextualEval
 
     @property

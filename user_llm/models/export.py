@@ -3,6 +3,7 @@
     DIR/config.json, model*.safetensors            the LLM, its adapters merged: `transformers` loads it
     DIR/adapter_config.json, adapter_model...      or the adapters alone, in the layout of the peft library
     DIR/user_llm.safetensors                       what no other library knows: encoder, resampler, ways into the LLM, item head
+    DIR/transitions.safetensors                    the steps from item to item that are counted in training
 
 Tensors are written in the types they have here, and quantised weights as plain numbers. Left out: other layouts.
 """
@@ -19,6 +20,8 @@ from typing import Any
 import jax
 import ml_dtypes  # noqa: F401 - teaches numpy bfloat16
 import numpy as np
+import scipy.sparse as sparse
+from jaxtyping import Int
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -26,10 +29,12 @@ from user_llm.common import trees
 from user_llm.common.files import check_own, check_regular
 from user_llm.common.records import read_json
 from user_llm.common.trees import Params
+from user_llm.data.timelines import Catalogue
 from user_llm.models.config_json import bare, config_from_settings, language_model, settings_from_config
 from user_llm.models.decoder import DecoderConfig
 from user_llm.models.families import FAMILIES, Family, Tensor, family_of, table
 from user_llm.models.pretrained import TOKENIZER_PATTERNS, misfits
+from user_llm.models.transitions import Transitions, shares
 from user_llm.models.user_llm import UserLLMConfig
 from user_llm.nn.lora import merge_lora
 from user_llm.nn.stored import restored
@@ -37,6 +42,7 @@ from user_llm.nn.stored import restored
 SHARD_BYTES = 5_000_000_000  # of one file, as Hugging Face splits them
 USER_FILE = "user_llm.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
+TRANSITIONS_FILE = "transitions.safetensors"
 ADAPTED = r"^base_model\.model\.model\.(language_model\.)?"  # what the names of an adapter's tensors begin with
 # Settings of a checkpoint that a decoder of other sizes keeps.
 KEPT_FOR_ANY = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "transformers_version")
@@ -243,6 +249,44 @@ def load_user_side(directory: Path, like: Params) -> Params:
     if problems := misfits(wanted, {path: array.shape for path, array in found.items()}):
         raise ValueError(f"{file} does not fit the model: {problems}.")
     return trees.unflatten(found)
+
+
+def save_transitions(directory: Path, transitions: Transitions) -> None:
+    """Write the steps of transitions: `item` and `chance` of all steps, and `first`, the place of the first step from each item."""
+    steps = transitions.chance
+    arrays = {"first": steps.indptr.astype(np.int64), "item": steps.indices.astype(np.int32), "chance": steps.data}
+    save_file(arrays, directory / TRANSITIONS_FILE)
+
+
+def load_transitions(directory: Path, catalogue: Catalogue, counts: Int[np.ndarray, " I"], weight: float) -> Transitions:
+    """Read what `save_transitions` wrote.
+
+    Args:
+      catalogue: the items; those behind the first I were added after the training.
+      counts: the number of training events of each of the I items; index 0 is PAD.
+      weight: an attribute of the `Transitions`.
+
+    Raises:
+      ValueError: no such file, or one that holds no steps between these items.
+    """
+    file = directory / TRANSITIONS_FILE
+    if not file.exists():
+        raise ValueError(f"{file} is missing: get the model again.")
+    check_regular(file)
+    with _named(file):
+        found = load_file(file)
+    first, item, chance = (found.get(name, np.zeros(0)) for name in ("first", "item", "chance"))
+    fits = (
+        (first.dtype, item.dtype, chance.dtype) == (np.int64, np.int32, np.float32)
+        and first.shape == (len(counts) + 1,)
+        and item.shape == chance.shape == (first[-1],)
+        and first[0] == 0
+        and bool((np.diff(first) >= 0).all() and (item > 0).all() and (item < len(counts)).all() and (chance > 0).all())
+    )
+    steps = sparse.csr_array((chance, item, first), shape=(len(counts),) * 2) if fits else None
+    if steps is None or steps.sum(axis=1).max(initial=0) > 1:
+        raise ValueError(f"{file} does not fit the model: it holds no steps between its {len(counts) - 1} items.")
+    return Transitions(steps, shares(counts), catalogue, weight)
 
 
 @contextlib.contextmanager

@@ -39,6 +39,7 @@ from user_llm.phases.pretrain_encoder import check_longest, encoder_config
 from user_llm.phases.run import Run
 from user_llm.phases.samples import draw_samples
 from user_llm.serving.predictor import Predictor
+from user_llm.serving.ranking import RANKING
 from user_llm.serving.settings import kind_of
 from user_llm.tasks.asking import Asking, title_trie
 from user_llm.tasks.controls import measure_controls
@@ -253,6 +254,7 @@ def build(name: str, run: Run, data: Dataset) -> Task:
 
     def results(params: Params) -> list[dict]:
         rows, card, answers = [], [], asking.of(predictor.of(params))
+        answers = answers.with_transitions(RANKING, phase.transitions, phase.eval.validation_users)
         for task in asked:
             sizes = kinds[task].settle(answers, task, phase.eval)
             own = kinds[task].measure(answers, task, "test", None, sizes)

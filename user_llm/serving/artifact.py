@@ -4,6 +4,7 @@
     user_llm.json           format, identity, sizes, rules by which raw events become ids, prompts, checksums of the other files
     user_llm.safetensors    everything but the LLM: encoder, resampler, what links user tokens to the LLM, item head
     catalogue.parquet       the items in the order of their numbers, those that were added after the training at the end
+    transitions.safetensors the steps from item to item, if the model ranks with transitions
     tokenizer*, ...         the tokenizer, in Hugging Face's layout
     config.json, model*.safetensors                    the LLM in Hugging Face's layout, if its weights were trained or are exported
     adapter_config.json, adapter_model.safetensors     the adapters of the LLM in peft's layout, if it has adapters
@@ -140,6 +141,8 @@ def _write(directory: Path, model: Personalizer, made: Making, params: Params, *
         for file in formats.tokenizer_files(made.source):
             shutil.copy(file, folder / file.name)
         write_catalogue(folder / CATALOGUE, model.vocabulary.catalogue, made.counts)
+        if (graph := model.predictor.transitions) and graph.weight:
+            formats.save_transitions(folder, graph)
         settings["files"] = {file.name: sha256(file) for file in sorted(folder.iterdir())}
         settings["llm"] = None if held or made.base is None else plain(dataclasses.asdict(made.base))
         settings |= {"format": FORMAT, "identity": model.identity or identity(settings)}
@@ -165,7 +168,7 @@ def copy_to_store(directory: Path, target: epath.Path) -> None:
 def _settings(model: Personalizer, made: Making) -> dict[str, Any]:
     predictor, lines = model.predictor, model.lines
     limits = (field.name for field in dataclasses.fields(Limits))
-    kind = (predictor.config.encoder or UserEncoderConfig).kind
+    kind, graph = (predictor.config.encoder or UserEncoderConfig).kind, predictor.transitions
     return plain({
         **({} if kind == UserEncoderConfig.kind else {"encoder": kind}), "model": sizes(predictor.config), "vocabulary": model.vocabulary.to_json(),
         "lines": {"max_title_tokens": lines.max_title_tokens, "history": lines.kind, "text_items": lines.text_items},
@@ -173,6 +176,7 @@ def _settings(model: Personalizer, made: Making) -> dict[str, Any]:
         "names": model.names, "limits": {name: getattr(predictor, name) for name in limits}, "dtype": made.dtype,
         "sharding": trees.flatten(trees.match(made.sharding, predictor.params)), "facts": made.facts,
         **({"added": model.growth.added} if model.growth and model.growth.added else {}),
+        **({"transitions": graph.weight} if graph and graph.weight else {}),
     })  # fmt: skip
 
 
@@ -219,7 +223,12 @@ def load(
     params = _params(directory, source, settings, shapes, where, computed, families)
     # In another type it computes something else, and so it is another model.
     identity_of = settings.identity if computed == _dtype(settings.dtype) else f"{settings.identity}-{computed}"
-    predictor = Predictor(config, graphdef, params, mesh, templates, **dataclasses.asdict(settings.limits))
+    graph = None
+    if settings.transitions:
+        trained = counts[: len(counts) - settings.added]
+        graph = formats.load_transitions(directory, catalogue, trained, settings.transitions)
+    limits = dataclasses.asdict(settings.limits)
+    predictor = Predictor(config, graphdef, params, mesh, templates, **limits, transitions=graph)
     growth = Growth.of(directory, settings.identity, catalogue, counts, settings.added, encoders)
     return Personalizer(identity_of, predictor, vocabulary, lines, names, dataclasses.asdict(settings.facts), growth)
 

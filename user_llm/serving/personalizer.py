@@ -23,6 +23,7 @@ from user_llm.data.new_items import extended
 from user_llm.data.prompts.base import Lines
 from user_llm.data.tokenizer import Tokenizer
 from user_llm.data.vocabulary import Read, Vocabulary
+from user_llm.models.transitions import LAST
 from user_llm.serving.explaining import Seen, attended
 from user_llm.serving.growth import NO_MARKS, Growth
 from user_llm.serving.predictor import Predictor, on_mesh
@@ -72,7 +73,7 @@ class Personalizer:
         lines = self.lines
         if lines.text_items and lines.kind == "summary":
             return None
-        return max(self.predictor.max_events, lines.text_items)
+        return max(self.predictor.max_events, lines.text_items, LAST if self.predictor.transitions else 0)
 
     @functools.cached_property
     def reader(self) -> Reader:
@@ -342,8 +343,8 @@ class Personalizer:
 
             model = model.add_items([{"id": "m901", "title": "Heat (1995)", "genres": ["Crime"]}])
 
-        An item is placed among those of the training by the words of its title and its categories. The given model is not changed, and
-        its users can be used with the result. A user's earlier events with such an item do not count until they are given to `encode` or
+        An item is placed among those of the training by the words of its title and its categories. No transition leads to it. The given
+        model is not changed, and its users can be used with the result. A user's earlier events with such an item do not count until they are given to `encode` or
         `update` again. `save` keeps the added items.
 
         Args:
@@ -363,7 +364,8 @@ class Personalizer:
         templates = {
             task: template(lines, task, {"kind": kind_of(of), **of.settings}) for task, of in predictor.templates.items()
         }
-        predictor = dataclasses.replace(predictor, templates=templates)
+        graph = predictor.transitions and predictor.transitions.extended(catalogue)
+        predictor = dataclasses.replace(predictor, templates=templates, transitions=graph)
         return dataclasses.replace(self, predictor=predictor, vocabulary=vocabulary, lines=lines, growth=growth)
 
     def save(self, directory: str | os.PathLike) -> None:

@@ -33,6 +33,7 @@ from user_llm.models.beam_search import beam_search
 from user_llm.models.generate import Program, abstract_programs, generate
 from user_llm.models.prefill import bucket
 from user_llm.models.score import score
+from user_llm.models.transitions import Transitions
 from user_llm.models.trie import Trie
 from user_llm.models.user import User, embed_prompts
 from user_llm.models.user_llm import UserLLMConfig, UserTokens
@@ -110,6 +111,7 @@ class Predictor:
       pad_whole: whether every history is padded to `max_events` and every prompt to its task's `max_tokens`. One program then
         serves every batch, which pays on accelerators, where compiling takes longer than computing the padding. Otherwise lengths
         are rounded up to one of several.
+      transitions: what the item head's scores are added to where items are ranked; None where they rank alone.
     """
 
     config: UserLLMConfig
@@ -124,6 +126,7 @@ class Predictor:
     ranks: bool = True
     trie_softmax: bool = False
     pad_whole: bool = False
+    transitions: Transitions | None = None
 
     def of(self, params: Params) -> "Predictor":
         """Return the same model with other parameters."""
@@ -186,6 +189,17 @@ class Predictor:
     def score(self, task: str, prompts: Sequence[Ids], user: User | None) -> Float[Array, "B V"]:
         """Return the item head's score of every item after each prompt of a task."""
         return score_catalogue(self.graphdef, self.params, *self.padded(task, prompts), user, self.leading(task))
+
+    def ranked(
+        self, task: str, prompts: Sequence[Ids], user: User | None, last: Int[np.ndarray, "B 2"]
+    ) -> Float[np.ndarray, "B V"]:
+        """Return the scores by which items are ranked: those of the item head, to which the transitions are added if there are any.
+
+        Args:
+          last: each user's last item and the one before; see `Transitions.scores`.
+        """
+        scores = meshes.fetch(self.score(task, prompts, user))
+        return scores if self.transitions is None else self.transitions.sums(scores, last, [self.transitions.weight])[0]
 
     def decoding(
         self, text: Int[Array, "B T"], lengths: Int[Array, " B"], user: User | None, leading: int

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
-from user_llm.common import mesh as meshes
-from user_llm.data.prompts.base import Ids, Lines
+from user_llm.data.prompts.base import Lines
 from user_llm.data.timelines import Catalogue
 from user_llm.models import user as decoder_users
+from user_llm.models.transitions import LAST
 from user_llm.models.trie import Trie
 from user_llm.serving import batch
 from user_llm.serving.predictor import Predictor
@@ -26,8 +26,9 @@ class Item(NamedTuple):
     Attributes:
       id: the item's id in the catalogue.
       title: the item's title.
-      score: a higher score is a better item. Only scores of one ranking can be compared. They are logits of the item head; a model
-        without a trained item head gives the log-probability of writing the title.
+      score: a higher score is a better item. Only scores of one ranking can be compared. They are logits of the item head,
+        plus what the transitions add if the model has any; a model without a trained item head gives the log-probability of writing the
+        title.
     """
 
     id: str
@@ -81,31 +82,33 @@ class Ranker:
         if not allowed.any():
             return ranked
         for indices, chosen, user in batch.batches(self.predictor, those):
-            prompts = [templates[RANKING].prompt(one.items) for one in chosen]
             may = np.tile(allowed, (1 if seen else len(chosen), 1))  # one row holds for all users
             if not seen:
                 for row, one in zip(may, chosen, strict=True):
                     row[one.seen] = False
             most = min(k, int(may.sum(axis=1).max()))
-            scores = np.where(may, self._scores(prompts, user, may, most), -np.inf)
+            scores = np.where(may, self._scores(chosen, user, may, most), -np.inf)
             for index, row in zip(indices, scores, strict=False):
                 ranked[index] = self._best(row, k)
         return ranked
 
     def _scores(
-        self, prompts: list[Ids], user: decoder_users.User | None, may: Bool[np.ndarray, "#B V"], k: int
+        self, chosen: Sequence[User], user: decoder_users.User | None, may: Bool[np.ndarray, "#B V"], k: int
     ) -> Float[np.ndarray, "B V"]:
-        """Return the scores of all V items of the catalogue, PAD included, for each of the B prompts.
+        """Return the scores of all V items of the catalogue, PAD included, for each of B users.
 
-        A trained item head scores every item. Without one, beam search among the titles of the items that a user may be recommended
-        scores at least the `k` whose titles it writes first, and all other items have -inf.
+        A trained item head, with the transitions if there are any, scores every item. Without a head, beam search among the titles of the
+        items that a user may be recommended scores at least the `k` whose titles it writes first, and all other items have -inf.
 
         Args:
-          may: the items that a user may be recommended: a row for each prompt, or one row for all prompts.
+          user: what the decoder reads of these users.
+          may: the items that a user may be recommended: a row for each user, or one row for all of them.
         """
+        prompts = [self.predictor.templates[RANKING].prompt(one.items) for one in chosen]
         known = len(self.catalogue.titles)  # rows from there on hold no item yet: they have scores that mean nothing
         if self.predictor.ranks:
-            return meshes.fetch(self.predictor.score(RANKING, prompts, user))[:, :known]
+            last = np.array([[*one.items[: -LAST - 1 : -1], *[0] * LAST][:LAST] for one in chosen], np.int32)
+            return self.predictor.ranked(RANKING, prompts, user, last)[:, :known]
         # Each number of beams compiles a program. The numbers are therefore `beams` times powers of two.
         beams = min(next(size for power in range(64) if (size := self.predictor.beams << power) >= k), known - 1)
         # A guide of weight 0 keeps the search from all other items and changes no title's score.

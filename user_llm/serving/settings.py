@@ -16,7 +16,7 @@ from user_llm.common.files import check_own, sha256
 from user_llm.common.records import positive_whole_number, read_json
 from user_llm.common.workdir import path_part
 from user_llm.config.reader import either, read_record
-from user_llm.config.values import Count, CountOrZero, Must, Text
+from user_llm.config.values import Count, CountOrZero, Must, Text, Weight
 from user_llm.data.prompts.base import Lines, Question, Template
 from user_llm.data.prompts.next_item import NextItem
 from user_llm.models.decoder import DecoderConfig
@@ -31,7 +31,7 @@ FORMAT = 1
 FILE = "user_llm.json"
 AGAIN = "get the model directory again"
 # The keys that the identity of a model is made of. Two models that are equal in these answer alike, and can share users.
-COMPUTES = ("encoder", "model", "vocabulary", "lines", "prompts", "names", "dtype")
+COMPUTES = ("encoder", "model", "vocabulary", "lines", "prompts", "names", "dtype", "transitions")
 LIMITS_THAT_COMPUTE = ("max_events", "beams", "after_instruction", "ranks", "trie_softmax")
 # The sizes that model directories of before do not have, by the class that has them. At their defaults they compute nothing.
 LATER: Mapping[type, tuple[str, ...]] = {
@@ -148,6 +148,7 @@ class Settings:
       files: the SHA-256 of each file of the directory that is read.
       llm: the LLM that the directory names; None if the directory holds its LLM.
       added: the number of items that were added after the training. They are the last ones of the catalogue.
+      transitions: the weight of the transitions beside the item head's scores; 0 for a model without them.
     """
 
     format: Count
@@ -166,6 +167,7 @@ class Settings:
     facts: Facts
     encoder: Text = UserEncoderConfig.kind
     added: CountOrZero = 0
+    transitions: Weight = 0.0
 
 
 KINDS: dict[str, tuple[Any, Any]] = {"next_item": (NextItem, NextItemSettings), "question": (Question, QuestionSettings)}

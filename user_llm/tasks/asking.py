@@ -2,17 +2,20 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+from absl import logging
 from jaxtyping import Array, Float, Int
 
 from user_llm.common import mesh as meshes
 from user_llm.data.dataset import Dataset
 from user_llm.data.pipeline import HistoryBatch, history_batches
 from user_llm.data.prompts.base import Examples, Ids, Lines, Whose
-from user_llm.evals.evaluator import rank_listed, rank_targets
+from user_llm.evals.evaluator import rank_each, rank_listed, rank_targets
 from user_llm.evals.ranking import Ranks
+from user_llm.evals.transitions import best_weight
+from user_llm.models.transitions import Transitions, last_items
 from user_llm.models.trie import Trie
 from user_llm.models.user import User
 from user_llm.serving.predictor import Predictor
@@ -66,10 +69,21 @@ class Asking:
         """Return the events that the encoder reads for each row of a batch, and their numbers."""
         if self.whose is None:
             return batch.events, batch.lengths
-        users, ends = np.array([self.whose[user] for user in batch.users.tolist()]).T
+        users, ends = self._whose(batch)
         [(order, read)] = self.batches(users, ends, batch_size=len(users))
         back = np.argsort(order)  # batches are sorted by length
         return read.events[back], read.lengths[back]
+
+    def _whose(self, batch: HistoryBatch) -> tuple[Int[np.ndarray, " B"], Int[np.ndarray, " B"]]:
+        """Return the users and the ends of the histories that the model is given for each row of a batch."""
+        if self.whose is None:
+            return batch.users, batch.positions
+        users, ends = np.array([self.whose[user] for user in batch.users.tolist()]).T
+        return users, ends
+
+    def _last(self, batch: HistoryBatch) -> Int[np.ndarray, "B 2"]:
+        """Return the last items of these histories; see `Transitions.scores`."""
+        return last_items(self.data.timelines, *self._whose(batch))
 
     def test_users(self, count: int) -> User | None:
         """Return what the decoder reads of the first `count` test users. They are repeated if there are fewer."""
@@ -80,6 +94,10 @@ class Asking:
     def score(self, task: str, batch: HistoryBatch) -> Float[Array, "B V"]:
         """Return the item head's score of every item for each row of a batch."""
         return self.predictor.score(task, self.prompts(task, batch), self.users(batch))
+
+    def ranked(self, task: str, batch: HistoryBatch) -> Float[np.ndarray, "B V"]:
+        """Return the scores by which items are ranked, for each row of a batch; see `Predictor.ranked`."""
+        return self.predictor.ranked(task, self.prompts(task, batch), self.users(batch), self._last(batch))
 
     def choose(self, task: str, batch: HistoryBatch, trie: Trie, beams: int, weight: float = 0.0) -> Int[np.ndarray, "B beams"]:
         """Return the ids of the likeliest texts of a trie for each row of a batch, best first.
@@ -106,6 +124,31 @@ class Asking:
         """
         score = lambda batch: self.score(task, batch)  # noqa: E731
         return rank_targets(score, self.data.timelines, self.data.split, part, limit=limit, **self.sizes)
+
+    def rank_sums(self, task: str, part: str, limit: int | None, graph: Transitions, weights: Sequence[float]) -> list[Ranks]:
+        """Return the ranks of the targets by the item head's scores and the transitions, for each weight of the transitions.
+
+        The item head scores each target once. The other arguments are those of `rank`.
+        """
+        sums = lambda batch: graph.sums(meshes.fetch(self.score(task, batch)), self._last(batch), weights)  # noqa: E731
+        timelines, split = self.data.timelines, self.data.split
+        return rank_each(sums, len(weights), timelines, split, part, limit=limit, **self.sizes)
+
+    def with_transitions(self, task: str, weights: Sequence[float], limit: int | None) -> "Asking":
+        """Return the same with a model that has transitions, of the weight that ranks a task's validation targets best.
+
+        Without weights, or without an item head that ranks for this task, the result is the same model.
+
+        Args:
+          weights: the weights to choose from; 0 for the item head alone.
+          limit: the most targets; None for all.
+        """
+        if not (weights and self.predictor.ranks and task in self.examples):
+            return self
+        graph = Transitions.counted(self.data.timelines, self.data.split)
+        weight = best_weight(weights, self.rank_sums(task, "validation", limit, graph, weights))
+        logging.info("%s: the transitions have the weight %g, which ranks best on validation.", task, weight)
+        return self.of(dataclasses.replace(self.predictor, transitions=graph.weighted(weight)))
 
     def rank_written(self, task: str, part: str, limit: int | None, *, weight: float = 0.0, rerank: int = 0) -> Ranks:
         """Return the ranks of the targets among the titles that beam search finds. A target that it does not find is a miss.

@@ -11,7 +11,6 @@ import numpy as np
 from absl import logging
 from jaxtyping import Int
 
-from user_llm.common import mesh as meshes
 from user_llm.config import phases as settings
 from user_llm.config.phases import ContextualEval
 from user_llm.config.reader import Config
@@ -23,7 +22,7 @@ from user_llm.data.timelines import Timelines
 from user_llm.evals.measured import Measured
 from user_llm.evals.popularity import popularity_ranks, recent_popularity_ranks
 from user_llm.evals.ranking import RANKING
-from user_llm.evals.transitions import transition_ranks
+from user_llm.evals.transitions import TOGETHER, transition_ranks
 from user_llm.tasks.asking import Asking, title_trie
 from user_llm.tasks.task import Found, PromptTask
 
@@ -88,6 +87,7 @@ def measure(asking: Asking, name: str, part: str, limit: int | None, sizes: Cont
 
     The item head ranks them if it is trained. Beam search over titles ranks them in the test part, and in every part if the item
     head is not trained. What the head and the search find together is measured in the test part, with the weight that `settle` chose.
+    With a model that has transitions, the head is measured alone and together with them.
 
     Raises:
       ValueError: the item head is not trained, and the settings write no titles; or the settings have several weights of the guide.
@@ -97,7 +97,10 @@ def measure(asking: Asking, name: str, part: str, limit: int | None, sizes: Cont
     if not (ranks or written):
         raise ValueError("With loss.catalogue=0 no item head is trained, so titles must be written: set eval.generate_users.")
     found = []
-    if ranks:
+    if ranks and (graph := asking.predictor.transitions):
+        alone, both = asking.rank_sums(name, part, limit, graph, (0.0, graph.weight))
+        found += [Found(alone.measured()), Found(both.measured(), TOGETHER)]
+    elif ranks:
         found.append(Found(asking.rank(name, part, limit).measured()))
     if written:
         found.append(Found(asking.rank_written(name, part, written).measured(), "/generate"))
@@ -127,13 +130,15 @@ def settle(asking: Asking, name: str, sizes: ContextualEval) -> ContextualEval:
 
 
 def show(asking: Asking, name: str, users: np.ndarray, ends: np.ndarray) -> list[str]:
-    """Return the titles of the items that rank highest, by the item head or, where none is trained, by writing."""
+    """Return the titles of the items that rank highest, as `recommend` ranks them.
+
+    The item head ranks them, with the transitions if the model has any. Where no head is trained, they are written.
+    """
     titles, out = asking.data.timelines.catalogue.titles, [""] * len(users)
     trie = None if asking.predictor.ranks else title_trie(asking.examples[name].template.lines)
     for indices, batch in asking.batches(users, ends):
         if trie is None:
-            scores = meshes.fetch(asking.score(name, batch))
-            best = np.argsort(-scores, axis=1, kind="stable")
+            best = np.argsort(-asking.ranked(name, batch), axis=1, kind="stable")
         else:
             best = asking.choose(name, batch, trie, asking.predictor.beams)
         for index, row in zip(indices, best[:, :SHOWN], strict=False):
