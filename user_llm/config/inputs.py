@@ -26,7 +26,7 @@ NO_INPUT = (
     ),
 )
 # Settings of the test alone: training, and the choice of the best step, do not depend on them.
-TEST_ALONE = r"\.eval\.(guide|rerank|bert_score|control_users|samples)$"
+TEST_ALONE = r"\.eval\.(guide|rerank|bert_score|control_users|samples)$|\.transitions$"
 WRITTEN = r"\.eval\.generate_users$"  # so too where an item head ranks on validation
 # Keys of `data` that one kind of source alone reads.
 OF_SOURCE = {"category": "amazon", "states": "google_local", "name": "events", "columns": "events", "synthetic": "synthetic"}
