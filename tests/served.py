@@ -17,6 +17,7 @@ import user_llm
 from user_llm.config.check import check
 from user_llm.data.dataset import open_dataset
 from user_llm.evals.measured import load_measured
+from user_llm.evals.transitions import TOGETHER
 from user_llm.serving.personalizer import Personalizer
 
 
@@ -71,8 +72,9 @@ def check_served(workdir: Path, config: ConfigDict, elsewhere: Path, phase: str 
             histories[number], orders[number] = ordered[:end], ordered
             where.append(key)
         # Rankings, and what they are worth: exactly the run's.
-        method = read.contextual(phase).method + ("+transitions" if model.predictor.transitions else "")
+        method = read.contextual(phase).method + (TOGETHER if model.predictor.transitions else "")
         ranks = measured.get(f"next_item.{method}")
+        assert (ranks is not None) == (model.predictor.ranks and "next_item" in read.contextual(phase).prompts.asked)
         every = sorted(trained)
         together = model.encode_many([row for history in histories.values() for row in history])
         encoded = {number: together[where[number]] for number in histories}

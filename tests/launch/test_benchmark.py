@@ -260,6 +260,8 @@ def test_a_tiny_benchmark_runs_both_sides(reference, tmp_path):
     ours, theirs = found[part]["user_llm"], found[part]["torch"]
     assert theirs["speed_ratio"] == pytest.approx(ours["steps_per_s"] / theirs["steps_per_s"])
     assert min(ours["events_per_s"], theirs["events_per_s"], ours["compile_s"], theirs["memory_ratio"]) > 0
+    for side in (ours, theirs):
+        assert 0 < side["step_bytes"] <= side["peak_bytes"]
     assert list((trace / part).rglob("*.xplane.pb"))
     traced = _traced_step("tiny", part, tmp_path)[1]  # 32 rows of up to 32 tokens: not all of their logits count
     assert count_flops(traced, turns=1) < found[part]["flops"] < count_flops(traced)

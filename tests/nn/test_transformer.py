@@ -285,5 +285,12 @@ def test_unstacked_parameters_get_their_own_gradients_and_no_sum_is_made():
     stacked = {"w": jnp.arange(12.0).reshape(3, 4)}
     loss = lambda params: sum(n * jnp.sum(part["w"] ** 2) for n, part in enumerate(unstack(params, 3), 1))  # noqa: E731
     np.testing.assert_allclose(jax.grad(loss)(stacked)["w"], 2 * np.array([[1], [2], [3]]) * stacked["w"])
-    made = str(jax.make_jaxpr(jax.grad(loss))(stacked))
-    assert "concatenate" in made and "pad" not in made
+
+    def primitives(jaxpr):
+        for equation in jaxpr.eqns:
+            yield equation.primitive.name
+            for inner in jax.core.jaxprs_in_params(equation.params):
+                yield from primitives(inner)
+
+    made = set(primitives(jax.make_jaxpr(jax.grad(loss))(stacked).jaxpr))
+    assert "concatenate" in made and not made & {"pad", "add_any"}

@@ -151,7 +151,7 @@ def test_moments_that_there_are_not_or_cannot_follow_are_refused():
 
 
 def test_muon_makes_the_step_of_each_matrix_orthogonal(mesh_of):
-    """A step is U V' of the gradient's singular vectors (within the error of five Newton-Schulz iterations), 0.2 large at the root mean square."""
+    """A step is U V' of the gradient's singular vectors, with a root mean square of 0.2, within the error of five Newton-Schulz iterations."""
     rng = np.random.default_rng(0)
     params = {
         "q": np.zeros((8, 2, 3), np.float32),  # 8 inputs, 2 x 3 outputs
@@ -173,9 +173,9 @@ def test_muon_makes_the_step_of_each_matrix_orthogonal(mesh_of):
     for update, grad in matrices:
         u, _, v = np.linalg.svd(grad, full_matrices=False)
         expected = 0.1 * 0.2 * max(grad.shape) ** 0.5 * (u @ v)
-        np.testing.assert_allclose(np.linalg.svd(update, compute_uv=False) / (0.02 * max(grad.shape) ** 0.5), 1, atol=0.35)
-        assert (update * expected).sum() > 0.95 * np.linalg.norm(update) * np.linalg.norm(expected)
-        np.testing.assert_allclose(np.sqrt(np.mean(np.square(expected))), 0.02, rtol=1e-5)
+        assert (update * expected).sum() > 0.97 * np.linalg.norm(update) * np.linalg.norm(expected)
+        size = np.sqrt(np.mean(np.square(update))) / 0.1  # of the learning rate
+        assert 0.85 < size / 0.2 < 1.1
     np.testing.assert_allclose(updates["gate"], -0.1 * np.sign(grads["gate"]), rtol=1e-5)  # Adam's first step
     # One mean of each matrix, and two moments of all else, each where its parameter is.
     assert sum(a.size for a in jax.tree.leaves(state) if a.shape in {p.shape for p in params.values()}) == 48 + 48 + 48 + 2 * 2
