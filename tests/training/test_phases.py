@@ -9,7 +9,7 @@ from etils import epath
 
 from user_llm.common.checksums import write_manifest
 from user_llm.training.identity import FILE, Identity, read_identity
-from user_llm.training.phases import decide, settle
+from user_llm.training.phases import decide, drop_results, has_results, settle
 
 A = Identity({"data/a.csv": "1"}, {"p.steps": 4})
 OTHER_SETTINGS = Identity(A.inputs, {"p.steps": 5})
@@ -72,30 +72,60 @@ def test_other_settings_set_a_phase_aside_and_the_old_ones_take_it_back(tmp_path
 GUIDED = Identity(A.inputs, {"p.steps": 4, "p.eval.guide": [0.5]})
 WRITING = Identity(A.inputs, {"p.steps": 4, "p.eval.generate_users": 9})
 HEADED, HEADED_WRITING = (Identity(A.inputs, {"p.loss.catalogue": 1.0, "p.eval.generate_users": users}) for users in (0, 9))
+OWN, OWN_OTHER = (Identity(A.inputs, {"p.encoder.options.transitions": own}) for own in (1, 2))
 
 
 @pytest.mark.parametrize("finished", [True, False])
 @pytest.mark.parametrize("before, wanted", [(A, GUIDED), (GUIDED, A), (HEADED, HEADED_WRITING)])
 def test_other_settings_of_the_test_alone_keep_the_parameters_and_measure_again(tmp_path, finished, before, wanted):
     _make(tmp_path / "p", before, finished=finished)
-    assert _settled(tmp_path, wanted) == ("params", [], wanted)
-    assert (tmp_path / "p" / "checkpoints" / "2").exists() and not (tmp_path / "p" / "results.json").exists()
+    for _ in range(2):  # the same command again changes nothing
+        assert _settled(tmp_path, wanted) == ("params", [], wanted)
+        assert not has_results(epath.Path(tmp_path / "p")) and (tmp_path / "p" / "checkpoints" / "2").exists()
+        assert read_identity(epath.Path(tmp_path / "p")).trained == before.hash
+    # Results are there until measuring begins, and hold again for the settings of before.
+    assert _settled(tmp_path, before) == ("params", [], before)
+    assert has_results(epath.Path(tmp_path / "p")) == finished
+    assert read_identity(epath.Path(tmp_path / "p")).first == ""
+
+
+def test_results_that_measuring_has_replaced_are_not_those_of_before(tmp_path):
+    _make(tmp_path / "p", A)
+    _settled(tmp_path, GUIDED)
+    drop_results(epath.Path(tmp_path / "p"))
+    (tmp_path / "p" / "results.json").write_text("[]")
+    assert has_results(epath.Path(tmp_path / "p")) and _settled(tmp_path, GUIDED)[2] == GUIDED
+    assert has_results(epath.Path(tmp_path / "p"))
+    _settled(tmp_path, A)
+    assert not has_results(epath.Path(tmp_path / "p"))
+
+
+def test_a_copy_of_a_phase_that_was_measured_again_says_how_it_was_trained(tmp_path):
+    _make(tmp_path / "run" / "p", A)
+    _settled(tmp_path / "run", GUIDED)
+    drop_results(epath.Path(tmp_path / "run" / "p"))
+    (tmp_path / "run" / "p" / "results.json").write_text("[]")
+    (tmp_path / "other").mkdir()
+    assert _settled(tmp_path / "other", GUIDED, runs=[tmp_path / "run"])[2].trained == A.hash
 
 
 def test_a_phase_that_others_start_from_stays_as_it_was_measured(tmp_path):
     _make(tmp_path / "p", A)
     part = decide(epath.Path(tmp_path), "p", GUIDED, runs=[], accept=False, runs_it=False)
     settle(epath.Path(tmp_path), part)
-    assert part.identity == read_identity(epath.Path(tmp_path / "p")) == A and (tmp_path / "p" / "results.json").exists()
+    assert part.identity == read_identity(epath.Path(tmp_path / "p")) == A and has_results(epath.Path(tmp_path / "p"))
 
 
-def test_what_training_depends_on_as_well_trains_again(tmp_path):
-    """Without an item head, titles are written on validation, which chooses the best step; and what has no checkpoint cannot be measured."""
-    _make(tmp_path / "p", A)
-    assert _settled(tmp_path, WRITING) == (None, [f"p-{A.hash}"], WRITING)
-    taken = _make(tmp_path / "taken" / "p", A)
-    shutil.rmtree(taken / "checkpoints")
-    assert _settled(tmp_path / "taken", GUIDED) == (None, [f"p-{A.hash}"], GUIDED)
+@pytest.mark.parametrize("before, wanted", [(A, WRITING), (OWN, OWN_OTHER)])
+def test_what_training_depends_on_as_well_trains_again(tmp_path, before, wanted):
+    """Without an item head, titles are written on validation, which chooses the best step; and options of one's own may be of anything."""
+    _make(tmp_path / "p", before)
+    assert _settled(tmp_path, wanted) == (None, [f"p-{before.hash}"], wanted)
+
+
+def test_what_has_no_checkpoint_cannot_be_measured(tmp_path):
+    shutil.rmtree(_make(tmp_path / "p", A) / "checkpoints")
+    assert _settled(tmp_path, GUIDED) == (None, [f"p-{A.hash}"], GUIDED)
 
 
 def _make_begun(folder):

@@ -26,8 +26,8 @@ NO_INPUT = (
     ),
 )
 # Settings of the test alone: training, and the choice of the best step, do not depend on them.
-TEST_ALONE = r"\.eval\.(guide|rerank|bert_score|control_users|samples)$|\.transitions$"
-WRITTEN = r"\.eval\.generate_users$"  # so too where an item head ranks on validation
+TEST_ALONE = r"^[^.]+\.(eval\.(guide|rerank|bert_score|control_users|samples)|(eval\.)?transitions)$"
+WRITTEN = r"^[^.]+\.eval\.generate_users$"  # the same holds of this one where an item head ranks on validation
 # Keys of `data` that one kind of source alone reads.
 OF_SOURCE = {"category": "amazon", "states": "google_local", "name": "events", "columns": "events", "synthetic": "synthetic"}
 # Keys of `data` that say what is done with a dataset once it is read.

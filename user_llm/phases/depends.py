@@ -88,10 +88,12 @@ def settle_run(run: Run, data: Dataset) -> dict[str, str]:
             wanted = Identity({**files, **text_files(config)}, text_settings(config))
             parts[LLM] = phases.decide(workdir, LLM, wanted, runs=runs, accept=accept)
         for name in with_sources(config):
-            built_on = {source: parts[source].identity.hash for source in sources(config, name)}
+            built_on = {source: parts[source].identity.trained for source in sources(config, name)}
             wanted = phase_identity(config, name, data.files, files, built_on)
             parts[name] = phases.decide(workdir, name, wanted, runs=runs, accept=accept, runs_it=name in config.phases)
-            if name not in config.phases and not (parts[name].stands or parts[name].source):
+            if name not in config.phases and not (
+                parts[name].source or parts[name].stands and phases.has_trained(workdir / name)
+            ):
                 raise ValueError(
                     f"Parameters of {name} are needed, and it is not finished here: add {name} to --config.phases."
                 )

@@ -22,6 +22,7 @@ from user_llm.phases.builders import BUILDERS
 from user_llm.phases.llm import decoder_config, tokenizer
 from user_llm.phases.run import Run
 from user_llm.training.loop import LoopConfig, abstract_state, settle_steps
+from user_llm.training.phases import has_trained
 from user_llm.training.task import Task
 
 
@@ -109,4 +110,4 @@ def check_sources(task: Task, run: Run, earlier: Mapping[str, Task]) -> None:
 
 def _finished_shapes(directory: epath.Path) -> Params | None:
     """Return the shapes of the parameters that a finished phase left, or None."""
-    return saved_shapes(directory / "params") if (directory / "results.json").exists() else None
+    return saved_shapes(directory / "params") if has_trained(directory) else None

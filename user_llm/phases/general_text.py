@@ -30,6 +30,7 @@ from user_llm.phases.llm import decoder_config, tokenizer
 from user_llm.phases.pretrain_lm import text_loss
 from user_llm.phases.run import Run
 from user_llm.training import loop
+from user_llm.training.phases import RESULTS, has_results
 from user_llm.training.task import Batch
 
 CHUNK = 512  # rows of logits at a time
@@ -72,7 +73,7 @@ def perplexity(graphdef: nnx.GraphDef, params: Params, batch: Batch, user: User 
 def untouched(run: Run, data: Dataset) -> list[dict]:
     """Return the result row of the LLM as it came, measured once per run; with `llm.quantize`, that of the quantised LLM."""
     directory = run.workdir / "llm"
-    if not loop.is_finished(directory):
+    if not has_results(directory):
         batch = read_windows(tokenizer(run, data), **vars(run.config.general_text))
         model = decoder_config(run, tokenizer(run, data).vocab_size)
         graphdef, shapes = trees.abstract(lambda: Decoder(model, rngs=nnx.Rngs(params=0)))
@@ -82,7 +83,7 @@ def untouched(run: Run, data: Dataset) -> list[dict]:
         params = pretrained.load_decoder(run.checkpoint, model, like=like, families=run.kinds.families)
         found = {"perplexity": float(perplexity(graphdef, params, batch))}
         rows = result_rows(found, batch["next"].size, **run.row_facts("llm", data), task="general_text", method="llm")
-        write_json(directory / loop.RESULTS, rows)
+        write_json(directory / RESULTS, rows)
         return rows
     return loop.read_rows(directory)
 

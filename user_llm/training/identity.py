@@ -28,12 +28,15 @@ class Identity:
     Attributes:
       inputs: the SHA-256 of every file that it reads, by names such as `data/ratings.csv`.
       settings: JSON values by their keys in the config.
-      built_on: the hashes of the identities of the phases whose parameters it starts from, by their names.
+      built_on: the hashes of the identities, as they were trained, of the phases whose parameters it starts from, by their names.
+      first: the hash of the identity by which its parameters were trained, where only settings of the test have changed since. It is no
+        part of the identity: what starts from the parameters depends on them, and not on how they were measured.
     """
 
     inputs: Mapping[str, str]
     settings: Mapping[str, Any]
     built_on: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    first: str = dataclasses.field(default="", compare=False)
 
     def __post_init__(self) -> None:
         # As it is read back: tuples are lists in JSON.
@@ -44,12 +47,18 @@ class Identity:
         """Twelve hex digits."""
         return hashlib.sha256(json.dumps(self._parts(), sort_keys=True).encode()).hexdigest()[:12]
 
+    @property
+    def trained(self) -> str:
+        """The hash of the identity by which the parameters were trained."""
+        return self.first or self.hash
+
     def _parts(self) -> dict[str, dict[str, Any]]:
         return {"inputs": dict(self.inputs), "settings": dict(self.settings), "built_on": dict(self.built_on)}
 
     def write(self, directory: epath.Path, **facts: Any) -> None:
         """Write identity.json, with further facts for its readers, by the first process alone."""
-        write_json(directory / FILE, {"identity": self.hash, **facts, **self._parts()})
+        first = {"first": self.first} if self.first else {}
+        write_json(directory / FILE, {"identity": self.hash, **first, **facts, **self._parts()})
 
 
 def read_identity(directory: epath.Path) -> Identity | None:
@@ -62,7 +71,7 @@ def read_identity(directory: epath.Path) -> Identity | None:
     if not path.exists():
         return None
     facts = read_json(path, FORM, f"delete {directory} and run the same command")
-    identity = Identity(facts["inputs"], facts["settings"], facts["built_on"])
+    identity = Identity(facts["inputs"], facts["settings"], facts["built_on"], str(facts.get("first", "")))
     if identity.hash != facts["identity"]:
         raise ValueError(f"{path} was changed by hand: its parts are not those of identity {facts['identity']}.")
     return identity

@@ -36,10 +36,9 @@ from user_llm.training.optimizer import (
     partition_trainable,
 )
 from user_llm.training.pace import Pace
+from user_llm.training.phases import RESULTS, drop_results, has_results
 from user_llm.training.step import TrainState, cast, check_memory, make_train_step
 from user_llm.training.task import Task
-
-RESULTS = "results.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +125,7 @@ def run(
     config = settle_steps(config, task)
     directory = epath.Path(directory)
     pace = pace or Pace({task.name: 1.0})
-    if is_finished(directory):
+    if has_results(directory):
         pace.resume(task.name, 1.0)
         logging.info("%s: finished earlier, reusing %s", task.name, directory)
         return load_params(directory / "params", abstract_params(task, config, mesh)), read_rows(directory)
@@ -136,17 +135,14 @@ def run(
     with standing(directory) as check:
         params, targets = _train(task, config, optimizer_config, mesh, directory, seed, check, pace)
         pace.reach(task.name, 1.0)
+        if is_first():
+            drop_results(directory)
         seen = {} if targets is None else {"targets_seen": targets}
         rows = [{**row, **seen} for row in task.results(cast(params, jnp.dtype(config.dtype)))]
         check()
         save_params(directory / "params", params)
         write_json(directory / RESULTS, rows)  # last: its presence says that the phase is complete
     return params, rows
-
-
-def is_finished(directory: epath.Path) -> bool:
-    """Return whether a phase has trained and measured all that it was to."""
-    return (directory / RESULTS).exists()
 
 
 def read_rows(directory: epath.Path) -> list[dict]:

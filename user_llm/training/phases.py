@@ -7,8 +7,10 @@
 | other settings, or a phase below it | set aside, trained again | set aside, trained again |
 | files alone (data, checkpoint, tokenizer, text) | refused; kept if changes are accepted | refused; set aside if accepted |
 
-A phase that was taken from another run has no checkpoints, which measuring starts from, so it is trained again. What is set aside lies in `<workdir>/earlier/<phase>-<identity>`, and comes back by itself when its settings do. All decisions are made
-before the first of them is carried out, so that a refusal changes nothing.
+A phase that was taken from another run has no checkpoints, which measuring starts from, so it is trained again. What is set aside
+lies in `<workdir>/earlier/<phase>-<identity>`, and comes back by itself when its settings do. All decisions are made before the first
+of them is carried out, so that a refusal changes nothing. Results of other settings of the test are marked as such, and are deleted
+only when measuring begins.
 """
 
 import dataclasses
@@ -30,6 +32,10 @@ from user_llm.training.identity import (
     read_identity,
 )
 
+RESULTS = "results.json"
+OUTDATED = (
+    "results_outdated"  # a file that holds the hash of the identity by which results.json was measured, where it is another now
+)
 EARLIER = "earlier"
 REMEDY = "choose another --workdir, or keep what is finished by --config.data.accept_changes=True."
 
@@ -55,9 +61,20 @@ class Part:
     stands: bool = False
 
 
+def has_trained(directory: epath.Path) -> bool:
+    """Return whether a phase was finished once, so that its parameters are there."""
+    return (directory / RESULTS).exists()
+
+
 def has_results(directory: epath.Path) -> bool:
-    """Return whether a phase is finished."""
-    return (directory / "results.json").exists()
+    """Return whether a phase is finished: trained, and measured by its present settings."""
+    return has_trained(directory) and not (directory / OUTDATED).exists()
+
+
+def drop_results(directory: epath.Path) -> None:
+    """Delete the results of earlier settings, before a phase is measured."""
+    for name in (RESULTS, OUTDATED):
+        (directory / name).unlink(missing_ok=True)
 
 
 def has_begun(directory: epath.Path) -> bool:
@@ -86,7 +103,7 @@ def decide(
       wanted: the identity of the phase as config and files are now.
       runs: workdirs of other runs, whose finished phases may be taken.
       accept: whether finished phases are kept that were trained on other files.
-      runs_it: whether the run has this phase; else others of its phases start from what stands there, however it was measured.
+      runs_it: whether the run has this phase. If it has not, other phases of it start from what stands there, however that was measured.
 
     Raises:
       ValueError: the phase was trained on other files, or nobody knows on which.
@@ -94,7 +111,8 @@ def decide(
     directory = workdir / name
     stored = read_identity(directory)
     if not (finished(directory) or has_begun(directory)):
-        return Part(name, wanted, source=find_phase(workdir, name, wanted, runs, finished))
+        source = find_phase(workdir, name, wanted, runs, finished)
+        return Part(name, _of(source) or wanted, source=source)
     if stored is None:
         if not accept:
             raise ValueError(f"{directory} does not say what it was trained on, for want of {FILE}: {REMEDY}")
@@ -107,12 +125,19 @@ def decide(
             raise ValueError(f"{name} in {workdir} was trained on other files ({listed(files)}): {REMEDY}")
         if finished(directory):
             return Part(name, stored, accepted=files, stands=True)
-    if not runs_it and finished(directory) and _trained_alike(stored, wanted):
+    if not runs_it and has_trained(directory) and _trained_alike(stored, wanted):
         return Part(name, stored, stands=True)
     source = find_phase(workdir, name, wanted, runs, finished)
-    if source is None and _trained_alike(stored, wanted) and _saved(directory):
-        return Part(name, wanted, measured=tuple(changed_settings(stored.settings, wanted.settings)), stands=True)
-    return Part(name, wanted, aside=stored, source=source)
+    if runs_it and source is None and _trained_alike(stored, wanted) and _saved(directory):
+        first = "" if stored.trained == wanted.hash else stored.trained
+        identity = dataclasses.replace(wanted, first=first)
+        return Part(name, identity, measured=tuple(changed_settings(stored.settings, wanted.settings)), stands=True)
+    return Part(name, _of(source) or wanted, aside=stored, source=source)
+
+
+def _of(source: epath.Path | None) -> Identity | None:
+    """Return the identity of a phase that is to be taken, as it says it itself."""
+    return None if source is None else read_identity(source)
 
 
 def _trained_alike(one: Identity, other: Identity) -> bool:
@@ -143,9 +168,7 @@ def settle(workdir: epath.Path, part: Part) -> None:
     set_aside(workdir, part)
     if part.stands:
         if part.measured:
-            logging.info("%s: to be measured again, since %s", part.name, listed(part.measured))
-            (directory / "results.json").unlink(missing_ok=True)  # first: without it nobody takes the phase for finished
-            part.identity.write(directory)
+            _mark(directory, part)
         if part.accepted:
             logging.warning("%s: kept although %s since it was trained", part.name, listed(part.accepted))
             part.identity.write(directory, accepted=list(part.accepted))
@@ -158,6 +181,17 @@ def settle(workdir: epath.Path, part: Part) -> None:
         logging.info("%s: reused from %s, which has the same identity %s", part.name, part.source, part.identity.hash)
         copy_finished(part.source, directory)
         part.identity.write(directory, reused_from=str(part.source))
+
+
+def _mark(directory: epath.Path, part: Part) -> None:
+    """Give a phase another identity, and say of its results by which one they were measured."""
+    mark, before = directory / OUTDATED, read_identity(directory)
+    if has_results(directory) and before is not None:
+        logging.info("%s: to be measured again, since %s", part.name, listed(part.measured))
+        mark.write_text(before.hash)
+    part.identity.write(directory)
+    if mark.exists() and mark.read_text() == part.identity.hash:
+        mark.unlink()
 
 
 def set_aside(workdir: epath.Path, part: Part) -> None:
@@ -177,7 +211,7 @@ def copy_finished(source: epath.Path, directory: epath.Path) -> None:
     if (source / "params").exists():
         check_manifest(source / "params")
     paths = [path for path in files_below(source) if "checkpoints" not in path.relative_to(source).parts]
-    for path in sorted(paths, key=lambda path: path.name == "results.json"):
+    for path in sorted(paths, key=lambda path: path.name == RESULTS):
         target = directory / path.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)
         path.copy(target, overwrite=True)
