@@ -15,6 +15,7 @@ from user_llm.data.splits import make_split
 from user_llm.models import pretrained
 from user_llm.phases import depends
 from user_llm.phases.run import Run
+from user_llm.training import phases
 from user_llm.training.identity import read_identity
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -279,6 +280,19 @@ def test_data_that_changed_before_anything_was_trained_make_a_new_tokenizer(sett
     settle(tiny_config())
     settle(tiny_config(), data={**DATA, "data/ratings.csv": "other"})
     assert read_identity(epath.Path(tmp_path / "run" / "tokenizer")).inputs["data/ratings.csv"] == "other"
+
+
+def test_what_starts_from_a_phase_that_is_measured_again_stays(settle, tmp_path):
+    settle(tiny_config())
+    _finish(tmp_path / "run", *ALL)
+    for name in ALL:
+        (tmp_path / "run" / name / "checkpoints" / "2").mkdir(parents=True)
+    for weights in ((0.5,), (1.0,)):
+        settle(_config({"pretrain_encoder.transitions": weights}))
+        finished = {name for name in ALL if phases.has_results(epath.Path(tmp_path / "run" / name))}
+        assert finished == set(ALL) - {"pretrain_encoder"} and not (tmp_path / "run" / "earlier").exists()
+    settle(tiny_config())
+    assert all(phases.has_results(epath.Path(tmp_path / "run" / name)) for name in ALL)
 
 
 def test_a_phase_that_changed_is_set_aside_with_those_that_are_built_on_it(settle, tmp_path):
