@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import jax
@@ -70,15 +71,17 @@ def run(
       command: the command line that began the run, which report and model card show.
 
     A finished phase stays finished when the code of a dataset, task or encoder of your own changes: only settings and files are
-    compared. In a run of several processes call `jax.distributed.initialize()` first.
+    compared. In a run of several processes call `jax.distributed.initialize()` first. On a Linux CPU the whole process keeps the memory that
+    it frees until the run ends (`common/memory.py`).
 
     Raises:
       ValueError: a setting, data or a directory that does not fit, in one sentence.
     """
-    keep_freed()
-    kinds = Kinds.of(datasets or {}, tasks or {}, encoders or {}, families or {})
-    read, directory = kinds.read(config), epath.Path(workdir)
-    with hold(directory):
+    with ExitStack() as ending:
+        ending.callback(keep_freed())
+        kinds = Kinds.of(datasets or {}, tasks or {}, encoders or {}, families or {})
+        read, directory = kinds.read(config), epath.Path(workdir)
+        ending.enter_context(hold(directory))
         depends.check_settings(read, directory)
         data = open_dataset(read, directory, kinds.datasets)
         begun = Run(read, directory, meshes.make_mesh(**vars(read.mesh)), kinds, command=tuple(command))
