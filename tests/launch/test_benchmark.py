@@ -211,6 +211,9 @@ def test_figures_by_hand():
         "steps_per_s": 0.5, "events_per_s": 150.0, "targets_per_s": 10.0, "peak_bytes": 400, "step_bytes": 60,
         "device": device, "mfu": pytest.approx(0.05), "speed_ratio": 4.0, "memory_ratio": 0.25, "step_memory_ratio": 0.5,
     }  # fmt: skip
+    on_device = benchmark.report(means, {"user_llm": ours | {"step_bytes": None}, "torch": theirs})
+    assert "step_bytes" not in on_device["user_llm"] and on_device["torch"]["step_bytes"] == 60
+    assert "step_memory_ratio" not in on_device["torch"]
     on_cpu = benchmark.report(means, {"user_llm": ours | {"device": "cpu"}})
     assert "mfu" not in on_cpu["user_llm"] and "torch" not in on_cpu
 
