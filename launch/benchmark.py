@@ -12,10 +12,12 @@ random on both sides. Both events (item ids alone) and catalogue are stand-ins, 
 Every side runs in a process of its own, turn by turn; figures are medians over the rounds. Prints one JSON object. For each part and
 side: steps, events read, predicted targets and (contextualization) prompt tokens per second, without padding; seconds of tracing and
 compiling, or for `torch_compiled` of the first step; `peak_bytes`, of the device, or on CPU of the whole process, compiling included;
-`step_bytes`, the most that is held while steps run, on CPU without what the process held before there was a model. FLOPs
+`step_bytes`, the most that is held while steps run, on CPU without what the process held before there was a model. On other devices
+only PyTorch has `step_bytes`, because JAX counts the peak there since the start and has no reset. FLOPs
 are those of our step's products (ahead/flops.py), without the chunks of logits that it leaves out, for all sides; `mfu` is their share
 of the device's bfloat16 peak, left out where train_speed.py does not know it. `speed_ratio` is our speed over the side's, `memory_ratio`
-our peak over its, `step_memory_ratio` the same of `step_bytes`. `loader_events_per_s` is what our input pipeline alone yields: batches are made ahead of the timing.
+our peak over its, `step_memory_ratio` the same of `step_bytes` where both sides have them. `loader_events_per_s` is what our input
+pipeline alone yields: batches are made ahead of the timing.
 """
 
 import argparse
@@ -194,7 +196,8 @@ def report(means: dict, sides: dict[str, dict]) -> dict:
             if side != "user_llm":
                 figures["speed_ratio"] = found["step_s"] / ours["step_s"]
                 figures["memory_ratio"] = ours["peak_bytes"] / found["peak_bytes"]
-                figures["step_memory_ratio"] = ours["step_bytes"] / found["step_bytes"]
+                if None not in (ours["step_bytes"], found["step_bytes"]):
+                    figures["step_memory_ratio"] = ours["step_bytes"] / found["step_bytes"]
         part[side] = figures
     return part
 

@@ -293,8 +293,7 @@ def time_training(workdir: pathlib.Path, part: str, steps: int, *, compiled: boo
     train(WARM_UP - 1)
     most = turns.peak_resident_bytes if on_cpu else torch.cuda.max_memory_allocated
     peak = most()
-    if on_cpu:
-        turns.forget_peak()
+    (turns.forget_peak if on_cpu else torch.cuda.reset_peak_memory_stats)()
     start = time.monotonic()
     train(steps)
     seconds = time.monotonic() - start

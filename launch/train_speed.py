@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from user_llm.ahead.chips import CHIPS
 from user_llm.ahead.flops import count_flops
 from user_llm.common import mesh as meshes
-from user_llm.common.memory import compiling, return_freed
+from user_llm.common.memory import compiling
 from user_llm.training.loop import LoopConfig, initial_state, settle_steps
 from user_llm.training.optimizer import OptimizerConfig
 from user_llm.training.task import Batch, Task
@@ -63,14 +63,13 @@ def time_training(
       profile: a directory for a trace of three further steps; empty for none.
 
     Returns:
-      Seconds a step, seconds of tracing and compiling, peak bytes, bytes that steps hold at most (on CPU without what the process held
-      before there was a model), FLOPs of the step's products, the first loss, the events trained on (`Task.count_events`) a second, and
+      Seconds a step, seconds of tracing and compiling, peak bytes, bytes that steps hold at most (on CPU, without what the process held
+      before there was a model; None elsewhere, where JAX cannot forget the peak of compiling), FLOPs of the step's products, the first loss, the events trained on (`Task.count_events`) a second, and
       the device.
     """
     device = mesh.devices.flat[0]
     on_cpu = device.platform == "cpu"
     feed = iter(batches)
-    return_freed()
     before = turns.resident_bytes() if on_cpu else 0
     with jax.set_mesh(mesh):
         state, step = initial_state(task, settle_steps(loop, task), optimizer, mesh, seed)
@@ -105,6 +104,6 @@ def time_training(
                 train(itertools.islice(feed, 3))
     return {
         "step_s": seconds / steps, "events_per_s": events / seconds, "compile_s": compile_s,
-        "peak_bytes": max(peak, of_steps), "step_bytes": of_steps - before,
+        "peak_bytes": max(peak, of_steps), "step_bytes": of_steps - before if on_cpu else None,
         "flops": count_flops(traced.jaxpr.jaxpr, max(chunks, default=None)), "loss": first, "device": device.device_kind,
     }  # fmt: skip

@@ -1,5 +1,6 @@
 """What the benchmarks here share: sides in processes of their own, turn by turn, and medians over the rounds."""
 
+import ctypes
 import json
 import os
 import resource
@@ -39,7 +40,10 @@ def peak_resident_bytes() -> int:
 
 
 def resident_bytes() -> int:
-    """Return the memory that this process holds now, by Linux' count of its pages."""
+    """Return the memory that this process holds now, by Linux' count of its pages, once glibc has given back what is free."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
     with open("/proc/self/statm") as counts:
         return int(counts.read().split()[1]) * resource.getpagesize()
 

@@ -184,3 +184,5 @@ def test_several_ways_of_scoring_rank_as_each_does_alone(timelines, split):
         np.testing.assert_array_equal(found.everything, alone.everything)
         np.testing.assert_array_equal(found.unseen, alone.unseen)
     assert (together[0].everything != together[1].everything).any()
+    with pytest.raises(ValueError, match="^The scorer returned 1 arrays of scores, not 2.$"):
+        rank_each(lambda batch: [scorer(2)(batch)], 2, *where, **sizes)

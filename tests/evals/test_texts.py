@@ -1,5 +1,6 @@
 """Metrics of written texts: by hand, by published examples, and their bounds."""
 
+import json
 import math
 from collections import Counter
 
@@ -55,7 +56,8 @@ def test_meteor_is_left_out_where_wordnet_is_missing_and_says_so_once(monkeypatc
     texts._meteor.cache_clear()
 
 
-def test_bert_score_is_the_f_measure_of_the_most_alike_words(tmp_path):
+def _save_bert(directory, positions, **limit):
+    """Save a small BERT of random weights; return its tokenizer, which reads five words, and the model."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     pytest.importorskip("bert_score")
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -67,11 +69,18 @@ def test_bert_score_is_the_f_measure_of_the_most_alike_words(tmp_path):
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **special).save_pretrained(tmp_path)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **limit, **special).save_pretrained(directory)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     torch.manual_seed(0)
-    model = transformers.BertModel(transformers.BertConfig(vocab_size=len(words), **sizes)).eval()
-    model.save_pretrained(tmp_path)
+    config = transformers.BertConfig(vocab_size=len(words), max_position_embeddings=positions, **sizes)
+    model = transformers.BertModel(config).eval()
+    model.save_pretrained(directory)
+    return tokenizer, model
+
+
+def test_bert_score_is_the_f_measure_of_the_most_alike_words(tmp_path):
+    tokenizer, model = _save_bert(tmp_path, 512, model_max_length=64)
+    import torch
 
     def vectors(text):
         ids = torch.tensor([tokenizer.encode(text).ids])
@@ -90,7 +99,32 @@ def test_bert_score_is_the_f_measure_of_the_most_alike_words(tmp_path):
     assert texts.bert_score(["a"], [""], str(tmp_path))["bert_score"].tolist() == [0]
 
 
+def test_bert_score_cuts_a_text_to_the_positions_of_the_model_and_builds_one_scorer(tmp_path, monkeypatch):
+    _save_bert(tmp_path, 16)
+    settings = tmp_path / "tokenizer_config.json"
+    named = json.loads(settings.read_text())
+    named.pop("model_max_length", None)
+    settings.write_text(json.dumps(named))
+    import bert_score
+
+    built, build = [], bert_score.BERTScorer
+    monkeypatch.setattr(bert_score, "BERTScorer", lambda **how: built.append(how) or build(**how))
+    read = ["good", "bad", "a"] * 4  # 12 words, [CLS] and [SEP] fill all but two positions
+    target = " ".join(read + ["good"] * 30)
+    for written, same in ((read + ["strap"] * 30, True), (read[:-1] + ["strap"] * 31, False)):
+        score = texts.bert_score([target], [" ".join(written)], str(tmp_path))["bert_score"][0]
+        assert (abs(score - 1) < 1e-5) == same, written
+    assert len(built) == 1
+
+
+def test_a_model_of_bert_score_that_cannot_be_loaded_is_refused(tmp_path):
+    pytest.importorskip("bert_score")
+    missing = str(tmp_path / "missing")
+    with pytest.raises(ValueError, match=f"^eval.bert_score: no config of '{missing}' can be loaded: [^.]*[.]$"):
+        texts.check_bert_score(missing)
+
+
 def test_bert_score_without_its_package_is_refused(monkeypatch):
     monkeypatch.setattr(texts.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="eval.bert_score needs the package bert-score"):
-        texts.check_bert_score()
+        texts.check_bert_score("roberta-large")

@@ -58,6 +58,13 @@ def test_a_writer_in_the_style_of_its_user_is_near_its_user(asking):
     assert len(few.measured) == 2
 
 
+def test_bert_score_is_measured_on_the_test_part_alone(asking, monkeypatch):
+    monkeypatch.setattr(review.texts, "bert_score", lambda targets, written, model: {model: np.ones(len(targets))})
+    sizes = dataclasses.replace(ContextualEval(**contextualize("m", total_steps=1, eval_steps=1).eval), bert_score="scorer")
+    measured = {part: review.measure(asking, "review", part, None, sizes)[0].measured.values for part in ("validation", "test")}
+    assert "scorer" in measured["test"] and set(measured["test"]) - {"scorer"} == set(measured["validation"])
+
+
 def test_the_texts_of_a_user_are_those_before_an_end(asking):
     assert asking.examples["review"].texts(1, 2) == [f"{STYLES[1]} 0", f"{STYLES[1]} 1"]
     assert asking.examples["review"].texts(1, 0) == []

@@ -219,6 +219,17 @@ def test_a_signal_saves_and_the_next_run_goes_on(tmp_path, uninterrupted, caplog
     _assert_same(tmp_path, tiny.run(tmp_path), uninterrupted)
 
 
+def test_a_run_with_muon_goes_on_after_a_signal(tmp_path, monkeypatch):
+    """Muon moves one matrix, Adam the other."""
+    muon = dataclasses.replace(tiny.OPTIMIZER, muon=True, matrices=((r"head", (1, 1)), (r".*", ())))
+    monkeypatch.setattr(tiny, "OPTIMIZER", muon)
+    whole = tiny.run(tmp_path / "whole")
+    halves = tmp_path / "halves"
+    with pytest.raises(Preempted):
+        tiny.run(halves, tiny.make_task(count_events=tiny.signal_at(5, signal.SIGTERM)))
+    _assert_same(halves, tiny.run(halves), (tmp_path / "whole", whole))
+
+
 def test_a_directory_that_is_removed_meanwhile_ends_the_run_and_is_not_made_again(tmp_path):
     """During step 3, which is logged; step 4 would be saved."""
     directory, steps = tmp_path / "run" / "tiny", []

@@ -185,3 +185,26 @@ def test_muon_makes_the_step_of_each_matrix_orthogonal(mesh_of):
         a for a in jax.tree.leaves(init_optimizer(make_optimizer(config, placed, 10), placed, mesh)) if a.shape == (8, 2, 3)
     ]
     assert [moment.sharding for moment in moments] == [placed["q"].sharding]
+
+
+def test_muon_keeps_its_mean_in_half_precision_and_moves_by_almost_the_same():
+    rng = np.random.default_rng(0)
+    params, grads = {"w": np.zeros((8, 6), np.float32)}, {"w": rng.normal(size=(8, 6)).astype(np.float32)}
+    config = dataclasses.replace(
+        CONFIG, muon=True, matrices=((r".*", (1, 1)),), lr_multiplier=((r".*", 1.0),), weight_decay=0.0
+    )
+    moved = {}
+    for dtype in ("float32", "bfloat16"):
+        optimizer = make_optimizer(dataclasses.replace(config, first_moment=dtype), params, 10)
+        _, state = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
+        updates, state = jax.jit(optimizer.update)(grads, state, params)  # which reads the mean that was kept
+        assert [str(a.dtype) for a in jax.tree.leaves(state) if a.shape == (8, 6)] == [dtype]
+        moved[dtype] = np.asarray(updates["w"])
+    assert (moved["float32"] != moved["bfloat16"]).any()
+    np.testing.assert_allclose(moved["bfloat16"], moved["float32"], atol=0.02 * np.abs(moved["float32"]).max())
+
+
+def test_a_matrix_with_too_few_axes_is_refused():
+    config = dataclasses.replace(CONFIG, muon=True, matrices=((r".*", (1, 1)),))
+    with pytest.raises(ValueError, match=r"^optimizer.matrices: norm/scale has 1 axes, and \(1, 1\) asks for 2\.$"):
+        make_optimizer(config, {"norm": {"scale": np.ones(2, np.float32)}}, 10)

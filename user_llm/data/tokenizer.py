@@ -38,8 +38,8 @@ class Tokenizer:
     Attributes:
       bos_id, eos_id: None where the model has no such token.
       pad_id: 0 where the model names none; padding is masked, so any id would do.
-      stop_ids: tokens that end a text: those of generation_config.json, else those of the LLM's config.json, as transformers takes them;
-        where neither names any, `eos_id` if there is one.
+      stop_ids: tokens that end a text: those of generation_config.json, else those of the LLM's config.json; where neither names any, `eos_id`
+        if there is one.
       special_tokens: texts of the special tokens by role, such as {"eos_token": "</s>"}, for the chat template.
       chat_template: Jinja template of a conversation; None where the checkpoint has none.
     """
@@ -270,8 +270,8 @@ def _stop_ids(path: epath.Path, llm: epath.Path) -> int | list[int] | None:
     part = whole.get("text_config")
     if isinstance(part, dict) and (wrong := misfit(part, form)):
         raise ValueError(f"{file}: text_config {wrong}; {AGAIN}.")
-    said = (_settings(path / "generation_config.json", form), whole, part if isinstance(part, dict) else {})
-    return next((ids for of in said if (ids := of.get("eos_token_id")) is not None), None)
+    files = (_settings(path / "generation_config.json", form), whole, part if isinstance(part, dict) else {})
+    return next((ids for of in files if (ids := of.get("eos_token_id")) is not None), None)
 
 
 def _with_words(tokenizer: Tokenizer, path: epath.Path) -> Tokenizer:

@@ -50,7 +50,11 @@ def rank_each(
     limit: int | None = None,
     bucket: int = BUCKET,
 ) -> list[Ranks]:
-    """Rank the targets in several ways at once, by a scorer that returns `count` arrays of scores; the rest as in `rank_targets`."""
+    """Rank the targets in several ways at once, by a scorer that returns `count` arrays of scores; the rest as in `rank_targets`.
+
+    Raises:
+      ValueError: the scorer returns more or fewer arrays.
+    """
     counts = train_counts(timelines, split)
 
     def ranks(scores: Float[Array | np.ndarray, "B V"], batch: HistoryBatch) -> list[np.ndarray]:
@@ -59,7 +63,12 @@ def rank_each(
         both = [meshes.fetch(_ranks(scores, batch.targets, exclude, valid)) for exclude in (None, batch.seen)]
         return [np.where(counts[batch.targets] > 0, found, np.inf) for found in both]
 
-    rank = lambda batch: [ranks(scores, batch) for scores in scorer(batch)]  # noqa: E731
+    def rank(batch: HistoryBatch) -> list[list[np.ndarray]]:
+        arrays = scorer(batch)
+        if len(arrays) != count:
+            raise ValueError(f"The scorer returned {len(arrays)} arrays of scores, not {count}.")
+        return [ranks(scores, batch) for scores in arrays]
+
     return _rank_all(rank, count, timelines, split, part, max_events, batch_size, limit, bucket)
 
 
@@ -94,7 +103,17 @@ def rank_listed(
     return _rank_all(rank, 1, timelines, split, part, max_events, batch_size, limit, bucket)[0]
 
 
-def _rank_all(rank, count, timelines, split, part, max_events, batch_size, limit, bucket) -> list[Ranks]:
+def _rank_all(
+    rank: Callable[[HistoryBatch], list[list[np.ndarray]]],
+    count: int,
+    timelines: Timelines,
+    split: Split,
+    part: str,
+    max_events: int,
+    batch_size: int,
+    limit: int | None,
+    bucket: int,
+) -> list[Ranks]:
     """Collect the ranks of all batches in the order of the targets: `count` times those of everything, and those of the unseen."""
     users, positions = (array[:limit] for array in split.targets[part])
     ranks = np.full((count, 2, len(users)), np.inf)

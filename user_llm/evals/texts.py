@@ -19,6 +19,7 @@ from jaxtyping import Float
 ROUGES = ("rouge1", "rouge2", "rougeLsum")
 SENTENCES = ("chrf", "bleu")
 GRAMS = (3, 4, 5)  # characters
+NO_POSITIONS = 2**20  # tokens of a text where a model limits none
 
 
 def rouge(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, Float[np.ndarray, " n"]]:
@@ -79,36 +80,56 @@ def bert_score(targets: Sequence[str], predictions: Sequence[str], model: str) -
     """Return BERTScore's F-measure of each pair, mostly from 0 to 1, without importance weights and not rescaled by a baseline.
 
     Vectors are those of the layer that bert_score names for a published model, and of the last layer of any other. An empty text has 0.
+    A text that has more tokens than the model has positions is cut.
 
     Args:
       model: the name or directory of a model that `transformers` loads.
 
     Raises:
-      ValueError: the package is not installed.
-      OSError: the model cannot be loaded.
+      ValueError: the package is not installed, or the model's config cannot be loaded.
+      OSError: the model's weights or its tokenizer cannot be loaded.
     """
-    check_bert_score()
-    from bert_score import BERTScorer
-    from bert_score.utils import model2layers
-    from transformers import AutoConfig
-
-    layers = model2layers.get(model) or AutoConfig.from_pretrained(model).num_hidden_layers
     values = np.zeros(len(targets))
     filled = [row for row, pair in enumerate(zip(targets, predictions, strict=True)) if all(text.strip() for text in pair)]
     if filled:
-        scorer = BERTScorer(model_type=model, num_layers=layers, device="cpu")
+        scorer = _bert_scorer(model)
         values[filled] = scorer.score([predictions[row] for row in filled], [targets[row] for row in filled])[2].numpy()
     return {"bert_score": values}
 
 
-def check_bert_score() -> None:
-    """See that the package bert_score is installed.
+@functools.lru_cache(maxsize=1)  # A model takes seconds to load.
+def _bert_scorer(model: str) -> Any:
+    check_bert_score(model)
+    from bert_score import BERTScorer
+    from bert_score.utils import model2layers
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model)
+    scorer = BERTScorer(model_type=model, num_layers=model2layers.get(model) or config.num_hidden_layers, device="cpu")
+    # A tokenizer whose files name no limit has one of 1e30, which overflows. Models like RoBERTa keep two positions back. Models with
+    # relative positions alone have none, or -1.
+    positions = getattr(config, "max_position_embeddings", -1)
+    tokenizer = scorer._tokenizer
+    tokenizer.model_max_length = min(tokenizer.model_max_length, positions - 2 if positions > 0 else NO_POSITIONS)
+    return scorer
+
+
+def check_bert_score(model: str) -> None:
+    """See that the package bert_score is installed and that the config of a model can be loaded.
 
     Raises:
-      ValueError: it is not.
+      ValueError: it is not, or it cannot.
     """
     if importlib.util.find_spec("bert_score") is None:
         raise ValueError("eval.bert_score needs the package bert-score, which is not installed: pip install bert-score.")
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"eval.bert_score: no config of {model!r} can be loaded: name a directory, or a model of the Hub that this host reaches."
+        ) from error
 
 
 def _words(text: str) -> list[str]:

@@ -44,5 +44,5 @@ class RMSNorm(nnx.Module):
             wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
             return (wide * (scale.astype(jnp.float32) + self.offset)).astype(x.dtype)
 
-        # The backward pass computes the float32 numbers again, which else it would keep beside `x`.
+        # The backward pass computes the float32 numbers again. Otherwise they would be kept beside `x` until then.
         return jax.checkpoint(normed)(x, self.scale[...])

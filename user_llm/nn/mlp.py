@@ -20,7 +20,10 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def gated(activation: str, gate: Float[Array, "... F"], up: Float[Array, "... F"]) -> Float[Array, "... F"]:
-    """Return activation(gate) * up. The backward pass computes the activation again, which else it would keep with what that is made of."""
+    """Return activation(gate) * up.
+
+    The backward pass computes the activation again. Otherwise the activation and its intermediate results would be kept until then.
+    """
     return jax.checkpoint(lambda gate, up: ACTIVATIONS[activation](gate) * up)(gate, up)
 
 

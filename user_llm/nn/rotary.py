@@ -51,7 +51,7 @@ class RopeScaling:
 
     @property
     def longest(self) -> int | None:
-        """The most positions of a text that the scaling is made for, which who gives texts must keep to; None for no limit."""
+        """The most positions of a text that the scaling is made for; None for no limit. The caller must not pass longer texts."""
         return self.original_length if self.kind == "longrope" else None
 
 

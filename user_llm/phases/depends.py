@@ -195,9 +195,17 @@ def phase_identity(
 def own_settings(config: Config, name: str) -> dict[str, Any]:
     """Return the settings of a phase's section and of its strategy.
 
-    The strategy counts by what it trains, and the section's `encoder` by the settings of that encoder, not by their names. Tasks of
-    weight 0, how prompts would be packed where they are not, what Muon would move where it does not, OF_TITLES where titles are written among all words, a teacher without a
-    pretrained encoder, and what is OFF count for nothing, so that a phase of older code, which has not these keys, is the same phase.
+    The strategy is left out by name and counts by what it trains; the section's `encoder` is left out, and `encoder_settings` has the
+    settings of that encoder. What computes nothing is left out, too:
+
+    - `pack`, where histories are not packed;
+    - `muon` and `matrices` of the optimizer, where Muon moves nothing;
+    - OF_TITLES, where titles are written among all words;
+    - `teacher`, where no pretrained encoder reads events;
+    - tasks of weight 0;
+    - the keys in OFF, where they are off.
+
+    A phase of older code, whose config lacks these keys, is therefore the same phase.
 
     Raises:
       ValueError: a method whose name is no part of a path.

@@ -112,19 +112,19 @@ def check(asked: ReviewExamples, sizes: ContextualEval) -> None:
     """See that prompts have room for a review, and that there are reviews to train on.
 
     Raises:
-      ValueError: they have not, or there are none, or `eval.bert_score` asks for a package that is not installed.
+      ValueError: they have not, or there are none, or `eval.bert_score` asks for a package or a model that is not there.
     """
     asked.check_room()
     if not asked.trains():
         raise ValueError("nobody wrote anything in training: set its weight to 0 to leave the task out.")
     if sizes.bert_score:
-        texts.check_bert_score()
+        texts.check_bert_score(sizes.bert_score)
 
 
 def measure(asking: Asking, name: str, part: str, limit: int | None, sizes: ContextualEval) -> list[Found]:
     """Measure how similar the written texts are to those of the users, for at most `review_users` questions.
 
-    Of each question also `log_likelihood`, of the text that the user wrote, a mean over its tokens; and `nearer_to_author`: whether
+    BERTScore is measured on the test part alone. Of each question also `log_likelihood`, of the text that the user wrote, a mean over its tokens; and `nearer_to_author`: whether
     the written text is nearer to what its user wrote before than to what another user did. It is left out where there is no other.
     """
     asked = _examples(asking, name)
@@ -133,7 +133,7 @@ def measure(asking: Asking, name: str, part: str, limit: int | None, sizes: Cont
     targets, written = [asked.answer(user, end) for user, end in pairs], show(asking, name, users, ends)
     others = random_users(*asked.targets(part), seed=0)  # the same however many are asked
     values = texts.rouge(targets, written) | texts.sentence_scores(targets, written) | texts.meteor(targets, written)
-    if sizes.bert_score:
+    if sizes.bert_score and part == "test":
         values |= texts.bert_score(targets, written, sizes.bert_score)
     values["log_likelihood"] = asking.likelihood(name, asked.template.max_target_tokens, users, ends)
     if others:

@@ -29,8 +29,10 @@ class OptimizerConfig:
       trainable: rules to bool.
       lr_multiplier: rules to float.
       decay: rules to bool; gates, norms, biases, embeddings and latents should be False.
-      first_moment: `float32` or `bfloat16`, in which it is kept between steps.
-      second_moment: likewise, or `factored`: Adafactor's means over rows and columns (Shazeer and Stern 2018), whose memory is next to
+      b1, b2: decay a step of the mean gradient and of the mean square, of parameters that Muon does not move. Muon's own mean has
+        optax's 0.95.
+      first_moment: `float32` or `bfloat16`, in which the mean gradient is kept between steps, Muon's own too.
+      second_moment: likewise of the mean square, of parameters that Muon does not move; or `factored`: Adafactor's means over rows and columns (Shazeer and Stern 2018), whose memory is next to
         nothing, with its own decay in place of `b2` and updates clipped to a root mean square of 1.
       muon: whether Muon moves the matrices, and Adam or Adafactor only the rest.
       matrices: rules to (inputs, outputs): how many of the last axes of a weight are those of a matrix product's inputs and outputs; axes
@@ -68,8 +70,7 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
 def clipped(updates: Params, most: float) -> Params:
     """Scale updates so that the norm of all of them together is at most `most`.
 
-    By one product with a number that all share, which costs nothing where the result is used; optax divides each update by the norm, and
-    XLA keeps the quotients.
+    All updates are multiplied by one shared number. XLA fuses that product; it would store quotients.
     """
     scale = jnp.minimum(1.0, most / optax.tree.norm(updates))
     return jax.tree.map(lambda update: (update * scale).astype(update.dtype), updates)
@@ -110,16 +111,22 @@ def scale_by_muon(config: OptimizerConfig, params: Params, rest: optax.GradientT
     """Replace a matrix's mean gradient by the nearest orthogonal matrix (Muon; Jordan 2024), and scale all others by `rest`.
 
     Its steps have the root mean square of Adam's, 0.2 of the learning rate, whatever the shape (arXiv 2502.16982).
+
+    Raises:
+      ValueError: a weight has fewer axes than `matrices` asks for.
     """
-    rules = trees.flatten(params)
-    axes = {name: trees.match(config.matrices, {name: leaf})[name] for name, leaf in rules.items()}
+    leaves = trees.flatten(params)
+    axes = {name: trees.match(config.matrices, {name: leaf})[name] for name, leaf in leaves.items()}
+    for name, pair in axes.items():
+        if sum(pair) > (count := leaves[name].ndim):
+            raise ValueError(f"optimizer.matrices: {name} has {count} axes, and {pair} asks for {sum(pair)}.")
     numbers = {
         name: contrib.MuonDimensionNumbers(tuple(range(-sum(pair), -pair[1])), tuple(range(-pair[1], 0)))
         for name, pair in axes.items()
         if pair
     }
     dimensions = trees.unflatten({name: numbers.get(name, optax.MaskedNode()) for name in axes})
-    sizes = {name: max(math.prod(rules[name].shape[axis] for axis in side) for side in of) for name, of in numbers.items()}
+    sizes = {name: max(math.prod(leaves[name].shape[axis] for axis in side) for side in of) for name, of in numbers.items()}
     scales = trees.unflatten({name: 0.2 * sizes[name] ** 0.5 if name in sizes else optax.MaskedNode() for name in axes})
     muon = optax.chain(
         contrib.scale_by_muon(mu_dtype=jnp.dtype(config.first_moment), weight_dimension_numbers=dimensions),
