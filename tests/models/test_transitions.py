@@ -112,8 +112,8 @@ def test_of_an_item_with_many_steps_the_likeliest_are_kept_and_the_rest_goes_by_
     few = Transitions.counted(timelines, leave_last_out(timelines))
     assert np.diff(few.chance.indptr).max() == 1 < np.diff(graph.chance.indptr).max()
     item = int(np.argmax(np.diff(graph.chance.indptr)))
-    steps, nameless = few.chance.toarray(), dataclasses.replace(few.catalogue, titles=[""] * (ITEMS + 1), multi={})
-    found = dataclasses.replace(few, catalogue=nameless).scores(np.array([[item, 0]], np.int32))[0]
+    steps, nameless = few.chance.toarray(), dataclasses.replace(timelines.catalogue, titles=[""] * (ITEMS + 1), multi={})
+    found = few.extended(nameless).scores(np.array([[item, 0]], np.int32))[0]
     np.testing.assert_allclose(found, steps[item] + steps[item] @ steps + (1 - steps[item].sum()) * few.share, rtol=1e-5)
 
 
@@ -135,8 +135,8 @@ def test_beside_a_model_they_count_by_their_weighted_logarithm(graph, last, monk
     np.testing.assert_allclose(both, np.tile(expected, (20, 1)), rtol=1e-6)
 
 
-def test_an_added_item_is_scored_by_its_words_alone_and_changes_no_other_score(graph, last):
-    first, old = ITEMS + 1, graph.catalogue
+def test_an_added_item_is_scored_by_the_least_share_and_its_words_and_changes_no_other_score(graph, timelines, last):
+    first, old = ITEMS + 1, timelines.catalogue
     genres = np.concatenate([old.multi["genres"], [[0, 0], [2, 0]]])
     keys = [*old.keys, "a", "b"]
     larger = dataclasses.replace(old, titles=[*TITLES, "Red Fox", "thing"], keys=keys, multi={"genres": genres})
@@ -145,11 +145,45 @@ def test_an_added_item_is_scored_by_its_words_alone_and_changes_no_other_score(g
     np.testing.assert_array_equal(scores[:, :first], graph.scores(last))
     own = item_words(larger, first).toarray()
     weight = np.array([1, 0.5]) * (last > 0)
-    np.testing.assert_allclose(scores[:, first:], 0.01 * np.einsum("bl,blw,vw->bv", weight, own[last], own[first:]), atol=1e-7)
-    assert (scores[:, first:] > 0).any()
+    missing = 1 - graph.chance.toarray().sum(1)
+    alike = 0.01 * np.einsum("bl,blw,vw->bv", weight, own[last], own[first:])
+    by_share = (missing[last[:, 0]] + weight[:, 1] * missing[last[:, 1]]) * graph.share[1:].min()
+    np.testing.assert_allclose(scores[:, first:], alike + by_share[:, None], rtol=1e-5)
+    assert (alike > 0).any()
     # From an added item no step leads on: popularity, and the words.
     after = grown.scores(np.array([[first, 0]], np.int32))[0]
     np.testing.assert_allclose(after[:first], graph.share + 0.01 * own[:first] @ own[first], rtol=1e-5)
+
+
+def test_an_item_without_events_lies_beside_one_that_was_seen_once(make_timelines):
+    """After an item from which no step leads to either. Item 5 has no event in training, and 6 is added; no item has a word."""
+    timelines = make_timelines([[1, 2, 1, 2, 3, 5, 5], [1, 2, 4, 1, 2, 1]], num_items=5)
+    split = leave_last_out(timelines)
+    assert train_counts(timelines, split).tolist() == [0, 4, 3, 1, 1, 0]
+    graph = Transitions.counted(timelines, split)
+    old = dataclasses.replace(timelines.catalogue, titles=[""] * 6, multi={})
+    grown = graph.extended(dataclasses.replace(old, titles=[""] * 7, keys=[*old.keys, "added"]))
+    last = np.array([[0, 0], [6, 3]], np.int32)
+    [sums] = grown.sums(np.zeros((2, 7)), last, (1.0,))
+    assert sums[0, 3] == sums[0, 4] == sums[0, 5] == sums[0, 6] < sums[0, 1]
+    np.testing.assert_allclose(sums[0, 6], np.log(1 / 9), rtol=1e-6)
+    assert sums[1, 5] == sums[1, 6] > np.log(1 / 9)
+
+
+def test_everything_is_computed_before_the_first_scores(timelines, last, monkeypatch):
+    """Another weight computes nothing again; a larger catalogue is computed where it is taken."""
+    calls = []
+    monkeypatch.setattr(module, "item_words", lambda *about: calls.append(1) or item_words(*about))
+    graph = Transitions.counted(timelines, leave_last_out(timelines))
+    assert len(calls) == 1
+    graph.scores(last)
+    weighted = graph.weighted(2.0)
+    weighted.scores(last)
+    assert weighted.weight == 2 and len(calls) == 1
+    grown = weighted.extended(timelines.catalogue)
+    assert grown.weight == 2 and len(calls) == 2
+    grown.scores(last)
+    assert len(calls) == 2
 
 
 def test_a_file_holds_the_steps(graph, timelines, last, tmp_path):

@@ -279,6 +279,21 @@ def test_texts_longer_than_an_open_llm_is_read_for_are_refused(opened, tmp_path)
     assert context.build()
 
 
+def test_a_window_of_general_text_is_read_with_the_longest_soft_prompt(opened, tmp_path):
+    folder = tmp_path / "llm"
+    context = opened(
+        ALONE
+        | {"phases": PHASES, "llm.checkpoint": str(folder), "user_llm.injection": "soft_prompt", "general_text.window": 80}
+    )
+    latents = context.config.user_llm.resampler.num_latents
+    _write_llm(folder, LONG | {"original_max_position_embeddings": 80 + latents - 1})
+    refusal = rf"^user_llm\.general_text\.window: a text, soft prompt included, of {80 + latents} tokens is asked for"
+    with pytest.raises(ValueError, match=refusal):
+        context.build()
+    context.config.general_text.window = 79
+    assert context.build()
+
+
 def test_an_open_llm_is_checked_with_its_weights_and_the_general_text(opened, tmp_path):
     folder = tmp_path / "llm"
     tensors = _write_llm(folder, LLAMA)

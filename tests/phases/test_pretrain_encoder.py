@@ -272,3 +272,4 @@ def test_with_transitions_the_encoder_scores_each_target_once(make_timelines, me
     assert len(calls) == 1 + 2
     assert set(found) == {"encoder", "encoder+transitions"} and found["encoder"] == alone["encoder"]
     assert found["encoder+transitions"] != found["encoder"]
+    assert results((0.0,)) == alone  # the weight that is chosen adds nothing, and no row says that it does

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from user_llm.common import mesh as meshes
+from user_llm.models.trie import Trie
 from user_llm.nn.rotary import RopeScaling
 
 
@@ -30,15 +31,29 @@ def test_prompts_that_are_alike_are_not_padded_and_others_to_one_of_few_widths(p
 
 
 def test_prompts_longer_than_the_decoder_is_read_for_are_refused(predictor):
-    """The soft prompt counts, of a token for each of 6 events here, and padding does not."""
+    """The user's soft prompt counts, which has a token for each event here, and padding does not."""
     scaling = RopeScaling("longrope", 2.0, factors=(1.0, 1.5, 2.0), original_length=15)
     decoder = predictor.config.decoder
     decoder = dataclasses.replace(decoder, block=dataclasses.replace(decoder.block, rope_scaling=scaling))
     short = dataclasses.replace(predictor, config=dataclasses.replace(predictor.config, decoder=decoder))
-    assert short.padded("next_item", prompts_of(5, 9))[0].shape == (2, 64)
-    for sizes, more in (((5, 10), 0), ((9,), 1)):
-        with pytest.raises(ValueError, match="^A text of 16 tokens is asked for, .* texts of at most 15: make"):
-            short.padded("next_item", prompts_of(*sizes), more)
+    events = np.zeros((2, 6, predictor.config.encoder.schema.width), np.int32)
+    trie = Trie.build({1: [3, 4, 2], 2: [4, 2]})  # of texts of 3 tokens, of which 2 are read
+    with jax.set_mesh(predictor.mesh):
+        users, alone = short.users(events, np.array([0, 4])), None
+        for sizes, user, more in (((15, 11), users, 0), ((15, 15), alone, 0), ((13, 9), users, 2), ((13, 5), alone, 2)):
+            ask = ask_for(short, user, trie if more else None)
+            assert len(ask(sizes)) == 2
+            for row in np.flatnonzero(np.add(sizes, [0, 4 * (user is not None)]) + more == 15):
+                longer = np.add(sizes, np.arange(2) == row).tolist()
+                with pytest.raises(ValueError, match="^A text of 16 tokens is asked for, .* texts of at most 15: make"):
+                    ask(longer)
+
+
+def ask_for(predictor, user, trie):
+    """Return what scores items after prompts of some sizes, or with a trie chooses among its texts."""
+    if trie is None:
+        return lambda sizes: predictor.score("next_item", prompts_of(*sizes), user)
+    return lambda sizes: predictor.choose("next_item", prompts_of(*sizes), user, trie, 2)[0]
 
 
 def test_padding_changes_no_score(predictor):

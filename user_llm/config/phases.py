@@ -158,7 +158,7 @@ class PretrainEncoder(Phase):
     Attributes:
       transitions: the weights to try for the logarithm of the transitions' scores (`models/transitions.py`), which is added to the
         encoder's scores. Validation chooses one by NDCG@10. The sum is measured on test, as the method's name and `+transitions`.
-        Empty: nothing is added.
+        If it chooses 0, or has nothing to choose from, nothing is added, and there is no such row.
     """
 
     task: Literal["pretrain_encoder"]

@@ -286,7 +286,7 @@ def load_transitions(directory: Path, catalogue: Catalogue, counts: Int[np.ndarr
     steps = sparse.csr_array((chance, item, first), shape=(len(counts),) * 2) if fits else None
     if steps is None or steps.sum(axis=1).max(initial=0) > 1:
         raise ValueError(f"{file} does not fit the model: it holds no steps between its {len(counts) - 1} items.")
-    return Transitions(steps, shares(counts), catalogue, weight)
+    return Transitions.of(steps, shares(counts), catalogue, weight)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,6 @@ words, R scores of a row, which are those of the V items and of rows of the item
 """
 
 import dataclasses
-import functools
 from array import array
 from collections.abc import Sequence
 
@@ -34,7 +33,7 @@ MISSING = 20.0  # The items' shares of all events count as this many steps from 
 BEFORE = 0.5  # The item before the last counts this much; the last counts 1.
 ALIKE = 0.01  # The cosine of two items' words counts this much; a probability counts 1.
 NEIGHBOURS = 100  # So many steps from each item are kept, the likeliest ones: it bounds the memory and the work.
-LEAST = 1e-7  # The least score that has a logarithm: a lower one counts as this.
+LEAST = 1e-7  # A lower score counts as this beside a model: a score may be rounded to 0, which has no logarithm.
 ENTRIES = 2**24  # The most scores that are computed at once: several arrays of them lie beside each other.
 
 
@@ -45,15 +44,36 @@ class Transitions:
     Attributes:
       chance: [I, I]: the probability of a step from an item (row) to another one (column). Of each row the NEIGHBOURS likeliest steps are
         there; what the row lacks to 1 goes to all items by their shares.
-      share: each item's share of all training events.
-      catalogue: the items; those from number I on were added after the training, and no step leads to them.
+      missing: [I]: what each row lacks to 1.
+      share: [V]: each item's share of all training events. An item without any has the least share that another item has: without it
+        the item would lie below all others in every ranking, however much the model likes it. Items from number I on were added after
+        the training: no step leads to them, and they have this least share too.
+      words: [V, W]: the words of each item; see `item_words`.
+      having: [W, V]: the same the other way, the items that have a word.
       weight: how much the logarithm of the scores counts beside the scores of the model that has these transitions.
     """
 
     chance: sparse.csr_array
-    share: Float[np.ndarray, " I"]
-    catalogue: Catalogue
+    missing: Float[np.ndarray, " I"]
+    share: Float[np.ndarray, " V"]
+    words: sparse.csr_array
+    having: sparse.csr_array
     weight: float = 0.0
+
+    @classmethod
+    def of(
+        cls, chance: sparse.csr_array, share: Float[np.ndarray, " I"], catalogue: Catalogue, weight: float = 0.0
+    ) -> "Transitions":
+        """Return the transitions of these steps and shares. All that scoring needs is computed here, so that no request waits for it.
+
+        Args:
+          catalogue: the V items.
+        """
+        whole = np.pad(share, (0, len(catalogue.keys) - len(share)))
+        whole = np.where(whole > 0, whole, np.min(share, where=share > 0, initial=1))
+        missing = (1 - np.asarray(chance.sum(axis=1)).ravel()).astype(np.float32)
+        words = item_words(catalogue, len(share))
+        return cls(chance, missing, whole, words, words.T.tocsr(), weight)
 
     @classmethod
     def counted(cls, timelines: Timelines, split: Split) -> "Transitions":
@@ -62,21 +82,7 @@ class Transitions:
         steps = (steps + BACKWARDS * steps.T).tocsr()
         left = np.asarray(steps.sum(axis=1)).ravel() + MISSING
         chance = largest((sparse.diags_array(1 / left).tocsr() @ steps).astype(np.float32), NEIGHBOURS)
-        return cls(chance, shares(train_counts(timelines, split)), timelines.catalogue)
-
-    @functools.cached_property
-    def words(self) -> sparse.csr_array:
-        """The words of each item, [V, W]; see `item_words`."""
-        return item_words(self.catalogue, self.chance.shape[0])
-
-    @functools.cached_property
-    def _with_words(self) -> sparse.csr_array:
-        """The same the other way, [W, V]: the items that have a word."""
-        return self.words.T.tocsr()
-
-    @functools.cached_property
-    def _missing(self) -> Float[np.ndarray, " I"]:
-        return (1 - np.asarray(self.chance.sum(axis=1)).ravel()).astype(np.float32)
+        return cls.of(chance, shares(train_counts(timelines, split)), timelines.catalogue)
 
     def scores(self, last: Int[np.ndarray, "B 2"]) -> Float[np.ndarray, "B V"]:
         """Return the scores of all items; those of all items of one user come to about 1 or 1.5.
@@ -84,17 +90,17 @@ class Transitions:
         Args:
           last: each user's last item and the one before, 0 where there is none. Without both, items are scored by popularity.
         """
-        rows = max(ENTRIES // self.words.shape[0], 1)
+        rows = max(ENTRIES // len(self.share), 1)
         return np.concatenate([self._scores(last[first : first + rows]) for first in range(0, len(last), rows)])
 
     def _scores(self, last: Int[np.ndarray, "B 2"]) -> Float[np.ndarray, "B V"]:
         weight = np.where(last[:, 1:] > 0, np.float32(BEFORE), np.float32(0))
         both = lambda of_items, items: of_items[items[:, 0]] + of_items[items[:, 1]].multiply(weight).tocsr()  # noqa: E731
-        trained = np.where(last < len(self.share), last, 0)  # no step leaves PAD, nor an item that was added
-        step, missing = both(self.chance, trained), self._missing[trained]
-        out = ALIKE * (both(self.words, last) @ self._with_words).toarray()
-        out[:, : len(self.share)] += (step + step @ self.chance).toarray()
-        out[:, : len(self.share)] += (missing[:, :1] + weight * missing[:, 1:]) * self.share
+        trained = np.where(last < len(self.missing), last, 0)  # no step leaves PAD, nor an item that was added
+        step, missing = both(self.chance, trained), self.missing[trained]
+        out = ALIKE * (both(self.words, last) @ self.having).toarray()
+        out[:, : len(self.missing)] += (step + step @ self.chance).toarray()
+        out += (missing[:, :1] + weight * missing[:, 1:]) * self.share
         return out.astype(np.float32)
 
     def sums(
@@ -108,7 +114,7 @@ class Transitions:
         """
         scores = scores.astype(np.float32)
         prior = np.zeros_like(scores)
-        prior[:, : len(self.catalogue.keys)] = np.log(np.maximum(self.scores(last), LEAST))
+        prior[:, : len(self.share)] = np.log(np.maximum(self.scores(last), LEAST))
         return [scores + np.float32(weight) * prior for weight in weights]
 
     def weighted(self, weight: float) -> "Transitions":
@@ -116,8 +122,11 @@ class Transitions:
         return dataclasses.replace(self, weight=weight)
 
     def extended(self, catalogue: Catalogue) -> "Transitions":
-        """Return the same transitions with a catalogue that has further items behind its own. They are scored by their words alone."""
-        return dataclasses.replace(self, catalogue=catalogue)
+        """Return the same transitions with a catalogue that has further items behind its own.
+
+        The further items are scored by the least share and their words.
+        """
+        return self.of(self.chance, self.share[: len(self.missing)], catalogue, self.weight)
 
 
 def last_items(timelines: Timelines, users: Int[np.ndarray, " B"], ends: Int[np.ndarray, " B"]) -> Int[np.ndarray, "B 2"]:

@@ -181,7 +181,7 @@ def _train_data(
     """Return the batches of a phase, whose tasks take turns, and how the prompts of each task are packed.
 
     Args:
-      soft: tokens of a soft prompt; 0 for none.
+      soft: the most tokens of a soft prompt; 0 for none.
       leading: tokens of each task's prompts before it.
 
     Raises:
@@ -223,7 +223,8 @@ def build(name: str, run: Run, data: Dataset) -> Task:
     data = data.select(run.config.encoder_of(phase.encoder).features)
     examples = ExampleConfig(**vars(phase.examples))
     asked = build_examples(name, run, data)
-    full = model_config(name, run, data, decoder_config(run, tokenizer(run, data).vocab_size))
+    words = tokenizer(run, data)
+    full = model_config(name, run, data, decoder_config(run, words.vocab_size))
     create = lambda: UserLLM(full, rngs=nnx.Rngs(params=run.seed))  # noqa: E731
     graphdef, shapes = trees.abstract(create)
     load = ((r"^encoder/", encoder_source(phase)), *phase.load) if examples.max_events else phase.load
@@ -235,9 +236,12 @@ def build(name: str, run: Run, data: Dataset) -> Task:
         after_instruction=phase.soft_prompt.after_instruction, ranks=phase.loss.catalogue > 0, trie_softmax=phase.loss.trie_softmax,
         pad_whole=phase.eval.pad_whole,
     )  # fmt: skip
+    soft = predictor.most_soft_tokens()
+    if run.config.llm.checkpoint:
+        general_text.check_window(full.decoder, words, run.config.general_text.window, soft)
     for task, of in asked.items():
         with naming(f"prompts.{task}"):
-            full.decoder.check_length(predictor.soft_tokens() + of.template.max_tokens, "A prompt with its answer")
+            full.decoder.check_length(soft + of.template.max_tokens, "A prompt with its answer")
     asking = Asking(predictor, data, asked)
     leading = {task: predictor.leading(task) for task in asked}
     weights = {key: value for key, value in vars(phase.loss).items() if key != "trie_softmax"} | {"leading": leading}
@@ -272,7 +276,6 @@ def build(name: str, run: Run, data: Dataset) -> Task:
         leave(name, run, load, answers, card)
         return rows
 
-    soft = full.num_tokens or 0 if full.soft_prompt else 0
     train_data, packings = _train_data(phase, run, data, asked, soft, leading)
     windows = Windows(data.split.train_stop, examples.window, run.seed)
     return Task(

@@ -39,8 +39,9 @@ def build_tasks(run: Run, data: Dataset) -> dict[str, Task]:
     if config.llm.checkpoint:
         pretrained.check_weights(run.checkpoint, run.kinds.families)
         tokenizer_files(run.checkpoint)  # which the model's directory will hold
-        windows = general_text.read_windows(tokenizer(run, data), **vars(config.general_text))
-        decoder_config(run, 0).check_length(windows["tokens"].shape[1], "general_text.window: a text")
+        words = tokenizer(run, data)
+        general_text.read_windows(words, **vars(config.general_text))
+        general_text.check_window(decoder_config(run, 0), words, config.general_text.window)
     for name in config.phases:
         if config.sections[name].task == "pretrain_lm" and config.llm.checkpoint:
             logging.info("%s: left out, the LLM is %s", name, config.llm.checkpoint)

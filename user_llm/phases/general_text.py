@@ -24,7 +24,7 @@ from user_llm.data.dataset import Dataset
 from user_llm.data.tokenizer import Tokenizer
 from user_llm.evals.ranking import result_rows
 from user_llm.models import pretrained
-from user_llm.models.decoder import Decoder
+from user_llm.models.decoder import Decoder, DecoderConfig
 from user_llm.models.user import User, hidden_states
 from user_llm.phases.llm import decoder_config, tokenizer
 from user_llm.phases.pretrain_lm import text_loss
@@ -59,6 +59,21 @@ def read_windows(tokenizer: Tokenizer, *, file: str, windows: int, window: int) 
     if tokenizer.bos_id is not None:
         rows = np.pad(rows, ((0, 0), (1, 0)), constant_values=tokenizer.bos_id)
     return {"tokens": rows[:, :-1], "next": rows[:, 1:]}
+
+
+def check_window(decoder: DecoderConfig, tokenizer: Tokenizer, window: int, soft: int = 0) -> None:
+    """See that a decoder can read a window of general text.
+
+    Args:
+      window: tokens in it, besides the start token.
+      soft: tokens of the soft prompt that is read with it.
+
+    Raises:
+      ValueError: the window is too long.
+    """
+    read = window - (tokenizer.bos_id is None)  # the last token is predicted and not read
+    text = "a text, soft prompt included," if soft else "a text"
+    decoder.check_length(read + soft, f"general_text.window: {text}")
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -33,7 +33,7 @@ from user_llm.data.splits import Split
 from user_llm.data.timelines import Timelines
 from user_llm.evals.evaluator import rank_each
 from user_llm.evals.ranking import RANKING, Ranks
-from user_llm.evals.transitions import TOGETHER, best_weight
+from user_llm.evals.transitions import TOGETHER, weighted_transitions
 from user_llm.models.encoder import EncoderConfig, item_features
 from user_llm.models.transitions import Transitions, last_items
 from user_llm.models.user_encoder import UserEncoder, UserEncoderConfig
@@ -246,11 +246,11 @@ def build(name: str, run: Run, data: Dataset) -> Task:
 
     def results(params: Params) -> list[dict]:
         record = lambda method, ranks: run.record(name, data, "next_item", method, ranks.measured())  # noqa: E731
-        if not phase.transitions:
+        known = functools.partial(rank, params, "validation", phase.eval.validation_users)
+        graph = weighted_transitions(known, timelines, split, phase.transitions)
+        if graph is None:
             return record(phase.method, rank(params, "test")[0])
-        graph = Transitions.counted(timelines, split)
-        known = rank(params, "validation", phase.eval.validation_users, graph, phase.transitions)
-        alone, both = rank(params, "test", None, graph, (0.0, best_weight(phase.transitions, known)))
+        alone, both = rank(params, "test", None, graph, (0.0, graph.weight))
         return record(phase.method, alone) + record(phase.method + TOGETHER, both)
 
     return Task(

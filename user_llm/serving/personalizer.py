@@ -343,9 +343,11 @@ class Personalizer:
 
             model = model.add_items([{"id": "m901", "title": "Heat (1995)", "genres": ["Crime"]}])
 
-        An item is placed among those of the training by the words of its title and its categories. No transition leads to it. The given
-        model is not changed, and its users can be used with the result. A user's earlier events with such an item do not count until they are given to `encode` or
-        `update` again. `save` keeps the added items.
+        An item is placed among those of the training by the words of its title and its categories. No step of
+        the transitions leads to it. A model that has transitions scores it there like the rarest item of the training, and by its words.
+
+        The given model is not changed, and its users can be used with the result. A user's earlier events with such an item do not count
+        until they are given to `encode` or `update` again. `save` keeps the added items.
 
         Args:
           items: a list of dicts with the keys `id`, `title` and the names of the model's bags of categories (such as `genres`), all but

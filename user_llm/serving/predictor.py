@@ -163,32 +163,31 @@ class Predictor:
         """
         return meshes.fetch(attended_events(self.graphdef, self.params, *meshes.put_rows((events, lengths), self.mesh)))
 
-    def soft_tokens(self) -> int:
+    def most_soft_tokens(self) -> int:
         """Return the most tokens of a user's soft prompt; 0 for a model without one."""
         if not self.config.soft_prompt:
             return 0
         return self.max_events if self.config.num_tokens is None else self.config.num_tokens
 
-    def padded(self, task: str, prompts: Sequence[Ids], more: int = 0) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
-        """Return a task's prompts right-padded to one of few widths, and the number of tokens of each prompt.
-
-        Args:
-          more: how many tokens are read behind a prompt.
-
-        Raises:
-          ValueError: a text that is longer than the decoder is read for.
-        """
+    def padded(self, task: str, prompts: Sequence[Ids]) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
+        """Return a task's prompts right-padded to one of few widths, and the number of tokens of each prompt."""
         template = self.templates[task]
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-        self.config.decoder.check_length(self.soft_tokens() + int(lengths.max()) + more)
         longest, alike = int(lengths.max()), not template.lines.text_items and lengths.min() == lengths.max()
         most = max(template.max_tokens, longest)
         width = longest if alike else most if self.pad_whole else min(most, bucket(longest))
         return meshes.put_rows((pad_rows(prompts, width), lengths), self.mesh)
 
     def score(self, task: str, prompts: Sequence[Ids], user: User | None) -> Float[Array, "B V"]:
-        """Return the item head's score of every item after each prompt of a task."""
-        return score_catalogue(self.graphdef, self.params, *self.padded(task, prompts), user, self.leading(task))
+        """Return the item head's score of every item after each prompt of a task.
+
+        Raises:
+          ValueError: a prompt that, with its user's soft prompt, is longer than the decoder is read for.
+        """
+        text, lengths = self.padded(task, prompts)
+        soft = 0 if user is None or user.prompt is None else meshes.fetch(user.prompt.lengths)
+        self.config.decoder.check_length(int((meshes.fetch(lengths) + soft).max()))
+        return score_catalogue(self.graphdef, self.params, text, lengths, user, self.leading(task))
 
     def ranked(
         self, task: str, prompts: Sequence[Ids], user: User | None, last: Int[np.ndarray, "B 2"]
@@ -232,10 +231,13 @@ class Predictor:
         Returns:
           The ids of the texts and their scores, which are log-probabilities at a weight of 0. Where fewer than `beams` texts are found,
           the rest has id 0 and -inf.
+
+        Raises:
+          ValueError: a prompt that, with its user's soft prompt and the longest text, is longer than the decoder is read for.
         """
         trie_softmax = self.trie_softmax and isinstance(self.templates[task], NextItem)
-        padded = self.padded(task, prompts, more=trie.depth - 1)
-        decoder, inputs, sizes, kv = self.decoding(*padded, user, self.leading(task))
+        decoder, inputs, sizes, kv = self.decoding(*self.padded(task, prompts), user, self.leading(task))
+        self.config.decoder.check_length(int(meshes.fetch(sizes).max()) + trie.depth - 1)  # the last token is not read
         return meshes.fetch(
             beam_search(
                 *decoder, inputs, sizes, trie, beams=beams, user=kv, trie_softmax=trie_softmax, guide=guide, weight=weight

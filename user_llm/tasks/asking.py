@@ -5,7 +5,6 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-from absl import logging
 from jaxtyping import Array, Float, Int
 
 from user_llm.common import mesh as meshes
@@ -14,7 +13,7 @@ from user_llm.data.pipeline import HistoryBatch, history_batches
 from user_llm.data.prompts.base import Examples, Ids, Lines, Whose
 from user_llm.evals.evaluator import rank_each, rank_listed, rank_targets
 from user_llm.evals.ranking import Ranks
-from user_llm.evals.transitions import best_weight
+from user_llm.evals.transitions import weighted_transitions
 from user_llm.models.transitions import Transitions, last_items
 from user_llm.models.trie import Trie
 from user_llm.models.user import User
@@ -63,27 +62,22 @@ class Asking:
 
     def users(self, batch: HistoryBatch) -> User | None:
         """Return what the decoder reads of a batch's users; None if the model has no encoder."""
-        return self.predictor.users(*self._histories(batch))
+        given = self._given(batch)
+        return self.predictor.users(given.events, given.lengths)
 
-    def _histories(self, batch: HistoryBatch) -> tuple[Int[np.ndarray, "B E A"], Int[np.ndarray, " B"]]:
-        """Return the events that the encoder reads for each row of a batch, and their numbers."""
+    def _given(self, batch: HistoryBatch) -> HistoryBatch:
+        """Return the histories that the model is given for each row of a batch."""
         if self.whose is None:
-            return batch.events, batch.lengths
-        users, ends = self._whose(batch)
+            return batch
+        users, ends = np.array([self.whose[user] for user in batch.users.tolist()]).T
         [(order, read)] = self.batches(users, ends, batch_size=len(users))
         back = np.argsort(order)  # batches are sorted by length
-        return read.events[back], read.lengths[back]
-
-    def _whose(self, batch: HistoryBatch) -> tuple[Int[np.ndarray, " B"], Int[np.ndarray, " B"]]:
-        """Return the users and the ends of the histories that the model is given for each row of a batch."""
-        if self.whose is None:
-            return batch.users, batch.positions
-        users, ends = np.array([self.whose[user] for user in batch.users.tolist()]).T
-        return users, ends
+        return dataclasses.replace(read, **{name: rows[back] for name, rows in vars(read).items() if name != "count"})
 
     def _last(self, batch: HistoryBatch) -> Int[np.ndarray, "B 2"]:
         """Return the last items of these histories; see `Transitions.scores`."""
-        return last_items(self.data.timelines, *self._whose(batch))
+        given = self._given(batch)
+        return last_items(self.data.timelines, given.users, given.positions)
 
     def test_users(self, count: int) -> User | None:
         """Return what the decoder reads of the first `count` test users. They are repeated if there are fewer."""
@@ -137,18 +131,17 @@ class Asking:
     def with_transitions(self, task: str, weights: Sequence[float], limit: int | None) -> "Asking":
         """Return the same with a model that has transitions, of the weight that ranks a task's validation targets best.
 
-        Without weights, or without an item head that ranks for this task, the result is the same model.
+        The result is the same model without weights, without an item head that ranks for this task, or if this weight is 0.
 
         Args:
           weights: the weights to choose from; 0 for the item head alone.
           limit: the most targets; None for all.
         """
-        if not (weights and self.predictor.ranks and task in self.examples):
+        if not (self.predictor.ranks and task in self.examples):
             return self
-        graph = Transitions.counted(self.data.timelines, self.data.split)
-        weight = best_weight(weights, self.rank_sums(task, "validation", limit, graph, weights))
-        logging.info("%s: the transitions have the weight %g, which ranks best on validation.", task, weight)
-        return self.of(dataclasses.replace(self.predictor, transitions=graph.weighted(weight)))
+        rank = functools.partial(self.rank_sums, task, "validation", limit)
+        graph = weighted_transitions(rank, self.data.timelines, self.data.split, weights)
+        return self.of(dataclasses.replace(self.predictor, transitions=graph)) if graph else self
 
     def rank_written(self, task: str, part: str, limit: int | None, *, weight: float = 0.0, rerank: int = 0) -> Ranks:
         """Return the ranks of the targets among the titles that beam search finds. A target that it does not find is a miss.
