@@ -13,6 +13,7 @@ Parts, in order of worth, each with a limit of seconds of its own:
 | `speed` | train steps of Qwen3 0.6B's shape by `full` and `lora`, and of a wide encoder (launch/benchmark.py --preset=gpu), with a profile of each |
 | `decode` | tokens per second at batch 1 and 32, and the share of the memory's bandwidth (launch/benchmark_decode.py --preset=gpu) |
 | `profile` | which operations the profiled steps spent their time in |
+| `quantized` | `user_llm_lora` again for a few steps, over the LLM in codes of 4 bits: events a second, recall, perplexity |
 
 A part that outruns its limit is stopped, and what it has finished counts. OUT/results.json holds what each part found, written as the part
 ends, OUT/movielens/ the report of the run, OUT/*.log what the parts printed. `--parts=speed,profile` runs some of them.
@@ -185,28 +186,57 @@ def attention(out: pathlib.Path) -> None:
 def movielens(run: Runner, args: argparse.Namespace, until: float) -> dict:
     """Train and measure all methods; the report holds what was finished."""
     workdir = args.out / "run"
+    whole = run("movielens", on_movielens(run, args, until, workdir, {"phases": tuple(args.phases.split(","))}), until)
+    if (workdir / "results.json").exists():
+        report = ["-m", "user_llm.report", str(workdir), f"--out={args.out / 'movielens'}"]
+        run("movielens", report, time.monotonic() + 120)
+    return {"whole": whole, "methods": measured(workdir)}
+
+
+def on_movielens(
+    run: Runner, args: argparse.Namespace, until: float, workdir: pathlib.Path, changes: Mapping[str, object]
+) -> list[str]:
+    """Return the command that runs phases of configs/movielens_xattn.py:gpu on what was brought, or in tiny sizes."""
     data, llm = (args.brought / "data", args.brought / "llm") if args.brought else (None, None)
-    changes: dict[str, object] = {}
+    given: dict[str, object] = {"data.dir": data}
     if args.rehearse:
         llm = args.out / "tiny_llm"
         if not llm.exists():
             run("movielens", ["launch/quarter_hour.py", f"--out={args.out}", "--tiny_llm"], until)
-        changes = {"pretrain_encoder.loop.eval_steps": 2} | TINY_RUN
-    else:
-        changes = {"data.dir": data}
-    changes |= {"llm.checkpoint": llm, "phases": tuple(args.phases.split(","))}
-    command = ["-m", "user_llm.main", "--config=configs/movielens_xattn.py:gpu", f"--workdir={workdir}", *flags(changes)]
-    whole = run("movielens", command, until)
-    if (workdir / "results.json").exists():
-        report = ["-m", "user_llm.report", str(workdir), f"--out={args.out / 'movielens'}"]
-        run("movielens", report, time.monotonic() + 120)
+        given = {"pretrain_encoder.loop.eval_steps": 2} | TINY_RUN
+    given = given | {"llm.checkpoint": llm} | changes
+    return ["-m", "user_llm.main", "--config=configs/movielens_xattn.py:gpu", f"--workdir={workdir}", *flags(given)]
+
+
+def measured(workdir: pathlib.Path) -> dict[str, dict]:
+    """Return what a run's results.json says of each method; empty where there is none."""
     rows = json.loads((workdir / "results.json").read_text()) if (workdir / "results.json").exists() else []
     chosen = {"recall@10", "ndcg@10", "recall@10/unseen", "perplexity", "perplexity/with_user"}
     found: dict[str, dict] = collections.defaultdict(dict)
     for row in rows:
         if row["metric"] in chosen:
             found[row["method"]] |= {row["metric"]: row["value"], "n": row["n"]}
-    return {"whole": whole, "methods": found}
+    return found
+
+
+def quantized(run: Runner, args: argparse.Namespace, until: float) -> dict:
+    """Train adapters over an LLM in codes of 4 bits, with the encoder of `movielens`, and say how fast beside the LLM as it came."""
+    workdir, plain = args.out / "quantized", args.out / "run"
+    changes: dict[str, object] = {
+        "phases": ("pretrain_encoder", "user_llm_lora"), "llm.quantize": "nf4", "user_llm.loop.total_steps": 2 if args.rehearse else 120,
+        "user_llm.eval.generate_users": 0, "user_llm.eval.control_users": 0, "user_llm.eval.samples": 0,
+    }  # fmt: skip
+    if has_encoder := (plain / "pretrain_encoder" / "results.json").exists():
+        changes["reuse"] = plain
+    whole = run("quantized", on_movielens(run, args, until, workdir, changes), until)
+    rates = {name: events_per_s(of / "user_llm_lora" / "metrics.jsonl") for name, of in (("nf4", workdir), ("plain", plain))}
+    return {"whole": whole, "same_encoder": has_encoder, "events_per_s": rates, "methods": measured(workdir)}
+
+
+def events_per_s(metrics: pathlib.Path) -> float | None:
+    """Return the most events a second of any stretch of training, which is one without compiling; None where nothing was logged."""
+    lines = map(json.loads, metrics.read_text().splitlines()) if metrics.exists() else ()
+    return max((line["events_per_s"] for line in lines if line["kind"] == "train"), default=None)
 
 
 def speed(run: Runner, args: argparse.Namespace, until: float) -> dict:
@@ -272,10 +302,11 @@ def busiest(trace: pathlib.Path, most: int = 15) -> dict:
 
 PARTS: dict[str, tuple[float, Callable[[Runner, argparse.Namespace, float], dict]]] = {
     "smoke": (90.0, smoke),
-    "movielens": (480.0, movielens),
+    "movielens": (450.0, movielens),
     "speed": (150.0, speed),
     "decode": (60.0, decode),
     "profile": (30.0, profile),
+    "quantized": (80.0, quantized),
 }
 
 

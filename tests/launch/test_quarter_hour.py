@@ -150,7 +150,7 @@ def test_the_rehearsal_runs_every_part_to_its_end(tmp_path):
     logs = "\n".join(path.read_text()[-2000:] for path in tmp_path.glob("*.log"))
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
-    assert list(results) == ["smoke", "movielens", "speed", "decode", "profile"]
+    assert list(results) == ["smoke", "movielens", "speed", "decode", "profile", "quantized"]
     assert not any("error" in found for found in results.values()), results
     assert results["smoke"]["attention"] and results["smoke"]["phases"] and results["movielens"]["whole"], logs
     methods = results["movielens"]["methods"]
@@ -164,3 +164,8 @@ def test_the_rehearsal_runs_every_part_to_its_end(tmp_path):
     profiled = {part: of for part, of in results["profile"].items() if part != "seconds"}
     assert profiled.keys() == {"lora", "full", "encoder"} and all(of["share"] for of in profiled.values())
     assert (tmp_path / "movielens" / "report.md").exists()
+    in_codes = results["quantized"]
+    assert in_codes["whole"] and in_codes["same_encoder"] and "recall@10" in in_codes["methods"]["user_llm_lora"], logs
+    assert in_codes["methods"]["encoder"] == methods["encoder"]  # reused
+    assert in_codes["methods"]["llm"]["perplexity"] != methods["llm"]["perplexity"]
+    assert min(in_codes["events_per_s"].values()) > 0
