@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 
 from user_llm.ahead.flops import count_flops
 from user_llm.common import trees
@@ -289,7 +290,7 @@ def test_unstacked_parameters_get_their_own_gradients_and_no_sum_is_made():
     def primitives(jaxpr):
         for equation in jaxpr.eqns:
             yield equation.primitive.name
-            for inner in jax.core.jaxprs_in_params(equation.params):
+            for inner in jaxprs_in_params(equation.params):
                 yield from primitives(inner)
 
     made = set(primitives(jax.make_jaxpr(jax.grad(loss))(stacked).jaxpr))
