@@ -32,8 +32,9 @@ class OptimizerConfig:
       b1, b2: decay a step of the mean gradient and of the mean square, of parameters that Muon does not move. Muon's own mean has
         optax's 0.95.
       first_moment: `float32` or `bfloat16`, in which the mean gradient is kept between steps, Muon's own too.
-      second_moment: likewise of the mean square, of parameters that Muon does not move; or `factored`: Adafactor's means over rows and columns (Shazeer and Stern 2018), whose memory is next to
-        nothing, with its own decay in place of `b2` and updates clipped to a root mean square of 1.
+      second_moment: likewise of the mean square, of parameters that Muon does not move; or `factored`: Adafactor's means over rows and
+        columns (Shazeer and Stern 2018), whose memory is next to nothing, with its own decay in place of `b2` and updates clipped to a
+        root mean square of 1.
       muon: whether Muon moves the matrices, and Adam or Adafactor only the rest.
       matrices: rules to (inputs, outputs): how many of the last axes of a weight are those of a matrix product's inputs and outputs; axes
         before them number matrices that are stacked. Empty for what is no matrix.

@@ -33,9 +33,8 @@ from user_llm.training.identity import (
 )
 
 RESULTS = "results.json"
-OUTDATED = (
-    "results_outdated"  # a file that holds the hash of the identity by which results.json was measured, where it is another now
-)
+# A file that holds the hash of the identity by which results.json was measured, where the phase has another identity now.
+OUTDATED = "results_outdated"
 EARLIER = "earlier"
 REMEDY = "choose another --workdir, or keep what is finished by --config.data.accept_changes=True."
 
