@@ -11,6 +11,7 @@ import dataclasses
 import json
 import pathlib
 import sys
+from ast import literal_eval
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ from user_llm.data.pipeline import history_batches  # noqa: E402
 from user_llm.data.schema import Schema  # noqa: E402
 from user_llm.data.timelines import Catalogue, Timelines  # noqa: E402
 from user_llm.evals.ranking import target_ranks  # noqa: E402
-from user_llm.models.content import Content  # noqa: E402
+from user_llm.models.content import LENGTHS, Content  # noqa: E402
 from user_llm.models.user_encoder import UserEncoderConfig  # noqa: E402
 from user_llm.phases import pretrain_encoder  # noqa: E402
 from user_llm.phases.run import Run  # noqa: E402
@@ -136,9 +137,13 @@ def grown(config: UserEncoderConfig, params: Params, data: Parted) -> tuple[User
     config = dataclasses.replace(config, schema=data.whole.timelines.schema)
     table = np.zeros((config.table_rows, config.width), np.float32)
     table[:known] = np.asarray(params["item"])[:known]
-    content = Content.fit(catalogue, table[:known], data.train.train_counts)
+    content = Content.fit(catalogue, table[:known], data.train.train_counts, LENGTHS[config.has_tower])
     table[known : len(catalogue.keys)] = content.place(catalogue, known)
-    return config, params | {"item": jnp.asarray(table)}
+    params = params | {"item": jnp.asarray(table)}
+    if config.has_tower:
+        features = jnp.asarray(pretrain_encoder.item_catalogue(data.whole.timelines, config))
+        params["tower"] = params["tower"] | {"catalogue": features}
+    return config, params
 
 
 def hits(
@@ -191,11 +196,15 @@ def main() -> None:
     parser.add_argument("--workdir", required=True, type=pathlib.Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=0, help="steps of pretraining; 0 for those of the config")
+    parser.add_argument("--change", action="append", default=[], metavar="KEY=VALUE", help="of the config")
     parser.add_argument("--share", type=float, default=0.1, help="of the items that are taken out")
     args = parser.parse_args()
     module, changes = SETS[args.set]
     config = module.get_config("small")
     config.update_from_flattened_dict(changes | {"data.dir": f"{args.data}/{changes['data.dir']}", "seed": args.seed})
+    config.update_from_flattened_dict(
+        {key: literal_eval(value) for key, value in (change.split("=", 1) for change in args.change)}
+    )
     if args.steps:
         config[PHASE].loop.total_steps = args.steps
     read = check(config)

@@ -18,6 +18,7 @@ from tiny_models import Made, variants
 import user_llm
 from user_llm.common import trees
 from user_llm.common.mesh import fetch
+from user_llm.models.content import Content
 from user_llm.models.item_rows import table_path
 from user_llm.serving import artifact
 from user_llm.serving.personalizer import Personalizer
@@ -68,6 +69,17 @@ def test_an_added_item_is_one_known_by_content_alone(made, model):
     ranked = [item.id for item in alike.recommend(user, 10, seen=False)]
     assert "new" not in ranked and "40" not in ranked and len(ranked) == 8
     assert [item.title for item in grown.recommend(user, candidates=["new"])] == ["A new film"]
+
+
+@pytest.mark.parametrize(("variant", "length"), [("cross", 0.8), ("written", 0.6)])
+def test_an_added_item_is_shorter_where_an_item_tower_reads_its_row(make_model, variant, length):
+    """The model `written` has a dual encoder, and so an item tower."""
+    old = user_llm.load(make_model(variant).directory)
+    path, trained = table(old)
+    known = len(old.vocabulary.catalogue.keys)
+    grown = old.add_items([NEW, {"id": "other", "title": "Film of war", "genres": ["War"]}])
+    content = Content.fit(grown.vocabulary.catalogue, trained[:known], old.growth.counts, length)
+    np.testing.assert_allclose(table(grown)[1][known : known + 2], content.place(grown.vocabulary.catalogue, known), rtol=1e-5)
 
 
 def test_what_the_model_knew_stays(known, old):

@@ -20,7 +20,7 @@ from user_llm.models.encoder import item_features
 from user_llm.models.user_encoder import UserEncoderConfig, padded_rows
 from user_llm.models.user_llm import UserLLM, UserLLMConfig
 
-TOWER = "encoder/tower/catalogue"  # of a dual encoder: the features of each item
+TOWER = "encoder/tower/catalogue"  # of an encoder with an item tower: the features of each item
 
 
 def table_path(config: UserLLMConfig) -> str:
@@ -34,6 +34,11 @@ def table_path(config: UserLLMConfig) -> str:
     if not isinstance(config.encoder, UserEncoderConfig):
         raise ValueError(f"The encoder {config.encoder.kind} is not one of this package: no items can be added to it.")
     return "encoder/item"
+
+
+def has_tower(config: UserLLMConfig) -> bool:
+    """Return whether an item tower makes the items' vectors of the rows of that parameter and of the items' features."""
+    return isinstance(config.encoder, UserEncoderConfig) and config.encoder.has_tower
 
 
 def resized(config: UserLLMConfig, items: int) -> UserLLMConfig:
@@ -88,7 +93,7 @@ def with_rows(
 
 
 def features_of(config: UserLLMConfig, catalogue: Catalogue, first: int) -> Int[np.ndarray, "n X"]:
-    """Return the features of the items from number `first` on, as the item tower of a dual encoder reads them."""
+    """Return the features of the items from number `first` on, as an item tower reads them."""
     numbers = np.arange(first, len(catalogue.keys), dtype=np.int32)[:, None]
     if config.encoder is None:
         return numbers
