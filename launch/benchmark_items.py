@@ -196,7 +196,9 @@ def main() -> None:
     parser.add_argument("--workdir", required=True, type=pathlib.Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=0, help="steps of pretraining; 0 for those of the config")
-    parser.add_argument("--change", action="append", default=[], metavar="KEY=VALUE", help="of the config")
+    parser.add_argument(
+        "--change", action="append", default=[], metavar="KEY=VALUE", help="of the config; VALUE as Python writes it"
+    )
     parser.add_argument("--share", type=float, default=0.1, help="of the items that are taken out")
     args = parser.parse_args()
     module, changes = SETS[args.set]
