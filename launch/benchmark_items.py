@@ -11,7 +11,6 @@ import dataclasses
 import json
 import pathlib
 import sys
-from ast import literal_eval
 
 import jax
 import jax.numpy as jnp
@@ -196,17 +195,11 @@ def main() -> None:
     parser.add_argument("--workdir", required=True, type=pathlib.Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=0, help="steps of pretraining; 0 for those of the config")
-    parser.add_argument(
-        "--change", action="append", default=[], metavar="KEY=VALUE", help="of the config; VALUE as Python writes it"
-    )
     parser.add_argument("--share", type=float, default=0.1, help="of the items that are taken out")
     args = parser.parse_args()
     module, changes = SETS[args.set]
     config = module.get_config("small")
     config.update_from_flattened_dict(changes | {"data.dir": f"{args.data}/{changes['data.dir']}", "seed": args.seed})
-    config.update_from_flattened_dict(
-        {key: literal_eval(value) for key, value in (change.split("=", 1) for change in args.change)}
-    )
     if args.steps:
         config[PHASE].loop.total_steps = args.steps
     read = check(config)
