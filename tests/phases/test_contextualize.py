@@ -298,7 +298,6 @@ TRAINED = {  # the parts of the model, by how their paths start or what they hol
     "full": {"llm", "cross", "encoder", "rest"},
     "lora": {"adapters", "cross", "encoder", "rest"},
     "enc": {"cross", "encoder", "rest"},
-    "llm": {"llm", "cross", "rest"},
     "proj": {"cross", "rest"},
 }
 

@@ -43,12 +43,11 @@ SHARDING = (
     (UNSPLIT, ()),
 )
 
-# The strategies of contextualization: what trains, and whether the LLM gets low-rank adapters. `full`, `lora`, `enc` and `proj` are the
-# paper's names; which parts each of them trains is our reading of it.
+# The strategies of contextualization: what trains, and whether the LLM gets low-rank adapters. The names are
+# the paper's; which parts each of them trains is our reading of it.
 ITS_HEADS = (r"^encoder/heads/", False)  # the encoder's heads are of use in pretraining alone
 USER_SIDE = (r"^decoder/stack/cross/", True)
 BARE_LLM = (r"^decoder/", False)
-ENCODER = (r"^encoder/", False)
 OTHER_PARTS = (ANY_PART, True)
 STRATEGIES = {
     "none": {"adapters": False, "trainable": ((ANY_PART, False),)},
@@ -56,8 +55,7 @@ STRATEGIES = {
     "full": {"adapters": False, "trainable": (ITS_HEADS, OTHER_PARTS)},
     "lora": {"adapters": True, "trainable": (ITS_HEADS, USER_SIDE, (r"/lora/", True), BARE_LLM, OTHER_PARTS)},
     "enc": {"adapters": False, "trainable": (ITS_HEADS, USER_SIDE, BARE_LLM, OTHER_PARTS)},
-    "llm": {"adapters": False, "trainable": (ENCODER, OTHER_PARTS)},
-    "proj": {"adapters": False, "trainable": (USER_SIDE, BARE_LLM, ENCODER, OTHER_PARTS)},
+    "proj": {"adapters": False, "trainable": (USER_SIDE, BARE_LLM, (r"^encoder/", False), OTHER_PARTS)},
 }
 
 # The pretrained encoder moves slowly, the gates, which start shut, quickly.
