@@ -28,7 +28,6 @@ from user_llm.nn.transformer import BlockConfig
 from user_llm.phases import contextual_loss as contextual_loss_of
 from user_llm.phases import title_loss
 from user_llm.phases.contextual_loss import contextual_counts, contextual_loss
-from user_llm.phases.contextualize import encoder_source
 from user_llm.training.loop import LoopConfig, initial_state, train_summary
 from user_llm.training.optimizer import OptimizerConfig
 from user_llm.training.task import Task
@@ -285,9 +284,10 @@ def _encoders(**changes):
 
 
 def test_the_encoder_comes_from_the_phase_that_is_named_or_from_nowhere():
-    source = lambda **changes: encoder_source(_encoders(**changes).contextual("user_llm"))  # noqa: E731
-    assert source() == "pretrain_encoder" and source(encoder="bert4rec") == "bert4rec"
-    assert source(encoder_init="scratch", **{"loss.align": 0.0}) == "fresh"
+    source = lambda **changes: _encoders(**changes).contextual("user_llm").taught_by  # noqa: E731
+    assert source(encoder_init="pretrained") == source(encoder_init="frozen") == "pretrain_encoder"
+    assert source(encoder="bert4rec") == "bert4rec"
+    assert source(encoder_init="scratch", **{"loss.align": 0.0}) == source(**{"examples.max_events": 0}) == ""
     section = _encoders().encoder_of("bert4rec")
     assert section.objective == "masked" and section.num_layers == _encoders().encoder.num_layers
 

@@ -2,11 +2,13 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
 
 from user_llm.common import mesh as meshes
+from user_llm.common import trees
 from user_llm.config import experiments
 from user_llm.config.reader import read_config
 from user_llm.data.dataset import Dataset
@@ -55,6 +57,27 @@ def test_the_optimizer_trains_what_the_strategy_says(make_run):
     run = make_run({"user_llm.strategy": "proj", "user_llm.optimizer.learning_rate": 0.5})
     found = run.optimizer_config("user_llm")
     assert found.learning_rate == 0.5 and found.trainable == run.config.strategies["proj"].trainable
+
+
+@pytest.mark.parametrize("strategy", ["full", "lora", "enc", "proj", "all"])
+def test_a_frozen_encoder_is_all_that_a_strategy_trains_less(make_run, strategy):
+    paths = (
+        "encoder/item",
+        "encoder/tower/project",
+        "resampler/latents",
+        "decoder/stack/cross/gate",
+        "decoder/embed",
+        "item_head",
+    )
+    shapes = trees.unflatten({path: jnp.zeros(1) for path in paths})
+
+    def trains(start):
+        run = make_run({"user_llm.strategy": strategy, "user_llm.encoder_init": start})
+        found = trees.flatten(trees.match(run.optimizer_config("user_llm").trainable, shapes))
+        return {path for path, yes in found.items() if yes}
+
+    assert trains("frozen") == {path for path in trains("pretrained") if not path.startswith("encoder/")}
+    assert trains("frozen")
 
 
 def test_rows_name_dataset_split_seed_and_the_identity_of_their_phase(make_run, make_timelines):

@@ -48,6 +48,7 @@ SHARDING = (
 ITS_HEADS = (r"^encoder/heads/", False)  # the encoder's heads are of use in pretraining alone
 USER_SIDE = (r"^decoder/stack/cross/", True)
 BARE_LLM = (r"^decoder/", False)
+FROZEN_ENCODER = (r"^encoder/", False)
 OTHER_PARTS = (ANY_PART, True)
 STRATEGIES = {
     "none": {"adapters": False, "trainable": ((ANY_PART, False),)},
@@ -55,7 +56,7 @@ STRATEGIES = {
     "full": {"adapters": False, "trainable": (ITS_HEADS, OTHER_PARTS)},
     "lora": {"adapters": True, "trainable": (ITS_HEADS, USER_SIDE, (r"/lora/", True), BARE_LLM, OTHER_PARTS)},
     "enc": {"adapters": False, "trainable": (ITS_HEADS, USER_SIDE, BARE_LLM, OTHER_PARTS)},
-    "proj": {"adapters": False, "trainable": (USER_SIDE, BARE_LLM, (r"^encoder/", False), OTHER_PARTS)},
+    "proj": {"adapters": False, "trainable": (USER_SIDE, BARE_LLM, FROZEN_ENCODER, OTHER_PARTS)},
 }
 
 # The pretrained encoder moves slowly, the gates, which start shut, quickly.
@@ -263,7 +264,8 @@ def contextualize(method: str, *, total_steps: int, eval_steps: int, **changes) 
         "task": "contextualize",
         "strategy": "full",
         "method": method,
-        # The phase whose encoder it is, and whether its weights are that phase's (`pretrained`) or its shape alone (`scratch`).
+        # The phase whose encoder it is, and whether its weights are that phase's (`pretrained`, or `frozen` if they are not to train) or
+        # its shape alone (`scratch`).
         "encoder": "pretrain_encoder",
         "encoder_init": "pretrained",
         "batch_size": 8,

@@ -330,6 +330,8 @@ class Contextualize(Phase):
     """Phase 2, and the text-prompt baselines.
 
     Attributes:
+      encoder_init: `pretrained` and `frozen` start from the weights of the phase `encoder`, `scratch` from its shape alone. A `frozen`
+        encoder does not train, whatever the strategy says.
       residual: whether items are ranked by the sum of the encoder's query and the LLM's, which starts at zero.
       transitions: as in `PretrainEncoder`, beside the scores of the item head. The model directory holds the transitions with the weight
         that validation chose, and ranks by the sum. A weight of 0 adds nothing, and neither does a phase without an item head that ranks
@@ -339,7 +341,7 @@ class Contextualize(Phase):
     task: Literal["contextualize"]
     method: Text
     encoder: Text
-    encoder_init: Literal["pretrained", "scratch"]
+    encoder_init: Literal["pretrained", "frozen", "scratch"]
     batch_size: Count
     examples: Examples
     pack: Pack
@@ -353,6 +355,11 @@ class Contextualize(Phase):
     loss: ContextualLoss
     transitions: tuple[Weight, ...]
     eval: ContextualEval
+
+    @property
+    def taught_by(self) -> str:
+        """The phase whose encoder this one starts from; empty for a text prompt, and for an encoder from scratch."""
+        return self.encoder if self.examples.max_events and self.encoder_init != "scratch" else ""
 
     @property
     def rows(self) -> tuple[str, int]:

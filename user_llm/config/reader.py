@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 from ml_collections import ConfigDict
 
 from user_llm.config import variants
+from user_llm.config.defaults import FROZEN_ENCODER
 from user_llm.config.phases import PHASES, TASKS, Contextualize, Phase, PretrainEncoder, Prompts
 from user_llm.config.records import Encoder, Shared
 from user_llm.config.values import CHANGES, Count
@@ -51,6 +52,13 @@ class Config(Shared):
         section = self.sections[phase]
         assert isinstance(section, Contextualize)
         return section
+
+    def trainable(self, phase: str) -> tuple[tuple[str, bool], ...]:
+        """Return the rules that say which parameters a phase trains: those of its strategy, but for a frozen encoder."""
+        section = self.sections[phase]
+        rules = self.strategies[section.strategy].trainable
+        frozen = isinstance(section, Contextualize) and section.encoder_init == "frozen"
+        return (FROZEN_ENCODER, *rules) if frozen else rules
 
 
 def changed(record: Any, changes: Mapping[str, Any]) -> Any:

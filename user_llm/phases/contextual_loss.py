@@ -43,7 +43,7 @@ def contextual_loss(
     - `align`, with an encoder only: mean squared distance of the LLM's item query from the encoder's own, its last state: that of the
       last event, or of the mask token behind it. Both are in the space of the encoder's item vectors, by which the LLM ranks too. The
       pretrained encoder knows what every event taught it, and its state tells the LLM more than the one next item does. An encoder
-      from scratch knows nothing, and `encoder_source` refuses to be drawn to it. A `residual` model ranks by the sum of both queries,
+      from scratch knows nothing, and a config that draws the LLM to it is refused. A `residual` model ranks by the sum of both queries,
       and the distance is the length of what its LLM adds.
 
     `leading` tokens of each task's rows stand in front of a soft prompt, at most those before the first answer position.

@@ -144,11 +144,6 @@ def title_choices(asked: Mapping[str, Examples], vocab_size: int) -> dict[str, C
     return found
 
 
-def encoder_source(phase: Contextualize) -> str:
-    """Return where a phase has its encoder's weights from: the phase that pretrains it, or `fresh`."""
-    return phase.encoder if phase.encoder_init == "pretrained" else "fresh"
-
-
 def check_answers(name: str, run: Run, asked: Mapping[str, Examples]) -> None:
     """See that each task of a phase has whom to ask, that its prompts have room, and that its answers can be told apart.
 
@@ -227,7 +222,7 @@ def build(name: str, run: Run, data: Dataset) -> Task:
     full = model_config(name, run, data, decoder_config(run, words.vocab_size))
     create = lambda: UserLLM(full, rngs=nnx.Rngs(params=run.seed))  # noqa: E731
     graphdef, shapes = trees.abstract(create)
-    load = ((r"^encoder/", encoder_source(phase)), *phase.load) if examples.max_events else phase.load
+    load = ((r"^encoder/", phase.taught_by or "fresh"), *phase.load) if examples.max_events else phase.load
     shapes = starting.kept(name, run, load, shapes)
     monitored = next(iter(asked))
     predictor = Predictor(
@@ -245,7 +240,7 @@ def build(name: str, run: Run, data: Dataset) -> Task:
     asking = Asking(predictor, data, asked)
     leading = {task: predictor.leading(task) for task in asked}
     weights = {key: value for key, value in vars(phase.loss).items() if key != "trie_softmax"} | {"leading": leading}
-    weights["teacher"] = phase.loss.teacher if phase.encoder_init == "pretrained" else 0.0  # from scratch it knows nothing
+    weights["teacher"] = phase.loss.teacher if phase.taught_by else 0.0
     choices = title_choices(asked, full.decoder.vocab_size) if phase.loss.trie_softmax else {}
 
     def choices_of(batch: Batch) -> Choices | None:
@@ -297,5 +292,5 @@ def build(name: str, run: Run, data: Dataset) -> Task:
         results=results,
         programs=predictor.programs,
         beside={"choices": choices} if choices else {},
-        taught_by=(phase.encoder,) if examples.max_events and phase.encoder_init == "pretrained" else (),
+        taught_by=(phase.taught_by,) if phase.taught_by else (),
     )

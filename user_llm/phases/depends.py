@@ -149,7 +149,7 @@ def sources(config: Config, name: str) -> list[str]:
     phase = config.sections[name]
     if not isinstance(phase, Contextualize):
         return []
-    encoder = [phase.encoder] if phase.examples.max_events and phase.encoder_init == "pretrained" else []
+    encoder = [phase.taught_by] if phase.taught_by else []
     kinds = ("fresh", "checkpoint", *(("pretrain_lm",) if config.llm.checkpoint else ()))
     loaded = [source for _, source in phase.load if source not in kinds]
     if unknown := [source for source in loaded if source not in config.sections]:
@@ -219,8 +219,7 @@ def own_settings(config: Config, name: str) -> dict[str, Any]:
     if not section["optimizer"]["muon"]:
         section["optimizer"] = {key: value for key, value in section["optimizer"].items() if key not in ("muon", "matrices")}
     if "trie_softmax" in section.get("loss", ()):
-        taught = config.contextual(name).examples.max_events and section["encoder_init"] == "pretrained"
-        unread = OF_TITLES if not section["loss"]["trie_softmax"] else () if taught else ("teacher",)
+        unread = OF_TITLES if not section["loss"]["trie_softmax"] else () if config.contextual(name).taught_by else ("teacher",)
         section["loss"] = {key: value for key, value in section["loss"].items() if key not in unread}
     if "prompts" in section:
         asked = section["prompts"].items()

@@ -83,7 +83,7 @@ def touched(name: str, run: Run, sources: trees.Params) -> bool:
       name: the name of the phase.
       sources: where each parameter was loaded from.
     """
-    trains = trees.flatten(trees.match(run.config.strategies[run.config.sections[name].strategy].trainable, sources))
+    trains = trees.flatten(trees.match(run.config.trainable(name), sources))
     return any(
         is_bare_llm(path) and (trains[path] or source != "checkpoint") for path, source in trees.flatten(sources).items()
     )

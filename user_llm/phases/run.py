@@ -78,9 +78,8 @@ class Run:
         return Streams({n: make((n, count), rows // count) for n in range(share.index * each, (share.index + 1) * each)})
 
     def optimizer_config(self, name: str) -> OptimizerConfig:
-        """Return the optimizer of a phase, which trains what the phase's strategy says."""
-        phase = self.config.sections[name]
-        return OptimizerConfig(**vars(phase.optimizer), trainable=self.config.strategies[phase.strategy].trainable)
+        """Return the optimizer of a phase."""
+        return OptimizerConfig(**vars(self.config.sections[name].optimizer), trainable=self.config.trainable(name))
 
     def row_facts(self, phase: str, data: Dataset) -> dict:
         """Return the columns that all result rows of a phase share."""

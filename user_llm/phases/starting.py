@@ -44,7 +44,7 @@ def kept(name: str, run: Run, rules: Rules, shapes: Params) -> Params:
         raise ValueError(
             f"{name}.load: {drawn[0]} cannot start fresh, with llm.quantize={run.config.llm.quantize}: load the checkpoint."
         )
-    trains = trees.flatten(trees.match(run.config.strategies[phase.strategy].trainable, shapes))
+    trains = trees.flatten(trees.match(run.config.trainable(name), shapes))
     frozen = {path for path, source in starts.items() if source != "fresh" and not trains[path]}
     return trees.replace(shapes, {path: narrow[path] for path in frozen})
 
