@@ -88,7 +88,7 @@ def preset_config(name: str) -> ConfigDict:
         "encoder.features": ("item",), "encoder.tower": False, "encoder.dropout": 0.0, "encoder.block.dropout": 0.0,
         "pretrain_encoder.loss.in_batch": False,
         "pretrain_encoder.optimizer": ConfigDict(plain), "user_llm.optimizer": ConfigDict(plain),
-        "user_llm.encoder_init": "scratch", "user_llm.load": ((r".*", "fresh"),), "user_llm.loss.align": 0.0,
+        "user_llm.encoder_init": "scratch", "user_llm.load": ((r".*", "fresh"),), "user_llm.residual": False,
         "user_llm.resampler.recency_buckets": 0, "user_llm.prompts.next_item.max_tokens": 32, "llm.checkpoint": "random weights",
     })  # fmt: skip
     config.update_from_flattened_dict(PRESETS[name])

@@ -43,8 +43,7 @@ def measure(args: argparse.Namespace, histories: int) -> dict:
     config = movielens_xattn.get_config(args.variant)
     config.data.dir, config.user_llm.batch_size = args.data, args.batch_size
     config.user_llm.pack.update(histories=histories, room=args.room)
-    config.user_llm.update(encoder_init="scratch", load=((r".*", "fresh"),), injection=args.injection)
-    config.user_llm.loss.align = 0.0
+    config.user_llm.update(encoder_init="scratch", residual=False, load=((r".*", "fresh"),), injection=args.injection)
     config.encoder.tower = False  # which an encoder from scratch cannot have
     config.llm.update_from_flattened_dict(
         {"num_layers": args.layers, "block.width": args.width, "block.mlp_width": 3 * args.width}

@@ -174,13 +174,13 @@ WRONG = [
     ({"user_llm.cross.every": 3}, "user_llm.cross.every=3: the LLM has llm.num_layers=2 layers."),
     ({"user_llm.load": ((".*", "lm"),)}, "user_llm.load[0][1]='lm': choose fresh, the name of a phase."),
     ({"user_llm.load": ((".*", "checkpoint"),)}, "user_llm.load[0][1]='checkpoint': choose fresh, the name of a phase."),
-    ({"user_llm.encoder_init": "scratch"}, "user_llm.loss.align=1.0: an encoder from scratch teaches nothing: set it to 0."),
+    ({"user_llm.encoder_init": "scratch", "user_llm.loss.align": 1.0}, "user_llm.loss.align=1.0: an encoder from scratch teaches nothing: set it to 0."),
     (
-        {"user_llm.encoder_init": "scratch", "user_llm.loss.align": 0.0, "user_llm.encoder": "dual_encoder"},
+        {"user_llm.encoder_init": "scratch", "user_llm.encoder": "dual_encoder"},
         "user_llm.encoder_init='scratch': the item tower of its encoder comes pretrained: set it to pretrained.",
     ),
     (
-        {"user_llm.encoder_init": "scratch", "user_llm.loss.align": 0.0, "user_llm.strategy": "proj"},
+        {"user_llm.encoder_init": "scratch", "user_llm.strategy": "proj"},
         "user_llm.strategy='proj': it would leave an encoder from scratch untrained: choose another.",
     ),
     (
@@ -213,7 +213,7 @@ def test_a_wrong_setting_ends_in_a_sentence_before_the_run_begins(changes, sente
         {"phases": ("pretrain_encoder",), "user_llm.loop.total_steps": 0},  # which does not run
         {"user_llm.loop.total_steps": 0, "user_llm.loop.total_epochs": 1.0},
         {"user_llm.eval.generate_users": 0, "user_llm.eval.samples": 0, "user_llm.optimizer.warmup_steps": 0},
-        {"user_llm.examples.max_events": 0, "user_llm.cross.every": 9},
+        {"user_llm.examples.max_events": 0, "user_llm.residual": False, "user_llm.cross.every": 9},
         {"encoder.heads": ("rating",), "pretrain_encoder.loss.head_weights": {"rating": 0.5}},
         {"mesh.data": 1, "mesh.fsdp": -1},
         {"llm.vocab_size": MIN_BPE_VOCAB},
@@ -225,9 +225,8 @@ def test_settings_that_mean_something_pass(changes):
 
 def test_an_encoder_of_another_kind_has_no_tower():
     """Its section has the key `tower` all the same, which is not read."""
-    off = {"encoder_init": "scratch", "loss.align": 0.0}
     check(
-        changed({"encoder.kind": "mine", "encoder.tower": True} | {f"user_llm.{key}": value for key, value in off.items()}),
+        changed({"encoder.kind": "mine", "encoder.tower": True, "user_llm.encoder_init": "scratch"}),
         encoders=("transformer", "mine"),
     )
 

@@ -67,7 +67,7 @@ def _config(changes):
         ({"llm.num_layers": 3}, READERS_OF_TEXT),
         ({"llm.block.dropout": 0.5}, READERS_OF_TEXT),
         ({"user_llm.encoder_init": "scratch"}, ("user_llm",)),
-        ({"user_llm.encoder_init": "frozen"}, ("user_llm",)),
+        ({"user_llm.encoder_init": "pretrained"}, ("user_llm",)),
         # What no phase of the run depends on.
         ({"phases": (*ALL, "user_llm_lora")}, ("user_llm_lora",)),
         ({"variants.user_llm_lora.like": "text_prompt_10"}, ()),

@@ -285,7 +285,7 @@ def test_a_window_of_general_text_is_read_with_the_longest_soft_prompt(opened, t
         ALONE
         | {"phases": PHASES, "llm.checkpoint": str(folder), "user_llm.injection": "soft_prompt", "general_text.window": 80}
     )
-    latents = context.config.user_llm.resampler.num_latents
+    latents = context.config.user_llm.resampler.num_latents + 1  # and the encoder's last state
     _write_llm(folder, LONG | {"original_max_position_embeddings": 80 + latents - 1})
     refusal = rf"^user_llm\.general_text\.window: a text, soft prompt included, of {80 + latents} tokens is asked for"
     with pytest.raises(ValueError, match=refusal):

@@ -54,7 +54,9 @@ class Share:
 
 
 def test_the_optimizer_trains_what_the_strategy_says(make_run):
-    run = make_run({"user_llm.strategy": "proj", "user_llm.optimizer.learning_rate": 0.5})
+    run = make_run(
+        {"user_llm.encoder_init": "pretrained", "user_llm.strategy": "proj", "user_llm.optimizer.learning_rate": 0.5}
+    )
     found = run.optimizer_config("user_llm")
     assert found.learning_rate == 0.5 and found.trainable == run.config.strategies["proj"].trainable
 

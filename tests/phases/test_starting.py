@@ -69,16 +69,17 @@ def test_what_other_phases_left_is_read_and_the_rest_is_drawn(make_run, tmp_path
     assert np.std(found["head"]) > 0 and set(found) == {"encoder", "decoder", "head"}
 
 
-def test_what_another_phase_left_and_nothing_trains_is_read_in_the_type_of_the_computation(make_run, tmp_path):
+@pytest.mark.parametrize(("start", "encoder"), [("pretrained", "float32"), ("frozen", "bfloat16")])
+def test_what_another_phase_left_and_nothing_trains_is_read_in_the_type_of_the_computation(make_run, tmp_path, start, encoder):
     third = np.float32(1 / 3)  # which bfloat16 rounds
     for name in ("pretrain_encoder", "pretrain_lm"):
         save_params(tmp_path / name / "params", {"a": np.full(2, third), "b": np.full(3, third)})
-    run = make_run(user_llm={"strategy": "enc"}, dtype="bfloat16")
+    run = make_run(user_llm={"strategy": "enc", "encoder_init": start}, dtype="bfloat16")
     create = lambda: Whole(nnx.Rngs(0))  # noqa: E731
     shapes = starting.kept("user_llm", run, RULES, trees.abstract(create)[1])
     place = lambda shapes: jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), shapes)  # noqa: E731
     found = trees.flatten(starting.init(run, create, RULES, shapes, place))
     assert {path: str(leaf.dtype) for path, leaf in found.items()} == {
-        "encoder/a": "float32", "encoder/b": "float32", "decoder/a": "bfloat16", "decoder/b": "bfloat16", "head": "float32",
+        "encoder/a": encoder, "encoder/b": encoder, "decoder/a": "bfloat16", "decoder/b": "bfloat16", "head": "float32",
     }  # fmt: skip
-    assert found["encoder/a"][0] == third and found["decoder/a"][0] == third.astype(ml_dtypes.bfloat16)
+    assert found["encoder/a"][0] == third.astype(encoder) and found["decoder/a"][0] == third.astype(ml_dtypes.bfloat16)

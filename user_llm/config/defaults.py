@@ -80,6 +80,11 @@ LOAD = (
 )
 
 
+# The LLM ranks by itself, as in the paper: it is drawn to the ranking of its encoder, which goes on training. By default it adds to
+# the ranking of its encoder, which stays as it is.
+ALONE = {"residual": False, "encoder_init": "pretrained", "loss.align": 1.0}
+
+
 def block(width: int, heads: int, mlp_width: int, *, dropout: float) -> dict:
     """One transformer layer, `nn.transformer.BlockConfig`."""
     return {
@@ -267,7 +272,7 @@ def contextualize(method: str, *, total_steps: int, eval_steps: int, **changes) 
         # The phase whose encoder it is, and whether its weights are that phase's (`pretrained`, or `frozen` if they are not to train) or
         # its shape alone (`scratch`).
         "encoder": "pretrain_encoder",
-        "encoder_init": "pretrained",
+        "encoder_init": "frozen",
         "batch_size": 8,
         "examples": {"max_events": 200, "targets_per_history": 16, "text_items": 0, "history": "titles"},
         # Prompts of so many histories, on average, share rows that hold `room` of the longest; 0 for a row for each prompt. Devices and
@@ -277,7 +282,7 @@ def contextualize(method: str, *, total_steps: int, eval_steps: int, **changes) 
         # cross_attention, soft_prompt or both.
         "injection": "cross_attention",
         # Whether items are ranked by the encoder's own query and what the LLM adds to it, zero at first; else by the LLM's alone.
-        "residual": False,
+        "residual": True,
         "cross": {"every": 2, "heads": 4, "head_dim": 32, "seat": "after_attention"},
         # Behind the instruction, whose K/V all users then share, or in front of the whole prompt.
         "soft_prompt": {"after_instruction": True},
@@ -287,7 +292,7 @@ def contextualize(method: str, *, total_steps: int, eval_steps: int, **changes) 
             "recency_buckets": 8,
         },
         "load": LOAD,
-        "loss": {"catalogue": 1.0, "align": 1.0, "trie_softmax": False, "teacher": 1.0, "all_words": 0.1, "chunk": 512},
+        "loss": {"catalogue": 1.0, "align": 0.0, "trie_softmax": False, "teacher": 1.0, "all_words": 0.1, "chunk": 512},
         # As for the encoder; the model directory ranks by the sum.
         "transitions": (),
         "eval": {"batch_size": 64, "validation_users": 1000, "generate_users": 0, "beams": 10, "guide": (), "rerank": 0,
@@ -305,6 +310,7 @@ def text_prompt(items: int, past: str, *, total_steps: int, eval_steps: int, max
         eval_steps=eval_steps,
         examples={"max_events": 0, "targets_per_history": 1, "text_items": items, "history": "titles"},
         prompts=prompts(past, max_tokens=max_tokens, history=past),
+        residual=False,
         **({"optimizer": optimizer(1e-3)} | changes),
     )
 
@@ -321,4 +327,4 @@ def with_bidirectional(phase: ConfigDict) -> dict:
 def with_fresh_encoder(phase: ConfigDict) -> dict:
     """Return what changes in a contextualization whose encoder starts from scratch: it learns as fast as the rest and teaches nothing."""
     rates = tuple(rule for rule in phase.optimizer.lr_multiplier if rule[0] != r"^encoder/")
-    return {"encoder_init": "scratch", "loss.align": 0.0, "optimizer.lr_multiplier": rates}
+    return ALONE | {"encoder_init": "scratch", "loss.align": 0.0, "optimizer.lr_multiplier": rates}

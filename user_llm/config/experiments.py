@@ -87,8 +87,10 @@ METHODS = {
 
 
 # Further phases that every experiment has at hand, by `--config.phases`: changes of user_llm, whose names are those of their
-# methods; `experiment` adds those that take more to say. They share the encoder and the LLM of the phases before them in the same run.
+# methods; `experiment` adds those that take more to say. In all of these the LLM ranks by itself, as in the paper (`defaults.ALONE`).
+# They share the encoder and the LLM of the phases before them in the same run.
 VARIANTS: dict[str, dict[str, Any]] = {
+    "user_llm_alone": {},
     "user_llm_soft_prompt": {"injection": "soft_prompt"},
     "user_llm_both": {"injection": "both"},
     "user_llm_every_layer": {"injection": "cross_attention", "cross.every": 1},
@@ -105,11 +107,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 # The paper's tables, each the phases that it compares besides the encoder and the LLM (launch/reproduce.sh).
 TABLES = {
     "text_prompts": ("user_llm", *TEXT_PROMPTS, "text_summary", "hybrid_10"),
-    "encoders": ("bert4rec", "dual_encoder", "user_llm", "user_llm_bert4rec", "user_llm_dual", "user_llm_scratch"),
-    "strategies": ("user_llm", "user_llm_lora", "user_llm_enc", "user_llm_proj"),
-    "injections": ("user_llm", "user_llm_soft_prompt", "user_llm_both", "user_llm_every_layer", "user_llm_before_block"),
-    "perceiver": ("user_llm", "user_llm_8_latents", "user_llm_32_latents", "user_llm_no_perceiver"),
-    "lengths": ("user_llm", "user_llm_50_events", "user_llm_100_events"),
+    "encoders": ("bert4rec", "dual_encoder", "user_llm_alone", "user_llm_bert4rec", "user_llm_dual", "user_llm_scratch"),
+    "strategies": ("user_llm_alone", "user_llm_lora", "user_llm_enc", "user_llm_proj"),
+    "injections": ("user_llm_alone", "user_llm_soft_prompt", "user_llm_both", "user_llm_every_layer", "user_llm_before_block"),
+    "perceiver": ("user_llm_alone", "user_llm_8_latents", "user_llm_32_latents", "user_llm_no_perceiver"),
+    "lengths": ("user_llm_alone", "user_llm_50_events", "user_llm_100_events"),
 }
 TABLES["all"] = tuple(dict.fromkeys(phase for phases in TABLES.values() for phase in phases))
 # What an open LLM gains by its users, beside the same LLM that reads titles, and as it came.
@@ -153,16 +155,19 @@ def experiment(dataset: str, method: str, variant: str) -> ConfigDict:
         for task, weight in facts["tasks"].items():
             config[name].prompts[task].weight = weight
         config[name].loop.total_steps = round(config[name].loop.total_steps * more)
-    variants: dict[str, tuple[str, dict[str, Any]]] = {name: ("user_llm", changes) for name, changes in VARIANTS.items()}
+    variants: dict[str, tuple[str, dict[str, Any]]] = {
+        name: ("user_llm", defaults.ALONE | changes) for name, changes in VARIANTS.items()
+    }
     plain = {"encoder.tower": False, "loss.in_batch": False}
     variants["plain_encoder"] = "pretrain_encoder", plain
     variants["bert4rec"] = "pretrain_encoder", {"encoder.objective": "masked"} | plain
     variants["dual_encoder"] = "pretrain_encoder", {"encoder.objective": "dual", "loss.negatives": 0} | plain
-    variants["user_llm_bert4rec"] = "user_llm", {"encoder": "bert4rec"} | defaults.with_bidirectional(config.user_llm)
-    variants["user_llm_dual"] = "user_llm", {"encoder": "dual_encoder"}
+    both_ways = defaults.with_bidirectional(config.user_llm)
+    variants["user_llm_bert4rec"] = "user_llm", defaults.ALONE | {"encoder": "bert4rec"} | both_ways
+    variants["user_llm_dual"] = "user_llm", defaults.ALONE | {"encoder": "dual_encoder"}
     variants["user_llm_scratch"] = "user_llm", {"encoder": "plain_encoder"} | defaults.with_fresh_encoder(config.user_llm)
     asked = {f"prompts.next_item.{key}": config.text_prompt_10.prompts.next_item[key] for key in ("instruction", "max_tokens")}
-    variants["hybrid_10"] = "user_llm", {"examples.text_items": 10} | asked
+    variants["hybrid_10"] = "user_llm", defaults.ALONE | {"examples.text_items": 10} | asked
     untrained = {"strategy": "none", "loss.catalogue": 0.0, "eval.generate_users": config.user_llm.eval.generate_users}
     variants["llm_text_prompt_10"] = "text_prompt_10", untrained
     variants["text_summary"] = "text_prompt_10", {"examples.history": "summary"}

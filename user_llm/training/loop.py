@@ -114,7 +114,7 @@ def run(
       pace: of the run that this phase is a part of; the phase's own alone if it is None.
 
     Returns:
-      The best parameters by the monitored metric, and the result rows measured with them.
+      The best trained parameters by the monitored metric, and the result rows measured with them.
 
     Raises:
       FloatingPointError: the loss became NaN or infinite.
@@ -261,9 +261,7 @@ def _train(
                 log.train(step, means, events_per_s=events / (now - since), run_left=pace.seconds_left())
                 pending, events, since = [], 0, now
         params = state.params
-        if progress.best_step == 0:  # which is never saved
-            params = initial_params(task, config, mesh)
-        elif progress.best_step not in (-1, step):
+        if progress.best_step not in (-1, step):
             params = checkpoints.restore_state(progress.best_step, state).params
     return params, progress.best_targets
 
@@ -283,13 +281,8 @@ def settle_steps(config: LoopConfig, task: Task) -> LoopConfig:
     return dataclasses.replace(config, total_steps=steps, total_epochs=0.0)
 
 
-def initial_params(task: Task, config: LoopConfig, mesh: Mesh) -> Params:
-    """Return the parameters at step 0, sharded over the mesh."""
-    return task.init(lambda shapes: meshes.shardings(config.sharding, shapes, mesh))
-
-
 def abstract_params(task: Task, config: LoopConfig, mesh: Mesh) -> Params:
-    """Return the shapes and shardings of what `initial_params` returns."""
+    """Return the shapes and shardings of the parameters."""
     return meshes.placed(task.shapes, meshes.shardings(config.sharding, task.shapes, mesh))
 
 
@@ -306,7 +299,7 @@ def initial_state(
     task: Task, config: LoopConfig, optimizer_config: OptimizerConfig, mesh: Mesh, seed: int
 ) -> tuple[TrainState, jax.stages.Wrapped]:
     """Return the state at step 0, sharded over the mesh, and the jitted train step."""
-    params = initial_params(task, config, mesh)
+    params = task.init(lambda shapes: meshes.shardings(config.sharding, shapes, mesh))
     step = jax.device_put(jnp.zeros((), jnp.int32), meshes.replicated(mesh))
     state, step_fn = _state_and_step(task, config, optimizer_config, mesh, seed, params, step, init_optimizer)
     logging.info("%s: %s", task.name, train_summary(state))
@@ -333,13 +326,19 @@ def _state_and_step(
 
 
 def _evaluate(task: Task, config: LoopConfig, state: TrainState, step: int, progress: Progress, log: MetricsLog) -> None:
-    """Measure on validation and update `progress`, in which larger is always better."""
+    """Measure on validation and update `progress`, in which larger is always better.
+
+    Parameters that no step has trained are measured too, but they are the best only of a phase that trains nothing: an LLM that adds to
+    the ranking of its encoder starts with that ranking, and knows nothing else of its users yet.
+    """
     metrics = task.evaluate(cast(state.params, jnp.dtype(config.dtype)))
     log.eval(step, metrics, targets_seen=progress.targets)
     if config.monitor not in metrics:
         raise ValueError(f"{task.name} cannot monitor {config.monitor!r}: it reports {', '.join(metrics)}.")
     value = metrics[config.monitor] * (1 if config.mode == "max" else -1)
     progress.evaluated_step = step
+    if step == 0 and config.total_steps:
+        return
     if value > progress.best_value:
         progress.best_step, progress.best_value, progress.stale_evals = step, value, 0
         progress.best_targets = progress.targets
