@@ -36,7 +36,8 @@ def ours(data: str, steps: int) -> dict:
     keep_freed()
     config = movielens_encoder.get_config("small")
     config.data.dir = data
-    config.encoder.tower = config.pretrain_encoder.loss.in_batch = False  # as the peer's encoder
+    # As the peer's encoder.
+    config.encoder.tower = config.pretrain_encoder.loss.in_batch = config.pretrain_encoder.optimizer.muon = False
     with tempfile.TemporaryDirectory() as work:
         read = check(config)
         run = Run(read, epath.Path(work), make_mesh(**vars(read.mesh)))

@@ -9,7 +9,7 @@ Parts, in order of worth, each with a limit of seconds of its own:
 | part | what it does |
 |---|---|
 | `smoke` | cuDNN's attention beside the reference, values and gradients; one step of each phase on a synthetic world |
-| `movielens` | configs/movielens_xattn.py:gpu on BROUGHT/data with BROUGHT/llm: encoder, `user_llm` by enc, full, lora and soft prompt, text prompts of 10 and 50 titles by lora, the LLM as it came |
+| `movielens` | configs/movielens_xattn.py:gpu on BROUGHT/data with BROUGHT/llm: encoder, `user_llm`, the LLM that ranks by itself by enc, lora and soft prompt, text prompts of 10 and 50 titles by lora, the LLM as it came |
 | `speed` | train steps of Qwen3 0.6B's shape by `full` and `lora`, and of a wide encoder (launch/benchmark.py --preset=gpu), with a profile of each |
 | `decode` | tokens per second at batch 1 and 32, and the share of the memory's bandwidth (launch/benchmark_decode.py --preset=gpu) |
 | `profile` | which operations the profiled steps spent their time in |

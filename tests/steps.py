@@ -45,7 +45,7 @@ def main() -> None:
     distributed.initialize()
     workdir, config = epath.Path(sys.argv[1]), tiny_config()
     config.data.streams = 2
-    config.user_llm.encoder_init = "scratch"
+    config.user_llm.encoder_init, config.user_llm.residual = "scratch", False
     config.user_llm.load = ((r".*", "fresh"),)
     read = check(config)
     dataset = open_dataset(read, workdir)

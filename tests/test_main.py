@@ -9,11 +9,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from absl.testing import flagsaver
 from etils import epath
 
 from user_llm import experiment, main
+from user_llm.common import trees
 from user_llm.config.check import check as check_config
 from user_llm.config.llms import LLMS
 
@@ -55,6 +58,16 @@ def finished(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("phase", ["user_llm", "text_prompt_10"])
 def test_the_model_alone_answers_every_test_user_as_the_evaluation_did(finished, tmp_path, phase):
     check_served(finished, _tiny(), tmp_path, phase)
+
+
+@pytest.mark.slow
+def test_the_pretrained_encoder_stays_as_it_is_and_the_rest_trains(finished):
+    with ocp.StandardCheckpointer() as checkpointer:
+        read = lambda phase: trees.flatten(checkpointer.restore(finished / phase / "params"))  # noqa: E731
+        own, pretrained = read("user_llm"), read("pretrain_encoder")
+    encoder = {path.removeprefix("encoder/"): a for path, a in own.items() if path.startswith("encoder/")}
+    assert encoder and all(np.array_equal(a, pretrained[path]) for path, a in encoder.items())
+    assert np.abs(own["item_head"]).max() > 0  # which starts at zero
 
 
 @pytest.mark.slow
@@ -304,7 +317,7 @@ def test_a_table_is_reproduced_by_one_command_and_not_run_again(tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
         report = (tmp_path / "out" / "report" / "report.md").read_text()
         compared = report.split("compared")[1]
-        for method in ("user_llm", "user_llm_50_events", "user_llm_100_events", "encoder", "popularity"):
+        for method in ("user_llm_alone", "user_llm_50_events", "user_llm_100_events", "encoder", "popularity"):
             assert re.search(rf"\| {method} \| .* \| 60 \| 1 \|", compared)
     assert "user_llm_100_events: finished earlier" in done.stderr
     unknown = subprocess.run(["launch/reproduce.sh", "nothing"], cwd=ROOT, env=settings, capture_output=True, text=True)

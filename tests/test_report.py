@@ -306,6 +306,14 @@ def test_methods_are_compared_on_the_same_users_of_all_seeds(tmp_path):
     assert "| user_llm_lora | 0.0000 | 0.0000 to 0.0000 | -1.0000 | -1.0000 to -1.0000 | 2 | 1 |" in report
 
 
+def test_without_the_default_method_the_others_are_compared_with_the_llm_that_ranks_by_itself(tmp_path):
+    methods = {name: ([1, 2], [0, 1]) for name in ("encoder", "user_llm_alone", "user_llm_lora")}
+    run = with_values(make_run(tmp_path / "run", values={"popularity": 0.1}), 0, methods)
+    assert (
+        "| method | recall@10 | 95% | against user_llm_alone | 95% | n |" in write_report(run, out=tmp_path / "out").read_text()
+    )
+
+
 def test_one_method_alone_is_compared_with_nothing(tmp_path):
     run = with_values(make_run(tmp_path / "run"), 0, {"counting": ([1, 2], [1, 0])}, metric="accuracy", task="favorite")
     assert "compared" not in write_report(run).read_text()

@@ -175,9 +175,10 @@ WRONG = [
     ({"user_llm.load": ((".*", "lm"),)}, "user_llm.load[0][1]='lm': choose fresh, the name of a phase."),
     ({"user_llm.load": ((".*", "checkpoint"),)}, "user_llm.load[0][1]='checkpoint': choose fresh, the name of a phase."),
     ({"user_llm.encoder_init": "scratch", "user_llm.loss.align": 1.0}, "user_llm.loss.align=1.0: an encoder from scratch teaches nothing: set it to 0."),
+    ({"user_llm.encoder_init": "scratch"}, "user_llm.residual=True: an encoder from scratch ranks nothing yet that an LLM could add to: "),
     (
         {"user_llm.encoder_init": "scratch", "user_llm.encoder": "dual_encoder"},
-        "user_llm.encoder_init='scratch': the item tower of its encoder comes pretrained: set it to pretrained.",
+        "user_llm.encoder_init='scratch': the item tower of its encoder comes pretrained: set it to frozen or pretrained.",
     ),
     (
         {"user_llm.encoder_init": "scratch", "user_llm.strategy": "proj"},
@@ -226,7 +227,9 @@ def test_settings_that_mean_something_pass(changes):
 def test_an_encoder_of_another_kind_has_no_tower():
     """Its section has the key `tower` all the same, which is not read."""
     check(
-        changed({"encoder.kind": "mine", "encoder.tower": True, "user_llm.encoder_init": "scratch"}),
+        changed(
+            {"encoder.kind": "mine", "encoder.tower": True, "user_llm.encoder_init": "scratch", "user_llm.residual": False}
+        ),
         encoders=("transformer", "mine"),
     )
 

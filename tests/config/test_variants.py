@@ -38,6 +38,28 @@ def test_variants_follow_what_is_said_of_the_phase_that_they_are_like_where_they
     assert config.contextual("user_llm_lora").method == "user_llm_lora"
 
 
+def test_the_llm_ranks_by_itself_in_the_papers_tables_and_is_the_base_of_each():
+    tables = {name: experiments.TABLES[name] for name in ("encoders", "strategies", "injections", "perceiver", "lengths")}
+    phases = {phase for table in tables.values() for phase in table}
+    config = _read(("user_llm", *sorted(phases)))
+    for phase in phases & {name for name in config.sections if name.startswith("user_llm")}:
+        found = config.contextual(phase)
+        start = "scratch" if phase == "user_llm_scratch" else "pretrained"
+        assert (found.residual, found.encoder_init, found.loss.align) == (False, start, 0.0 if start == "scratch" else 1.0), (
+            phase
+        )
+    assert all("user_llm_alone" in table and "user_llm" not in table for table in tables.values())
+    own = config.contextual("user_llm")
+    assert (own.residual, own.encoder_init, own.loss.align) == (True, "frozen", 0.0)
+
+
+def test_muon_moves_the_encoder_where_it_was_tried_and_no_other():
+    config = _read(("pretrain_encoder", "plain_encoder", "bert4rec", "dual_encoder", "user_llm", "text_prompt_10"))
+    assert {name for name in config.phases if config.sections[name].optimizer.muon} == {"pretrain_encoder"}
+    elsewhere = read_config(experiments.experiment("amazon", "xattn", "small"))
+    assert not any(section.optimizer.muon for section in elsewhere.sections.values())
+
+
 def test_a_variant_of_a_variant_and_a_section_that_is_there():
     plain = {"a": {"task": "t", "x": {"y": 1, "z": 2}}, "phases": ("c", "d"), "d": {"task": "own"}}
     variants = {

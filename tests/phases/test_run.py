@@ -61,7 +61,7 @@ def test_the_optimizer_trains_what_the_strategy_says(make_run):
     assert found.learning_rate == 0.5 and found.trainable == run.config.strategies["proj"].trainable
 
 
-@pytest.mark.parametrize("strategy", ["full", "lora", "enc", "proj", "all"])
+@pytest.mark.parametrize("strategy", ["full", "lora", "enc", "all"])
 def test_a_frozen_encoder_is_all_that_a_strategy_trains_less(make_run, strategy):
     paths = (
         "encoder/item",

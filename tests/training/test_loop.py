@@ -87,7 +87,9 @@ def test_half_precision_keeps_frozen_parameters_in_it_and_trained_ones_in_float3
     task = tiny.make_task(evaluate=evaluate, results=results)
     params, rows = tiny.run(tmp_path, task, total_steps=3, eval_steps=3, dtype="bfloat16")
     assert len(seen) == 3 and all(set(dtypes.values()) == {"bfloat16"} for dtypes in seen)
-    assert rows == [tiny.row("accuracy", 0.0) | {"targets_seen": 48}]  # of the step that is no better than the start, but trained
+    assert rows == [
+        tiny.row("accuracy", 0.0) | {"targets_seen": 48}
+    ]  # of the step that is no better than the start, but trained
 
     config = dataclasses.replace(tiny.LOOP, dtype="bfloat16")
     mesh = meshes.make_mesh(devices=jax.devices("cpu")[:1])
@@ -217,6 +219,22 @@ def test_a_signal_saves_and_the_next_run_goes_on(tmp_path, uninterrupted, caplog
     assert said == [f"tiny: {number.name}, saved at step 5; the same command goes on from there."]
     assert _checkpoints(tmp_path)[-1] == 5
     _assert_same(tmp_path, tiny.run(tmp_path), uninterrupted)
+
+
+def test_a_checkpoint_whose_best_were_untrained_parameters_goes_on_to_trained_ones(tmp_path, monkeypatch):
+    """An older run could say so; what it said was best is not there, and does not stand in the way of what is."""
+    with pytest.raises(Preempted):
+        tiny.run(tmp_path, tiny.make_task(count_events=tiny.signal_at(5, signal.SIGTERM)))
+    restore = Checkpointer.restore
+
+    def older(self, step, state):
+        state, record = restore(self, step, state)
+        return state, record | {"best_step": 0, "best_value": 1e9}
+
+    monkeypatch.setattr(Checkpointer, "restore", older)
+    _, rows = tiny.run(tmp_path)
+    measured = {row["step"]: row["accuracy"] for row in _metrics(tmp_path) if row["kind"] == "eval" and row["step"] > 5}
+    assert rows[0]["value"] == max(measured.values())
 
 
 def test_a_run_with_muon_goes_on_after_a_signal(tmp_path, monkeypatch):

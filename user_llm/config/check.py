@@ -193,6 +193,12 @@ def _scratch_conflicts(run: Config, phase: Contextualize, encoder: Encoder) -> I
     if phase.loss.align:
         yield "loss.align", phase.loss.align, "an encoder from scratch teaches nothing: set it to 0"
     if encoder.kind in ENCODERS and (encoder.tower or encoder.objective == "dual"):
-        yield "encoder_init", phase.encoder_init, "the item tower of its encoder comes pretrained: set it to pretrained"
+        yield (
+            "encoder_init",
+            phase.encoder_init,
+            "the item tower of its encoder comes pretrained: set it to frozen or pretrained",
+        )
     if not _trains(run, phase, "encoder/project"):
         yield "strategy", phase.strategy, "it would leave an encoder from scratch untrained: choose another"
+    if phase.residual:
+        yield "residual", True, "an encoder from scratch ranks nothing yet that an LLM could add to: set it to False"

@@ -304,15 +304,16 @@ def contextualize(method: str, *, total_steps: int, eval_steps: int, **changes) 
 
 def text_prompt(items: int, past: str, *, total_steps: int, eval_steps: int, max_tokens: int, **changes) -> ConfigDict:
     """The baseline: the same decoder reads the last `items` titles as text, after the line `past`; no encoder."""
-    return contextualize(
+    phase = contextualize(
         f"text_prompt_{items}",
         total_steps=total_steps,
         eval_steps=eval_steps,
         examples={"max_events": 0, "targets_per_history": 1, "text_items": items, "history": "titles"},
         prompts=prompts(past, max_tokens=max_tokens, history=past),
-        residual=False,
         **({"optimizer": optimizer(1e-3)} | changes),
     )
+    phase.update_from_flattened_dict(ALONE)
+    return phase
 
 
 def with_bidirectional(phase: ConfigDict) -> dict:

@@ -158,7 +158,7 @@ def experiment(dataset: str, method: str, variant: str) -> ConfigDict:
     variants: dict[str, tuple[str, dict[str, Any]]] = {
         name: ("user_llm", defaults.ALONE | changes) for name, changes in VARIANTS.items()
     }
-    plain = {"encoder.tower": False, "loss.in_batch": False}
+    plain = {"encoder.tower": False, "loss.in_batch": False, "optimizer.muon": False}
     variants["plain_encoder"] = "pretrain_encoder", plain
     variants["bert4rec"] = "pretrain_encoder", {"encoder.objective": "masked"} | plain
     variants["dual_encoder"] = "pretrain_encoder", {"encoder.objective": "dual", "loss.negatives": 0} | plain
@@ -167,7 +167,7 @@ def experiment(dataset: str, method: str, variant: str) -> ConfigDict:
     variants["user_llm_dual"] = "user_llm", defaults.ALONE | {"encoder": "dual_encoder"}
     variants["user_llm_scratch"] = "user_llm", {"encoder": "plain_encoder"} | defaults.with_fresh_encoder(config.user_llm)
     asked = {f"prompts.next_item.{key}": config.text_prompt_10.prompts.next_item[key] for key in ("instruction", "max_tokens")}
-    variants["hybrid_10"] = "user_llm", defaults.ALONE | {"examples.text_items": 10} | asked
+    variants["hybrid_10"] = "user_llm", {"examples.text_items": 10} | asked
     untrained = {"strategy": "none", "loss.catalogue": 0.0, "eval.generate_users": config.user_llm.eval.generate_users}
     variants["llm_text_prompt_10"] = "text_prompt_10", untrained
     variants["text_summary"] = "text_prompt_10", {"examples.history": "summary"}
@@ -243,7 +243,7 @@ def gpu(config: ConfigDict, facts: dict) -> None:
 def cpu(config: ConfigDict, facts: dict) -> None:
     """Fill in the sizes for 2 CPU cores and an open LLM, of which all methods see some 20,000 targets, 64 a step, if they go on so long.
 
-    Each is evaluated every 1,280 targets, and ends where validation has not risen for three evaluations.
+    Each is evaluated every 5,120 targets, and ends where validation has not risen for three evaluations.
     """
     small(config, facts)
     few = facts["small"] is TINY  # of events in a history
@@ -258,7 +258,7 @@ def cpu(config: ConfigDict, facts: dict) -> None:
         # Few users write titles and reviews: on CPU, writing for 300 of them took longer than all training (BUILD_NOTES: "SmolLM2-135M on Gift Cards").
         phase.eval.update(batch_size=32, validation_users=300, generate_users=100, control_users=100, review_users=50)
         phase.eval.update(guide=(0.5, 0.9))
-        phase.loop.update(total_steps=320, eval_steps=20, save_steps=20, patience_evals=3)
+        phase.loop.update(total_steps=320, eval_steps=80, save_steps=80, patience_evals=3)
     for name in TEXT_PROMPTS:
         config[name].strategy = "lora"
 

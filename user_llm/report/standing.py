@@ -11,7 +11,7 @@ from user_llm.evals.measured import Measured
 from user_llm.report.markdown import Markdown, listed, say, table
 from user_llm.report.runs import Seen
 
-REFERENCE = "user_llm"  # what the other methods are compared with
+REFERENCES = ("user_llm", "user_llm_alone")  # the other methods are compared with the first of these that there is
 COMPARED = ("recall@10", "accuracy", "rouge1")  # by the first of these that a task has
 LOWER_IS_BETTER = ("loss", "perplexity")
 MARK = "†"  # beside a method that was measured on other users than the reference
@@ -67,7 +67,7 @@ def standings(
         method: {seed: one for seed, one in sorted(measured.get(method, {}).items()) if metric in one.values} for method in rows
     }
     full = [method for method, seeds in known.items() if seeds]
-    reference = next((method for method in (REFERENCE, *full, *rows) if method in (full or rows)), REFERENCE)
+    reference = next((method for method in (*REFERENCES, *full, *rows) if method in (full or rows)), REFERENCES[0])
     out = [_standing(metric, method, reference, rows, known) for method in rows]
     return sorted(out, key=lambda one: one.value if metric in LOWER_IS_BETTER else -one.value)
 
