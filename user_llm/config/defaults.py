@@ -59,7 +59,7 @@ STRATEGIES = {
     "proj": {"adapters": False, "trainable": (USER_SIDE, BARE_LLM, FROZEN_ENCODER, OTHER_PARTS)},
 }
 
-# The pretrained encoder moves slowly, the gates, which start shut, quickly.
+# A pretrained encoder moves slowly where it trains, the gates, which start shut, quickly.
 CONTEXTUAL_LEARNING_RATES = ((r"^encoder/", 0.1), (r"cross/gate$", 10.0), (ANY_PART, 1.0))
 
 # The same where the LLM is an open one, which a rate made for weights from scratch would undo.

@@ -36,7 +36,8 @@ DATASETS: dict[str, dict[str, Any]] = {
         "past": "Films this user watched, in order:",
         "labels": {"feature": "genres", "whole": False},
         "tasks": {},
-        # What paid on this set, three seeds; on Gift Cards the tower and the negatives of the batch made no difference.
+        # Tower and negatives of the batch together, and Muon, paid with three seeds; titles within the trie were tried with two. On Gift
+        # Cards the tower and the negatives made no difference.
         "small": {
             "encoder.tower": True,
             "pretrain_encoder.loss.in_batch": True,
@@ -87,7 +88,7 @@ METHODS = {
 
 
 # Further phases that every experiment has at hand, by `--config.phases`: changes of user_llm, whose names are those of their
-# methods; `experiment` adds those that take more to say. In all of these the LLM ranks by itself, as in the paper (`defaults.ALONE`).
+# methods; `experiment` adds those that take more to say. In those that stand here the LLM ranks by itself, as in the paper (`ALONE`).
 # They share the encoder and the LLM of the phases before them in the same run.
 VARIANTS: dict[str, dict[str, Any]] = {
     "user_llm_alone": {},
@@ -174,7 +175,7 @@ def experiment(dataset: str, method: str, variant: str) -> ConfigDict:
     for name, (like, changes) in variants.items():
         config.variants[name] = ConfigDict({"like": like, "changes": nested({"method": name} | changes)})
     if method == "softprompt":
-        config.user_llm.update(injection="soft_prompt", method="user_llm_soft_prompt")
+        config.user_llm.update(injection="soft_prompt", method="user_llm_soft")  # not the LLM alone, `user_llm_soft_prompt`
     return config
 
 
@@ -243,7 +244,7 @@ def gpu(config: ConfigDict, facts: dict) -> None:
 def cpu(config: ConfigDict, facts: dict) -> None:
     """Fill in the sizes for 2 CPU cores and an open LLM, of which all methods see some 20,000 targets, 64 a step, if they go on so long.
 
-    Each is evaluated every 5,120 targets, and ends where validation has not risen for three evaluations.
+    Each is evaluated every 5,120 targets. Longer phases, as those of several tasks, end where validation has not risen for three evaluations.
     """
     small(config, facts)
     few = facts["small"] is TINY  # of events in a history

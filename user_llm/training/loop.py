@@ -197,7 +197,7 @@ def _train(
     if step:
         state, record = checkpoints.restore(step, state)
         progress = Progress(**record)
-        if progress.best_step == 0 and config.total_steps:  # as an older run took parameters that no step had trained
+        if progress.best_step == 0 and config.total_steps:  # older runs could name the start; it no longer counts
             progress.best_step, progress.best_value = -1, float("-inf")
         data.set_state(progress.data)
         logging.info("%s: resuming at step %d", task.name, step)
