@@ -52,6 +52,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem not in LONG)
 
 
+# A process may map so many regions of memory, 65,530 by Linux' default; each compiled program takes several, and XLA aborts without one.
+MAPPED, MANY = Path("/proc/self/maps"), 20_000
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Drop the programs that earlier files have compiled, where they take many regions of memory."""
+    if nextitem is not None and nextitem.path != item.path and MAPPED.exists() and MAPPED.read_bytes().count(b"\n") > MANY:
+        jax.clear_caches()
+
+
 def pytest_collection_finish() -> None:
     """What is imported by now stays; tracing makes many objects that need no collector."""
     gc.freeze()
