@@ -237,6 +237,21 @@ def test_a_checkpoint_whose_best_were_untrained_parameters_goes_on_to_trained_on
     assert rows[0]["value"] == max(measured.values())
 
 
+def test_an_ended_run_whose_best_were_untrained_parameters_is_measured_with_its_last_and_their_targets(tmp_path, monkeypatch):
+    params, _ = tiny.run(tmp_path, total_steps=4, eval_steps=4)
+    (tmp_path / "results.json").unlink()
+    restore = Checkpointer.restore
+
+    def older(self, step, state):
+        state, record = restore(self, step, state)
+        return state, record | {"best_step": 0, "best_value": 1e9, "best_targets": 0}
+
+    monkeypatch.setattr(Checkpointer, "restore", older)
+    again, rows = tiny.run(tmp_path, total_steps=4, eval_steps=4)
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    assert rows[0]["targets_seen"] == [row["targets_seen"] for row in _metrics(tmp_path) if row["kind"] == "eval"][-1] > 0
+
+
 def test_a_run_with_muon_goes_on_after_a_signal(tmp_path, monkeypatch):
     """Muon moves one matrix, Adam the other."""
     muon = dataclasses.replace(tiny.OPTIMIZER, muon=True, matrices=((r"head", (1, 1)), (r".*", ())))

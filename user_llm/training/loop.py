@@ -198,7 +198,7 @@ def _train(
         state, record = checkpoints.restore(step, state)
         progress = Progress(**record)
         if progress.best_step == 0 and config.total_steps:  # older runs could name the start; it no longer counts
-            progress.best_step, progress.best_value = -1, float("-inf")
+            progress.best_step, progress.best_value, progress.best_targets = -1, float("-inf"), progress.targets
         data.set_state(progress.data)
         logging.info("%s: resuming at step %d", task.name, step)
         pace.resume(task.name, step / config.total_steps)
