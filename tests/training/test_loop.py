@@ -169,6 +169,17 @@ def test_patience_ends_training_after_so_many_evaluations_without_a_best(tmp_pat
     assert log.count("evaluate") == 4 and log.count("step") == 3
 
 
+@pytest.mark.parametrize(("patience", "last"), [(2, 3), (0, 4)])
+def test_the_last_step_is_kept_if_the_config_says_so_whatever_was_best(tmp_path, patience, last):
+    """Training ends by its length or by patience, which still watches the metric."""
+    task = _scripted([0, 9, 5, 6, 7])
+    params, rows = tiny.run(tmp_path, task, total_steps=4, eval_steps=1, patience_evals=patience, keep="last")
+    measured = {row["step"]: row["head"] for row in _metrics(tmp_path) if row["kind"] == "eval"}
+    assert max(measured) == last and len({measured[step] for step in range(1, last + 1)}) == last
+    assert float(params["head"][0, 0]) == rows[0]["value"] == measured[last]
+    assert rows[0]["targets_seen"] == last and _checkpoints(tmp_path) == [last]
+
+
 def test_a_length_in_epochs_is_turned_into_steps(tmp_path):
     """The tiny task has 5 steps an epoch."""
     log = []

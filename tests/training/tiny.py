@@ -34,7 +34,7 @@ VOCAB, WIDTH, SEED = 11, 8, 5
 EVERYTHING = ((r".*", True),)
 LOOP = LoopConfig(
     total_steps=12, total_epochs=0, eval_steps=4, save_steps=2, log_steps=1, monitor="accuracy", mode="max", patience_evals=0,
-    dtype="float32", accumulation_steps=1, sharding=((r".*", ()),),
+    keep="best", dtype="float32", accumulation_steps=1, sharding=((r".*", ()),),
 )  # fmt: skip
 OPTIMIZER = OptimizerConfig(
     learning_rate=0.3, warmup_steps=2, schedule="cosine", weight_decay=0.01, clip_norm=1.0, b1=0.9, b2=0.98,

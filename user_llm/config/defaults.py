@@ -81,8 +81,11 @@ LOAD = (
 
 
 # The LLM ranks by itself, as in the paper: it is drawn to the ranking of its encoder, which goes on training. By default it adds to
-# the ranking of its encoder, which stays as it is.
-ALONE = {"residual": False, "encoder_init": "pretrained", "loss.align": 1.0}
+# the ranking of its encoder, which stays as it is: then the ranking hardly changes with training, and what the LLM writes goes on
+# getting better, so that the last step is kept and titles weigh as much as the ranking.
+ALONE = {
+    "residual": False, "encoder_init": "pretrained", "loss.align": 1.0, "prompts.next_item.text": 0.2, "loop.keep": "best",
+}  # fmt: skip
 
 
 def block(width: int, heads: int, mlp_width: int, *, dropout: float) -> dict:
@@ -103,13 +106,13 @@ def optimizer(learning_rate: float, **changes) -> dict:
     } | changes  # fmt: skip
 
 
-def loop(total_steps: int, eval_steps: int, *, monitor: str, mode: str = "max", patience_evals: int = 0) -> dict:
+def loop(total_steps: int, eval_steps: int, *, monitor: str, **changes) -> dict:
     """How long and how often, `training.loop.LoopConfig`."""
     return {
         "total_steps": total_steps, "total_epochs": 0.0, "eval_steps": eval_steps, "save_steps": eval_steps, "log_steps": 20,
-        "monitor": monitor, "mode": mode, "patience_evals": patience_evals, "dtype": "float32", "accumulation_steps": 1,
+        "monitor": monitor, "mode": "max", "patience_evals": 0, "keep": "best", "dtype": "float32", "accumulation_steps": 1,
         "sharding": SHARDING,
-    }  # fmt: skip
+    } | changes  # fmt: skip
 
 
 def base() -> ConfigDict:
@@ -249,7 +252,7 @@ def prompts(instruction: str, *, max_tokens: int, max_title_tokens: int = 24, hi
     asked = {"instruction": history, "weight": 0.0, "text": 1.0}
     return {
         "max_title_tokens": max_title_tokens,
-        "next_item": {"instruction": instruction, "max_tokens": max_tokens, "weight": 1.0, "text": 0.2},
+        "next_item": {"instruction": instruction, "max_tokens": max_tokens, "weight": 1.0, "text": 1.0},
         "favorite": asked | {
             "question": "Favorite of this user:", "max_tokens": max_tokens + 32, "max_target_tokens": 24,
         },
@@ -298,7 +301,7 @@ def contextualize(method: str, *, total_steps: int, eval_steps: int, **changes) 
         "eval": {"batch_size": 64, "validation_users": 1000, "generate_users": 0, "beams": 10, "guide": (), "rerank": 0,
                  "review_users": 500, "bert_score": "", "control_users": 500, "samples": 3, "pad_whole": False},
         "optimizer": optimizer(1e-3, lr_multiplier=CONTEXTUAL_LEARNING_RATES),
-        "loop": loop(total_steps, eval_steps, monitor="ndcg@10", patience_evals=8),
+        "loop": loop(total_steps, eval_steps, monitor="ndcg@10", patience_evals=8, keep="last"),
     } | changes)  # fmt: skip
 
 

@@ -56,6 +56,7 @@ class Loop:
     monitor: Text
     mode: Literal["min", "max"]
     patience_evals: CountOrZero
+    keep: Literal["best", "last"]
     dtype: Literal["float32", "bfloat16"]
     accumulation_steps: Count
     sharding: tuple[tuple[Regex, tuple[Literal["data", "fsdp", "tensor"] | None, ...]], ...]

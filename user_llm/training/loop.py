@@ -48,8 +48,9 @@ class LoopConfig:
     Attributes:
       total_steps, eval_steps, save_steps, log_steps: in optimizer steps. Saves also happen after each evaluation.
       total_epochs: how long in passes over the training data instead, with `total_steps` 0.
-      monitor, mode: the validation metric that chooses the best parameters, and whether `max` or `min` is best.
+      monitor, mode: the validation metric that is watched, and whether `max` or `min` is best.
       patience_evals: stop after this many evaluations without a new best; 0 never stops early.
+      keep: which trained parameters the phase leaves: the `best` by that metric, or the `last`.
       dtype: in which training and evaluation compute. Trained parameters are kept in float32 and cast at every step. Frozen ones are kept
         in `dtype`, or in the checkpoint's type if that takes fewer bytes (`nn/stored.py`).
       accumulation_steps: into how many parts, computed one after the other, each batch is split. The gradient is the whole batch's,
@@ -65,6 +66,7 @@ class LoopConfig:
     monitor: str
     mode: str
     patience_evals: int
+    keep: str
     dtype: str
     accumulation_steps: int
     sharding: Rules
@@ -77,7 +79,9 @@ class Progress:
     Attributes:
       targets: so many training targets the parameters have seen, with those of the phases that taught them (`Task.taught_by`); None
         where nobody knows, as after a checkpoint or a phase that does not say it.
-      best_targets: so many they had seen at the best step.
+      best_step: the step whose parameters the phase would leave if it ended now: the best one, or the last one that was evaluated.
+      best_targets: so many they had seen at that step.
+      best_value: the best of the monitored metric, whatever step is kept.
     """
 
     targets: int | None = None
@@ -114,7 +118,7 @@ def run(
       pace: of the run that this phase is a part of; the phase's own alone if it is None.
 
     Returns:
-      The best trained parameters by the monitored metric, and the result rows measured with them.
+      The trained parameters that the phase keeps, and the result rows measured with them.
 
     Raises:
       FloatingPointError: the loss became NaN or infinite.
@@ -184,7 +188,7 @@ def _train(
     """Train from the last checkpoint on; `check` refuses a directory that was removed.
 
     Returns:
-      The best parameters, and how many training targets they have seen, None if nobody knows.
+      The parameters that the phase keeps, and how many training targets they have seen, None if nobody knows.
     """
     state, step_fn = initial_state(task, config, optimizer_config, mesh, seed)
     if not jax.tree.leaves(state.trainable):  # a phase that measures and trains nothing
@@ -229,7 +233,8 @@ def _train(
                 if pending:
                     log.check_finite(step, {k: progress.unlogged[-1][k] for k in ("loss", "grad_norm")})
                 check()
-                metric = progress.best_value if progress.best_step == step else None
+                worth = float(step) if config.keep == "last" else progress.best_value
+                metric = worth if progress.best_step == step else None
                 # Streams that processes share are the same in each.
                 progress.data = {number: place for found in gather(data.get_state()) for number, place in found.items()}
                 checkpoints.save(step, state, dataclasses.asdict(progress), metric)
@@ -330,7 +335,7 @@ def _state_and_step(
 def _evaluate(task: Task, config: LoopConfig, state: TrainState, step: int, progress: Progress, log: MetricsLog) -> None:
     """Measure on validation and update `progress`, in which larger is always better.
 
-    Parameters that no step has trained are measured too, but they are the best only of a phase that trains nothing: an LLM that adds to
+    Parameters that no step has trained are measured too, but only a phase that trains nothing keeps them: an LLM that adds to
     the ranking of its encoder starts with that ranking, and knows nothing else of its users yet.
     """
     metrics = task.evaluate(cast(state.params, jnp.dtype(config.dtype)))
@@ -341,11 +346,11 @@ def _evaluate(task: Task, config: LoopConfig, state: TrainState, step: int, prog
     progress.evaluated_step = step
     if step == 0 and config.total_steps:
         return
-    if value > progress.best_value:
-        progress.best_step, progress.best_value, progress.stale_evals = step, value, 0
-        progress.best_targets = progress.targets
-    else:
-        progress.stale_evals += 1
+    better = value > progress.best_value
+    progress.best_value = max(value, progress.best_value)
+    progress.stale_evals = 0 if better else progress.stale_evals + 1
+    if better or config.keep == "last":
+        progress.best_step, progress.best_targets = step, progress.targets
 
 
 def train_summary(state: TrainState) -> str:
