@@ -32,7 +32,7 @@ from user_llm.data.pipeline import history_batches  # noqa: E402
 from user_llm.data.schema import Schema  # noqa: E402
 from user_llm.data.timelines import Catalogue, Timelines  # noqa: E402
 from user_llm.evals.ranking import target_ranks  # noqa: E402
-from user_llm.models.content import LENGTHS, Content  # noqa: E402
+from user_llm.models.content import Content  # noqa: E402
 from user_llm.models.user_encoder import UserEncoderConfig  # noqa: E402
 from user_llm.phases import pretrain_encoder  # noqa: E402
 from user_llm.phases.run import Run  # noqa: E402
@@ -133,10 +133,10 @@ def _without(data: Dataset, known: int) -> Dataset:
 def grown(config: UserEncoderConfig, params: Params, data: Parted) -> tuple[UserEncoderConfig, Params]:
     """Return the encoder with rows for all items; those that training has not seen are placed by their contents."""
     known, catalogue = len(data.train.timelines.catalogue.keys), data.whole.timelines.catalogue
-    config = dataclasses.replace(config, schema=data.whole.timelines.schema)
+    config = dataclasses.replace(config, schema=data.whole.timelines.schema, trained_items=known - 1)
     table = np.zeros((config.table_rows, config.width), np.float32)
     table[:known] = np.asarray(params["item"])[:known]
-    content = Content.fit(catalogue, table[:known], data.train.train_counts, LENGTHS[config.has_tower])
+    content = Content.fit(catalogue, table[:known], data.train.train_counts)
     table[known : len(catalogue.keys)] = content.place(catalogue, known)
     params = params | {"item": jnp.asarray(table)}
     if config.has_tower:

@@ -24,14 +24,14 @@ def test_contents_are_categories_and_words():
 
 
 def test_a_new_item_lies_where_items_of_its_category_lie():
-    """With many items of each category, a placed item is LENGTHS[False] times the vector of its category's items."""
+    """With many items of each category, a placed item is LENGTH times the vector of its category's items."""
     genres = [1, 2] * 200
     known = catalogue([f"t{n}" for n in range(400)], genres)
     table = np.array([[0.0, 0.0], *([2.0, 0.0] if genre == 1 else [0.0, 4.0] for genre in genres)])
     fitted = Content.fit(known, table, np.array([0, *[10_000] * 400]))
     grown = catalogue([*known.titles[1:], "unheard", "of"], [*genres, 1, 2])
     placed = fitted.place(grown, 401)
-    np.testing.assert_allclose(placed, content.LENGTHS[False] * np.array([[2, 0], [0, 4]]), atol=0.15)
+    np.testing.assert_allclose(placed, content.LENGTH * np.array([[2, 0], [0, 4]]), atol=0.15)
 
 
 def test_items_without_events_say_nothing(monkeypatch):

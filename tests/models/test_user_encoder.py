@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ from flax import nnx
 
 from user_llm.common import trees
 from user_llm.data.schema import Feature, Schema
-from user_llm.models.user_encoder import OBJECTIVES, UserEncoder, UserEncoderConfig
+from user_llm.models.user_encoder import OBJECTIVES, READ, UserEncoder, UserEncoderConfig
 from user_llm.nn.transformer import BlockConfig
 from user_llm.nn.visibility import causal_mask, segment_mask
 
@@ -235,6 +236,25 @@ def test_a_bag_is_the_mean_of_its_members(drawn):
     np.testing.assert_allclose(embedded[:, 12:16], expected, atol=1e-6)
     others = [params["item"][5], params["features"]["rating"][3], params["features"]["gap"][7]]
     np.testing.assert_allclose(embedded[0, [*range(12), *range(16, 20)]], np.concatenate(others), atol=1e-6)
+
+
+def test_events_read_the_rows_of_items_that_came_after_training_longer_and_scores_do_not(drawn):
+    """The features of the events stay as they are."""
+    events = np.full((1, 3, EVENTS.shape[-1]), 3)
+    events[0, :, 0] = [8, 9, 11]
+    (graphdef, params), (later, _) = (drawn(_create(dataclasses.replace(CONFIG, trained_items=n))) for n in (0, 8))
+    longer = params | {"item": params["item"].at[9:].multiply(READ)}
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(graphdef, params):
+        encoder = trees.merge(graphdef, params)
+        return encoder.embed(events), encoder.score(jnp.ones((1, 8)))
+
+    (embedded, scores), (plain, same) = run(later, params), run(graphdef, params)
+    np.testing.assert_allclose(embedded, run(graphdef, longer)[0], atol=1e-5)
+    np.testing.assert_array_equal(scores, same)
+    moved = np.abs(embedded - plain).max(-1)[0]
+    assert moved[0] == 0 and (moved[1:] > 1e-3).all()
 
 
 def test_scores_are_products_with_the_item_table_and_pad_is_never_found(drawn):

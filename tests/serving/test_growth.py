@@ -18,8 +18,8 @@ from tiny_models import Made, variants
 import user_llm
 from user_llm.common import trees
 from user_llm.common.mesh import fetch
-from user_llm.models.content import Content
 from user_llm.models.item_rows import table_path
+from user_llm.models.user_encoder import READ
 from user_llm.serving import artifact
 from user_llm.serving.personalizer import Personalizer
 from user_llm.serving.user import User
@@ -53,14 +53,19 @@ def same_ranking(found, wanted) -> None:
 
 @pytest.mark.parametrize("made", variants("cross", "written"), indirect=True)
 def test_an_added_item_is_one_known_by_content_alone(made, model):
-    """An item of the training that has the same row and categories is encoded, ranked and left out in the same way."""
+    """An item of the training that has the same row and categories is ranked and left out in the same way, and encoded if its row is longer."""
     catalogue = model.vocabulary.catalogue
     genres = [catalogue.vocab["genres"][n] for n in catalogue.multi["genres"][3] if n]
     grown = model.add_items([{"id": "new", "title": "A new film", "genres": genres}])
     path, rows = table(grown)
-    rows[3] = rows[len(catalogue.keys)]
-    alike = dataclasses.replace(grown, predictor=grown.predictor.of(trees.replace(grown.predictor.params, {path: rows})))
-    user, same = (alike.encode([event("40", 1), event(item, 9000)]) for item in ("new", catalogue.keys[3]))
+
+    def with_row(row: np.ndarray) -> Personalizer:
+        changed = rows.copy()
+        changed[3] = row
+        return dataclasses.replace(grown, predictor=grown.predictor.of(trees.replace(grown.predictor.params, {path: changed})))
+
+    alike, read = (with_row(factor * rows[len(catalogue.keys)]) for factor in (1, READ))
+    user, same = (read.encode([event("40", 1), event(item, 9000)]) for item in ("new", catalogue.keys[3]))
     assert user.items.tolist() == [4, 10] and (user.count, user.unknown) == (2, 0)
     np.testing.assert_allclose(user.tokens, same.tokens, atol=1e-6)
     if model.predictor.ranks and not model.lines.text_items:
@@ -69,17 +74,6 @@ def test_an_added_item_is_one_known_by_content_alone(made, model):
     ranked = [item.id for item in alike.recommend(user, 10, seen=False)]
     assert "new" not in ranked and "40" not in ranked and len(ranked) == 8
     assert [item.title for item in grown.recommend(user, candidates=["new"])] == ["A new film"]
-
-
-@pytest.mark.parametrize(("variant", "length"), [("cross", 0.8), ("written", 0.6)])
-def test_an_added_item_is_shorter_where_an_item_tower_reads_its_row(make_model, variant, length):
-    """The model `written` has a dual encoder, and so an item tower."""
-    old = user_llm.load(make_model(variant).directory)
-    path, trained = table(old)
-    known = len(old.vocabulary.catalogue.keys)
-    grown = old.add_items([NEW, {"id": "other", "title": "Film of war", "genres": ["War"]}])
-    content = Content.fit(grown.vocabulary.catalogue, trained[:known], old.growth.counts, length)
-    np.testing.assert_allclose(table(grown)[1][known : known + 2], content.place(grown.vocabulary.catalogue, known), rtol=1e-5)
 
 
 def test_what_the_model_knew_stays(known, old):

@@ -277,7 +277,7 @@ def synthetic(config: ConfigDict, dataset: str, facts: dict) -> None:
     config.pretrain_lm = defaults.pretrain_lm(total_steps=100, eval_steps=50)
     config.pretrain_lm.optimizer.warmup_steps = 30
     config.user_llm = defaults.contextualize(
-        "user_llm", total_steps=240, eval_steps=120, batch_size=16,
+        "user_llm", total_steps=1000, eval_steps=250, batch_size=16,
         examples={"max_events": 64, "targets_per_history": 8, "text_items": 0, "history": "titles"},
         prompts=defaults.prompts(facts["next"], max_tokens=24, max_title_tokens=12),
         optimizer=optimizer | {"lr_multiplier": defaults.CONTEXTUAL_LEARNING_RATES},

@@ -21,9 +21,9 @@ WORDS = 1 << 20  # each word of a title is hashed to one of so many columns
 COLUMNS = 2048  # the regression uses at most so many: those that most items have. The time of a fit grows with their cube.
 RIDGE = 10.0  # the strength of the pull of the weights to 0, as a number of items
 FEW = 10.0  # an item with so many training events has half the weight of an item with very many
-# The length of placed rows on average, in lengths of trained ones, by whether an item tower makes the items' vectors of these rows.
-# Longer ones are recommended more often, in the place of items that training knows. launch/benchmark_items.py measures both sides.
-LENGTHS = {False: 0.8, True: 0.6}
+# The length of placed rows on average, in lengths of trained ones. Longer ones are recommended more often, in the place of items that
+# training knows. launch/benchmark_items.py measures both sides. Where events name the item, the encoder reads its row longer (`READ`).
+LENGTH = 0.6
 
 
 def contents(catalogue: Catalogue, first: int = 0, stop: int | None = None) -> sparse.csr_array:
@@ -68,14 +68,12 @@ class Content:
         catalogue: Catalogue,
         table: Float[np.ndarray, "I D"],
         counts: Int[np.ndarray, " I"],
-        length: float = LENGTHS[False],
     ) -> "Content":
         """Fit the regression to the items that have training events.
 
         Args:
           table: the vector of each item of the catalogue, PAD included.
           counts: the number of training events of each item. An item with more events has more weight in the fit.
-          length: that of placed rows on average, in lengths of trained ones: one of LENGTHS.
 
         Raises:
           ValueError: no item has training events.
@@ -94,10 +92,10 @@ class Content:
         gram = (used.T @ weighted).toarray()
         penalty = np.where(columns == 0, 1e-6, RIDGE)
         weights = scipy.linalg.solve(gram + np.diag(penalty), weighted.T @ table, assume_a="pos")
-        # Predicted vectors are shorter than trained ones. All are multiplied by one number, so that their mean length is `length` times
+        # Predicted vectors are shorter than trained ones. All are multiplied by one number, so that their mean length is LENGTH times
         # that of trained vectors.
         long, short = (share @ np.linalg.norm(vectors, axis=1) for vectors in (table, used @ weights))
-        return cls(columns, length * long / max(short, 1e-12) * weights)
+        return cls(columns, LENGTH * long / max(short, 1e-12) * weights)
 
     def place(self, catalogue: Catalogue, first: int) -> Float[np.ndarray, "I D"]:
         """Return the vectors of the items from number `first` on."""

@@ -36,18 +36,13 @@ def table_path(config: UserLLMConfig) -> str:
     return "encoder/item"
 
 
-def has_tower(config: UserLLMConfig) -> bool:
-    """Return whether an item tower makes the items' vectors of the rows of that parameter and of the items' features."""
-    return isinstance(config.encoder, UserEncoderConfig) and config.encoder.has_tower
-
-
 def resized(config: UserLLMConfig, items: int) -> UserLLMConfig:
-    """Return the sizes of the same model with another number of items."""
+    """Return the sizes of the same model with more items than it was trained with."""
     encoder = config.encoder
     if isinstance(encoder, UserEncoderConfig):
         first, *others = encoder.schema.features
         schema = dataclasses.replace(encoder.schema, features=(dataclasses.replace(first, size=items + 1), *others))
-        encoder = dataclasses.replace(encoder, schema=schema)
+        encoder = dataclasses.replace(encoder, schema=schema, trained_items=encoder.trained_items or config.num_items)
     return dataclasses.replace(config, encoder=encoder, table_rows=padded_rows(items + 1), num_items=items)
 
 

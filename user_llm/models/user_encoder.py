@@ -31,6 +31,11 @@ TABLE_MULTIPLE = 128
 
 OBJECTIVES = ("autoregressive", "masked", "dual")
 
+# By how much the row of an item that no training has seen is longer where an event names it than where it is scored. Such a row is kept
+# short, so that it takes no place of trained items in a ranking; an encoder that read it short would predict worse for the users who
+# have had the item. launch/benchmark_items.py measures both.
+READ = 5.0
+
 
 def padded_rows(rows: int) -> int:
     """Return the rows of an item table that has at least so many."""
@@ -51,6 +56,7 @@ class UserEncoderConfig:
       max_events: longest history that is encoded; only `learned` positions are bound to it.
       dropout: on the event embeddings; the blocks have their own.
       heads: features besides the item that pretraining also predicts.
+      trained_items: how many items training knew; those with higher numbers were added later. 0 if it knew all.
     """
 
     kind: ClassVar[str] = "transformer"
@@ -67,6 +73,7 @@ class UserEncoderConfig:
     heads: tuple[str, ...] = ()
     unroll: bool = False
     remat: str = "none"
+    trained_items: int = 0
 
     def __post_init__(self):
         if self.objective not in OBJECTIVES:
@@ -149,7 +156,11 @@ class UserEncoder(nnx.Module):
 
     def embed(self, events: Int[AnyArray, "B E A"]) -> Float[Array, "B E D"]:
         """Embed events by their features; a bag (kind `multi`) is the mean of its members."""
-        return self._embed(self.config.schema, events) @ self.project[...]
+        parts, c = self._embed(self.config.schema, events), self.config
+        if c.trained_items:
+            longer = (events[..., :1] > c.trained_items) & (np.arange(parts.shape[-1]) < c.width)
+            parts = jnp.where(longer, READ * parts, parts)
+        return parts @ self.project[...]
 
     def _embed(self, schema: Schema, ids: Int[AnyArray, "... A"]) -> Float[Array, "... W"]:
         parts, column = [], 0

@@ -27,7 +27,7 @@ from user_llm.data.new_items import rows_of
 from user_llm.data.timelines import Catalogue
 from user_llm.data.vocabulary import schema_and_names
 from user_llm.models import item_rows
-from user_llm.models.content import LENGTHS, Content
+from user_llm.models.content import Content
 from user_llm.models.export import USER_FILE
 from user_llm.models.user_llm import UserLLMConfig
 from user_llm.serving.card import card
@@ -88,7 +88,7 @@ class Growth:
         content = self.content
         if content is None:
             trained = fetch(trees.flatten(predictor.params)[path])[: len(self.counts)]
-            content = Content.fit(catalogue, trained, self.counts, LENGTHS[item_rows.has_tower(predictor.config)])
+            content = Content.fit(catalogue, trained, self.counts)
         config = item_rows.roomy(predictor.config, len(catalogue.keys) - 1)
         rows = content.place(catalogue, first), item_rows.features_of(config, catalogue, first)
         params = item_rows.with_rows(config, predictor.params, first, *rows)
