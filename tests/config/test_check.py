@@ -146,7 +146,7 @@ WRONG = [
         "user_llm.optimizer.warmup_steps=100: it must be below the 60 steps of loop.total_steps, for the schedule is cosine.",
     ),
     ({"user_llm.loop.total_steps": 0}, "user_llm.loop.total_steps=0: set it or loop.total_epochs (0.0), and the other to 0."),
-    ({"user_llm.loop.total_epochs": 1.0}, "user_llm.loop.total_steps=240: set it or loop.total_epochs (1.0), and the other to 0."),
+    ({"user_llm.loop.total_epochs": 1.0}, "user_llm.loop.total_steps=1000: set it or loop.total_epochs (1.0), and the other to 0."),
     ({"user_llm.pack.histories": 3}, "user_llm.pack.histories=3: it must divide the 16 histories of batch_size."),
     ({"user_llm.pack.histories": 4, "user_llm.loop.accumulation_steps": 8},
      "user_llm.loop.accumulation_steps=8: it must divide the 4 rows of batch_size, over pack.histories."),

@@ -286,8 +286,8 @@ def synthetic(config: ConfigDict, dataset: str, facts: dict) -> None:
     # Within the trie, for so few steps teach no choice among all words: recall@10 of the writing doubles.
     config.user_llm.loss.trie_softmax = True
     config.user_llm.eval.update(generate_users=200, guide=(0.25, 0.5, 0.75, 0.9), rerank=60)
-    # Steps for some 30,000 training targets each: 240 x 128, 96 x 32 x 10, 96 x 8 x (about) 40. Rows that have fewer titles see fewer;
-    # `targets_seen` in results.json counts them.
+    # The text prompts see some 30,000 training targets each: 96 x 32 x 10 and 96 x 8 x (about) 40. `targets_seen` in results.json counts
+    # them.
     steps: dict[str, Any] = {"total_steps": 96, "eval_steps": 48, "optimizer": optimizer}
     config.text_prompt_10 = defaults.text_prompt(10, facts["past"], max_tokens=128, batch_size=32, **steps)
     config.text_prompt_50 = defaults.text_prompt(50, facts["past"], max_tokens=512, batch_size=8, **steps)
