@@ -160,6 +160,12 @@ def test_what_is_off_is_no_part_of_a_phase_and_what_is_on_is(phase, off, on):
         assert after.settings.keys() - before.settings.keys() == added and after != before
 
 
+def test_which_step_is_kept_counts_only_where_it_is_not_the_best():
+    found = {keep: _identities(_config({f"{name}.loop.keep": keep for name in ALL})) for keep in ("best", "last")}
+    assert not any(key.endswith("loop.keep") for identity in found["best"].values() for key in identity.settings)
+    assert all(f"{name}.loop.keep" in found["last"][name].settings for name in ALL)
+
+
 def test_a_teacher_counts_only_where_there_is_an_encoder():
     text_prompt = _identities(_config({"text_prompt_10.loss.trie_softmax": True}))["text_prompt_10"].settings
     assert "text_prompt_10.loss.all_words" in text_prompt and "text_prompt_10.loss.teacher" not in text_prompt

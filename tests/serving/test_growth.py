@@ -13,6 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from model_directories import seal, settings_of
 from tiny_models import Made, variants
 
 import user_llm
@@ -53,7 +54,7 @@ def same_ranking(found, wanted) -> None:
 
 @pytest.mark.parametrize("made", variants("cross", "written"), indirect=True)
 def test_an_added_item_is_one_known_by_content_alone(made, model):
-    """An item of the training that has the same row and categories is ranked and left out in the same way, and encoded if its row is longer."""
+    """An item of the training that has the same row and categories is ranked and left out in the same way. Events read the added item's row READ times longer."""
     catalogue = model.vocabulary.catalogue
     genres = [catalogue.vocab["genres"][n] for n in catalogue.multi["genres"][3] if n]
     grown = model.add_items([{"id": "new", "title": "A new film", "genres": genres}])
@@ -136,6 +137,21 @@ def test_a_saved_model_answers_as_before(known, old, tmp_path):
         user_llm.load(tmp_path / "one").growth.save(tmp_path / "two", old.predictor, old.vocabulary.catalogue)
     with pytest.raises(ValueError, match="not loaded from a directory"):
         known.written.add_items([NEW])
+
+
+def test_a_directory_that_counts_its_trained_items_wrong_is_refused(old, tmp_path):
+    """One of an older version does not say how many are trained, and its added items are read as that version read them."""
+    old.add_items([NEW, {"id": "next"}]).save(tmp_path)
+    settings = settings_of(tmp_path)
+    assert settings["added"] == 2 and settings["model"]["encoder"]["trained_items"] == 9
+    for wrong in (-1, 8, 11, 1000):
+        settings["model"]["encoder"]["trained_items"] = wrong
+        seal(tmp_path, settings)
+        with pytest.raises(ValueError, match=f"trained_items={wrong}: 2 of 11 items were added"):
+            user_llm.load(tmp_path)
+    del settings["model"]["encoder"]["trained_items"]
+    seal(tmp_path, settings)
+    assert user_llm.load(tmp_path).encode([event("new", 1)]).count == 1
 
 
 def test_a_model_is_not_saved_with_what_another_run_left_in_its_place(make_model, tmp_path):

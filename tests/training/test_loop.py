@@ -180,6 +180,11 @@ def test_the_last_step_is_kept_if_the_config_says_so_whatever_was_best(tmp_path,
     assert rows[0]["targets_seen"] == last and _checkpoints(tmp_path) == [last]
 
 
+def test_an_evaluation_that_is_no_number_is_not_the_best_and_hides_none(tmp_path):
+    _, rows = tiny.run(tmp_path, _scripted([0, 3, float("nan"), 9, 5]), total_steps=4, eval_steps=1)
+    assert rows[0]["targets_seen"] == 3 and _checkpoints(tmp_path) == [3, 4]
+
+
 def test_a_length_in_epochs_is_turned_into_steps(tmp_path):
     """The tiny task has 5 steps an epoch."""
     log = []

@@ -34,7 +34,7 @@ class _Manager(ocp.CheckpointManager):
 
 
 class Checkpointer:
-    """Keeps the latest checkpoint and the one with the best validation metric.
+    """Keeps the latest checkpoint and the one with the largest metric.
 
     A checkpoint has two items: `state` (arrays) and `progress` (JSON: counters, best metric, where the data are). On a local disk
     those that stand when it is closed get checksums, which the next one compares; one that a kill left has none.
@@ -60,7 +60,7 @@ class Checkpointer:
         )
 
     def save(self, step: int, state: Any, progress: dict, metric: float | None) -> None:
-        """Start saving; returns before the files are written. `metric` (higher is better) is None if this is no new best."""
+        """Start saving; returns before the files are written. `metric` (higher is better) is None if the phase would not leave this step."""
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             progress=ocp.args.JsonSave(progress),
@@ -108,7 +108,7 @@ class Checkpointer:
         for step in steps:
             path = self._directory / str(step)
             if (path / MANIFEST).exists():
-                # An earlier one is the best so far, which the latest refers to.
+                # An earlier one is what the phase would leave, and the latest refers to it.
                 remove, then = (
                     (path, "goes on from an earlier step, or begins again")
                     if step == steps[-1]

@@ -84,7 +84,8 @@ LOAD = (
 # the ranking of its encoder, which stays as it is: then the ranking hardly changes with training, and what the LLM writes goes on
 # getting better, so that the last step is kept and titles weigh as much as the ranking.
 ALONE = {
-    "residual": False, "encoder_init": "pretrained", "loss.align": 1.0, "prompts.next_item.text": 0.2, "loop.keep": "best",
+    "residual": False, "encoder_init": "pretrained", "loss.align": 1.0, "prompts.next_item.text": 0.2,
+    "loop.keep": "best", "loop.patience_evals": 8,
 }  # fmt: skip
 
 
@@ -301,7 +302,7 @@ def contextualize(method: str, *, total_steps: int, eval_steps: int, **changes) 
         "eval": {"batch_size": 64, "validation_users": 1000, "generate_users": 0, "beams": 10, "guide": (), "rerank": 0,
                  "review_users": 500, "bert_score": "", "control_users": 500, "samples": 3, "pad_whole": False},
         "optimizer": optimizer(1e-3, lr_multiplier=CONTEXTUAL_LEARNING_RATES),
-        "loop": loop(total_steps, eval_steps, monitor="ndcg@10", patience_evals=8, keep="last"),
+        "loop": loop(total_steps, eval_steps, monitor="ndcg@10", keep="last"),
     } | changes)  # fmt: skip
 
 

@@ -244,7 +244,7 @@ def gpu(config: ConfigDict, facts: dict) -> None:
 def cpu(config: ConfigDict, facts: dict) -> None:
     """Fill in the sizes for 2 CPU cores and an open LLM, of which all methods see some 20,000 targets, 64 a step, if they go on so long.
 
-    Each is evaluated every 5,120 targets. Longer phases, as those of several tasks, end where validation has not risen for three evaluations.
+    Each is evaluated every 5,120 targets. Text prompts end where validation has not risen for three evaluations.
     """
     small(config, facts)
     few = facts["small"] is TINY  # of events in a history
@@ -259,9 +259,9 @@ def cpu(config: ConfigDict, facts: dict) -> None:
         # Few users write titles and reviews: on CPU, writing for 300 of them took longer than all training (BUILD_NOTES: "SmolLM2-135M on Gift Cards").
         phase.eval.update(batch_size=32, validation_users=300, generate_users=100, control_users=100, review_users=50)
         phase.eval.update(guide=(0.5, 0.9))
-        phase.loop.update(total_steps=320, eval_steps=80, save_steps=80, patience_evals=3)
+        phase.loop.update(total_steps=320, eval_steps=80, save_steps=80)
     for name in TEXT_PROMPTS:
-        config[name].strategy = "lora"
+        config[name].strategy, config[name].loop.patience_evals = "lora", 3
 
 
 def synthetic(config: ConfigDict, dataset: str, facts: dict) -> None:

@@ -25,7 +25,7 @@ NO_INPUT = (
         "where files are, whose content counts; a stand-in for data; a permission",
     ),
 )
-# Settings of the test alone: training, and the choice of the best step, do not depend on them.
+# Settings of the test alone: training, and the choice of the step that is kept, do not depend on them.
 TEST_ALONE = r"^[^.]+\.(eval\.(guide|rerank|bert_score|control_users|samples)|(eval\.)?transitions)$"
 WRITTEN = r"^[^.]+\.eval\.generate_users$"  # the same holds of this one where an item head ranks on validation
 # Keys of `data` that one kind of source alone reads.

@@ -31,9 +31,9 @@ TABLE_MULTIPLE = 128
 
 OBJECTIVES = ("autoregressive", "masked", "dual")
 
-# By how much the row of an item that no training has seen is longer where an event names it than where it is scored. Such a row is kept
-# short, so that it takes no place of trained items in a ranking; an encoder that read it short would predict worse for the users who
-# have had the item. launch/benchmark_items.py measures both.
+# An item that came after training has a row of 0.6 times the length of trained ones (`models/content.py`), so that it takes no place of
+# trained items in a ranking. Where an event names the item, the encoder reads its row so many times longer: read short, it would predict
+# worse for the users who have had the item. launch/benchmark_items.py measures both.
 READ = 5.0
 
 
@@ -56,7 +56,7 @@ class UserEncoderConfig:
       max_events: longest history that is encoded; only `learned` positions are bound to it.
       dropout: on the event embeddings; the blocks have their own.
       heads: features besides the item that pretraining also predicts.
-      trained_items: how many items training knew; those with higher numbers were added later. 0 if it knew all.
+      trained_items: items with higher numbers came after training, and events read their rows longer, by READ. 0 if there are none.
     """
 
     kind: ClassVar[str] = "transformer"

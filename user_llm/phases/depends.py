@@ -203,6 +203,7 @@ def own_settings(config: Config, name: str) -> dict[str, Any]:
     - OF_TITLES, where titles are written among all words;
     - `teacher`, where no pretrained encoder reads events;
     - tasks of weight 0;
+    - `keep` of the loop, where the best step is kept;
     - the keys in OFF, where they are off.
 
     A phase of older code, whose config lacks these keys, is therefore the same phase.
@@ -218,6 +219,8 @@ def own_settings(config: Config, name: str) -> dict[str, Any]:
         del section["pack"]
     if not section["optimizer"]["muon"]:
         section["optimizer"] = {key: value for key, value in section["optimizer"].items() if key not in ("muon", "matrices")}
+    if section["loop"]["keep"] == "best":
+        section["loop"] = {key: value for key, value in section["loop"].items() if key != "keep"}
     if "trie_softmax" in section.get("loss", ()):
         unread = OF_TITLES if not section["loss"]["trie_softmax"] else () if config.contextual(name).taught_by else ("teacher",)
         section["loss"] = {key: value for key, value in section["loss"].items() if key not in unread}

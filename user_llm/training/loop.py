@@ -79,7 +79,7 @@ class Progress:
     Attributes:
       targets: so many training targets the parameters have seen, with those of the phases that taught them (`Task.taught_by`); None
         where nobody knows, as after a checkpoint or a phase that does not say it.
-      best_step: the step whose parameters the phase would leave if it ended now: the best one, or the last one that was evaluated.
+      best_step: of the steps that were evaluated, the one whose parameters are kept: the best or the last; -1 before there is one.
       best_targets: so many they had seen at that step.
       best_value: the best of the monitored metric, whatever step is kept.
     """
@@ -233,6 +233,7 @@ def _train(
                 if pending:
                     log.check_finite(step, {k: progress.unlogged[-1][k] for k in ("loss", "grad_norm")})
                 check()
+                # Checkpoints are kept by this number: the largest stays.
                 worth = float(step) if config.keep == "last" else progress.best_value
                 metric = worth if progress.best_step == step else None
                 # Streams that processes share are the same in each.
@@ -347,7 +348,8 @@ def _evaluate(task: Task, config: LoopConfig, state: TrainState, step: int, prog
     if step == 0 and config.total_steps:
         return
     better = value > progress.best_value
-    progress.best_value = max(value, progress.best_value)
+    if better:
+        progress.best_value = value
     progress.stale_evals = 0 if better else progress.stale_evals + 1
     if better or config.keep == "last":
         progress.best_step, progress.best_targets = step, progress.targets
