@@ -9,7 +9,7 @@ from flax import nnx
 
 from user_llm.common import trees
 from user_llm.data.schema import Feature, Schema
-from user_llm.models.user_encoder import OBJECTIVES, READ, UserEncoder, UserEncoderConfig
+from user_llm.models.user_encoder import OBJECTIVES, READ_SCALE, UserEncoder, UserEncoderConfig
 from user_llm.nn.transformer import BlockConfig
 from user_llm.nn.visibility import causal_mask, segment_mask
 
@@ -243,7 +243,7 @@ def test_events_read_the_rows_of_items_that_came_after_training_longer_and_score
     events = np.full((1, 3, EVENTS.shape[-1]), 3)
     events[0, :, 0] = [8, 9, 11]
     (graphdef, params), (later, _) = (drawn(_create(dataclasses.replace(CONFIG, trained_items=n))) for n in (0, 8))
-    longer = params | {"item": params["item"].at[9:].multiply(READ)}
+    longer = params | {"item": params["item"].at[9:].multiply(READ_SCALE)}
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(graphdef, params):

@@ -20,7 +20,7 @@ import user_llm
 from user_llm.common import trees
 from user_llm.common.mesh import fetch
 from user_llm.models.item_rows import table_path
-from user_llm.models.user_encoder import READ
+from user_llm.models.user_encoder import READ_SCALE
 from user_llm.serving import artifact
 from user_llm.serving.personalizer import Personalizer
 from user_llm.serving.user import User
@@ -54,7 +54,10 @@ def same_ranking(found, wanted) -> None:
 
 @pytest.mark.parametrize("made", variants("cross", "written"), indirect=True)
 def test_an_added_item_is_one_known_by_content_alone(made, model):
-    """An item of the training that has the same row and categories is ranked and left out in the same way. Events read the added item's row READ times longer."""
+    """An item of the training that has the same row and categories is ranked and left out in the same way.
+
+    It is encoded in the same way if its row is as long as events read that of an added item.
+    """
     catalogue = model.vocabulary.catalogue
     genres = [catalogue.vocab["genres"][n] for n in catalogue.multi["genres"][3] if n]
     grown = model.add_items([{"id": "new", "title": "A new film", "genres": genres}])
@@ -65,7 +68,7 @@ def test_an_added_item_is_one_known_by_content_alone(made, model):
         changed[3] = row
         return dataclasses.replace(grown, predictor=grown.predictor.of(trees.replace(grown.predictor.params, {path: changed})))
 
-    alike, read = (with_row(factor * rows[len(catalogue.keys)]) for factor in (1, READ))
+    alike, read = (with_row(factor * rows[len(catalogue.keys)]) for factor in (1, READ_SCALE))
     user, same = (read.encode([event("40", 1), event(item, 9000)]) for item in ("new", catalogue.keys[3]))
     assert user.items.tolist() == [4, 10] and (user.count, user.unknown) == (2, 0)
     np.testing.assert_allclose(user.tokens, same.tokens, atol=1e-6)

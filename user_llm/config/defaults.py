@@ -84,9 +84,13 @@ LOAD = (
 # the ranking of its encoder, which stays as it is: then the ranking hardly changes with training, and what the LLM writes goes on
 # getting better, so that the last step is kept and titles weigh as much as the ranking.
 ALONE = {
-    "residual": False, "encoder_init": "pretrained", "loss.align": 1.0, "prompts.next_item.text": 0.2,
-    "loop.keep": "best", "loop.patience_evals": 8,
-}  # fmt: skip
+    "residual": False,
+    "encoder_init": "pretrained",
+    "loss.align": 1.0,
+    "prompts.next_item.text": 0.2,
+    "loop.keep": "best",
+    "loop.patience_evals": 8,
+}
 
 
 def block(width: int, heads: int, mlp_width: int, *, dropout: float) -> dict:

@@ -261,7 +261,8 @@ def cpu(config: ConfigDict, facts: dict) -> None:
         phase.eval.update(guide=(0.5, 0.9))
         phase.loop.update(total_steps=320, eval_steps=80, save_steps=80)
     for name in TEXT_PROMPTS:
-        config[name].strategy, config[name].loop.patience_evals = "lora", 3
+        config[name].strategy = "lora"
+        config[name].loop.patience_evals = 3
 
 
 def synthetic(config: ConfigDict, dataset: str, facts: dict) -> None:

@@ -22,7 +22,8 @@ COLUMNS = 2048  # the regression uses at most so many: those that most items hav
 RIDGE = 10.0  # the strength of the pull of the weights to 0, as a number of items
 FEW = 10.0  # an item with so many training events has half the weight of an item with very many
 # The length of placed rows on average, in lengths of trained ones. Longer ones are recommended more often, in the place of items that
-# training knows. launch/benchmark_items.py measures both sides. Where events name the item, the encoder reads its row longer (`models/user_encoder.py: READ`).
+# training knows. launch/benchmark_items.py measures both sides. Where events name the item, the encoder reads its row longer
+# (`READ_SCALE` in models/user_encoder.py).
 LENGTH = 0.6
 
 

@@ -31,10 +31,10 @@ TABLE_MULTIPLE = 128
 
 OBJECTIVES = ("autoregressive", "masked", "dual")
 
-# An item that came after training has a row of 0.6 times the length of trained ones (`models/content.py`), so that it takes no place of
-# trained items in a ranking. Where an event names the item, the encoder reads its row so many times longer: read short, it would predict
-# worse for the users who have had the item. launch/benchmark_items.py measures both.
-READ = 5.0
+# An item that came after training has a shorter row than trained ones (`models/content.py`), so that it takes no place of theirs in a
+# ranking. The encoder multiplies the row by this number where an event names the item: read short, it would predict worse for the
+# users who have had the item. launch/benchmark_items.py measures both.
+READ_SCALE = 5.0
 
 
 def padded_rows(rows: int) -> int:
@@ -56,7 +56,7 @@ class UserEncoderConfig:
       max_events: longest history that is encoded; only `learned` positions are bound to it.
       dropout: on the event embeddings; the blocks have their own.
       heads: features besides the item that pretraining also predicts.
-      trained_items: items with higher numbers came after training, and events read their rows longer, by READ. 0 if there are none.
+      trained_items: items with higher numbers came after training, whose rows events read READ_SCALE times longer; 0 if there are none.
     """
 
     kind: ClassVar[str] = "transformer"
@@ -159,7 +159,7 @@ class UserEncoder(nnx.Module):
         parts, c = self._embed(self.config.schema, events), self.config
         if c.trained_items:
             longer = (events[..., :1] > c.trained_items) & (np.arange(parts.shape[-1]) < c.width)
-            parts = jnp.where(longer, READ * parts, parts)
+            parts = jnp.where(longer, READ_SCALE * parts, parts)
         return parts @ self.project[...]
 
     def _embed(self, schema: Schema, ids: Int[AnyArray, "... A"]) -> Float[Array, "... W"]:

@@ -37,7 +37,8 @@ OFF = (
     "eval.rerank",
     "eval.bert_score",
     "eval.control_users",
-)  # keys of a phase that compute nothing where they are off
+    "loop.keep",
+)  # keys of a phase that compute nothing where they are off; `loop.keep` is off where it is `best`
 OF_TITLES = ("teacher", "all_words")  # keys of `loss` that compute nothing without `trie_softmax`
 ANOTHER = "{} holds a run of another config ({}): choose another --workdir."
 
@@ -203,7 +204,6 @@ def own_settings(config: Config, name: str) -> dict[str, Any]:
     - OF_TITLES, where titles are written among all words;
     - `teacher`, where no pretrained encoder reads events;
     - tasks of weight 0;
-    - `keep` of the loop, where the best step is kept;
     - the keys in OFF, where they are off.
 
     A phase of older code, whose config lacks these keys, is therefore the same phase.
@@ -219,15 +219,14 @@ def own_settings(config: Config, name: str) -> dict[str, Any]:
         del section["pack"]
     if not section["optimizer"]["muon"]:
         section["optimizer"] = {key: value for key, value in section["optimizer"].items() if key not in ("muon", "matrices")}
-    if section["loop"]["keep"] == "best":
-        section["loop"] = {key: value for key, value in section["loop"].items() if key != "keep"}
     if "trie_softmax" in section.get("loss", ()):
         unread = OF_TITLES if not section["loss"]["trie_softmax"] else () if config.contextual(name).taught_by else ("teacher",)
         section["loss"] = {key: value for key, value in section["loss"].items() if key not in unread}
     if "prompts" in section:
         asked = section["prompts"].items()
         section["prompts"] = {task: of for task, of in asked if not isinstance(of, dict) or of.get("weight")}
-    own = {key: value for key, value in flat(section, name).items() if value or key.removeprefix(f"{name}.") not in OFF}
+    on = lambda value: value and value != "best"  # noqa: E731
+    own = {key: value for key, value in flat(section, name).items() if on(value) or key.removeprefix(f"{name}.") not in OFF}
     settings = own | flat(config.said["strategies"][strategy], f"{name}.strategy")
     return settings | (flat(config.said["lora"], "lora") if config.strategies[strategy].adapters else {})
 

@@ -233,9 +233,7 @@ def _train(
                 if pending:
                     log.check_finite(step, {k: progress.unlogged[-1][k] for k in ("loss", "grad_norm")})
                 check()
-                # Checkpoints are kept by this number: the largest stays.
-                worth = float(step) if config.keep == "last" else progress.best_value
-                metric = worth if progress.best_step == step else None
+                metric = progress.best_value if progress.best_step == step else None
                 # Streams that processes share are the same in each.
                 progress.data = {number: place for found in gather(data.get_state()) for number, place in found.items()}
                 checkpoints.save(step, state, dataclasses.asdict(progress), metric)
