@@ -269,7 +269,7 @@ def test_command_line(tmp_path):
 
 
 def test_command_line_fails_with_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr(command_line.flags, "FLAGS", SimpleNamespace(out=None, cost=""))
+    monkeypatch.setattr(command_line.flags, "FLAGS", SimpleNamespace(out=None, cost="", reference="", metric=""))
     with pytest.raises(SystemExit, match="^error: .* holds no results.json") as stop:
         command_line.main(["report", str(tmp_path)])
     assert stop.value.__suppress_context__
@@ -297,13 +297,38 @@ def test_methods_are_compared_on_the_same_users_of_all_seeds(tmp_path):
             methods["user_llm_lora"] = ([1, 2], [0, 0])
         runs.append(with_values(make_run(tmp_path / f"s{seed}", seed=seed, values={"popularity": 0.1}), seed, methods))
     report = write_report(*runs, out=tmp_path / "out").read_text()
-    assert "## toy: next_item, compared" in report and "left out: user_llm/generate." in report
+    assert "## toy: next_item, compared" in report
     assert "| method | recall@10 | 95% | against user_llm | 95% | n | seeds |" in report
     # Of two users the first has a mean of 0.5 over seeds, the second of 1.
     assert "| user_llm | 0.7500 | 0.5000 to 1.0000 |  |  | 4 | 0, 1 |" in report
     assert "| encoder | 0.5000 | 0.0000 to 1.0000 | -0.2500 | -0.5000 to 0.0000 | 4 | 0, 1 |" in report
+    # On the one user that it was measured with, for whom the reference has 0 and 1.
+    assert "| user_llm/generate † | 1.0000 | 1.0000 to 1.0000 | +0.5000 | 0.5000 to 0.5000 | 2 | 0, 1 |" in report
+    assert "† Measured on fewer users: the value is theirs, and the difference is to user_llm on the same." in report
     # Against the one seed that it shares.
     assert "| user_llm_lora | 0.0000 | 0.0000 to 0.0000 | -1.0000 | -1.0000 to -1.0000 | 2 | 1 |" in report
+
+
+def test_the_reference_and_the_metric_can_be_chosen(tmp_path):
+    """By hand: written titles are of user 2 alone, who is a hit for all; user 3, whom nobody else has, is left out."""
+    methods = {"encoder": ([1, 2], [0, 1]), "user_llm": ([1, 2], [1, 1]), "user_llm/generate": ([2], [1]), "apart": ([3], [1])}
+    run = with_values(make_run(tmp_path / "run", values={"popularity": 0.1}), 0, methods)
+    report = write_report(run, reference="encoder").read_text()
+    assert "| method | recall@10 | 95% | against encoder | 95% | n | seeds |" in report
+    assert "| user_llm | 1.0000 | 1.0000 to 1.0000 | +0.5000 | 0.0000 to 1.0000 | 2 | 0 |" in report
+    assert "Measured on other users and left out: apart." in report
+    report = write_report(run, reference="user_llm/generate").read_text()
+    assert "| encoder | 1.0000 | 1.0000 to 1.0000 | 0.0000 | 0.0000 to 0.0000 | 1 | 0 |" in report.replace("+0.0000", "0.0000")
+    run = with_values(run, 0, {"encoder": ([1, 2], [0, 1]), "user_llm": ([1, 2], [0.5, 1])}, metric="ndcg@10")
+    assert "| user_llm | 0.7500 |" not in write_report(run, out=tmp_path / "first").read_text()
+    assert "| method | ndcg@10 | 95% | against user_llm |" in write_report(run, metric="ndcg@10", out=tmp_path / "out").read_text()
+
+
+@pytest.mark.parametrize(("chosen", "named"), [({"reference": "encodr"}, "reference"), ({"metric": "recall"}, "metric")])
+def test_a_reference_or_metric_that_no_run_has_is_refused_with_those_there_are(tmp_path, chosen, named):
+    run = make_run(tmp_path / "run")
+    with pytest.raises(ValueError, match=f"No run has the {named} .*: choose one of (popularity, user_llm|mrr, recall@10)"):
+        write_report(run, **chosen)
 
 
 def test_without_the_default_method_the_others_are_compared_with_the_llm_that_ranks_by_itself(tmp_path):

@@ -36,26 +36,41 @@ KINDS = {
 Stood = dict[Group, tuple[str, list[Standing]]]  # Of each group its first metric, and how the methods stand by it.
 
 
-def write_report(*workdirs: epath.PathLike, costs: epath.PathLike = "", out: epath.PathLike | None = None) -> epath.Path:
+def write_report(
+    *workdirs: epath.PathLike,
+    costs: epath.PathLike = "",
+    out: epath.PathLike | None = None,
+    reference: str = "",
+    metric: str = "",
+) -> epath.Path:
     """Write report.md, its plots and report.html, and return the first's path.
 
     Args:
       costs: what `launch/benchmark_cost.py` wrote, if it is to be shown.
       out: folder; the first run's, or that of `costs`, by default.
+      reference: the method that the others are compared with, in each task that it was measured in; in other tasks, and by default, it
+        is the first of `standing.REFERENCES` that was measured.
+      metric: by which they are compared, in each task that has it; in other tasks, and by default, it is the first of `standing.COMPARED`.
 
     Raises:
-      ValueError: nothing to report, or what cannot be read or merged.
+      ValueError: nothing to report, what cannot be read or merged, or a reference or metric that no run has.
     """
     if not workdirs and not costs:
         raise ValueError("Nothing to report: name a run's folder, or --cost=FILE.")
     runs = [read_run(path) for path in dict.fromkeys(absolute(w) for w in workdirs)]
     cells, runs, notes = merge_rows(runs)
     measured = gather(runs)
+    for kind, wanted, known in (
+        ("reference", reference, dict.fromkeys(method for values in cells.values() for method, _ in values)),
+        ("metric", metric, dict.fromkeys(name for values in cells.values() for _, name in values)),
+    ):
+        if wanted and wanted not in known:
+            raise ValueError(f"No run has the {kind} {wanted!r}: choose one of {', '.join(known)}.")
     stood: Stood = {}
     for group, values in cells.items():
-        metric = first_metric(sorted({metric for _, metric in values}, key=_metric_order))
-        rows = {method: seeds for (method, name), seeds in values.items() if name == metric}
-        stood[group] = metric, standings(metric, rows, measured.get(group, {}))
+        compared = first_metric(sorted({name for _, name in values}, key=_metric_order), metric)
+        rows = {method: seeds for (method, name), seeds in values.items() if name == compared}
+        stood[group] = compared, standings(compared, rows, measured.get(group, {}), reference)
     pictures: dict[str, bytes] = {}  # the plots, by their files' names
     sections = [
         say("# Report"),

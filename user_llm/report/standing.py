@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from user_llm.evals.bootstrap import DRAWS, compare, intervals, resampled_means
 from user_llm.evals.measured import Measured
@@ -14,7 +15,7 @@ from user_llm.report.runs import Seen
 REFERENCES = ("user_llm", "user_llm_alone")  # the other methods are compared with the first of these that there is
 COMPARED = ("recall@10", "accuracy", "rouge1")  # by the first of these that a task has
 LOWER_IS_BETTER = ("loss", "perplexity")
-MARK = "†"  # beside a method that was measured on other users than the reference
+MARK = "†"  # beside a method that was not measured on all users of the reference
 
 Interval = tuple[float, float]
 
@@ -23,10 +24,11 @@ class Standing(NamedTuple):
     """How one method stands.
 
     Attributes:
+      value: the metric's mean over the targets that the reference has too; over all targets of the method if it shares none.
       interval: the 95% interval of `value`; None where a run left no values of single targets.
       difference: to the reference on the same targets, and its 95% interval; None for the reference and without such targets.
-      n: the number of targets, of all `seeds` together.
-      other_users: whether it was measured on other users than the reference.
+      n: the number of targets that `value` is of, of all `seeds` together.
+      other_users: whether the reference was measured on other users besides these, or instead of them.
     """
 
     method: str
@@ -40,34 +42,38 @@ class Standing(NamedTuple):
 
     @property
     def marked(self) -> str:
-        """Return the method's name, marked if it was measured on other users."""
+        """Return the method's name, marked if it was not measured on all users of the reference."""
         return mark(self.method, self.other_users)
 
 
 def mark(method: str, other_users: bool) -> str:
-    """Return a method's name, marked if it was measured on other users."""
+    """Return a method's name, marked if it was not measured on all users of the reference."""
     return f"{method} {MARK}" if other_users else method
 
 
-def first_metric(metrics: Sequence[str]) -> str:
-    """Return the metric by which methods are compared."""
-    return next(name for name in (*COMPARED, *metrics) if name in metrics)
+def first_metric(metrics: Sequence[str], wanted: str = "") -> str:
+    """Return the metric by which methods are compared: the `wanted` one where it was measured."""
+    return next(name for name in (wanted, *COMPARED, *metrics) if name in metrics)
 
 
 def standings(
-    metric: str, rows: Mapping[str, Mapping[int, Seen]], measured: Mapping[str, Mapping[int, Measured]]
+    metric: str,
+    rows: Mapping[str, Mapping[int, Seen]],
+    measured: Mapping[str, Mapping[int, Measured]],
+    wanted: str = "",
 ) -> list[Standing]:
     """Return how each method stands, the best first.
 
     Args:
       rows: method -> seed -> the metric's value in results.json.
       measured: method -> seed -> the values of single targets, of methods that have them.
+      wanted: the method that the others are compared with, where it was measured; else it is the first of `REFERENCES` that was.
     """
     known = {
         method: {seed: one for seed, one in sorted(measured.get(method, {}).items()) if metric in one.values} for method in rows
     }
     full = [method for method, seeds in known.items() if seeds]
-    reference = next((method for method in (*REFERENCES, *full, *rows) if method in (full or rows)), REFERENCES[0])
+    reference = next((method for method in (wanted, *REFERENCES, *full, *rows) if method in (full or rows)), REFERENCES[0])
     out = [_standing(metric, method, reference, rows, known) for method in rows]
     return sorted(out, key=lambda one: one.value if metric in LOWER_IS_BETTER else -one.value)
 
@@ -75,12 +81,17 @@ def standings(
 def _standing(metric: str, method: str, reference: str, rows, known: dict[str, dict[int, Measured]]) -> Standing:
     seeds, base = known[method], known[reference]
     is_reference = method == reference
-    if shared := [seed for seed, one in seeds.items() if seed in base and _same_targets(one, base[seed])]:
-        values = {name: np.concatenate([known[name][seed].values[metric] for seed in shared]) for name in (reference, method)}
-        users = np.concatenate([base[seed].users for seed in shared])
+    shared = {seed: _shared(one, base[seed]) for seed, one in seeds.items() if seed in base}
+    if shared := {seed: places for seed, places in shared.items() if len(places[0])}:
+        values = {
+            reference: np.concatenate([base[seed].values[metric][theirs] for seed, (_, theirs) in shared.items()]),
+            method: np.concatenate([seeds[seed].values[metric][own] for seed, (own, _) in shared.items()]),
+        }
+        users = np.concatenate([base[seed].users[theirs] for seed, (_, theirs) in shared.items()])
         mean, own, difference, apart = compare(values, reference, users)[method]
+        others = len(users) < sum(len(base[seed]) for seed in shared)
         return Standing(
-            method, mean, own, None if is_reference else (difference, apart), len(users), shared, False, is_reference
+            method, mean, own, None if is_reference else (difference, apart), len(users), list(shared), others, is_reference
         )
     if seeds:
         values_of_all = np.concatenate([one.values[metric] for one in seeds.values()])
@@ -95,8 +106,12 @@ def _standing(metric: str, method: str, reference: str, rows, known: dict[str, d
     )
 
 
-def _same_targets(one: Measured, other: Measured) -> bool:
-    return np.array_equal(one.users, other.users) and np.array_equal(one.positions, other.positions)
+def _shared(one: Measured, other: Measured) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+    """Return the places in each of the targets that both have, in the same order."""
+    places = [{target: place for place, target in enumerate(zip(m.users, m.positions, strict=True))} for m in (one, other)]
+    both = [target for target in places[1] if target in places[0]]
+    mine, theirs = ([place[target] for target in both] for place in places)
+    return np.array(mine, np.int64), np.array(theirs, np.int64)
 
 
 def answer(dataset: str, task: str, metric: str, methods: list[Standing]) -> Markdown:
@@ -120,19 +135,26 @@ def answer(dataset: str, task: str, metric: str, methods: list[Standing]) -> Mar
 
 
 def comparison(metric: str, methods: list[Standing]) -> list[Markdown]:
-    """Return the table of each method's interval and of its difference to the reference; nothing for one method alone."""
-    lasting = [one for one in methods if one.interval and not one.other_users]
-    if len(lasting) < 2:
+    """Return the table of each method's interval and of its difference to the reference; nothing for one method alone.
+
+    Methods that were not measured on all users of the reference stand last, since their values are not comparable with those above.
+    """
+    shown = sorted((one for one in methods if one.is_reference or one.difference), key=lambda one: one.other_users)
+    if len(shown) < 2:
         return []
-    others = [one.method for one in methods if one.interval and one.other_users]
-    reference = next(one.method for one in lasting if one.is_reference)
+    others = [one.method for one in methods if one.interval and one not in shown]
+    reference = next(one.method for one in shown if one.is_reference)
     rows = []
-    for one in lasting:
+    for one in shown:
         against = ["", ""] if one.difference is None else [Markdown(f"{one.difference[0]:+.4f}"), interval(one.difference[1])]
-        rows.append([one.method, one.value, interval(one.interval), *against, one.n, listed(one.seeds)])
-    left_out = say(" Measured on other users and left out: {}.", listed(others)) if others else Markdown("")
+        rows.append([one.marked, one.value, interval(one.interval), *against, one.n, listed(one.seeds)])
+    notes = [say("With 95% intervals by paired bootstrap over users ({} draws).", f"{DRAWS:,}")]
+    if any(one.other_users for one in shown):
+        notes.append(say("{} Measured on fewer users: the value is theirs, and the difference is to {} on the same.", MARK, reference))
+    if others:
+        notes.append(say("Measured on other users and left out: {}.", listed(others)))
     return [
-        say("With 95% intervals by paired bootstrap over users ({} draws).{}", f"{DRAWS:,}", left_out),
+        Markdown(" ".join(notes)),
         table(["method", metric, "95%", say("against {}", reference), "95%", "n", "seeds"], rows),
     ]
 
