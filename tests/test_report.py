@@ -321,7 +321,9 @@ def test_the_reference_and_the_metric_can_be_chosen(tmp_path):
     assert "| encoder | 1.0000 | 1.0000 to 1.0000 | 0.0000 | 0.0000 to 0.0000 | 1 | 0 |" in report.replace("+0.0000", "0.0000")
     run = with_values(run, 0, {"encoder": ([1, 2], [0, 1]), "user_llm": ([1, 2], [0.5, 1])}, metric="ndcg@10")
     assert "| user_llm | 0.7500 |" not in write_report(run, out=tmp_path / "first").read_text()
-    assert "| method | ndcg@10 | 95% | against user_llm |" in write_report(run, metric="ndcg@10", out=tmp_path / "out").read_text()
+    assert (
+        "| method | ndcg@10 | 95% | against user_llm |" in write_report(run, metric="ndcg@10", out=tmp_path / "out").read_text()
+    )
 
 
 @pytest.mark.parametrize(("chosen", "named"), [({"reference": "encodr"}, "reference"), ({"metric": "recall"}, "metric")])

@@ -44,6 +44,10 @@ def changed(changes):
 # Each: what is set, and the sentence that it ends in.
 WRONG = [
     # choices
+    ({"pretrain_encoder.encoder": {"kind": "transfomer"}}, "pretrain_encoder.encoder.kind='transfomer': choose transformer (did you mean"),
+    ({"pretrain_lm.loop.mode": "max"}, "pretrain_lm.loop.mode='max': the lowest loss is the best: set it to min."),
+    ({"user_llm.loop.mode": "min"}, "user_llm.loop.mode='min': the highest ndcg@10 is the best: set it to max."),
+    ({"user_llm.task": ["contextualize"]}, "user_llm.task=['contextualize']: choose pretrain_lm, pretrain_encoder or contextualize"),
     ({"user_llm.loop.mode": "banana"}, "user_llm.loop.mode='banana': choose min or max."),
     ({"user_llm.loop.mode": "maxx"}, "user_llm.loop.mode='maxx': choose min or max (did you mean max?)."),
     ({"user_llm.loop.dtype": "int32"}, "user_llm.loop.dtype='int32': choose float32 or bfloat16."),

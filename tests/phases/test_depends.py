@@ -129,6 +129,7 @@ def test_of_an_open_llm_the_files_count_and_not_the_sizes_of_the_small_one():
                 "loss.trie_softmax": False,
                 "eval.guide": (),
                 "eval.rerank": 0,
+                "eval.bert_score": "",
                 "eval.control_users": 0,
                 "residual": False,
                 "transitions": (),
@@ -137,6 +138,7 @@ def test_of_an_open_llm_the_files_count_and_not_the_sizes_of_the_small_one():
                 "loss.trie_softmax": True,
                 "eval.guide": (0.5,),
                 "eval.rerank": 9,
+                "eval.bert_score": "best",
                 "eval.control_users": 7,
                 "residual": True,
                 "transitions": (1.0,),
@@ -164,6 +166,15 @@ def test_which_step_is_kept_counts_only_where_it_is_not_the_best():
     found = {keep: _identities(_config({f"{name}.loop.keep": keep for name in ALL})) for keep in ("best", "last")}
     assert not any(key.endswith("loop.keep") for identity in found["best"].values() for key in identity.settings)
     assert all(f"{name}.loop.keep" in found["last"][name].settings for name in ALL)
+
+
+@pytest.mark.parametrize(("keep", "patience", "counts"), [("last", 0, False), ("last", 3, True), ("best", 0, True)])
+def test_how_often_a_phase_looks_counts_only_where_it_chooses_by_it(keep, patience, counts):
+    settings = {"user_llm.loop.keep": keep, "user_llm.loop.patience_evals": patience}
+    before = _identities(_config(settings))["user_llm"]
+    for key, value in (("eval_steps", 7), ("monitor", "recall@10"), ("mode", "min")):
+        after = _identities(_config(settings | {f"user_llm.loop.{key}": value}))["user_llm"]
+        assert (after != before) == counts, key
 
 
 def test_a_teacher_counts_only_where_there_is_an_encoder():

@@ -142,19 +142,63 @@ def test_a_saved_model_answers_as_before(known, old, tmp_path):
         known.written.add_items([NEW])
 
 
-def test_a_directory_that_counts_its_trained_items_wrong_is_refused(old, tmp_path):
-    """One of an older version does not say how many are trained, and its added items are read as that version read them."""
+def test_a_directory_that_counts_its_unscaled_items_wrong_is_refused(old, tmp_path):
     old.add_items([NEW, {"id": "next"}]).save(tmp_path)
     settings = settings_of(tmp_path)
-    assert settings["added"] == 2 and settings["model"]["encoder"]["trained_items"] == 9
+    assert settings["added"] == 2 and settings["model"]["encoder"]["unscaled_items"] == 9
     for wrong in (-1, 8, 11, 1000):
-        settings["model"]["encoder"]["trained_items"] = wrong
+        settings["model"]["encoder"]["unscaled_items"] = wrong
         seal(tmp_path, settings)
-        with pytest.raises(ValueError, match=f"trained_items={wrong}: 2 of 11 items were added"):
+        with pytest.raises(ValueError, match=f"unscaled_items={wrong}: 2 of 11 items were added"):
             user_llm.load(tmp_path)
-    del settings["model"]["encoder"]["trained_items"]
+
+
+def test_items_that_an_older_version_added_are_read_as_that_version_read_them(old, tmp_path):
+    """It did not say which rows are scaled. Its users are not those of a model that scales them, whose user tokens differ."""
+    grown = old.add_items([NEW])
+    grown.save(tmp_path)
+    settings = settings_of(tmp_path)
+    del settings["model"]["encoder"]["unscaled_items"]
     seal(tmp_path, settings)
-    assert user_llm.load(tmp_path).encode([event("new", 1)]).count == 1
+    older = user_llm.load(tmp_path)
+    user = older.encode([event("40", 1), event("new", 2)])
+    path, rows = table(grown)
+    rows[10] /= READ_SCALE
+    same = grown.predictor.of(trees.replace(grown.predictor.params, {path: rows}))
+    expected = dataclasses.replace(grown, predictor=same).encode([event("40", 1), event("new", 2)])
+    np.testing.assert_allclose(user.tokens, expected.tokens, atol=1e-6)
+    assert np.abs(user.tokens - grown.encode([event("40", 1), event("new", 2)]).tokens).max() > 1e-3
+    with pytest.raises(ValueError, match="items that this model does not have"):
+        grown.recommend(user, 1)
+    # What is added to it now is scaled, and is so after it was saved too.
+    both = older.add_items([{"id": "next", "title": "Another film"}])
+    assert both.predictor.config.encoder.unscaled_items == 10 and both.recommend(user, 1)
+    both.save(tmp_path / "both")
+    assert user_llm.load(tmp_path / "both").mark == both.mark
+
+
+def test_an_item_of_the_same_id_and_title_in_the_directory_is_not_taken_for_ones_own(known, tmp_path):
+    """Another process has added it with other categories, by which its row lies elsewhere."""
+    directory = shutil.copytree(known.directory, tmp_path / "model")
+    one, other = user_llm.load(directory), user_llm.load(directory)
+    one.add_items([NEW]).save(directory)
+    with pytest.raises(ValueError, match="holds another model, or other items"):
+        other.add_items([NEW | {"genres": ["Comedy"]}]).add_items([{"id": "next"}]).save(directory)
+    assert user_llm.load(directory).mark == one.add_items([NEW]).mark
+
+
+def test_events_that_come_again_once_their_item_is_known_are_no_longer_unknown(old):
+    """So many are unknown as if all events had been given to the model with the item, however often they come."""
+    events = [event("10", 1), event("new", 5), event("strange", 6), event("20", 9)]
+    user, grown = old.encode(events), old.add_items([NEW])
+    assert (user.count, user.unknown) == (2, 2)
+    for again in (events[1:2], events):
+        updated = grown.update(grown.update(user, again), again)
+        assert (updated.count, updated.unknown, updated.last_unknown) == (3, 1, 6)
+        whole = grown.encode(events)
+        assert (updated.items.tolist(), updated.unknown) == (whole.items.tolist(), whole.unknown)
+    later = grown.update(user, [event("new", 7)])  # it cannot have been among the unknown ones
+    assert (later.count, later.unknown) == (3, 2)
 
 
 def test_a_model_is_not_saved_with_what_another_run_left_in_its_place(make_model, tmp_path):
@@ -200,6 +244,9 @@ def test_users_of_other_items_are_refused(old):
         (["a"], "row 1: 'a' is no dict"),
         ([NEW, NEW | {"title": "B"}], "row 2: the item 'new' is there already, with the title 'A new film'"),
         ([NEW, NEW | {"genres": ["War"]}], "'new' is there already, with the genres Drama, War"),
+        ([NEW | {"genres": ["Drama"]}, NEW], "row 2: the item 'new' is there already, with the genres Drama"),
+        ([{"id": "10", "genres": ["Comedy", "War"]}], "row 1: the item '10' is there already, with the genres Comedy"),
+        ([{"id": "10", "genres": ["War", "Comedy"]}], "row 1: the item '10' is there already, with the genres Comedy"),
         ([{"id": "new"}, NEW], "row 2: the item 'new' is there already, with the title 'new'"),
         ([{"id": "10", "title": "Another"}], "row 1: the item '10' is there already"),
         (7, "Items are a list of dicts, a table of pandas, polars or Arrow, or the path of a file, not int"),

@@ -185,6 +185,15 @@ def test_an_evaluation_that_is_no_number_is_not_the_best_and_hides_none(tmp_path
     assert rows[0]["targets_seen"] == 3 and _checkpoints(tmp_path) == [3, 4]
 
 
+@pytest.mark.parametrize("keep", ["best", pytest.param("last", marks=pytest.mark.slow)])
+def test_without_any_number_the_last_parameters_are_kept_and_counted(tmp_path, keep):
+    task = _scripted([float("nan")] * 5)
+    params, rows = tiny.run(tmp_path, task, total_steps=4, eval_steps=1, keep=keep)
+    measured = {row["step"]: row["head"] for row in _metrics(tmp_path) if row["kind"] == "eval"}
+    assert float(params["head"][0, 0]) == rows[0]["value"] == measured[4] != measured[3]
+    assert rows[0]["targets_seen"] == 4
+
+
 def test_a_length_in_epochs_is_turned_into_steps(tmp_path):
     """The tiny task has 5 steps an epoch."""
     log = []

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from user_llm.config.phases import TASKS, Contextualize, Phase, PretrainEncoder
 from user_llm.config.reader import Config, changed, either, fault, near_miss, read_config
 from user_llm.config.records import Block, Encoder
-from user_llm.config.values import ENCODERS, SOURCES
+from user_llm.config.values import ENCODERS, HIGHER_IS_BETTER, LOWER_IS_BETTER, SOURCES
 
 # The weights that llm.quantize keeps in codes.
 QUANTIZED = (*(f"attn/{weight}" for weight in "qkvo"), "mlp/gate_proj", "mlp/up", "mlp/down")
@@ -70,7 +70,7 @@ def conflicts(run: Config, sources: Collection[str], encoders: Collection[str]) 
     if len(axes) > 1:
         yield list(axes)[1], -1, f"only one axis can take what the others leave, and {list(axes)[0]} does"
     for name in run.phases:
-        for key, value, why in _phase_conflicts(run, phases[name]):
+        for key, value, why in _phase_conflicts(run, phases[name], encoders):
             yield f"{name}.{key}", value, why
 
 
@@ -88,13 +88,16 @@ def _llm_conflicts(block: Block) -> Iterator[tuple[str, Any, str]]:
         yield "llm.block.norm_eps", block.norm_eps, "it must be below 1, or the model could not be written"
 
 
-def _phase_conflicts(run: Config, phase: Phase) -> Iterator[tuple[str, Any, str]]:
+def _phase_conflicts(run: Config, phase: Phase, encoders: Collection[str]) -> Iterator[tuple[str, Any, str]]:
     """Yield the same of a phase, keys without its name."""
     loop, optimizer, (key, rows) = phase.loop, phase.optimizer, phase.rows
     if phase.strategy not in run.strategies:
         yield "strategy", phase.strategy, f"choose {either(sorted(run.strategies))}{near_miss(phase.strategy, run.strategies)}"
     if (loop.total_steps > 0) == (loop.total_epochs > 0):
         yield "loop.total_steps", loop.total_steps, f"set it or loop.total_epochs ({loop.total_epochs}), and the other to 0"
+    for mode, best, metrics in (("min", "lowest", LOWER_IS_BETTER), ("max", "highest", HIGHER_IS_BETTER)):
+        if loop.mode != mode and loop.monitor.partition("@")[0] in metrics:
+            yield "loop.mode", loop.mode, f"the {best} {loop.monitor} is the best: set it to {mode}"
     if optimizer.schedule == "cosine" and 0 < loop.total_steps <= optimizer.warmup_steps:
         yield (
             "optimizer.warmup_steps",
@@ -106,7 +109,7 @@ def _phase_conflicts(run: Config, phase: Phase) -> Iterator[tuple[str, Any, str]
     if run.data.streams and rows % run.data.streams:
         yield key, rows, f"it must be a multiple of data.streams, {run.data.streams}"
     if isinstance(phase, PretrainEncoder):
-        yield from _encoder_conflicts(run, phase)
+        yield from _encoder_conflicts(run, phase, encoders)
     if isinstance(phase, Contextualize):
         quantized = [f"decoder/stack/blocks/{weight}{of}" for weight in QUANTIZED for of in ("", "/codes", "/scale")]
         if run.llm.quantize and any(_trains(run, phase, path) for path in quantized):
@@ -115,8 +118,10 @@ def _phase_conflicts(run: Config, phase: Phase) -> Iterator[tuple[str, Any, str]
         yield from _contextual_conflicts(run, phase)
 
 
-def _encoder_conflicts(run: Config, phase: PretrainEncoder) -> Iterator[tuple[str, Any, str]]:
+def _encoder_conflicts(run: Config, phase: PretrainEncoder, encoders: Collection[str]) -> Iterator[tuple[str, Any, str]]:
     encoder, batch, weights = changed(run.encoder, phase.encoder), phase.batch, phase.loss.head_weights
+    if encoder.kind not in encoders:
+        yield "encoder.kind", encoder.kind, f"choose {either(list(encoders))}{near_miss(encoder.kind, encoders)}"
     yield from _blocks("encoder", encoder.block)
     if batch.row_length < batch.window:
         yield "batch.row_length", batch.row_length, f"it must be {batch.window} or more, to hold a window of batch.window"

@@ -89,7 +89,7 @@ def read_config(config: Mapping[str, Any] | ConfigDict, tasks: Mapping[str, type
     shared = reader.read(Shared, {name: value for name, value in values.items() if name not in sections}, "")
     phases = {}
     for name, section in sections.items():
-        if section["task"] not in PHASES:
+        if not isinstance(section["task"], str) or section["task"] not in PHASES:
             raise fault(f"{name}.task", section["task"], f"choose {either(list(PHASES))}{near_miss(section['task'], PHASES)}")
         phases[name] = reader.read(PHASES[section["task"]], section, name)
     try:

@@ -50,6 +50,8 @@ Seat = Literal["after_attention", "before_block"]
 
 SOURCES = ("movielens", "amazon", "google_local", "events", "synthetic")  # of data.source
 ENCODERS = ("transformer",)  # of encoder.kind
+LOWER_IS_BETTER = ("loss", "perplexity")  # metrics; those of tasks of one's own are in neither list
+HIGHER_IS_BETTER = ("recall", "ndcg", "mrr", "accuracy")
 
 # `Annotated[dict, CHANGES, Encoder]` is a part of the section Encoder: the keys that a phase changes.
 CHANGES = "changes"

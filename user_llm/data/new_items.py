@@ -63,7 +63,7 @@ def extended(catalogue: Catalogue, items: Any, schema: Schema) -> Catalogue:
         before = fresh.get(row.id) if number is None else _as_given(catalogue, number)
         if before is None:
             fresh[row.id] = row
-        elif wrong := _difference(row, before, catalogue):
+        elif wrong := _difference(row, before, catalogue, schema):
             raise ValueError(f"{row.where}: the item {shown(row.id)} is there already, with {wrong}: leave the row out.")
     return _behind(catalogue, list(fresh.values()), schema) if fresh else catalogue
 
@@ -111,16 +111,19 @@ def _as_given(catalogue: Catalogue, number: int) -> Row:
     return Row("", catalogue.keys[number], catalogue.titles[number], bags)
 
 
-def _difference(row: Row, before: Row, catalogue: Catalogue) -> str:
-    """Return in what an item that is there differs from what is given; the empty string if they are the same."""
+def _difference(row: Row, before: Row, catalogue: Catalogue, schema: Schema) -> str:
+    """Return in what an item that is there differs from what is given; the empty string if they are the same.
+
+    Categories that the catalogue does not know, or for which a bag has no room, make no difference.
+    """
     title = before.title or readable(None, before.id, 0)  # an earlier row without a title has its id as title
     if row.title and row.title not in (title, NUMBERED.sub("", title)):
         return f"the title {shown(title)}"
     for name, values in row.bags.items():
         ids = set(catalogue.vocab[name])
-        known = [value for value in values if value in ids]
-        there = [value for value in before.bags.get(name, ()) if value in ids]
-        if set(known[: len(there) or None]) != set(there):
+        room = catalogue.multi[name].shape[1] if name in schema.names else None
+        known, there = ([value for value in bag if value in ids][:room] for bag in (values, before.bags.get(name, ())))
+        if set(known) != set(there):
             return f"the {name} {', '.join(there) or 'of none'}"
     return ""
 

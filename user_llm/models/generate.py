@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from user_llm.common import mesh as meshes
 from user_llm.common.arrays import AnyArray
+from user_llm.common.errors import check_count
 from user_llm.common.trees import Params, merge
 from user_llm.models.prefill import Prompts, bucket, check_user, pad_prompts, prefill
 from user_llm.models.sampling import GREEDY, RowSampling, Sampling, by_row, choose
@@ -147,8 +148,8 @@ def stream(
 
     A piece's tokens may end amid a character: decode a row's tokens together. Arguments and errors as in `generate`.
     """
-    if max_tokens < 1 or chunk < 1:
-        raise ValueError(f"max_tokens {max_tokens} and chunk {chunk} must be at least 1.")
+    check_count("max_tokens", max_tokens)
+    check_count("chunk", chunk)
     table, sizes = pad_prompts(prompts, lengths, params["embed"].shape[0])
     check_user(user, len(sizes))
     merge(graphdef, params).config.check_length(int(sizes.max()) + max_tokens - 1)  # the last token that is written is not read

@@ -42,7 +42,7 @@ def resized(config: UserLLMConfig, items: int) -> UserLLMConfig:
     if isinstance(encoder, UserEncoderConfig):
         first, *others = encoder.schema.features
         schema = dataclasses.replace(encoder.schema, features=(dataclasses.replace(first, size=items + 1), *others))
-        encoder = dataclasses.replace(encoder, schema=schema, trained_items=encoder.trained_items or config.num_items)
+        encoder = dataclasses.replace(encoder, schema=schema, unscaled_items=encoder.unscaled_items or config.num_items)
     return dataclasses.replace(config, encoder=encoder, table_rows=padded_rows(items + 1), num_items=items)
 
 

@@ -38,7 +38,9 @@ OFF = (
     "eval.bert_score",
     "eval.control_users",
     "loop.keep",
-)  # keys of a phase that compute nothing where they are off; `loop.keep` is off where it is `best`
+)  # keys of a phase that compute nothing where they are off
+OFF_AT = {"loop.keep": "best"}  # where such a key is off; the others are off where they are empty or 0
+OF_EVALUATION = ("eval_steps", "monitor", "mode")  # keys of `loop` that only choose the parameters that a phase leaves
 OF_TITLES = ("teacher", "all_words")  # keys of `loss` that compute nothing without `trie_softmax`
 ANOTHER = "{} holds a run of another config ({}): choose another --workdir."
 
@@ -204,6 +206,7 @@ def own_settings(config: Config, name: str) -> dict[str, Any]:
     - OF_TITLES, where titles are written among all words;
     - `teacher`, where no pretrained encoder reads events;
     - tasks of weight 0;
+    - OF_EVALUATION, where the last parameters are left and no patience ends the phase;
     - the keys in OFF, where they are off.
 
     A phase of older code, whose config lacks these keys, is therefore the same phase.
@@ -225,10 +228,16 @@ def own_settings(config: Config, name: str) -> dict[str, Any]:
     if "prompts" in section:
         asked = section["prompts"].items()
         section["prompts"] = {task: of for task, of in asked if not isinstance(of, dict) or of.get("weight")}
-    on = lambda value: value and value != "best"  # noqa: E731
-    own = {key: value for key, value in flat(section, name).items() if on(value) or key.removeprefix(f"{name}.") not in OFF}
+    if section["loop"]["keep"] == "last" and not section["loop"]["patience_evals"]:
+        section["loop"] = {key: value for key, value in section["loop"].items() if key not in OF_EVALUATION}
+    own = {key: value for key, value in flat(section, name).items() if not _is_off(key.removeprefix(f"{name}."), value)}
     settings = own | flat(config.said["strategies"][strategy], f"{name}.strategy")
     return settings | (flat(config.said["lora"], "lora") if config.strategies[strategy].adapters else {})
+
+
+def _is_off(key: str, value: Any) -> bool:
+    """Return whether a key of a phase is one of OFF and is off."""
+    return key in OFF and (value == OFF_AT[key] if key in OFF_AT else not value)
 
 
 def encoder_settings(config: Config, name: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from user_llm.config.values import LOWER_IS_BETTER
 from user_llm.evals.bootstrap import DRAWS, compare, intervals, resampled_means
 from user_llm.evals.measured import Measured
 from user_llm.report.markdown import Markdown, listed, say, table
@@ -14,7 +15,6 @@ from user_llm.report.runs import Seen
 
 REFERENCES = ("user_llm", "user_llm_alone")  # the other methods are compared with the first of these that there is
 COMPARED = ("recall@10", "accuracy", "rouge1")  # by the first of these that a task has
-LOWER_IS_BETTER = ("loss", "perplexity")
 MARK = "†"  # beside a method that was not measured on all users of the reference
 
 Interval = tuple[float, float]
@@ -150,7 +150,9 @@ def comparison(metric: str, methods: list[Standing]) -> list[Markdown]:
         rows.append([one.marked, one.value, interval(one.interval), *against, one.n, listed(one.seeds)])
     notes = [say("With 95% intervals by paired bootstrap over users ({} draws).", f"{DRAWS:,}")]
     if any(one.other_users for one in shown):
-        notes.append(say("{} Measured on fewer users: the value is theirs, and the difference is to {} on the same.", MARK, reference))
+        notes.append(
+            say("{} Measured on fewer users: the value is theirs, and the difference is to {} on the same.", MARK, reference)
+        )
     if others:
         notes.append(say("Measured on other users and left out: {}.", listed(others)))
     return [

@@ -229,7 +229,7 @@ def load(
         graph = formats.load_transitions(directory, catalogue, trained, settings.transitions)
     limits = dataclasses.asdict(settings.limits)
     predictor = Predictor(config, graphdef, params, mesh, templates, **limits, transitions=graph)
-    growth = Growth.of(directory, settings.identity, catalogue, counts, settings.added, encoders)
+    growth = Growth.of(directory, settings.identity, catalogue, counts, settings, encoders)
     return Personalizer(identity_of, predictor, vocabulary, lines, names, dataclasses.asdict(settings.facts), growth)
 
 
@@ -253,9 +253,9 @@ def _check_sizes(settings: Settings, schema: Schema) -> None:
         raise ValueError(f"limits.max_events={events} is not what its encoder reads.")
     if settings.added >= config.num_items:
         raise ValueError(f"added: {settings.added} of {config.num_items} items, so that none is left of the training.")
-    trained = encoder.trained_items if isinstance(encoder, UserEncoderConfig) else 0
-    if trained and not config.num_items - settings.added <= trained < config.num_items:
-        raise ValueError(f"model.encoder.trained_items={trained}: {settings.added} of {config.num_items} items were added.")
+    unscaled = encoder.unscaled_items if isinstance(encoder, UserEncoderConfig) else 0
+    if unscaled and not config.num_items - settings.added <= unscaled < config.num_items:
+        raise ValueError(f"model.encoder.unscaled_items={unscaled}: {settings.added} of {config.num_items} items were added.")
     if others := sorted(set(settings.names) - set(settings.prompts)):
         raise ValueError(f"names: the model has no task {others[0]!r}.")
 

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from user_llm.common.errors import check_count
 from user_llm.data.pipeline import length_batches
 from user_llm.data.timelines import Catalogue
 from user_llm.serving import batch
@@ -29,8 +30,8 @@ class Seen(NamedTuple):
 
 def attended(predictor: Predictor, catalogue: Catalogue, user: User, k: int | None) -> list[Seen]:
     """Return the `k` events that get the most attention; the arguments and errors are those of `Personalizer.explain`."""
-    if k is not None and k < 1:
-        raise ValueError(f"k={k} must be at least 1.")
+    if k is not None:
+        check_count("k", k)
     if predictor.config.resampler is None:
         raise ValueError("This model has no resampler: each event is a user token of its own, and nothing attends to it.")
     (_, rows, padded), *_ = length_batches(np.array([batch.read_events(predictor, user)]), 1, predictor.bucket)

@@ -1,8 +1,8 @@
 """How a model grows: items that are added after its training, by their titles and categories, without any further training.
 
 An added item gets the next number, and numbers are never given again. A user whom the model encoded before therefore stays right. Each user
-carries a *mark*: a hash of the added items, in order, that the model had when it encoded the user. A model accepts only users whose mark is
-one of its own.
+carries a *mark*: a hash of the added items, in order, that the model had when it encoded the user, and of how it reads them. A model accepts
+only users whose mark is one of its own.
 
 Axis letters: I items that were there in training, PAD (number 0) included, V rows of the item table, D width of an item's vector.
 """
@@ -29,10 +29,11 @@ from user_llm.data.vocabulary import schema_and_names
 from user_llm.models import item_rows
 from user_llm.models.content import Content
 from user_llm.models.export import USER_FILE
+from user_llm.models.user_encoder import READ_SCALE, UserEncoderConfig
 from user_llm.models.user_llm import UserLLMConfig
 from user_llm.serving.card import card
 from user_llm.serving.predictor import Predictor
-from user_llm.serving.settings import read_settings, sizes, write_settings
+from user_llm.serving.settings import Settings, read_settings, sizes, write_settings
 
 CATALOGUE = "catalogue.parquet"
 NO_MARKS: dict[str, int] = {"": 0}
@@ -65,12 +66,13 @@ class Growth:
         identity: str,
         catalogue: Catalogue,
         counts: Int[np.ndarray, " V"],
-        added: int,
+        settings: Settings,
         encoders: Mapping[str, Any] | None = None,
     ) -> "Growth":
-        """Return the growth of a model that was loaded from a directory, and of which the last `added` items were added."""
-        trained = len(catalogue.keys) - added
-        return cls(directory, identity, counts[:trained], _marks(NO_MARKS, catalogue, trained), encoders=encoders)
+        """Return the growth of the model of a directory, which the other arguments describe."""
+        first = len(catalogue.keys) - settings.added
+        marks = _marks(NO_MARKS, catalogue, first, settings.model)
+        return cls(directory, identity, counts[:first], marks, encoders=encoders)
 
     @property
     def added(self) -> int:
@@ -93,7 +95,7 @@ class Growth:
         rows = content.place(catalogue, first), item_rows.features_of(config, catalogue, first)
         params = item_rows.with_rows(config, predictor.params, first, *rows)
         graphdef = predictor.graphdef if config == predictor.config else item_rows.abstract(config)[0]
-        growth = dataclasses.replace(self, marks=_marks(self.marks, catalogue, first), content=content)
+        growth = dataclasses.replace(self, marks=_marks(self.marks, catalogue, first, config), content=content)
         return growth, dataclasses.replace(predictor, config=config, graphdef=graphdef, params=params)
 
     def save(self, out: Path, predictor: Predictor, catalogue: Catalogue) -> None:
@@ -105,7 +107,8 @@ class Growth:
         written, settings = read_settings(self.directory, self.encoders)
         there, _ = read_catalogue(self.directory / CATALOGUE, *schema_and_names(settings.vocabulary))
         same = there.keys == catalogue.keys[: len(there.keys)] and there.titles == catalogue.titles[: len(there.keys)]
-        if settings.identity != self.identity or not same:
+        mark = next(reversed(_marks(NO_MARKS, there, len(self.counts), settings.model)))
+        if settings.identity != self.identity or not same or mark not in self.marks:
             raise ValueError(
                 f"{self.directory} holds another model, or other items, than when the model was loaded: load it again."
             )
@@ -141,10 +144,15 @@ class Growth:
         write_catalogue(folder / CATALOGUE, catalogue, counts)
 
 
-def _marks(marks: dict[str, int], catalogue: Catalogue, first: int) -> dict[str, int]:
-    """Return marks with those of the items from number `first` on. A mark is a hash of the mark before it and of an item."""
+def _marks(marks: dict[str, int], catalogue: Catalogue, first: int, config: UserLLMConfig) -> dict[str, int]:
+    """Return marks with those of the items from number `first` on.
+
+    A mark is a hash of the mark before it, of an item, and of the factor by which the encoder reads the item's row, if there is one.
+    """
     out, last = dict(marks), next(reversed(marks))
-    for row in rows_of(catalogue, first):
-        last = hashlib.sha256(json.dumps([last, row], sort_keys=True).encode()).hexdigest()[:16]
+    unscaled = config.encoder.unscaled_items if isinstance(config.encoder, UserEncoderConfig) else 0
+    for number, row in enumerate(rows_of(catalogue, first), first):
+        hashed = [last, row, READ_SCALE] if 0 < unscaled < number else [last, row]
+        last = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:16]
         out[last] = len(out)
     return out

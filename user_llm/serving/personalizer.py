@@ -78,7 +78,7 @@ class Personalizer:
     @functools.cached_property
     def reader(self) -> Reader:
         """The part of the model that makes users of raw events."""
-        return Reader(self.identity, self.predictor, self.vocabulary, self.keep, self.mark)
+        return Reader(self.identity, self.predictor, self.vocabulary, self.keep, self.marks)
 
     @functools.cached_property
     def ranker(self) -> Ranker:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
+from user_llm.common.errors import check_count
 from user_llm.data.prompts.base import Lines
 from user_llm.data.timelines import Catalogue
 from user_llm.models import user as decoder_users
@@ -74,8 +75,7 @@ class Ranker:
             raise ValueError(f"This model cannot recommend: it was trained for {', '.join(templates)}, and not for next_item.")
         if candidates is not None and allow is not None:
             raise ValueError("Give candidates or allow, and not both.")
-        if k < 1:
-            raise ValueError(f"k={k} must be at least 1.")
+        check_count("k", k)
         allowed = self._allowed(allow if candidates is None else candidates, deny)
         k = k if candidates is None else int(allowed.sum())
         ranked: list[list[Item]] = [[] for _ in those]

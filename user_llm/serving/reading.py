@@ -1,7 +1,7 @@
 """From raw events to users: events are read by the model's rules, joined to those that a user has, and encoded."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,8 @@ class Reader:
     """The part of a `Personalizer` that makes users of raw events.
 
     Attributes:
-      model, added: the identity, and the mark of further items, that the users get.
+      model: the identity that the users get.
+      marks: {mark: n}: the mark of the first n added items (`growth.py`). The users get the last mark.
       keep: how many of the latest events a user keeps; None for all.
     """
 
@@ -31,7 +32,12 @@ class Reader:
     predictor: Predictor
     vocabulary: Vocabulary
     keep: int | None
-    added: str = ""
+    marks: Mapping[str, int]
+
+    @property
+    def added(self) -> str:
+        """The mark of all added items."""
+        return next(reversed(self.marks))
 
     def nobody(self) -> User:
         """Return a user without events."""
@@ -68,9 +74,10 @@ class Reader:
             raise ValueError(f"These are events of {len(found)} users: update one user by events of that user alone.")
         for number, more in enumerate(found):
             user = _same(user, more)
+            later = self.marks[self.added] - self.marks[user.added]
             user = users.joined(
                 user, more, self.vocabulary.schema, unknown=_unknown(read, number), keep=self.keep, ties=fields.ties,
-                seed=fields.seed,
+                seed=fields.seed, known=len(self.vocabulary.catalogue.keys) - 1 - later,
             )  # fmt: skip
         return user
 

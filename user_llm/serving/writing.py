@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from user_llm.common import mesh as meshes
+from user_llm.common.errors import check_count
 from user_llm.data.prompts.base import Ids, Lines, Question, Template, pad_rows
 from user_llm.data.tokenizer import Tokenizer
 from user_llm.models import score as scoring
@@ -63,6 +64,7 @@ class Writer:
         """
         if isinstance(stop, str) or not all(stop):
             raise ValueError(f"stop={stop!r}: pass a list of texts that are not empty.")
+        check_count("max_tokens", max_tokens, least=0)
         sampling = Sampling(temperature, top_k, top_p, min_p)
         template = self.template(task, fields) if task else None
         rows = [self.row(prompt, user, template, fields or {}, chat) for prompt, user in zip(prompts, those, strict=True)]

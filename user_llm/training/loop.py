@@ -267,7 +267,12 @@ def _train(
                 log.train(step, means, events_per_s=events / (now - since), run_left=pace.seconds_left())
                 pending, events, since = [], 0, now
         params = state.params
-        if progress.best_step not in (-1, step):
+        if progress.best_step == -1:
+            logging.warning(
+                "%s: no evaluation gave a number to choose by; the parameters of step %d are kept.", task.name, step
+            )
+            return params, progress.targets
+        if progress.best_step != step:
             params = checkpoints.restore_state(progress.best_step, state).params
     return params, progress.best_targets
 
