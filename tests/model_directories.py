@@ -9,7 +9,7 @@ import pytest
 
 from user_llm.common.files import sha256
 from user_llm.models.pretrained import checkpoint_hashes
-from user_llm.serving import artifact
+from user_llm.serving import artifact, loading
 from user_llm.serving.settings import write_settings
 
 FACTS = {"dataset": "toy", "users": 5, "events": 20, "items": 9, "columns": ["item"], "command": "none", "rows": []}
@@ -36,7 +36,7 @@ def seal(directory: Path, settings: dict[str, Any]) -> None:
 def refused(directory: Path, words: str | None = None, **options: Any) -> str:
     """Return the one sentence by which a directory is refused."""
     with pytest.raises(ValueError, match=words) as error:
-        artifact.load(directory, **options)
+        loading.load(directory, **options)
     assert "\n" not in str(error.value) and len(str(error.value)) < 900
     return str(error.value)
 

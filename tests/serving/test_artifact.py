@@ -24,7 +24,7 @@ from user_llm.data.prompts.next_item import NextItem
 from user_llm.data.vocabulary import Vocabulary
 from user_llm.models.export import is_bare_llm
 from user_llm.models.pretrained import decoder_config, load_decoder
-from user_llm.serving import artifact
+from user_llm.serving import artifact, loading
 from user_llm.serving.personalizer import Personalizer
 
 # --- the LLM that a directory names ---
@@ -36,7 +36,7 @@ def test_a_named_llm_is_found_where_it_is_said_to_be(named, written, llm, tmp_pa
     llm.rename(hidden)
     try:
         refused(named, f"belongs on the LLM {llm}: .*Or say where it is by llm=")
-        found = artifact.load(named, llm=str(hidden))
+        found = loading.load(named, llm=str(hidden))
     finally:
         hidden.rename(llm)
     loaded, saved, bare = (
@@ -65,7 +65,7 @@ def test_another_llm_of_the_same_name_is_refused(named, llm, tmp_path):
 @pytest.mark.slow
 def test_an_exported_model_is_the_same_model(named, tmp_path):
     artifact.export(named, tmp_path / "out")
-    whole, model = artifact.load(tmp_path / "out"), artifact.load(named)
+    whole, model = loading.load(tmp_path / "out"), loading.load(named)
     assert whole.identity == model.identity
     assert settings_of(tmp_path / "out")["llm"] is None and (tmp_path / "out" / "model.safetensors").exists()
     user = model.encode([{"user": "a", "item": "10", "rating": 3, "timestamp": 1}])
@@ -187,7 +187,7 @@ def test_the_identity_is_of_all_that_computes_and_of_nothing_else(written, named
         save(written, dataclasses.replace(making(llm), facts=FACTS | {"command": "another", "rows": rows})),
     ]
     assert set(same) == {identity}
-    assert artifact.load(tmp_path / "model").facts["rows"][0]["value"] is None
+    assert loading.load(tmp_path / "model").facts["rows"][0]["value"] is None
 
 
 def test_all_processes_have_the_identity_that_the_first_one_wrote(written, llm, tmp_path, monkeypatch):
@@ -198,7 +198,7 @@ def test_all_processes_have_the_identity_that_the_first_one_wrote(written, llm, 
     first = artifact.save(tmp_path / "model", written, making(llm))
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     second = artifact.save(tmp_path / "second", written, making(llm))
-    assert first.identity and second.identity == first.identity == artifact.load(tmp_path / "model").identity
+    assert first.identity and second.identity == first.identity == loading.load(tmp_path / "model").identity
     assert not (tmp_path / "second").exists()
     told.clear()
     (tmp_path / "file").write_text("no folder")

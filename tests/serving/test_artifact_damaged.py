@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from model_directories import flip, refused, seal, settings_of
 
-from user_llm.serving import artifact
+from user_llm.serving import loading
 
 # --- damage ---
 
@@ -29,7 +29,7 @@ def test_a_damaged_file_is_named(damage, directory, named, tmp_path):
             content = file.read_bytes()
             damage(file)
             if file.name == "README.md":  # it is for people, who may add to it
-                assert artifact.load(whole)
+                assert loading.load(whole)
             else:
                 assert file.name in refused(whole)
             file.write_bytes(content)
@@ -52,7 +52,7 @@ def test_settings_changed_by_hand_are_refused(directory):
 @pytest.mark.parametrize("name", ["chat_template.jinja", "generation_config.json", "special_tokens_map.json"])
 def test_a_file_that_would_be_read_beside_those_listed_is_refused(name, directory):
     (directory / "LICENSE.txt").write_text("is not read")
-    assert artifact.load(directory)
+    assert loading.load(directory)
     (directory / name).write_text("{}")
     refused(directory, f"{name} is no file of this model")
 
@@ -172,7 +172,7 @@ def test_loading_runs_nothing_of_the_directory(directory):
             seen.append(event)
 
     sys.addaudithook(hook)
-    assert artifact.load(directory).tokenizer.chat_template == changes["chat_template"]
+    assert loading.load(directory).tokenizer.chat_template == changes["chat_template"]
     assert seen == []
     jinja2.Template("{{ 1 }}").render()
     assert seen

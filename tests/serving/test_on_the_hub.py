@@ -12,6 +12,7 @@ import local_hub
 
 import user_llm
 from user_llm import export
+from user_llm.models.pretrained import find_checkpoint
 from user_llm.serving import artifact
 
 
@@ -55,7 +56,7 @@ def test_what_is_pushed_is_what_is_loaded_back(make_model, hub):
 
     model = user_llm.load("org/new")
     assert model.identity == make_model("cross").written.identity
-    found = artifact.find_checkpoint("org/new", artifact.PATTERNS)
+    found = find_checkpoint("org/new", artifact.PATTERNS)
     assert contents(found) == contents(directory)
 
 

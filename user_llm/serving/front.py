@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from user_llm.common import mesh as meshes
 from user_llm.models.families import FAMILIES, Family
 from user_llm.models.pretrained import find_checkpoint, is_hub_name
-from user_llm.serving import artifact
+from user_llm.serving import artifact, loading
 from user_llm.serving.personalizer import Personalizer
 
 
@@ -57,7 +57,7 @@ def load(
             raise ValueError(f"mesh={tuple(mesh)}: name the sizes of {', '.join(meshes.AXES)}.")
         mesh = meshes.make_mesh(*mesh)
     every = {**FAMILIES, **(families or {})}
-    found = artifact.load(find_model(model), llm=str(llm), mesh=mesh, dtype=dtype, encoders=encoders, families=every)
+    found = loading.load(find_model(model), llm=str(llm), mesh=mesh, dtype=dtype, encoders=encoders, families=every)
     return found if items is None else found.add_items(items)
 
 

@@ -1,7 +1,7 @@
 """From raw events to users: events are read by the model's rules, joined to those that a user has, and encoded."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ class Reader:
     predictor: Predictor
     vocabulary: Vocabulary
     keep: int | None
-    marks: Mapping[str, int]
+    marks: dict[str, int]
 
     @property
     def added(self) -> str:
