@@ -6,22 +6,24 @@ import operator
 import typing
 
 import pytest
+from flax import nnx
 from ml_collections import ConfigDict
 
 from user_llm import experiment
+from user_llm.common import trees
 from user_llm.config import experiments, phases, values
-from user_llm.config.check import check
+from user_llm.config.check import QUANTIZED, check
 from user_llm.config.phases import PHASES, Loop, Optimizer
 from user_llm.config.reader import read_config
 from user_llm.config.records import Encoder, Shared
 from user_llm.data.pipeline import ExampleConfig
 from user_llm.data.synthetic_files import LAYOUTS
 from user_llm.data.tokenizer import MIN_BPE_VOCAB
-from user_llm.models.user_encoder import OBJECTIVES
+from user_llm.models.user_encoder import OBJECTIVES, UserEncoderConfig
 from user_llm.nn.kernels import KERNELS
 from user_llm.nn.mlp import ACTIVATIONS
 from user_llm.nn.stored import KINDS
-from user_llm.nn.transformer import REMAT
+from user_llm.nn.transformer import REMAT, Block, BlockConfig
 from user_llm.phases.builders import BUILDERS
 from user_llm.phases.kinds import TASKS
 from user_llm.training.loop import LoopConfig
@@ -270,7 +272,17 @@ def test_choices_are_those_of_the_library():
         "Kernel": KERNELS, "Layout": tuple(LAYOUTS), "Objective": OBJECTIVES, "Activation": tuple(ACTIVATIONS), "Remat": tuple(REMAT),
         "Quantization": ("", *KINDS),
     }  # fmt: skip
+    assert (UserEncoderConfig.kind,) == values.ENCODERS
     assert PHASES.keys() == BUILDERS.keys() and {name: task.settings for name, task in TASKS.items()} == phases.TASKS
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_quantised_llm_keeps_in_codes_is_what_the_check_says(kind):
+    """A weight that the check does not know could be trained, which nothing can do with codes."""
+    config = BlockConfig(**vars(read_config(DEFAULT).llm.block), quantize=kind)
+    _, params = trees.abstract(lambda: Block(config, rngs=nnx.Rngs(0)))
+    codes = {path.removesuffix("/codes") for path in trees.flatten(params) if path.endswith("/codes")}
+    assert codes == set(QUANTIZED)
 
 
 @pytest.mark.parametrize(

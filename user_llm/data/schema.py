@@ -57,6 +57,11 @@ class Schema:
     def num_items(self) -> int:
         return self.features[0].size - 1
 
+    def with_items(self, count: int) -> "Schema":
+        """Return the schema of the same features for another number of items."""
+        first, *others = self.features
+        return Schema((dataclasses.replace(first, size=count + 1), *others))
+
     @property
     def width(self) -> int:
         """Columns of an array of events: A."""

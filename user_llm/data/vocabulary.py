@@ -160,9 +160,7 @@ class Vocabulary:
 
     def extended(self, catalogue: Catalogue) -> "Vocabulary":
         """Return the same rules for a catalogue that has further items behind those of this one."""
-        first, *others = self.schema.features
-        schema = Schema((dataclasses.replace(first, size=len(catalogue.keys)), *others))
-        return dataclasses.replace(self, schema=schema, catalogue=catalogue)
+        return dataclasses.replace(self, schema=self.schema.with_items(len(catalogue.keys) - 1), catalogue=catalogue)
 
     def knows(self, item: str) -> bool:
         """Return whether there is an item of this id in the catalogue."""

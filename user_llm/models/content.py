@@ -4,7 +4,7 @@ A ridge regression, fitted after training from the contents of the items that tr
 an item that training has never seen ("learned linear projection into the id space", arXiv 2508.18442). It trains nothing, so that it
 serves any model, and what the model knows of other items stays as it is.
 
-Axis letters: I items of a catalogue, F columns of contents, C those that the regression uses, D width of an item's vector.
+Axis letters: I items that were there in training, PAD included, n further items, F columns of contents, C those that the regression uses, D width of an item's vector.
 """
 
 import dataclasses
@@ -73,7 +73,8 @@ class Content:
         """Fit the regression to the items that have training events.
 
         Args:
-          table: the vector of each item of the catalogue, PAD included.
+          catalogue: the items of the training; others may stand behind them and are not read.
+          table: the vector of each item of the training.
           counts: the number of training events of each item. An item with more events has more weight in the fit.
 
         Raises:
@@ -98,6 +99,6 @@ class Content:
         long, short = (share @ np.linalg.norm(vectors, axis=1) for vectors in (table, used @ weights))
         return cls(columns, LENGTH * long / max(short, 1e-12) * weights)
 
-    def place(self, catalogue: Catalogue, first: int) -> Float[np.ndarray, "I D"]:
+    def place(self, catalogue: Catalogue, first: int) -> Float[np.ndarray, "n D"]:
         """Return the vectors of the items from number `first` on."""
         return (contents(catalogue, first)[:, self.columns] @ self.weights).astype(np.float32)

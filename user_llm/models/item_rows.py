@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from user_llm.common import trees
 from user_llm.common.mesh import fetch
 from user_llm.common.trees import Params
+from user_llm.data.schema import Schema
 from user_llm.data.timelines import Catalogue
 from user_llm.models.encoder import item_features
 from user_llm.models.user_encoder import UserEncoderConfig, padded_rows
@@ -40,9 +41,9 @@ def resized(config: UserLLMConfig, items: int) -> UserLLMConfig:
     """Return the sizes of the same model with more items than it was trained with."""
     encoder = config.encoder
     if isinstance(encoder, UserEncoderConfig):
-        first, *others = encoder.schema.features
-        schema = dataclasses.replace(encoder.schema, features=(dataclasses.replace(first, size=items + 1), *others))
-        encoder = dataclasses.replace(encoder, schema=schema, unscaled_items=encoder.unscaled_items or config.num_items)
+        encoder = dataclasses.replace(
+            encoder, schema=encoder.schema.with_items(items), unscaled_items=encoder.unscaled_items or config.num_items
+        )
     return dataclasses.replace(config, encoder=encoder, table_rows=padded_rows(items + 1), num_items=items)
 
 
@@ -87,10 +88,12 @@ def with_rows(
     return trees.unflatten(flat)
 
 
-def features_of(config: UserLLMConfig, catalogue: Catalogue, first: int) -> Int[np.ndarray, "n X"]:
-    """Return the features of the items from number `first` on, as an item tower reads them."""
+def features_of(schema: Schema | None, catalogue: Catalogue, first: int = 0) -> Int[np.ndarray, "n X"]:
+    """Return the features of the items from number `first` on, as an item tower reads them.
+
+    Args:
+      schema: the features of an event; None for items that have nothing but their numbers.
+    """
     numbers = np.arange(first, len(catalogue.keys), dtype=np.int32)[:, None]
-    if config.encoder is None:
-        return numbers
-    bags = [catalogue.multi[feature.name][first:] for feature in item_features(config.encoder.schema).features[1:]]
+    bags = [catalogue.multi[feature.name][first:] for feature in item_features(schema).features[1:]] if schema else []
     return np.concatenate([numbers, *bags], axis=1, dtype=np.int32)

@@ -34,7 +34,8 @@ from user_llm.data.timelines import Timelines
 from user_llm.evals.evaluator import rank_each
 from user_llm.evals.ranking import RANKING, Ranks
 from user_llm.evals.transitions import TOGETHER, weighted_transitions
-from user_llm.models.encoder import EncoderConfig, item_features
+from user_llm.models.encoder import EncoderConfig
+from user_llm.models.item_rows import features_of
 from user_llm.models.transitions import Transitions, last_items
 from user_llm.models.user_encoder import UserEncoder, UserEncoderConfig
 from user_llm.nn.losses import (
@@ -179,9 +180,7 @@ def item_share(counts: Int[np.ndarray, " I"], rows: int) -> Float[np.ndarray, " 
 
 def item_catalogue(timelines: Timelines, config: EncoderConfig) -> Int[np.ndarray, "V X"]:
     """Return the features of every item that an item tower reads, 0 for PAD and spare rows."""
-    bags = [timelines.catalogue.multi[feature.name] for feature in item_features(config.schema).features[1:]]
-    ids = np.arange(config.schema.num_items + 1, dtype=np.int32)[:, None]
-    table = np.concatenate([ids, *bags], axis=1, dtype=np.int32)
+    table = features_of(config.schema, timelines.catalogue)
     return np.pad(table, ((0, config.table_rows - len(table)), (0, 0)))
 
 

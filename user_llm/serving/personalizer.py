@@ -219,7 +219,7 @@ class Personalizer:
           seen: whether items that the user has had may be recommended.
           allow: ids of the items that may be recommended; None allows all items.
           deny: ids of items that must not be recommended.
-          candidates: ids of items to rank, in place of `allow`: all of them are returned, whatever `k` is.
+          candidates: ids of items to rank, in place of `allow`: all that `seen` and `deny` leave of them are returned, whatever `k` is.
 
         Returns:
           One ranking for each user, in the order of `those`.
