@@ -92,10 +92,8 @@ class Growth:
             trained = fetch(trees.flatten(predictor.params)[path])[: len(self.counts)]
             content = Content.fit(catalogue, trained, self.counts)
         config = item_rows.roomy(predictor.config, len(catalogue.keys) - 1)
-        rows = (
-            content.place(catalogue, first),
-            item_rows.features_of(config.encoder and config.encoder.schema, catalogue, first),
-        )
+        schema = config.encoder.schema if config.encoder else None
+        rows = content.place(catalogue, first), item_rows.features_of(schema, catalogue, first)
         params = item_rows.with_rows(config, predictor.params, first, *rows)
         graphdef = predictor.graphdef if config == predictor.config else item_rows.abstract(config)[0]
         growth = dataclasses.replace(self, marks=_marks(self.marks, catalogue, first, config), content=content)
