@@ -1,4 +1,4 @@
-"""Which open LLM fits ONE chip, and in how many bytes its weights must be kept: compiles LoRA steps ahead of time, writes launch/README.md.
+"""Which open LLM fits ONE chip, and in how many bytes its weights must be kept: compiles LoRA steps ahead of time, writes launch/TOPOLOGIES.md.
 
     pip install -e ".[tpu]"
     python launch/one_chip.py                         # what is missing, then both tables
@@ -103,7 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="compile those whose LLM, topology and form match this regex")
     parser.add_argument("--found", type=pathlib.Path, default=HERE / "one_chip.jsonl", help="what was compiled")
-    parser.add_argument("--page", type=pathlib.Path, default=HERE / "README.md", help="where the tables go")
+    parser.add_argument("--page", type=pathlib.Path, default=HERE / "TOPOLOGIES.md", help="where the tables go")
     args = parser.parse_args()
     wanted = [*ASKED, *((llm, LARGEST, form) for llm in LLMS for form in FORMS)]
     with tempfile.TemporaryDirectory() as workdir:

@@ -1,4 +1,4 @@
-"""Which TPUs take which config, and how: compiles full-size configs ahead of time and writes the tables of launch/README.md.
+"""Which TPUs take which config, and how: compiles full-size configs ahead of time and writes the tables of launch/TOPOLOGIES.md.
 
     pip install -e ".[tpu]"
     python launch/topologies.py              # which settings fit which chips
@@ -314,7 +314,7 @@ def main() -> None:
     parser.add_argument("--scaling", action="store_true", help="the other table")
     parser.add_argument("--only", default="", help="compile rows whose config, phase, strategy and topology match this regex")
     parser.add_argument("--found", type=pathlib.Path, default=HERE / "topologies.jsonl", help="what was compiled")
-    parser.add_argument("--page", type=pathlib.Path, default=HERE / "README.md", help="where the table goes")
+    parser.add_argument("--page", type=pathlib.Path, default=HERE / "TOPOLOGIES.md", help="where the table goes")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="rows compiled at a time, of a core each")
     args = parser.parse_args()
     args.found.parent.mkdir(parents=True, exist_ok=True)

@@ -48,6 +48,6 @@ def test_a_chips_row_has_the_command_that_compiles_it(found):
 
 def test_the_page_has_the_tables(tmp_path, found):
     page = tmp_path / "README.md"
-    page.write_text((ROOT / "launch" / "README.md").read_text())
+    page.write_text((ROOT / "launch" / "TOPOLOGIES.md").read_text())
     one_chip.write(page, found("gemma3_4b", "v5e:1x1", "", 9.79))
     assert "9.79 of 16" in page.read_text()

@@ -1,4 +1,4 @@
-"""The tables of launch/README.md, with a stand-in for the compiler: which settings are recommended, and what is kept between runs."""
+"""The tables of launch/TOPOLOGIES.md, with a stand-in for the compiler: which settings are recommended, and what is kept between runs."""
 
 import json
 import sys
@@ -199,7 +199,7 @@ def test_a_table_replaces_its_own_section_alone(tmp_path):
 
 def test_the_page_has_both_sections(tmp_path, monkeypatch):
     page = tmp_path / "README.md"
-    page.write_text((ROOT / "launch" / "README.md").read_text())
+    page.write_text((ROOT / "launch" / "TOPOLOGIES.md").read_text())
     compiler = Compiler(lambda changes, part: 1)
     monkeypatch.setattr(topologies, "compiler", lambda workdir: compiler)
     command = ["topologies.py", f"--page={page}", f"--found={tmp_path / 'runs' / 'found'}", "--only=movielens_encoder"]
