@@ -13,7 +13,7 @@ from user_llm.config.reader import read_config
 from user_llm.data.dataset import Dataset
 from user_llm.data.splits import make_split
 from user_llm.models import pretrained
-from user_llm.phases import depends
+from user_llm.phases import depends, identities
 from user_llm.phases.run import Run
 from user_llm.training import phases
 from user_llm.training.identity import read_identity
@@ -31,7 +31,7 @@ def _identities(config, data=None, llm=None):
     found, config = {}, read_config(config)
     for name in depends.with_sources(config):
         built_on = {source: found[source].hash for source in depends.sources(config, name)}
-        found[name] = depends.phase_identity(config, name, data or DATA, llm or {"tokenizer/tokenizer.json": "t"}, built_on)
+        found[name] = identities.phase_identity(config, name, data or DATA, llm or {"tokenizer/tokenizer.json": "t"}, built_on)
     return found
 
 

@@ -1,47 +1,22 @@
-"""What each phase of a run depends on, and what of it the run's directory already holds."""
+"""Which phases a phase of a run starts from, and what becomes of what the run's directory holds already."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from importlib import resources
-from typing import Any
 
 from etils import epath
 
 from user_llm.common.distributed import agreed, barrier, gather
-from user_llm.common.hashes import content_hashes
-from user_llm.common.workdir import check_tree, path_part
-from user_llm.config.inputs import flat
+from user_llm.common.workdir import check_tree
 from user_llm.config.phases import Contextualize
 from user_llm.config.reader import Config
-from user_llm.config.variants import changed
 from user_llm.data.dataset import Dataset
 from user_llm.models import pretrained
-from user_llm.phases import inputs
+from user_llm.phases import identities
 from user_llm.phases.llm import tokenizer
 from user_llm.phases.run import Run
 from user_llm.training import phases
 from user_llm.training.identity import Identity, changed_inputs, changed_settings, listed, read_identity
 
 BASELINES, LLM, TOKENIZER = "baselines", "llm", "tokenizer"  # folders of a run beside those of its phases
-WITHOUT_LABELS = {"next_item", "review"}  # tasks that do not read the section `labels`; others may
-SMALL_LLM = ("llm.vocab_size", "llm.num_layers", "llm.block")
-ITEM_TABLE = ("encoder.kind", "encoder.options", "encoder.features", "encoder.block.width")
-OFF = (
-    "loss.trie_softmax",
-    "loss.teacher",
-    "loss.all_words",
-    "loss.in_batch",
-    "residual",
-    "transitions",
-    "eval.guide",
-    "eval.rerank",
-    "eval.bert_score",
-    "eval.control_users",
-    "loop.keep",
-)  # keys of a phase that compute nothing where they are off
-OFF_AT = {"loop.keep": "best"}  # where such a key is off; the others are off where they are empty or 0
-OF_EVALUATION = ("eval_steps", "monitor", "mode")  # keys of `loop` that only choose the parameters that a phase leaves
-OF_TITLES = ("teacher", "all_words")  # keys of `loss` that compute nothing without `trie_softmax`
 ANOTHER = "{} holds a run of another config ({}): choose another --workdir."
 
 
@@ -55,7 +30,7 @@ def check_settings(config: Config, workdir: epath.Path) -> None:
     def check() -> None:
         stored = read_identity(workdir / BASELINES)
         if stored is not None and _begun(workdir):
-            now = inputs.run_identity(config, {})
+            now = identities.run_identity(config, {})
             if differences := changed_settings(stored.settings, now.settings):
                 raise ValueError(ANOTHER.format(workdir, listed(differences)))
 
@@ -76,7 +51,7 @@ def settle_run(run: Run, data: Dataset) -> dict[str, str]:
     runs = other_runs(config.reuse)
 
     def settle_data() -> None:
-        _settle_run(workdir, inputs.run_identity(config, data.files), accept)
+        _settle_run(workdir, identities.run_identity(config, data.files), accept)
         if needs_tokenizer(config):
             _settle_tokenizer(run, data, runs)
 
@@ -88,11 +63,11 @@ def settle_run(run: Run, data: Dataset) -> dict[str, str]:
     def settle_phases() -> dict[str, str]:
         parts: dict[str, phases.Part] = {}
         if config.llm.checkpoint:
-            wanted = Identity({**files, **text_files(config)}, text_settings(config))
+            wanted = Identity({**files, **identities.text_files(config)}, identities.text_settings(config))
             parts[LLM] = phases.decide(workdir, LLM, wanted, runs=runs, accept=accept)
         for name in with_sources(config):
             built_on = {source: parts[source].identity.trained for source in sources(config, name)}
-            wanted = phase_identity(config, name, data.files, files, built_on)
+            wanted = identities.phase_identity(config, name, data.files, files, built_on)
             parts[name] = phases.decide(workdir, name, wanted, runs=runs, accept=accept, runs_it=name in config.phases)
             if name not in config.phases and not (
                 parts[name].source or parts[name].stands and phases.has_trained(workdir / name)
@@ -104,7 +79,7 @@ def settle_run(run: Run, data: Dataset) -> dict[str, str]:
             phases.settle(workdir, part)
         return {name: part.identity.hash for name, part in parts.items()}
 
-    return {BASELINES: inputs.run_identity(config, data.files).hash, **agreed(settle_phases)}
+    return {BASELINES: identities.run_identity(config, data.files).hash, **agreed(settle_phases)}
 
 
 def other_runs(reuse: str) -> list[epath.Path]:
@@ -165,122 +140,6 @@ def needs_tokenizer(config: Config) -> bool:
     return not config.llm.checkpoint and any(config.sections[name].task != "pretrain_encoder" for name in config.phases)
 
 
-def phase_identity(
-    config: Config, name: str, data: Mapping[str, str], llm: Mapping[str, str], built_on: Mapping[str, str]
-) -> Identity:
-    """Return the identity of a phase.
-
-    Args:
-      data, llm: content hashes of the dataset's files, and of the LLM's: checkpoint and tokenizer.
-      built_on: identities of the phases that `sources` returns.
-
-    Raises:
-      ValueError: the phase's name or its method's is no part of a path.
-    """
-    phase, said = config.sections[path_part(name, "The phase")], config.said
-    settings = {**inputs.run_identity(config, data).settings, **own_settings(config, name)}
-    if phase.task == "pretrain_encoder":
-        return Identity(data, settings | flat(_encoder(config, name), "encoder"))
-    files = {**data, **llm}
-    if not config.llm.checkpoint:
-        small = flat(said["llm"], "llm")
-        settings |= {key: value for key, value in small.items() if key.startswith(SMALL_LLM)}
-    if isinstance(phase, Contextualize):
-        settings |= encoder_settings(config, name)
-        if config.llm.checkpoint:
-            files |= text_files(config)
-            settings |= text_settings(config)
-        if phase.prompts.asked.keys() - WITHOUT_LABELS:
-            settings |= flat(said["labels"], "labels")
-    return Identity(files, settings, built_on)
-
-
-def own_settings(config: Config, name: str) -> dict[str, Any]:
-    """Return the settings of a phase's section and of its strategy.
-
-    The strategy is left out by name and counts by what it trains; the section's `encoder` is left out, and `encoder_settings` has the
-    settings of that encoder. What computes nothing is left out, too:
-
-    - `pack`, where histories are not packed;
-    - `muon` and `matrices` of the optimizer, where Muon moves nothing;
-    - OF_TITLES, where titles are written among all words;
-    - `teacher`, where no pretrained encoder reads events;
-    - tasks of weight 0;
-    - OF_EVALUATION, where the last parameters are left and no patience ends the phase;
-    - the keys in OFF, where they are off.
-
-    A phase of older code, whose config lacks these keys, is therefore the same phase.
-
-    Raises:
-      ValueError: a method whose name is no part of a path.
-    """
-    strategy = config.sections[name].strategy
-    section = {key: value for key, value in config.said[name].items() if key not in ("strategy", "encoder")}
-    if "method" in section:
-        path_part(section["method"].replace("/", "_"), f"{name}.method")
-    if "pack" in section and not section["pack"]["histories"]:
-        del section["pack"]
-    if not section["optimizer"]["muon"]:
-        section["optimizer"] = {key: value for key, value in section["optimizer"].items() if key not in ("muon", "matrices")}
-    if "trie_softmax" in section.get("loss", ()):
-        unread = OF_TITLES if not section["loss"]["trie_softmax"] else () if config.contextual(name).taught_by else ("teacher",)
-        section["loss"] = {key: value for key, value in section["loss"].items() if key not in unread}
-    if "prompts" in section:
-        asked = section["prompts"].items()
-        section["prompts"] = {task: of for task, of in asked if not isinstance(of, dict) or of.get("weight")}
-    if section["loop"]["keep"] == "last" and not section["loop"]["patience_evals"]:
-        section["loop"] = {key: value for key, value in section["loop"].items() if key not in OF_EVALUATION}
-    own = {key: value for key, value in flat(section, name).items() if not _is_off(key.removeprefix(f"{name}."), value)}
-    settings = own | flat(config.said["strategies"][strategy], f"{name}.strategy")
-    return settings | (flat(config.said["lora"], "lora") if config.strategies[strategy].adapters else {})
-
-
-def _is_off(key: str, value: Any) -> bool:
-    """Return whether a key of a phase is one of OFF and is off."""
-    return key in OFF and (value == OFF_AT[key] if key in OFF_AT else not value)
-
-
-def encoder_settings(config: Config, name: str) -> dict[str, Any]:
-    """Return the encoder's settings that a contextualization depends on; a text prompt has the item table's alone."""
-    phase = config.contextual(name)
-    settings = flat(_encoder(config, phase.encoder), "encoder")
-    if phase.examples.max_events:
-        return settings
-    return {key: value for key, value in settings.items() if key.startswith(ITEM_TABLE)}
-
-
-def _encoder(config: Config, phase: str) -> dict[str, Any]:
-    """Return the section `encoder` as a phase that pretrains an encoder changes it, as plain values, without a tower that is off."""
-    section = changed(config.said["encoder"], config.said[phase]["encoder"])
-    return {key: value for key, value in section.items() if value or key != "tower"}
-
-
-def text_settings(config: Config) -> dict[str, Any]:
-    """Return how much of the general text is read, and what by."""
-    settings = flat(config.said["general_text"], "general_text")
-    settings.pop("general_text.file", None)
-    return settings | llm_settings(config)
-
-
-def llm_settings(config: Config) -> dict[str, Any]:
-    """Return how the weights of an open LLM are kept; nothing where they are kept as they come."""
-    return {"llm.quantize": config.llm.quantize} if config.llm.quantize else {}
-
-
-def text_files(config: Config) -> dict[str, str]:
-    """Return the content hash of the general text.
-
-    Raises:
-      ValueError: no such file.
-    """
-    if not config.general_text.file:
-        text = resources.files("user_llm.data") / "general.txt"
-        return {"general_text": hashlib.sha256(text.read_bytes()).hexdigest()}
-    if not epath.Path(config.general_text.file).is_file():
-        raise ValueError(f"general_text.file={config.general_text.file} is no file: name one of UTF-8 text.")
-    return {"general_text": content_hashes([config.general_text.file])[0]}
-
-
 def llm_files(run: Run, data: Dataset) -> dict[str, str]:
     """Return the content hashes of the LLM and its tokenizer; none for a run whose phases read no text."""
     if run.config.llm.checkpoint:
@@ -304,7 +163,7 @@ def _settle_run(workdir: epath.Path, wanted: Identity, accept: bool) -> None:
 
 def _settle_tokenizer(run: Run, data: Dataset, runs: Sequence[epath.Path]) -> None:
     """Keep the tokenizer that the run made, take that of another run, or let it be made again where its settings changed."""
-    wanted = inputs.tokenizer_identity(run.config, data.files)
+    wanted = identities.tokenizer_identity(run.config, data.files)
     home = epath.Path(run.local)
     made = lambda folder: (folder / "tokenizer.json").exists()  # noqa: E731
     part = phases.decide(home, TOKENIZER, wanted, runs=runs, accept=True, finished=made)

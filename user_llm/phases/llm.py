@@ -16,7 +16,7 @@ from user_llm.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from user_llm.models import pretrained
 from user_llm.models.decoder import DecoderConfig
 from user_llm.nn.transformer import BlockConfig
-from user_llm.phases import inputs
+from user_llm.phases import identities
 from user_llm.phases.run import Run
 
 CORPUS_TEXTS = 50_000
@@ -56,7 +56,7 @@ def tokenizer(run: Run, data: Dataset) -> Tokenizer:
         # Often enough for byte-pair merges to make whole words of them: every prompt starts with one.
         asked = [line + "\n" for line in sentences(config)]
         train_bpe(corpus(data, run.seed) + 100 * asked, config.llm.vocab_size, path)
-        inputs.tokenizer_identity(config, data.files).write(epath.Path(path))
+        identities.tokenizer_identity(config, data.files).write(epath.Path(path))
 
     return load_tokenizer(make_once(run.local / "tokenizer", train))
 

@@ -2,7 +2,7 @@
 
 Every phase of a run keeps its identity in `identity.json` beside its parameters. Two phases of equal identity have the same parameters
 and results, up to the rounding of other devices, so that one can stand in for the other. What differs between two identities can be
-said by name. `config/inputs.py` and `phases/depends.py` say what a phase depends on.
+said by name. `config/inputs.py` and `phases/identities.py` say what a phase depends on.
 """
 
 import dataclasses

@@ -2,7 +2,7 @@
 
 from configs import quickstart
 from user_llm.config.reader import read_config
-from user_llm.phases import inputs
+from user_llm.phases import identities
 
 FILES = {"data/ratings.csv": "r"}
 
@@ -14,17 +14,17 @@ def _config(**changes):
 
 
 def test_a_run_depends_on_its_files_dataset_protocol_and_seed():
-    found = inputs.run_identity(_config(), FILES)
+    found = identities.run_identity(_config(), FILES)
     assert found.inputs == FILES and found.built_on == {}
     assert {key.split(".")[0] for key in found.settings} == {"seed", "data"}
-    assert found == inputs.run_identity(_config(**{"user_llm.loop.total_steps": 9, "llm.vocab_size": 300}), FILES)
+    assert found == identities.run_identity(_config(**{"user_llm.loop.total_steps": 9, "llm.vocab_size": 300}), FILES)
     for other in (_config(seed=1), _config(**{"data.split": "global_time"})):
-        assert inputs.run_identity(other, FILES).hash != found.hash
-    assert inputs.run_identity(_config(), {"data/ratings.csv": "x"}).hash != found.hash
+        assert identities.run_identity(other, FILES).hash != found.hash
+    assert identities.run_identity(_config(), {"data/ratings.csv": "x"}).hash != found.hash
 
 
 def test_a_tokenizer_depends_on_its_size_besides_and_not_on_the_prompts():
-    found = inputs.tokenizer_identity(_config(), FILES)
-    assert found.hash != inputs.tokenizer_identity(_config(**{"llm.vocab_size": 300}), FILES).hash
+    found = identities.tokenizer_identity(_config(), FILES)
+    assert found.hash != identities.tokenizer_identity(_config(**{"llm.vocab_size": 300}), FILES).hash
     asked = _config(**{"user_llm.prompts.next_item.instruction": "Next:"})
-    assert inputs.tokenizer_identity(asked, FILES) == found
+    assert identities.tokenizer_identity(asked, FILES) == found
