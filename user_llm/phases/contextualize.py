@@ -12,6 +12,7 @@ from typing import Any
 import grain
 from absl import logging
 from flax import nnx
+from jax.sharding import Mesh
 
 from user_llm.common import mesh as meshes
 from user_llm.common import trees
@@ -208,6 +209,39 @@ def _train_data(
     return run.streams(stream, phase.rows[1]), packings
 
 
+def _predictor(
+    phase: Contextualize,
+    config: UserLLMConfig,
+    graphdef: nnx.GraphDef,
+    params: Params,
+    mesh: Mesh,
+    asked: Mapping[str, Examples],
+) -> Predictor:
+    """Return the phase's model as it answers in evaluation."""
+    return Predictor(
+        config, graphdef, params, mesh, {task: of.template for task, of in asked.items()},
+        max_events=phase.examples.max_events, batch_size=meshes.even_rows(phase.eval.batch_size, mesh), beams=phase.eval.beams,
+        after_instruction=phase.soft_prompt.after_instruction, ranks=phase.loss.catalogue > 0, trie_softmax=phase.loss.trie_softmax,
+        pad_whole=phase.eval.pad_whole,
+    )  # fmt: skip
+
+
+def _measured(name: str, run: Run, data: Dataset, answers: Asking) -> tuple[list[dict], list[dict]]:
+    """Measure all tasks of a phase on test, with the controls; return the rows of its results and those of its model card."""
+    phase, kinds = run.config.contextual(name), run.kinds.tasks
+    rows, card = [], []
+    for task in answers.examples:
+        sizes = kinds[task].settle(answers, task, phase.eval)
+        own = kinds[task].measure(answers, task, "test", None, sizes)
+        for found in own:
+            method = phase.method + found.suffix
+            rows += run.record(name, data, task, method, found.measured, together=found.together)
+            card += card_rows(task, method, found.measured)
+        for found in measure_controls(kinds[task], answers, task, own, sizes, run.seed):
+            rows += run.record(name, data, task, phase.method + found.suffix, found.measured, controls=True)
+    return rows, card
+
+
 def build(name: str, run: Run, data: Dataset) -> Task:
     """Build the task of phase `name`.
 
@@ -225,12 +259,7 @@ def build(name: str, run: Run, data: Dataset) -> Task:
     load = ((r"^encoder/", phase.taught_by or "fresh"), *phase.load) if examples.max_events else phase.load
     shapes = starting.kept(name, run, load, shapes)
     monitored = next(iter(asked))
-    predictor = Predictor(
-        full, graphdef, shapes, run.mesh, {task: of.template for task, of in asked.items()},
-        max_events=examples.max_events, batch_size=meshes.even_rows(phase.eval.batch_size, run.mesh), beams=phase.eval.beams,
-        after_instruction=phase.soft_prompt.after_instruction, ranks=phase.loss.catalogue > 0, trie_softmax=phase.loss.trie_softmax,
-        pad_whole=phase.eval.pad_whole,
-    )  # fmt: skip
+    predictor = _predictor(phase, full, graphdef, shapes, run.mesh, asked)
     soft = predictor.most_soft_tokens()
     if run.config.llm.checkpoint:
         general_text.check_window(full.decoder, words, run.config.general_text.window, soft)
@@ -252,17 +281,8 @@ def build(name: str, run: Run, data: Dataset) -> Task:
         return kinds[monitored].measure(answers, monitored, "validation", limit, phase.eval)[0].measured.metrics
 
     def results(params: Params) -> list[dict]:
-        rows, card, answers = [], [], asking.of(predictor.of(params))
-        answers = answers.with_transitions(RANKING, phase.transitions, phase.eval.validation_users)
-        for task in asked:
-            sizes = kinds[task].settle(answers, task, phase.eval)
-            own = kinds[task].measure(answers, task, "test", None, sizes)
-            for found in own:
-                method = phase.method + found.suffix
-                rows += run.record(name, data, task, method, found.measured, together=found.together)
-                card += card_rows(task, method, found.measured)
-            for found in measure_controls(kinds[task], answers, task, own, sizes, run.seed):
-                rows += run.record(name, data, task, phase.method + found.suffix, found.measured, controls=True)
+        answers = asking.of(predictor.of(params)).with_transitions(RANKING, phase.transitions, phase.eval.validation_users)
+        rows, card = _measured(name, run, data, answers)
         samples = draw_samples(answers, kinds, phase.method, phase.eval.samples)
         write_json(run.workdir / name / "samples.json", samples)
         if run.config.llm.checkpoint:
