@@ -133,7 +133,7 @@ def _without(data: Dataset, known: int) -> Dataset:
 def grown(config: UserEncoderConfig, params: Params, data: Parted) -> tuple[UserEncoderConfig, Params]:
     """Return the encoder with rows for all items; those that training has not seen are placed by their contents."""
     known, catalogue = len(data.train.timelines.catalogue.keys), data.whole.timelines.catalogue
-    config = dataclasses.replace(config, schema=data.whole.timelines.schema, unscaled_items=known - 1)
+    config = dataclasses.replace(config, schema=data.whole.timelines.schema, trained_items=known - 1)
     table = np.zeros((config.table_rows, config.width), np.float32)
     table[:known] = np.asarray(params["item"])[:known]
     content = Content.fit(catalogue, table[:known], data.train.train_counts)

@@ -304,9 +304,9 @@ def test_methods_are_compared_on_the_same_users_of_all_seeds(tmp_path):
     assert "| encoder | 0.5000 | 0.0000 to 1.0000 | -0.2500 | -0.5000 to 0.0000 | 4 | 0, 1 |" in report
     # On the one user that it was measured with, for whom the reference has 0 and 1.
     assert "| user_llm/generate † | 1.0000 | 1.0000 to 1.0000 | +0.5000 | 0.5000 to 0.5000 | 2 | 0, 1 |" in report
-    assert "† Measured on fewer users: the value is theirs, and the difference is to user_llm on the same." in report
+    assert "† Not measured on all targets of user_llm: value and difference are of those that both have." in report
     # Against the one seed that it shares.
-    assert "| user_llm_lora | 0.0000 | 0.0000 to 0.0000 | -1.0000 | -1.0000 to -1.0000 | 2 | 1 |" in report
+    assert "| user_llm_lora † | 0.0000 | 0.0000 to 0.0000 | -1.0000 | -1.0000 to -1.0000 | 2 | 1 |" in report
 
 
 def test_the_reference_and_the_metric_can_be_chosen(tmp_path):
@@ -331,6 +331,22 @@ def test_a_reference_or_metric_that_no_run_has_is_refused_with_those_there_are(t
     run = make_run(tmp_path / "run")
     with pytest.raises(ValueError, match=f"No run has the {named} .*: choose one of (popularity, user_llm|mrr, recall@10)"):
         write_report(run, **chosen)
+
+
+def test_a_reference_without_values_of_targets_is_refused(tmp_path):
+    run = with_values(make_run(tmp_path / "run"), 0, {"encoder": ([1, 2], [0, 1])})
+    with pytest.raises(ValueError, match="No run has popularity's values of single targets by recall@10: choose another"):
+        write_report(run, reference="popularity")
+
+
+def test_targets_that_occur_twice_are_compared_one_by_one(tmp_path):
+    """By hand: two targets of user 1 at one position, of which the method has both and then user 2's."""
+    run = make_run(tmp_path / "run", values={"popularity": 0.1})
+    run = with_values(run, 0, {"user_llm": ([1, 1, 2], [1, 0, 1]), "encoder": ([2, 1, 1], [0, 1, 1])})
+    report = write_report(run).read_text()
+    assert "| user_llm | 0.6667 |" in report and re.search(
+        r"\| encoder \| 0.6667 \| .* \| [+]0.0000 \| .* \| 3 \| 0 \|", report
+    )
 
 
 def test_without_the_default_method_the_others_are_compared_with_the_llm_that_ranks_by_itself(tmp_path):
@@ -373,7 +389,7 @@ def test_the_report_opens_with_the_answer_and_ends_with_hashes(tmp_path):
         "encoder, has 0.0000. The difference is 1.0000 (1.0000 to 1.0000).",
         "![methods by their first metric, with intervals](answer.png)",
     ]
-    assert parts[3].startswith("† hollow: measured on other users")
+    assert parts[3].startswith("† hollow: not measured on all targets")
     assert [part for part in parts if part.startswith("## ")] == [
         "## toy: next_item (leave_last_out)", "## toy: next_item, compared", "## Samples", "## Data audit", "## Training", "## Runs",
     ]  # fmt: skip
@@ -403,14 +419,13 @@ def test_the_answer_says_what_chance_may_explain_and_who_is_best(tmp_path, metho
     assert sentence in write_report(with_values(run, 0, methods)).read_text()
 
 
-def test_less_is_better_for_perplexity(tmp_path):
+@pytest.mark.parametrize("metric", ["perplexity", "perplexity/with_user"])
+def test_less_is_better_for_perplexity(tmp_path, metric):
     run = make_run(tmp_path / "run", values={"llm": 30.0, "user_llm": 20.0})
-    rows = [
-        row | {"metric": "perplexity", "task": "general_text"} for row in json.loads((run / "results.json").read_text())[1::3]
-    ]
+    rows = [row | {"metric": metric, "task": "general_text"} for row in json.loads((run / "results.json").read_text())[1::3]]
     (run / "results.json").write_text(json.dumps(rows))
     assert (
-        "user_llm has the lowest perplexity of 2 methods: 20.0000; the next, llm, has 30.0000." in write_report(run).read_text()
+        f"user_llm has the lowest {metric} of 2 methods: 20.0000; the next, llm, has 30.0000." in write_report(run).read_text()
     )
 
 

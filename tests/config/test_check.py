@@ -47,6 +47,14 @@ def changed(changes):
 WRONG = [
     # choices
     ({"pretrain_encoder.encoder": {"kind": "transfomer"}}, "pretrain_encoder.encoder.kind='transfomer': choose transformer (did you mean"),
+    (
+        {"phases": ("user_llm",), "pretrain_encoder.encoder": {"kind": "lstm"}},
+        "user_llm.encoder='pretrain_encoder': its encoder.kind is 'lstm': choose transformer.",
+    ),
+    (
+        {"user_llm.loop.monitor": "mrr/unseen", "user_llm.loop.mode": "min"},
+        "user_llm.loop.mode='min': the highest mrr/unseen is the best: set it to max.",
+    ),
     ({"pretrain_lm.loop.mode": "max"}, "pretrain_lm.loop.mode='max': the lowest loss is the best: set it to min."),
     ({"user_llm.loop.mode": "min"}, "user_llm.loop.mode='min': the highest ndcg@10 is the best: set it to max."),
     ({"user_llm.task": ["contextualize"]}, "user_llm.task=['contextualize']: choose pretrain_lm, pretrain_encoder or contextualize"),

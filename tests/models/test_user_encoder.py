@@ -242,7 +242,7 @@ def test_events_read_the_rows_of_items_that_came_after_training_longer_and_score
     """The features of the events stay as they are."""
     events = np.full((1, 3, EVENTS.shape[-1]), 3)
     events[0, :, 0] = [8, 9, 11]
-    (graphdef, params), (later, _) = (drawn(_create(dataclasses.replace(CONFIG, unscaled_items=n))) for n in (0, 8))
+    (graphdef, params), (later, _) = (drawn(_create(dataclasses.replace(CONFIG, trained_items=n))) for n in (0, 8))
     longer = params | {"item": params["item"].at[9:].multiply(READ_SCALE)}
 
     @functools.partial(jax.jit, static_argnums=0)

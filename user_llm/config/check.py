@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from user_llm.config.phases import TASKS, Contextualize, Phase, PretrainEncoder
 from user_llm.config.reader import Config, changed, either, fault, near_miss, read_config
 from user_llm.config.records import Block, Encoder
-from user_llm.config.values import ENCODERS, HIGHER_IS_BETTER, LOWER_IS_BETTER, SOURCES
+from user_llm.config.values import ENCODERS, SOURCES, best_of
 
 # The weights that llm.quantize keeps in codes.
 QUANTIZED = (*(f"attn/{weight}" for weight in "qkvo"), "mlp/gate_proj", "mlp/up", "mlp/down")
@@ -95,9 +95,9 @@ def _phase_conflicts(run: Config, phase: Phase, encoders: Collection[str]) -> It
         yield "strategy", phase.strategy, f"choose {either(sorted(run.strategies))}{near_miss(phase.strategy, run.strategies)}"
     if (loop.total_steps > 0) == (loop.total_epochs > 0):
         yield "loop.total_steps", loop.total_steps, f"set it or loop.total_epochs ({loop.total_epochs}), and the other to 0"
-    for mode, best, metrics in (("min", "lowest", LOWER_IS_BETTER), ("max", "highest", HIGHER_IS_BETTER)):
-        if loop.mode != mode and loop.monitor.partition("@")[0] in metrics:
-            yield "loop.mode", loop.mode, f"the {best} {loop.monitor} is the best: set it to {mode}"
+    if loop.mode != (best_of(loop.monitor) or loop.mode):
+        best = "lowest" if loop.mode == "max" else "highest"
+        yield "loop.mode", loop.mode, f"the {best} {loop.monitor} is the best: set it to {best_of(loop.monitor)}"
     if optimizer.schedule == "cosine" and 0 < loop.total_steps <= optimizer.warmup_steps:
         yield (
             "optimizer.warmup_steps",
@@ -115,7 +115,7 @@ def _phase_conflicts(run: Config, phase: Phase, encoders: Collection[str]) -> It
         if run.llm.quantize and any(_trains(run, phase, path) for path in quantized):
             why = f"with llm.quantize={run.llm.quantize} nothing can train the LLM's own weights: choose lora, enc or proj"
             yield "strategy", phase.strategy, why
-        yield from _contextual_conflicts(run, phase)
+        yield from _contextual_conflicts(run, phase, encoders)
 
 
 def _encoder_conflicts(run: Config, phase: PretrainEncoder, encoders: Collection[str]) -> Iterator[tuple[str, Any, str]]:
@@ -137,7 +137,7 @@ def _encoder_conflicts(run: Config, phase: PretrainEncoder, encoders: Collection
             yield key, events, f"an encoder of learned positions reads at most encoder.max_events, {encoder.max_events}"
 
 
-def _contextual_conflicts(run: Config, phase: Contextualize) -> Iterator[tuple[str, Any, str]]:
+def _contextual_conflicts(run: Config, phase: Contextualize, kinds: Collection[str]) -> Iterator[tuple[str, Any, str]]:
     encoders = {name: other for name, other in run.sections.items() if isinstance(other, PretrainEncoder)}
     if phase.encoder not in encoders:
         known = sorted({*encoders, *(name for name, variant in run.variants.items() if variant.like in encoders)})
@@ -145,6 +145,9 @@ def _contextual_conflicts(run: Config, phase: Contextualize) -> Iterator[tuple[s
         yield "encoder", phase.encoder, why
         return
     encoder = run.encoder_of(phase.encoder)
+    if encoder.kind not in kinds:
+        why = f"its encoder.kind is {encoder.kind!r}: choose {either(list(kinds))}{near_miss(encoder.kind, kinds)}"
+        yield "encoder", phase.encoder, why
     yield from _pack_conflicts(phase)
     if not phase.prompts.asked:
         tasks = list(phase.prompts.tasks)

@@ -6,7 +6,7 @@ listed here. All functions take a config as plain values, `Config.said`.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from user_llm.config.values import SOURCES
@@ -28,6 +28,9 @@ NO_INPUT = (
 # Settings of the test alone: training, and the choice of the step that is kept, do not depend on them.
 TEST_ALONE = r"^[^.]+\.(eval\.(guide|rerank|bert_score|control_users|samples)|(eval\.)?transitions)$"
 WRITTEN = r"^[^.]+\.eval\.generate_users$"  # the same holds of this one where an item head ranks on validation
+CHOSEN_BY = (
+    r"^[^.]+\.loop\.(eval_steps|monitor|mode)$"  # and of these where the last parameters are kept and no patience ends a phase
+)
 # Keys of `data` that one kind of source alone reads.
 OF_SOURCE = {"category": "amazon", "states": "google_local", "name": "events", "columns": "events", "synthetic": "synthetic"}
 # Keys of `data` that say what is done with a dataset once it is read.
@@ -48,8 +51,15 @@ def flat(section: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 def training_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of a phase's settings on which its parameters depend; the others change what is measured of them in the end."""
-    has_head = any(key.endswith(".loss.catalogue") and value for key, value in settings.items())
-    alone = f"{TEST_ALONE}|{WRITTEN}" if has_head else TEST_ALONE
+
+    def any_is(key: str, holds: Callable[[Any], Any]) -> bool:
+        return any(name.endswith(key) and holds(value) for name, value in settings.items())
+
+    alone = TEST_ALONE
+    if any_is(".loss.catalogue", bool):
+        alone += f"|{WRITTEN}"
+    if any_is(".loop.keep", lambda keep: keep == "last") and not any_is(".loop.patience_evals", bool):
+        alone += f"|{CHOSEN_BY}"
     return {key: value for key, value in settings.items() if not re.search(alone, key)}
 
 

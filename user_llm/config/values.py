@@ -50,8 +50,16 @@ Seat = Literal["after_attention", "before_block"]
 
 SOURCES = ("movielens", "amazon", "google_local", "events", "synthetic")  # of data.source
 ENCODERS = ("transformer",)  # of encoder.kind
-LOWER_IS_BETTER = ("loss", "perplexity")  # metrics; those of tasks of one's own are in neither list
-HIGHER_IS_BETTER = ("recall", "ndcg", "mrr", "accuracy")
+# Which of two values of a metric is the better one. Metrics of a caller's own tasks are in neither list.
+LOWER_IS_BETTER = ("loss", "perplexity")
+HIGHER_IS_BETTER = ("recall", "ndcg", "mrr", "accuracy", "log_likelihood", "rouge1", "rouge2", "rougeLsum", "chrf", "bleu")
+
+
+def best_of(metric: str) -> str:
+    """Return `min` or `max`, whichever value of a metric is the best; empty where nobody knows. `recall@10/unseen` is a recall."""
+    name = re.split("[@/]", metric)[0]
+    return "min" if name in LOWER_IS_BETTER else "max" if name in HIGHER_IS_BETTER else ""
+
 
 # `Annotated[dict, CHANGES, Encoder]` is a part of the section Encoder: the keys that a phase changes.
 CHANGES = "changes"

@@ -120,7 +120,7 @@ def _difference(row: Row, before: Row, catalogue: Catalogue, schema: Schema) -> 
     if row.title and row.title not in (title, NUMBERED.sub("", title)):
         return f"the title {shown(title)}"
     for name, values in row.bags.items():
-        ids = set(catalogue.vocab[name])
+        ids = set(catalogue.vocab[name][1:])  # the first is PAD
         room = catalogue.multi[name].shape[1] if name in schema.names else None
         known, there = ([value for value in bag if value in ids][:room] for bag in (values, before.bags.get(name, ())))
         if set(known) != set(there):

@@ -42,7 +42,7 @@ def resized(config: UserLLMConfig, items: int) -> UserLLMConfig:
     encoder = config.encoder
     if isinstance(encoder, UserEncoderConfig):
         encoder = dataclasses.replace(
-            encoder, schema=encoder.schema.with_items(items), unscaled_items=encoder.unscaled_items or config.num_items
+            encoder, schema=encoder.schema.with_items(items), trained_items=encoder.trained_items or config.num_items
         )
     return dataclasses.replace(config, encoder=encoder, table_rows=padded_rows(items + 1), num_items=items)
 

@@ -56,8 +56,8 @@ class UserEncoderConfig:
       max_events: longest history that is encoded; only `learned` positions are bound to it.
       dropout: on the event embeddings; the blocks have their own.
       heads: features besides the item that pretraining also predicts.
-      unscaled_items: the rows of items with higher numbers are read READ_SCALE times longer; 0 if there are no such items. These are the
-        items that were added after training. Those that a version of this package before READ_SCALE added are below it.
+      trained_items: items with higher numbers were added after training, and their rows are read READ_SCALE times longer; 0 if there are
+        no such items. Items that a version of this package before READ_SCALE added have lower numbers, and are read as they are.
     """
 
     kind: ClassVar[str] = "transformer"
@@ -74,7 +74,7 @@ class UserEncoderConfig:
     heads: tuple[str, ...] = ()
     unroll: bool = False
     remat: str = "none"
-    unscaled_items: int = 0
+    trained_items: int = 0
 
     def __post_init__(self):
         if self.objective not in OBJECTIVES:
@@ -158,8 +158,8 @@ class UserEncoder(nnx.Module):
     def embed(self, events: Int[AnyArray, "B E A"]) -> Float[Array, "B E D"]:
         """Embed events by their features; a bag (kind `multi`) is the mean of its members."""
         parts, c = self._embed(self.config.schema, events), self.config
-        if c.unscaled_items:
-            longer = (events[..., :1] > c.unscaled_items) & (np.arange(parts.shape[-1]) < c.width)
+        if c.trained_items:
+            longer = (events[..., :1] > c.trained_items) & (np.arange(parts.shape[-1]) < c.width)
             parts = jnp.where(longer, READ_SCALE * parts, parts)
         return parts @ self.project[...]
 

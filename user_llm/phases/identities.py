@@ -32,7 +32,6 @@ OFF = (
     "loop.keep",
 )  # keys of a phase that compute nothing where they are off
 OFF_AT = {"loop.keep": "best"}  # where such a key is off; the others are off where they are empty or 0
-OF_EVALUATION = ("eval_steps", "monitor", "mode")  # keys of `loop` that only choose the parameters that a phase leaves
 OF_TITLES = ("teacher", "all_words")  # keys of `loss` that compute nothing without `trie_softmax`
 
 
@@ -91,7 +90,6 @@ def own_settings(config: Config, name: str) -> dict[str, Any]:
     - OF_TITLES, where titles are written among all words;
     - `teacher`, where no pretrained encoder reads events;
     - tasks of weight 0;
-    - OF_EVALUATION, where the last parameters are left and no patience ends the phase;
     - the keys in OFF, where they are off.
 
     A phase of older code, whose config lacks these keys, is therefore the same phase.
@@ -113,8 +111,6 @@ def own_settings(config: Config, name: str) -> dict[str, Any]:
     if "prompts" in section:
         asked = section["prompts"].items()
         section["prompts"] = {task: of for task, of in asked if not isinstance(of, dict) or of.get("weight")}
-    if section["loop"]["keep"] == "last" and not section["loop"]["patience_evals"]:
-        section["loop"] = {key: value for key, value in section["loop"].items() if key not in OF_EVALUATION}
     own = {key: value for key, value in flat(section, name).items() if not _is_off(key.removeprefix(f"{name}."), value)}
     settings = own | flat(config.said["strategies"][strategy], f"{name}.strategy")
     return settings | (flat(config.said["lora"], "lora") if config.strategies[strategy].adapters else {})

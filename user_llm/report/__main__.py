@@ -22,7 +22,11 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     # Defined here so that importing this module adds no flag to another program.
     flags.DEFINE_string("out", None, "Folder of the merged report; the first run's by default.")
-    flags.DEFINE_string("reference", "", "The method that the others are compared with; user_llm by default.")
-    flags.DEFINE_string("metric", "", "The metric by which they are compared; recall@10 for the next item by default.")
+    flags.DEFINE_string(
+        "reference", "", "The method that the others are compared with, in each task that has it; user_llm by default."
+    )
+    flags.DEFINE_string(
+        "metric", "", "The metric by which they are compared, in each task that has it; recall@10 for the next item by default."
+    )
     flags.DEFINE_string("cost", "", "What launch/benchmark_cost.py wrote, to be shown too.")
     app.run(main)

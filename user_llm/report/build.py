@@ -65,12 +65,19 @@ def write_report(
         ("metric", metric, dict.fromkeys(name for values in cells.values() for _, name in values)),
     ):
         if wanted and wanted not in known:
-            raise ValueError(f"No run has the {kind} {wanted!r}: choose one of {', '.join(known)}.")
+            raise ValueError(
+                f"No run has the {kind} {wanted!r}: choose one of {', '.join(known) or 'none, for there are no runs'}."
+            )
     stood: Stood = {}
     for group, values in cells.items():
         compared = first_metric(sorted({name for _, name in values}, key=_metric_order), metric)
         rows = {method: seeds for (method, name), seeds in values.items() if name == compared}
         stood[group] = compared, standings(compared, rows, measured.get(group, {}), reference)
+    if reference and not any(one.method == reference and one.is_reference for _, methods in stood.values() for one in methods):
+        raise ValueError(
+            f"No run has {reference}'s values of single targets by {' or '.join(dict.fromkeys(name for name, _ in stood.values()))}: "
+            "choose another reference or metric."
+        )
     pictures: dict[str, bytes] = {}  # the plots, by their files' names
     sections = [
         say("# Report"),
@@ -110,7 +117,11 @@ def _answer_section(stood: Stood, pictures: dict[str, bytes]) -> list[Markdown]:
     return [
         Markdown("  \n".join(answer(dataset, task, metric, m) for (dataset, task, _), (metric, m) in stood.items())),
         picture("answer.png", "methods by their first metric, with intervals"),
-        *([say("{} hollow: measured on other users than the other methods.", MARK)] if others else []),
+        *(
+            [say("{} hollow: not measured on all targets of the method that the others are compared with.", MARK)]
+            if others
+            else []
+        ),
     ]
 
 
@@ -153,7 +164,7 @@ def _result_sections(cells: Cells, stood: Stood) -> list[Markdown]:
             chosen = [metric for metric in metrics if metric.partition("/")[2] == suffix]
             sections.append(_resulttable(group, chosen, others, trained=not suffix))
         if others:
-            sections.append(say("{} Measured on other users than the other methods.", MARK))
+            sections.append(say("{} Not measured on all targets of the method that the others are compared with.", MARK))
         if (dataset, task) in PUBLISHED and split == SPLIT:
             sections += [
                 say("Published on {}; filter, preprocessing and order of ties differ:", dataset),

@@ -1,13 +1,14 @@
 """How methods stand by one metric, with 95% intervals, and what that comes to in one sentence."""
 
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
-from user_llm.config.values import LOWER_IS_BETTER
+from user_llm.config.values import best_of
 from user_llm.evals.bootstrap import DRAWS, compare, intervals, resampled_means
 from user_llm.evals.measured import Measured
 from user_llm.report.markdown import Markdown, listed, say, table
@@ -28,7 +29,7 @@ class Standing(NamedTuple):
       interval: the 95% interval of `value`; None where a run left no values of single targets.
       difference: to the reference on the same targets, and its 95% interval; None for the reference and without such targets.
       n: the number of targets that `value` is of, of all `seeds` together.
-      other_users: whether the reference was measured on other users besides these, or instead of them.
+      other_users: whether the reference was measured on other targets besides these, in these seeds or others, or instead of them.
     """
 
     method: str
@@ -75,7 +76,7 @@ def standings(
     full = [method for method, seeds in known.items() if seeds]
     reference = next((method for method in (wanted, *REFERENCES, *full, *rows) if method in (full or rows)), REFERENCES[0])
     out = [_standing(metric, method, reference, rows, known) for method in rows]
-    return sorted(out, key=lambda one: one.value if metric in LOWER_IS_BETTER else -one.value)
+    return sorted(out, key=lambda one: one.value if best_of(metric) == "min" else -one.value)
 
 
 def _standing(metric: str, method: str, reference: str, rows, known: dict[str, dict[int, Measured]]) -> Standing:
@@ -89,7 +90,7 @@ def _standing(metric: str, method: str, reference: str, rows, known: dict[str, d
         }
         users = np.concatenate([base[seed].users[theirs] for seed, (_, theirs) in shared.items()])
         mean, own, difference, apart = compare(values, reference, users)[method]
-        others = len(users) < sum(len(base[seed]) for seed in shared)
+        others = len(users) < sum(map(len, base.values()))
         return Standing(
             method, mean, own, None if is_reference else (difference, apart), len(users), list(shared), others, is_reference
         )
@@ -107,18 +108,30 @@ def _standing(metric: str, method: str, reference: str, rows, known: dict[str, d
 
 
 def _shared(one: Measured, other: Measured) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    """Return the places in each of the targets that both have, in the same order."""
-    places = [{target: place for place, target in enumerate(zip(m.users, m.positions, strict=True))} for m in (one, other)]
+    """Return the places in each of the targets that both have, in the same order. Of targets that occur several times, the first is the first."""
+    if np.array_equal(one.users, other.users) and np.array_equal(one.positions, other.positions):
+        return np.arange(len(one)), np.arange(len(one))
+    places = [_places(one), _places(other)]
     both = [target for target in places[1] if target in places[0]]
     mine, theirs = ([place[target] for target in both] for place in places)
     return np.array(mine, np.int64), np.array(theirs, np.int64)
+
+
+def _places(measured: Measured) -> dict[tuple[int, int, int], int]:
+    """Return the place of each target, by its user, its position and how often it has occurred before."""
+    seen: Counter[tuple[int, int]] = Counter()
+    out = {}
+    for place, target in enumerate(zip(measured.users.tolist(), measured.positions.tolist(), strict=True)):
+        out[*target, seen[target]] = place
+        seen[target] += 1
+    return out
 
 
 def answer(dataset: str, task: str, metric: str, methods: list[Standing]) -> Markdown:
     """Return in a sentence or two which method is best of those measured on the same users, and by how much."""
     lasting = [one for one in methods if not one.other_users]
     best, *rest = lasting
-    goal = "lowest" if metric in LOWER_IS_BETTER else "highest"
+    goal = "lowest" if best_of(metric) == "min" else "highest"
     value = say("{} (95% interval {})", best.value, interval(best.interval)) if best.interval else say("{}", best.value)
     if not rest:
         return say("On {} ({}), {} has {} {}.", dataset, task, best.method, metric, value)
@@ -151,7 +164,7 @@ def comparison(metric: str, methods: list[Standing]) -> list[Markdown]:
     notes = [say("With 95% intervals by paired bootstrap over users ({} draws).", f"{DRAWS:,}")]
     if any(one.other_users for one in shown):
         notes.append(
-            say("{} Measured on fewer users: the value is theirs, and the difference is to {} on the same.", MARK, reference)
+            say("{} Not measured on all targets of {}: value and difference are of those that both have.", MARK, reference)
         )
     if others:
         notes.append(say("Measured on other users and left out: {}.", listed(others)))

@@ -151,7 +151,7 @@ def _marks(marks: dict[str, int], catalogue: Catalogue, first: int, config: User
     A mark is a hash of the mark before it, of an item, and of the factor by which the encoder reads the item's row, if there is one.
     """
     out, last = dict(marks), next(reversed(marks))
-    unscaled = config.encoder.unscaled_items if isinstance(config.encoder, UserEncoderConfig) else 0
+    unscaled = config.encoder.trained_items if isinstance(config.encoder, UserEncoderConfig) else 0
     for number, row in enumerate(rows_of(catalogue, first), first):
         hashed = [last, row, READ_SCALE] if 0 < unscaled < number else [last, row]
         last = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:16]

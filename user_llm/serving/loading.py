@@ -106,9 +106,9 @@ def _check_sizes(settings: Settings, schema: Schema) -> None:
         raise ValueError(f"limits.max_events={events} is not what its encoder reads.")
     if settings.added >= config.num_items:
         raise ValueError(f"added: {settings.added} of {config.num_items} items, so that none is left of the training.")
-    unscaled = encoder.unscaled_items if isinstance(encoder, UserEncoderConfig) else 0
+    unscaled = encoder.trained_items if isinstance(encoder, UserEncoderConfig) else 0
     if unscaled and not config.num_items - settings.added <= unscaled < config.num_items:
-        raise ValueError(f"model.encoder.unscaled_items={unscaled}: {settings.added} of {config.num_items} items were added.")
+        raise ValueError(f"model.encoder.trained_items={unscaled}: {settings.added} of {config.num_items} items were added.")
     if others := sorted(set(settings.names) - set(settings.prompts)):
         raise ValueError(f"names: the model has no task {others[0]!r}.")
 

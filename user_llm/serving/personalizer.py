@@ -78,7 +78,7 @@ class Personalizer:
     @functools.cached_property
     def reader(self) -> Reader:
         """The part of the model that makes users of raw events."""
-        return Reader(self.identity, self.predictor, self.vocabulary, self.keep, self.marks)
+        return Reader(self.identity, self.predictor, self.vocabulary, self.keep, self.mark)
 
     @functools.cached_property
     def ranker(self) -> Ranker:
@@ -153,7 +153,8 @@ class Personalizer:
         keeps the latest events; these are known by their item and time (in ticks of the training data). Of older events, and of
         events with an unknown item, the user keeps only the time of the latest one. A further event that may be one of them is taken
         for one, and is not counted: an event that comes before the kept events, is not later than that time, and has an item that
-        the user has had; and an event with an unknown item that is not later than that time.
+        the user has had; and an event with an unknown item that is not later than that time. `User.unknown` never falls: an event that comes
+        again, once its item was added, is counted among the events as well.
 
         Args:
           events: as in `encode`.

@@ -23,8 +23,7 @@ class Reader:
     """The part of a `Personalizer` that makes users of raw events.
 
     Attributes:
-      model: the identity that the users get.
-      marks: {mark: n}: the mark of the first n added items (`growth.py`). The users get the last mark.
+      model, added: the identity, and the mark of further items, that the users get.
       keep: how many of the latest events a user keeps; None for all.
     """
 
@@ -32,12 +31,7 @@ class Reader:
     predictor: Predictor
     vocabulary: Vocabulary
     keep: int | None
-    marks: dict[str, int]
-
-    @property
-    def added(self) -> str:
-        """The mark of all added items."""
-        return next(reversed(self.marks))
+    added: str = ""
 
     def nobody(self) -> User:
         """Return a user without events."""
@@ -74,10 +68,9 @@ class Reader:
             raise ValueError(f"These are events of {len(found)} users: update one user by events of that user alone.")
         for number, more in enumerate(found):
             user = _same(user, more)
-            later = self.marks[self.added] - self.marks[user.added]
             user = users.joined(
                 user, more, self.vocabulary.schema, unknown=_unknown(read, number), keep=self.keep, ties=fields.ties,
-                seed=fields.seed, known=len(self.vocabulary.catalogue.keys) - 1 - later,
+                seed=fields.seed,
             )  # fmt: skip
         return user
 

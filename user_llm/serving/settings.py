@@ -36,7 +36,7 @@ LIMITS_THAT_COMPUTE = ("max_events", "beams", "after_instruction", "ranks", "tri
 # The sizes that model directories of before do not have, by the class that has them. At their defaults they compute nothing.
 LATER: Mapping[type, tuple[str, ...]] = {
     UserLLMConfig: ("residual",),
-    UserEncoderConfig: ("tower", "unscaled_items"),
+    UserEncoderConfig: ("tower", "trained_items"),
     DecoderConfig: ("logit_divisor", "logit_softcap", "unrotated"),
     BlockConfig: (
         "quantize", "rotary_share", "pre_norms", "residual_scale", "qk_norm_over_heads", "attn_softcap", "experts",

@@ -243,7 +243,6 @@ def joined(
     keep: int | None,
     ties: str,
     seed: int,
-    known: int | None = None,
 ) -> User:
     """Return a user with the events of `more` added, as if all events had come together. The result has no user tokens.
 
@@ -252,15 +251,14 @@ def joined(
       - An event that `user` keeps is known by its item and its tick.
       - The user does not keep all events. A further event is taken for one of the older ones if it may be one: it comes before the
         kept events, it is not later than the latest one that is not kept, and the user has had its item.
-      - An event with an unknown item is taken for one of those counted if it is not later than the latest of them. So is an event with an
-        item that the model has learned since: it is now known, and no longer counted as unknown.
+      - An event with an unknown item is taken for one of those counted if it is not later than the latest of them. The count of unknown
+        events never falls: an event whose item the model has learned since is counted among the events as well.
 
     Args:
       more: a user who keeps all of the further events.
       unknown: the ticks of the further events that are left out, because the model does not know their item.
       keep: the number of latest events that the result keeps; None for all.
       ties, seed: how events of the same tick are ordered; see `order_events`.
-      known: the number of items that the model had when it encoded `user`; None for all that it has.
     """
     kept = set(zip(user.items.tolist(), user.ticks.tolist(), strict=True))
     fresh = np.array([pair not in kept for pair in zip(more.items.tolist(), more.ticks.tolist(), strict=True)], bool)
@@ -280,15 +278,12 @@ def joined(
         if feature.kind == "time" and len(ticks):
             gaps = np.diff(ticks, prepend=ticks[:1] if before is None else np.int64(before)) // user.ticks_per_second
             events[:, schema.columns(feature.name).start] = time_gap_bucket(gaps)
-    learned = 0
     if user.last_unknown is not None:
         unknown = unknown[unknown > user.last_unknown]
-        if known is not None:
-            learned = min(user.unknown, int(np.sum((more.items > known) & (more.ticks <= user.last_unknown))))
     return dataclasses.replace(
         user, tokens=np.zeros((0, 0), np.float32), events=events, ticks=ticks, before=before,
         seen=np.union1d(user.seen, more.seen).astype(np.int32), count=user.count + added,
-        unknown=user.unknown - learned + len(unknown), last_unknown=_latest(unknown, user.last_unknown), added=more.added,
+        unknown=user.unknown + len(unknown), last_unknown=_latest(unknown, user.last_unknown), added=more.added,
     )  # fmt: skip
 
 
