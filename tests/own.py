@@ -15,7 +15,7 @@ from user_llm.data.prompts.base import Question
 from user_llm.data.raw import Raw, pieces
 from user_llm.data.schema import Schema
 from user_llm.evals.measured import Measured
-from user_llm.models.encoder import Encoded
+from user_llm.models.encoder import Encoded, item_scores, valid_rows
 from user_llm.models.families import Family
 from user_llm.nn.layers import embedding_param, linear_param
 from user_llm.tasks.task import Found, PromptTask
@@ -179,12 +179,10 @@ class MeanEncoder(nnx.Module):
         return self.item[...] if items is None else self.item[...][items]
 
     def valid_items(self):
-        row = jnp.arange(self.config.table_rows)
-        return (row > 0) & (row <= self.config.schema.num_items)
+        return valid_rows(self.config.table_rows, self.config.schema.num_items)
 
     def score(self, states):
-        scores = jnp.einsum("BD,VD->BV", states, self.item_vectors(), preferred_element_type=jnp.float32)
-        return jnp.where(self.valid_items(), scores, -jnp.inf)
+        return item_scores(states, self.item_vectors(), self.valid_items())
 
 
 # A family of LLMs: Llama's layers by other names, in a config.json that transformers does not know.

@@ -129,3 +129,15 @@ class EncoderConfig(Protocol):
 def item_features(schema: Schema) -> Schema:
     """Return the features of a schema that are an item's own: its id and its bags."""
     return Schema(tuple(feature for feature in schema if feature.kind in ("item", "multi")))
+
+
+def valid_rows(rows: int, items: int) -> Bool[Array, " V"]:
+    """Return True at the rows of an item table that are items: all from 1 on, as row 0 is PAD, up to their number."""
+    row = jnp.arange(rows)
+    return (row > 0) & (row <= items)
+
+
+def item_scores(queries: Float[AnyArray, "B D"], vectors: Float[Array, "V D"], valid: Bool[Array, " V"]) -> Float[Array, "B V"]:
+    """Return the products of queries with the vectors of all items, summed in float32; -inf for rows that are no items."""
+    scores = jnp.einsum("BD,VD->BV", queries, vectors, preferred_element_type=jnp.float32)
+    return jnp.where(valid, scores, -jnp.inf)

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from user_llm.common.arrays import AnyArray
 from user_llm.data.schema import Feature, Schema
-from user_llm.models.encoder import Encoded, item_features
+from user_llm.models.encoder import Encoded, item_features, item_scores, valid_rows
 from user_llm.nn.layers import RMSNorm, dropout, embedding_param, linear_param
 from user_llm.nn.transformer import BlockConfig, Stack
 from user_llm.nn.visibility import SelfMask, causal_mask, segment_mask
@@ -233,13 +233,11 @@ class UserEncoder(nnx.Module):
 
     def valid_items(self) -> Bool[Array, " V"]:
         """Return True at the rows of the item table that are items."""
-        row = jnp.arange(self.config.table_rows)
-        return (row > 0) & (row <= self.config.schema.num_items)
+        return valid_rows(self.config.table_rows, self.config.schema.num_items)
 
     def score(self, states: Float[AnyArray, "B D"]) -> Float[Array, "B V"]:
         """Score all items by queries; PAD and unused rows get -inf."""
-        scores = jnp.einsum("BD,VD->BV", states, self.item_vectors(), preferred_element_type=jnp.float32)
-        return jnp.where(self.valid_items(), scores, -jnp.inf)
+        return item_scores(states, self.item_vectors(), self.valid_items())
 
 
 def _embed_feature(feature: Feature, table: Float[Array, "V W"], ids: Int[AnyArray, "... X"]) -> Float[Array, "... W"]:

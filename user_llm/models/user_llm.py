@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from user_llm.common.arrays import AnyArray
 from user_llm.models.decoder import Decoder, DecoderConfig
-from user_llm.models.encoder import Encoded, EncoderConfig
+from user_llm.models.encoder import Encoded, EncoderConfig, item_scores, valid_rows
 from user_llm.models.user import Leading, Packed, SoftProjection, SoftPrompt, User, hidden_states, packed_states
 from user_llm.nn.layers import RMSNorm, embedding_param, linear_param
 from user_llm.nn.resampler import Resampler, ResamplerConfig
@@ -179,8 +179,7 @@ class UserLLM(nnx.Module):
 
     def valid_items(self) -> Bool[Array, " V"]:
         """Return True at the rows of the item table that are items."""
-        row = jnp.arange(self.config.table_rows)
-        return (row > 0) & (row <= self.config.num_items)
+        return valid_rows(self.config.table_rows, self.config.num_items)
 
     def item_query(self, hidden: Float[Array, "... D"], query: Float[Array, "... I"] | None = None) -> Float[Array, "... I"]:
         """Project hidden states at answer positions into the space of item vectors.
@@ -193,8 +192,7 @@ class UserLLM(nnx.Module):
 
     def score(self, query: Float[AnyArray, "B I"]) -> Float[Array, "B V"]:
         """Score every item; PAD and unused rows get -inf."""
-        scores = jnp.einsum("BI,VI->BV", query, self.item_table, preferred_element_type=jnp.float32)
-        return jnp.where(self.valid_items(), scores, -jnp.inf)
+        return item_scores(query, self.item_table, self.valid_items())
 
 
 def _of_parts(a: AnyArray, chosen: Int[AnyArray, "Z C"], axis: int) -> Array:
