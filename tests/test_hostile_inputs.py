@@ -374,7 +374,9 @@ EXPORTED = {
 
 
 def reported(place: Path, **flags: str) -> bool:
-    report_command.flags = SimpleNamespace(FLAGS=SimpleNamespace(**({"cost": "", "out": None, "reference": "", "metric": ""} | flags)))
+    report_command.flags = SimpleNamespace(
+        FLAGS=SimpleNamespace(**({"cost": "", "out": None, "reference": "", "metric": ""} | flags))
+    )
     report_command.main(["report", *([str(place)] if "cost" not in flags else [])])
     return "# Report" in (place / "report.md").read_text()
 
