@@ -28,9 +28,8 @@ NO_INPUT = (
 # Settings of the test alone: training, and the choice of the step that is kept, do not depend on them.
 TEST_ALONE = r"^[^.]+\.(eval\.(guide|rerank|bert_score|control_users|samples)|(eval\.)?transitions)$"
 WRITTEN = r"^[^.]+\.eval\.generate_users$"  # the same holds of this one where an item head ranks on validation
-CHOSEN_BY = (
-    r"^[^.]+\.loop\.(eval_steps|monitor|mode)$"  # and of these where the last parameters are kept and no patience ends a phase
-)
+# And of these where a phase keeps its last parameters and no patience ends it.
+CHOSEN_BY = r"^[^.]+\.loop\.(eval_steps|monitor|mode)$"
 # Keys of `data` that one kind of source alone reads.
 OF_SOURCE = {"category": "amazon", "states": "google_local", "name": "events", "columns": "events", "synthetic": "synthetic"}
 # Keys of `data` that say what is done with a dataset once it is read.

@@ -108,7 +108,10 @@ def _standing(metric: str, method: str, reference: str, rows, known: dict[str, d
 
 
 def _shared(one: Measured, other: Measured) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    """Return the places in each of the targets that both have, in the same order. Of targets that occur several times, the first is the first."""
+    """Return the places in each of the targets that both have, in the same order.
+
+    Where both have a target several times, the first of one belongs to the first of the other, the second to the second, and so on.
+    """
     if np.array_equal(one.users, other.users) and np.array_equal(one.positions, other.positions):
         return np.arange(len(one)), np.arange(len(one))
     places = [_places(one), _places(other)]
