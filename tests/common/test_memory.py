@@ -12,28 +12,29 @@ from user_llm import experiment
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
-# A program with a temporary array of 64 MB; `faults` counts the pages of 4 KiB that five calls of it fault.
+# A program with a temporary array of 64 MB. `faults` counts the pages of 4 KiB that its median call faults, since the array of the call
+# before may be freed by another thread a little late, and then memory grows once by one more array.
 PROGRAM = """
-import resource
+import resource, statistics
 import jax, jax.numpy as jnp, psutil
 from user_llm.common import memory
 
 {first}
 step = jax.jit(lambda x: jnp.exp(jnp.outer(x, x)) @ x)
 x = jnp.ones(4096)
-for number in range(15):
-    if number == 10:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+faults = []
+for _ in range(51):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     step(x).block_until_ready()
-faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 held = psutil.Process().memory_info().rss
 {last}
-print(faults, held - psutil.Process().memory_info().rss)
+print(statistics.median(faults), held - psutil.Process().memory_info().rss)
 """
 
 
 def _run(first: str, last: str) -> tuple[int, int]:
-    """Return the faults, and the bytes that `last` gave back."""
+    """Return the faults of the median call, and the bytes that `last` gave back."""
     program = PROGRAM.format(first=first, last=last)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     faults, returned = done.stdout.split()
@@ -43,7 +44,7 @@ def _run(first: str, last: str) -> tuple[int, int]:
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="another malloc than glibc's")
 def test_the_memory_of_a_program_is_kept_for_its_next_call_and_returned_in_the_end():
     faults, returned = _run("end = memory.keep_freed()", "end()")
-    assert faults < 1000 and returned > 64e6
+    assert faults < 200 and returned > 64e6
     if not (
         HUGE_PAGES.exists() and "[always]" in HUGE_PAGES.read_text()
     ):  # where all pages are huge, 64 MB anew at each call are a few faults
