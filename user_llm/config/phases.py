@@ -3,6 +3,7 @@
 The functions of `config/defaults.py` return sections of this form.
 """
 
+import abc
 import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -63,7 +64,7 @@ class Loop:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Phase:
+class Phase(abc.ABC):
     """What all phases have.
 
     Attributes:
@@ -76,9 +77,9 @@ class Phase:
     loop: Loop
 
     @property
+    @abc.abstractmethod
     def rows(self) -> tuple[str, int]:
         """The key that says how many rows a batch has, and its value."""
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
