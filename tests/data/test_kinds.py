@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import decimal
 import gzip
+import io
 import json
 import os
 
@@ -39,6 +40,16 @@ def csv(*rows, header="u,i,t"):
 def times(values, **options):
     """Return a case's file: one user, with items a, b, c, ... at these times."""
     return {"e.parquet": {"u": ["1"] * len(values), "i": list("abcdefghijk"[: len(values)]), "t": pa.array(values, **options)}}
+
+
+def int96(values):
+    """Return a case's file of times as Spark and Hive have long written them: one user, with items a, b, c, ..."""
+    file = io.BytesIO()
+    table = pa.table(
+        {"u": ["1"] * len(values), "i": list("abcdefghijk"[: len(values)]), "t": pa.array(values, pa.timestamp("us"))}
+    )
+    pq.write_table(table, file, use_deprecated_int96_timestamps=True)
+    return {"e.parquet": file.getvalue()}
 
 
 def at(*seconds):
@@ -136,7 +147,7 @@ CASES = [
     Case("order_is_no_date", {"e.csv": csv("1,a,2024-05-01")}, O, ("e.csv", "row 1", "order", "2024-05-01")),
     # Missing is missing.
     *(Case(f"missing_{n}", {"e.csv": csv("u,a,1", f"{word},b,2")}, T, ("e.csv", "row 2", "no user"))
-      for n, word in enumerate(["", "  ", r"\N", "NULL", "None", "nan", "NaN", "inf", "-Infinity", "<NA>"])),
+      for n, word in enumerate(["", "  ", r"\N", "NULL", "None", "nan", "NaN", "inf", "-Infinity", "<NA>", "#N/A", "undefined"])),
     Case("missing_item_json", {"e.jsonl": [{"u": 1, "i": "a", "t": 1}, {"u": 1, "t": 2}]}, T, ("e.jsonl", "row 2", "no item")),
     Case("missing_time", times([float("nan"), 5.0]), T, ("e.parquet", "row 1", "no time")),
     Case("skipped", {"e.csv": csv("u,a,1", ",b,2", "u,c,x", "u,d", "u,e,5"), "f.csv": csv("u,f,6", "nan,g,7")}, T,
@@ -173,6 +184,41 @@ CASES = [
          T, {"users": {"7": ["1", "1"]}}, source="."),
     Case("packed_by_content", {"a.csv": gzip.compress(csv("1,a,1").encode(), mtime=0), "b.csv.gz": csv("1,b,2")}, T, {"users": {"1": ["a", "b"]}}, source="."),
     Case("upper_suffix", {"E.CSV": csv("1,a,1")}, T, {"users": {"1": ["a"]}}),
+    # Quotation marks: text that goes on after a closing one would swallow rows.
+    Case("backslash_quotes", {"e.csv": csv(r'1,a,1,"Vinyl 12\""', "1,b,2,B", "1,c,3,C", r'1,d,4,"LP 7\""', "1,e,5,E", header="u,i,t,n")}, T,
+         ("e.csv", "line 2", "closing quotation mark", "Vinyl 12")),
+    Case("bare_quotes", {"e.tsv": csv('1\ta\t1\t"Heroes', "1\tb\t2\tB", '1\tc\t3\t"Low', "1\td\t4\tD", header="u\ti\tt\tn")}, T | {"title": "n"},
+         ("e.tsv", "line 2", "closing quotation mark")),
+    Case("quotes_in_front", {"e.csv": csv('1,"red shoes" cheap,1', "1,red shoes cheap,2")}, T, ("e.csv", "line 2", "closing quotation mark")),
+    Case("quotes_that_skip", {"e.csv": csv('1,b,"2', *["1,a,1"] * 5000, '1,c,"3"')}, T, ("e.csv", "closing quotation mark"), bad_rows="skip"),
+    Case("quotes_far_in", {"e.csv": csv(*[f'1,"a ""{k}"", b",{k}' for k in range(200_000)], '1,"a\nb"c,1')}, T, ("e.csv", "line 200002", "a\\nb")),
+    Case("quotes_rightly", {"e.csv": "\ufeff" + csv('"1","a ""x"", y",1,5" nail', '1, "c" d,3,""', '1,b 3",4,"multi\r\nline"', header='"u",i,t,n')},
+         T, {"users": {"1": ['a "x", y', ' "c" d', 'b 3"']}}),
+    # JSON: floats that have lost their last digits are no ids; a key may come late.
+    Case("json_large_floats", {"e.jsonl": '{"u":1,"i":"a","t":1}\n{"u":1.090292922e+18,"i":"b","t":2}\n'}, T, ("e.jsonl", "row 2", "no user")),
+    Case("json_late_key", {"e.jsonl": [{"u": 1, "i": "a", "t": k} for k in range(3000)] + [{"u": 1, "i": "b", "t": 5000, "n": "B"}]}, T | {"title": "n"},
+         {"titles": {"a": "a", "b": "B"}}),
+    Case("json_never_key", {"e.jsonl": [{"u": 1, "i": "a", "t": k, "m": "n"} for k in range(3000)]}, T | {"title": "n"}, ("no column 'n'", "'m'")),
+    # Times of two units, of a type that rounds them, and beyond what nanoseconds reach.
+    Case("two_units", {"a.csv": csv(*(f"1,{i},{HOUR + k}" for k, i in enumerate("abc"))), "b.csv": csv(*(f"1,{i},{1000 * (HOUR - k)}" for k, i in enumerate("defg")))},
+         T, ("several units", "3 in s"), source="."),
+    Case("two_units_given", {"a.csv": csv(f"1,a,{HOUR}", f"1,b,{HOUR * 1000}", f"1,c,{HOUR * 1000 + 1}")}, T | {"time_unit": "ms"}, {"users": {"1": list("abc")}, "unit": "ms"}),
+    Case("int96", int96([TS(2024, 5, 1, 6), TS(9999, 12, 31), TS(1, 1, 1), TS(2300, 1, 1)]), T, {"users": {"1": list("cadb")}}),
+    Case("float32_times", times([HOUR + 0.0, HOUR + 60.0, HOUR + 120.0], type=pa.float32()), T, ("e.parquet", "'t'", "rounded")),
+    Case("float32_small", times([3.0, 1.5], type=pa.float32()), T, {"users": {"1": ["b", "a"]}}),
+    Case("absurd_offset", {"e.csv": csv("1,a,2024-05-01T00:00:00+99:99")}, T, ("row 1", "no time", "+99:99")),
+    # Missing titles and categories are missing.
+    Case("missing_titles", {"e.csv": csv(r"1,a,1,\N,A", r"1,a,2,Heat,\N", "1,b,3,NULL,nan", "1,c,4,<NA>,None", header="u,i,t,n,k")}, T | {"title": "n", "categories": ("k",)},
+         {"titles": {"a": "Heat", "b": "b", "c": "c"}, "categories": {"a": ["A"], "b": [], "c": []}}),
+    # Parts of a folder: all are read, or none.
+    Case("folder_as_a_file", {"jan.parquet": {"u": [1], "i": ["a"], "t": [1]}, "feb.parquet/part-0.parquet": {"u": [1], "i": ["b"], "t": [2]},
+                              "feb.parquet/_SUCCESS": ""}, T, {"users": {"1": ["a", "b"]}}, source="."),
+    Case("folders_by_glob", {"jan.parquet/part-0.parquet": {"u": [1], "i": ["a"], "t": [1]}, "feb.parquet/part-0.parquet": {"u": [1], "i": ["b"], "t": [2]}},
+         T, {"users": {"1": ["a", "b"]}}, source="*.parquet"),
+    Case("folders_by_deep_glob", {"jan.parquet/part-0.parquet": {"u": [1], "i": ["a"], "t": [1]}, "d=1/part-0.parquet": {"u": [1], "i": ["b"], "t": [2]}},
+         O, {"users": {"1": ["a", "b"]}, "facts": {"rows": 2}}, source="**"),
+    *(Case(f"packed_{n}", {"a.csv": csv("1,a,1"), f"b.csv{end}": "?"}, T, (f"b.csv{end}", "unpack it"), source=".") for n, end in enumerate([".bz2", ".zip", ".zst"])),
+    Case("delta_table", {"part-0.parquet": {"u": [1], "i": ["a"], "t": [1]}, "_delta_log/00.json": "{}"}, T, ("Delta Lake", "deleted"), source="."),
     # What cannot be read is one sentence.
     Case("ragged_after_newlines", {"e.csv": csv('1,"a\nb",1', '1,"c\n\nd",2', "1,x")}, T, ("e.csv", "row 3", "2 values")),
     Case("commas_in_numbers", {"e.csv": csv('1,a,1,"4,5"', header="u,i,t,n")}, T | {"numbers": ("n",)}, ("e.csv", "row 1", "number", "4,5")),
@@ -193,7 +239,7 @@ CASES = [
     Case("no_header", {"e.csv": ""}, T, ("e.csv", "no header")),
     Case("header_alone", {"e.csv": "u,i,t\n"}, T, ("holds no events",)),
     Case("no_lines", {"e.jsonl": ""}, T, ("holds no events",)),
-    Case("no_column_anywhere", {"e.csv": csv("1,a,1")}, T | {"title": "n"}, ("no column 'n'", "u, i, t")),
+    Case("no_column_anywhere", {"e.csv": csv("1,a,1")}, T | {"title": "n"}, ("no column 'n'", "'u', 'i', 't'")),
     Case("array", {"e.json": "[\n" + '{"u":1}\n]'}, T, ("e.json", "row 1", "one object a line")),
     Case("open_quote", {"e.csv": csv("1,a,1", '1,"b,2', *["1,c,3"] * 20_000)}, T, ("e.csv", "row 2", "2 values")),
 ]  # fmt: skip

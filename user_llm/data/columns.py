@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Bool
 
-from user_llm.data.values import EXACT, MISSING, NUMBER, names_of, text_of
+from user_llm.data.values import EXACT, MISSING, NUMBER, is_missing, names_of, text_of
 
 Column = Any  # pa.Array | Sequence[Any]; Arrow has no types for mypy
 Bad = Bool[np.ndarray, "rows"]
@@ -170,7 +170,7 @@ def _finite(values: pa.Array) -> pa.Array:
 
 
 def names(column: Column) -> tuple[pa.Array, Bad]:
-    """Return lists of names, empty where there are none: of lists, of single values, or of null; blank names are left out.
+    """Return lists of names, empty where there are none: of lists, of single values, or of null; missing names are left out.
 
     Raises:
       WrongType: objects, or lists of them.
@@ -189,7 +189,7 @@ def names(column: Column) -> tuple[pa.Array, Bad]:
         lengths = pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
         bad = np.zeros(len(column), bool)
         bad[np.repeat(np.arange(len(column)), lengths)[bad_values]] = True
-    filled = pc.not_equal(pc.utf8_trim_whitespace(flat), "").fill_null(False).to_numpy(zero_copy_only=False)
+    filled = ~missing(flat)
     ends = np.cumsum(np.concatenate([[0], filled]))[np.concatenate([[0], np.cumsum(lengths)])]
     return pa.ListArray.from_arrays(pa.array(ends.astype(np.int32)), flat.filter(pa.array(filled))), bad
 
@@ -198,7 +198,7 @@ def _names_of_json(values: Sequence[Any]) -> tuple[pa.Array, Bad]:
     lists, bad = [], np.zeros(len(values), bool)
     for row, value in enumerate(values):
         try:
-            found = [value] if type(value) is str and value and not value.isspace() else names_of(value)
+            found = [value] if type(value) is str and not is_missing(value) else names_of(value)
             "".join(found).encode()
         except ValueError:
             bad[row], found = True, []

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from user_llm.data import columns, times
 from user_llm.data.columns import Bad, Column, WrongType
@@ -33,7 +34,7 @@ def check_names(place: Any, there: Sequence[str], wanted: Sequence[str], needed:
         if there.count(name) > 1:
             raise ValueError(f"{place} has {there.count(name)} columns {name!r}: rename all but one.")
     if missing := [name for name in needed if name not in there and there]:
-        raise ValueError(f"{place} has no column {', '.join(map(repr, missing))}; it has {', '.join(map(str, there))}.")
+        raise ValueError(f"{place} has no column {', '.join(map(repr, missing))}; it has {', '.join(map(repr, there))}.")
 
 
 class Rows:
@@ -60,7 +61,7 @@ class Rows:
         """Return a column of texts; a missing text is the empty one."""
         found, bad = self._read(name, kind, columns.text)
         self.refuse(bad, name, kind)
-        return found.fill_null("")
+        return pc.if_else(pa.array(columns.missing(found)), "", found)
 
     def names(self, name: str) -> pa.Array:
         """Return a column of lists of names; a missing list is the empty one."""

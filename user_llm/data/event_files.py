@@ -22,6 +22,11 @@ from user_llm.data.event_tables import FORMATS, Format, Piece, format_of
 from user_llm.data.fields import Fields
 from user_llm.data.raw import BadRows, Raw, pieces
 
+# The ends of the names of packed files, as other programs write them beside those that are read.
+PACKED = frozenset(
+    [".bz2", ".zip", ".xz", ".zst", ".zstd", ".lz4", ".snappy", ".lzo", ".br", ".z", ".7z", ".rar", ".tar", ".tgz"]
+)
+LOGS = {"_delta_log": "Delta Lake", ".hoodie": "Apache Hudi"}  # the folders in which such tables say which of their files count
 LEVELS = 10  # of a number; one more stands for a missing one
 
 
@@ -103,10 +108,11 @@ def find_files(source: str) -> tuple[tuple[epath.Path, ...], Format]:
     """Return the files of a file, a folder or a glob, and their format.
 
     A name that exists is taken literally, whatever signs it has. Of a folder the files count, and those of its folders that are
-    called `key=value`, but hidden ones do not.
+    called `key=value` or as a file is, `part.parquet`, but hidden ones do not.
 
     Raises:
-      ValueError: none, or files of several formats.
+      ValueError: none, files of several formats, one that is packed otherwise than by gzip, or a table of which other files say which
+        of its files count.
     """
     path = epath.Path(source)
     if path.is_dir():
@@ -114,7 +120,13 @@ def find_files(source: str) -> tuple[tuple[epath.Path, ...], Format]:
     elif path.exists():
         found = [path]
     else:
-        found = [epath.Path(file) for file in sorted(glob.glob(source, recursive=True))]
+        found = []
+        for name in sorted(glob.glob(source, recursive=True)):
+            one = epath.Path(name)
+            found += _in_folder(one) if one.is_dir() and _is_part(one) else [one]
+    found = list(dict.fromkeys(found))
+    if packed := [file for file in found if file.suffix.lower() in PACKED and not file.is_dir()]:
+        raise ValueError(f"{packed[0]} is packed in a way that is not read here: unpack it, or pack it by gzip.")
     files = tuple(file for file in found if format_of(file) and not file.is_dir())
     forms = {id(form): form for form in map(format_of, files) if form}
     if len(forms) != 1:
@@ -128,6 +140,10 @@ def find_files(source: str) -> tuple[tuple[epath.Path, ...], Format]:
 def _in_folder(folder: epath.Path, above: tuple[str, ...] = ()) -> list[epath.Path]:
     found: list[epath.Path] = []
     place = os.path.realpath(folder)
+    if logs := [name for name in LOGS if (folder / name).is_dir()]:
+        raise ValueError(
+            f"{folder} is a table of {LOGS[logs[0]]}, whose files hold rows that were deleted since: write the table as Parquet and name that."
+        )
     if place in above:
         raise ValueError(f"{folder} is a link to a folder that it lies in: delete it.")
     for path in sorted(folder.iterdir()):
@@ -135,9 +151,14 @@ def _in_folder(folder: epath.Path, above: tuple[str, ...] = ()) -> list[epath.Pa
             continue
         if not path.is_dir():
             found.append(path)
-        elif "=" in path.name:
+        elif _is_part(path):
             found += _in_folder(path, (*above, place))
     return found
+
+
+def _is_part(folder: epath.Path) -> bool:
+    """Say whether a folder within another one holds a part of its table, as Hive and Spark write them."""
+    return "=" in folder.name or format_of(folder) is not None
 
 
 def _check_columns(source: str, files: tuple[epath.Path, ...], form: Format, columns: Columns) -> None:

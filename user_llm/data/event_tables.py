@@ -4,6 +4,7 @@ import collections
 import csv
 import dataclasses
 import io
+import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import BinaryIO
 
@@ -18,6 +19,7 @@ from user_llm.common.files import check_regular
 from user_llm.data.columns import Column
 from user_llm.data.json_lines import alike
 from user_llm.data.opening import CHUNK_BYTES, LONGEST_LINE, Damaged, line_chunks, opened
+from user_llm.data.quotes import Misquoted, Quoted
 from user_llm.data.raw import ROWS, BadRows
 from user_llm.data.values import json_object
 
@@ -30,7 +32,9 @@ ALIKE = {
     type(None): pa.string(),
     list: pa.list_(pa.string()),
 }  # floats must keep their spelling
-KEYS_SEEN = 1000  # lines of JSON whose keys are taken for the columns of a file, where a message lists them
+KEYS_SEEN = (
+    1000  # lines of JSON whose keys are all taken for the columns of a file; of later lines, only those that are asked for
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +117,7 @@ def _csv_pieces(file: epath.Path, wanted: Sequence[str], numbers: Collection[str
     with opened(file) as stream:
         try:
             reader = pyarrow.csv.open_csv(
-                io.BufferedReader(_Ended(stream, b"\n" + separator.encode().join([END] * len(header)) + b"\n"), 1 << 20),
+                io.BufferedReader(_Ended(Quoted(stream, separator), b"\n" + separator.encode().join([END] * len(header)) + b"\n"), 1 << 20),
                 pyarrow.csv.ReadOptions(
                     use_threads=False, block_size=LONGEST_LINE // 2, column_names=names, skip_rows_after_names=1
                 ),
@@ -131,6 +135,8 @@ def _csv_pieces(file: epath.Path, wanted: Sequence[str], numbers: Collection[str
                 for first in range(0, len(batch), ROWS):
                     part = batch.slice(first, ROWS)
                     yield Piece(file, rows[first : first + ROWS], {name: part[place] for name, place in places.items()})
+        except Misquoted as error:
+            raise ValueError(f"{file}, {error}.") from None
         except Damaged as error:
             raise ValueError(f"{file}, after row {number - 1}: {error}.") from None
         except pa.ArrowInvalid as error:
@@ -168,7 +174,8 @@ def open_parquet(file: epath.Path) -> pyarrow.parquet.ParquetFile:
     """
     check_regular(file)
     try:
-        return pyarrow.parquet.ParquetFile(file, pre_buffer=False)
+        # In ns, which is the default, years before 1678 and after 2261 of an INT96 would wrap around.
+        return pyarrow.parquet.ParquetFile(file, pre_buffer=False, coerce_int96_timestamp_unit="us")
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{file} is no Parquet file that can be read: {' '.join(str(error).split())[:160]}.") from None
 
@@ -189,14 +196,20 @@ def _parquet_pieces(file: epath.Path, wanted: Sequence[str], numbers: Collection
 
 
 def _json_names(file: epath.Path, needed: Sequence[str]) -> list[str]:
-    """Return the keys of the first lines; none if the first line is no object, which reading then says."""
+    """Return the keys of the first lines, and needed ones that come later; none if the first line is no object, which reading then says."""
     keys: dict[str, None] = {}
-    for line in next(line_chunks(file, KEYS_SEEN), (1, []))[1]:
-        try:
-            keys |= dict.fromkeys(json_object(line))
-        except ValueError:
-            if not keys:
-                return []
+    for first, lines in line_chunks(file, KEYS_SEEN):
+        lacking = [json.dumps(name)[1:-1].encode() for name in needed if name not in keys]
+        for line in lines:
+            if first > 1 and not any(name in line for name in lacking):
+                continue
+            try:
+                keys |= dict.fromkeys(json_object(line))
+            except ValueError:
+                if not keys:
+                    return []
+        if keys.keys() >= set(needed):
+            break
     return list(keys)
 
 

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from jaxtyping import Bool, Int
 
 from user_llm.data import columns
-from user_llm.data.columns import WHOLE, Column, WrongType, plain
+from user_llm.data.columns import MANTISSA, WHOLE, Column, WrongType, plain
 from user_llm.data.values import EXACT, NUMBER
 
 FRACTION = 10**18  # parts of one
@@ -31,6 +31,8 @@ ISO = re.compile(
 )
 EPOCH = datetime.date(1970, 1, 1).toordinal()
 YEAR_2100 = 4_102_444_800  # seconds since 1970
+# Years of nearly all events, by which times in several units are told, and where these years begin and end in seconds since 1970.
+RECENT, RECENT_SECONDS = (1995, 2099), (788_918_400, YEAR_2100)
 
 
 class Times(NamedTuple):
@@ -69,7 +71,10 @@ def read(column: Column, *, order: bool = False, compact: bool = False) -> Times
             values = column.cast(pa.int64()).fill_null(0).to_numpy()
             return Times(values, np.zeros(size, np.int64), np.zeros(size, bool), none)
         if not compact and pa.types.is_floating(kind):
-            return _floats(column.cast(pa.float64()).to_numpy(zero_copy_only=False))
+            values = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
+            if kind != pa.float64() and (np.abs(values) > MANTISSA[kind]).any():
+                raise WrongType(f"{kind}, in which numbers above {MANTISSA[kind]} are rounded")
+            return _floats(values)
         if not any(check(kind) for check in (pa.types.is_binary, pa.types.is_null, pa.types.is_integer, pa.types.is_decimal,
                                              pa.types.is_floating)):  # fmt: skip
             raise WrongType(str(kind))
@@ -173,6 +178,8 @@ def moment(text: str) -> tuple[int, int]:
     seconds = (date.toordinal() - EPOCH) * 86400 + hour * 3600 + minute * 60 + second
     if offset and offset[0] in "+-":
         digits = offset[1:].replace(":", "").ljust(4, "0")
+        if int(digits[:2]) > 15 or int(digits[2:]) > 59:
+            raise ValueError
         seconds -= int(offset[0] + "1") * (int(digits[:2]) * 3600 + int(digits[2:]) * 60)
     if zone:
         seconds -= _zone_offset(zone, date, seconds)
@@ -233,12 +240,23 @@ def decide(counts: dict[str, Any], unit: str, *, timed: bool) -> Ticks:
       counts: as `COUNTS` counts them.
       unit: of UNITS or COMPACT, or empty for one to be decided.
       timed: False if times only order events.
+
+    Raises:
+      ValueError: times of two units, of which none was given.
     """
     if not timed:
         return Ticks("", 1, "dense_rank() OVER (ORDER BY time, fraction)" if counts["fractions"] else "time", False)
     if unit in COMPACT:
         return Ticks(unit, 1, f"CAST(epoch(strptime(CAST(time AS VARCHAR), '{PATTERNS[unit]}')) AS BIGINT)", False)
-    unit = unit or next((name for name in ("s", "ms", "us") if 2 * counts[name] > counts["rows"]), "ns")
+    if not unit:
+        unit = next((name for name in ("s", "ms", "us") if 2 * counts[name] > counts["rows"]), "ns")
+        others = {name: counts[f"like_{name}"] for name in UNITS if name != unit and counts[f"like_{name}"]}
+        if others and counts[f"like_{unit}"]:
+            found = ", ".join(f"{count} in {name}" for name, count in others.items())
+            raise ValueError(
+                f"Times in several units: most of the {counts['rows']} are in {unit}, but {found} by their size, as of {RECENT[0]} to "
+                f"{RECENT[1]}. Write all in one unit, or set data.columns.time_unit if all are in one."
+            )
     finest = next((digits for digits in (0, 3, 6) if not counts[f"finer_{digits}"]), 9)  # that the fractions need
     largest = max(abs(counts["earliest"]), abs(counts["latest"])) + 1
     fits = lambda digits: UNITS[unit] * 10**digits <= UNITS["ns"] and largest * 10**digits < 2**63  # noqa: E731
@@ -261,6 +279,10 @@ COUNTS = {
     "latest": "max(time)",
     "fractions": "count(*) FILTER (fraction <> 0)",
     **{f"finer_{digits}": f"count(*) FILTER (fraction % {FRACTION // 10**digits} <> 0)" for digits in (0, 3, 6, 9)},
+    **{
+        f"like_{unit}": f"count(*) FILTER (time >= {RECENT_SECONDS[0] * n} AND time < {RECENT_SECONDS[1] * n})"
+        for unit, n in UNITS.items()
+    },
     **{
         unit: f"count(*) FILTER (time > {-(10**top)} AND time < {10**top})" for unit, top in (("s", 11), ("ms", 14), ("us", 17))
     },

@@ -6,10 +6,29 @@ import math
 import re
 from typing import Any
 
-# A single value of a user, an item or a time that stands for none, besides blanks. Spaces around it do not count.
+# A single value that stands for none, besides blanks, as programs write it. Spaces around it do not count. NA is none of these: it is a
+# name as well, such as that of a country.
 MISSING = frozenset(
-    ["", r"\N", "NULL", "null", "None", "nan", "NaN", "NAN", "<NA>", "NaT", "inf", "+inf", "-inf", "Inf", "-Inf", "INF", "-INF"]
-    + ["Infinity", "+Infinity", "-Infinity"]
+    [
+        "",
+        r"\N",
+        "NULL",
+        "Null",
+        "null",
+        "None",
+        "nan",
+        "NaN",
+        "NAN",
+        "-nan",
+        "<NA>",
+        "#N/A",
+        "N/A",
+        "n/a",
+        "NaT",
+        "undefined",
+        "(not set)",
+    ]
+    + ["inf", "+inf", "-inf", "Inf", "-Inf", "INF", "-INF", "Infinity", "+Infinity", "-Infinity"]
 )
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
 EXACT = 2**53  # whole numbers up to it are exact as float64
@@ -65,7 +84,7 @@ def text_of(value: Any) -> str | None:
     Text is kept as it is. A number without decimals is written as a whole number, be it 7, 7.0 or 7e0, and others as spelled.
 
     Raises:
-      ValueError: a list or an object.
+      ValueError: a list, an object, or a float so large that it has lost its last digits.
     """
     if type(value) is str or value is None:
         return value
@@ -77,18 +96,20 @@ def text_of(value: Any) -> str | None:
         number = float(value)
         if not math.isfinite(number):
             return None if isinstance(value, float) else str(value)
-        return str(int(number)) if number.is_integer() and abs(number) <= EXACT else str(value)
+        if abs(number) > EXACT:
+            raise ValueError(f"{shown(value)} is a float so large that it has lost its last digits")
+        return str(int(number)) if number.is_integer() else str(value)
     raise ValueError(f"{shown(value)} is {'a list' if isinstance(value, list | tuple) else 'an object'}, not text")
 
 
 def names_of(value: Any) -> list[str]:
-    """Return the names that a list, a single value or nothing stands for; blank ones are left out.
+    """Return the names that a list, a single value or nothing stands for; missing ones are left out.
 
     Raises:
       ValueError: an object, or lists within a list.
     """
     values = value if isinstance(value, list | tuple) else [value]
-    return [text for text in map(text_of, values) if text and not text.isspace()]
+    return [text for text in map(text_of, values) if text is not None and not is_missing(text)]
 
 
 def is_missing(text: str | None) -> bool:
