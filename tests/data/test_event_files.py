@@ -85,7 +85,7 @@ def test_many_values_become_equal_shares(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "words"),
     [
-        (Columns("user", "what", time="when"), "has no column 'user'; it has who, what, when"),
+        (Columns("user", "what", time="when"), "has no column 'user'; it has 'who', 'what', 'when'"),
         (
             Columns("who", "what", time="when", numbers=("name",)),
             "e.csv, row 1: no number that can be read, as column 'name' holds 'Apple'; list columns of names under categories or texts",

@@ -198,6 +198,7 @@ CASES = [
     Case("json_large_floats", {"e.jsonl": '{"u":1,"i":"a","t":1}\n{"u":1.090292922e+18,"i":"b","t":2}\n'}, T, ("e.jsonl", "row 2", "no user")),
     Case("json_late_key", {"e.jsonl": [{"u": 1, "i": "a", "t": k} for k in range(3000)] + [{"u": 1, "i": "b", "t": 5000, "n": "B"}]}, T | {"title": "n"},
          {"titles": {"a": "a", "b": "B"}}),
+    Case("json_late_escape", {"e.jsonl": '{"u":1,"i":"a","t":1}\n' * 3000 + '{"u":1,"i":"b","t":2,"\\u006e\\u00e9":"B"}\n'}, T | {"title": "né"}, {"titles": {"a": "a", "b": "B"}}),
     Case("json_never_key", {"e.jsonl": [{"u": 1, "i": "a", "t": k, "m": "n"} for k in range(3000)]}, T | {"title": "n"}, ("no column 'n'", "'m'")),
     # Times of two units, of a type that rounds them, and beyond what nanoseconds reach.
     Case("two_units", {"a.csv": csv(*(f"1,{i},{HOUR + k}" for k, i in enumerate("abc"))), "b.csv": csv(*(f"1,{i},{1000 * (HOUR - k)}" for k, i in enumerate("defg")))},

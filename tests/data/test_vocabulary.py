@@ -93,7 +93,7 @@ def test_no_events_and_no_users(toy):
 def test_users_that_only_later_lines_name_are_refused(toy, tmp_path):
     lines = [json.dumps({"i": "a", "t": 1, "r": 1})] * 1000 + [json.dumps({"u": 5, "i": "a", "t": 1, "r": 1})]
     (tmp_path / "e.jsonl").write_text("\n".join(lines))
-    with pytest.raises(ValueError, match="e.jsonl, row 1001: no user .* holds 5, while the first events name none"):
+    with pytest.raises(ValueError, match="e.jsonl, row 1: no user .* holds nothing"):
         toy.read(str(tmp_path / "e.jsonl"))
     (tmp_path / "e.jsonl").write_text("\n".join(lines[:-1]))
     assert toy.encode(tmp_path / "e.jsonl").shape == (1, 7)
@@ -122,8 +122,8 @@ def test_a_number_that_is_no_feature_may_be_missing(toy):
         ({"i": "a"}, "Events are a list of dicts, a table .*, not dict"),
         (7, "not int"),
         ([EVENTS[0], 5], "The list of events, row 2: 5 is no dict"),
-        ([{"u": 1, "i": "a", "r": 2}], "The list of events has no column 't'; it has u, i, r"),
-        (pa.table({"i": ["a"], "t": [1]}), "The table of events has no column 'r'; it has i, t"),
+        ([{"u": 1, "i": "a", "r": 2}], "The list of events has no column 't'; it has 'u', 'i', 'r'"),
+        (pa.table({"i": ["a"], "t": [1]}), "The table of events has no column 'r'; it has 'i', 't'"),
         (pa.table([["a"], [1], [1], [2]], names=["i", "t", "r", "r"]), "has 2 columns 'r'"),
         (pa.table({"i": [["a"]], "t": [1], "r": [1]}), "column 'i' is of type list.*, which is no item"),
         (pa.table({"i": pa.RunEndEncodedArray.from_arrays([1], pa.array(["a"], pa.string_view())), "t": [1], "r": [1]}), "no item"),

@@ -194,7 +194,7 @@ class _Reader:
 
     def first_is_date(self) -> bool:
         """Say whether the first readable time is a date; the others must be what it is."""
-        for piece in self._pieces(BadRows(skip=True)):
+        for piece in self._pieces(BadRows(skip=True, warnings=0)):
             found = self._times(Rows(piece))
             if not found.bad.all():
                 return bool(found.dates[np.argmin(found.bad)])

@@ -4,7 +4,6 @@ import collections
 import csv
 import dataclasses
 import io
-import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import BinaryIO
 
@@ -93,14 +92,14 @@ def _csv_header(file: epath.Path, needed: Sequence[str]) -> tuple[str, list[str]
 class _Ended(io.RawIOBase):
     """A file's bytes and after them a row of our own, which a quotation mark that is never closed swallows."""
 
-    def __init__(self, stream: BinaryIO, end: bytes):
+    def __init__(self, stream: BinaryIO | Quoted, end: bytes):
         self._parts = stream, io.BytesIO(end)
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer) -> int:
-        return next((size for part in self._parts if (size := part.readinto(buffer))), 0)  # type: ignore[attr-defined]
+        return next((size for part in self._parts if (size := part.readinto(buffer))), 0)  # type: ignore[union-attr]
 
 
 def _csv_pieces(file: epath.Path, wanted: Sequence[str], numbers: Collection[str], bad_rows: BadRows) -> Iterator[Piece]:
@@ -199,10 +198,10 @@ def _json_names(file: epath.Path, needed: Sequence[str]) -> list[str]:
     """Return the keys of the first lines, and needed ones that come later; none if the first line is no object, which reading then says."""
     keys: dict[str, None] = {}
     for first, lines in line_chunks(file, KEYS_SEEN):
-        lacking = [json.dumps(name)[1:-1].encode() for name in needed if name not in keys]
+        lacking = [name.encode(errors="replace") for name in needed if name not in keys]
         for line in lines:
-            if first > 1 and not any(name in line for name in lacking):
-                continue
+            if first > 1 and b"\\" not in line and not any(name in line for name in lacking):
+                continue  # It has none of them, and no key that is spelled by an escape.
             try:
                 keys |= dict.fromkeys(json_object(line))
             except ValueError:

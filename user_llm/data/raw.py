@@ -36,11 +36,13 @@ class BadRows:
       skip: leave them out.
       count: how many were left out.
       remedy: what a refusal tells to do.
+      warnings: of how many that are left out the log speaks.
     """
 
     skip: bool = False
     count: int = 0
     remedy: str = REMEDY
+    warnings: int = WARNINGS
 
     @classmethod
     def of(cls, mode: str) -> "BadRows":
@@ -64,7 +66,7 @@ class BadRows:
         """
         if not self.skip:
             raise ValueError(f"{fault}; {self.remedy}.")
-        if self.count < WARNINGS:
+        if self.count < self.warnings:
             logging.warning("Left out: %s.", fault)
         self.count += rows
 

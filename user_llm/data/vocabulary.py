@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from jaxtyping import Int
 
 from user_llm.common.records import misfit, positive_whole_number, text
@@ -242,9 +241,6 @@ class Vocabulary:
         """
         fields, rows = self.fields, Rows(piece)
         user = rows.ids(fields.user, "user") if has_user else rows.texts(fields.user, "user")
-        if not has_user:  # Only the first lines of a JSON lines file say which columns it has: a later line may name a user.
-            named = pc.not_equal(user, "").to_numpy(zero_copy_only=False)
-            rows.refuse(named, fields.user, "user", ", while the first events name none")
         item = rows.ids(fields.item, "item")
         found = rows.times(fields.time, order=not fields.timed, compact=fields.unit in times.COMPACT)
         found = times.in_seconds(found, fields.unit if fields.timed else "")
