@@ -129,3 +129,12 @@ def test_the_real_table_is_read_whole(data_dir, tmp_path):
     raw = find(str(data_dir / "events" / "video_games.parquet"), columns, name="video_games")
     assert sum(len(piece) for piece in raw.events()) == 440_264
     assert sum(len(piece) for piece in raw.items()) == 16_859
+
+
+@pytest.mark.parametrize(
+    ("times", "said"), [(("19844", "19845"), True), (("1700000000", "5"), False), (("1970-01-02", "1970-01-03"), False)]
+)
+def test_numbers_that_all_fall_into_1970_are_pointed_out(tmp_path, numbered, caplog, times, said):
+    (tmp_path / "e.csv").write_text("u,i,t\n" + "".join(f"1,{k},{time}\n" for k, time in enumerate(times)))
+    numbered(find(str(tmp_path / "e.csv"), Columns("u", "i", time="t"), name="case"))
+    assert ("write them as dates" in caplog.text) == said

@@ -205,6 +205,7 @@ CASES = [
          T, ("several units", "3 in s"), source="."),
     Case("two_units_given", {"a.csv": csv(f"1,a,{HOUR}", f"1,b,{HOUR * 1000}", f"1,c,{HOUR * 1000 + 1}")}, T | {"time_unit": "ms"}, {"users": {"1": list("abc")}, "unit": "ms"}),
     Case("int96", int96([TS(2024, 5, 1, 6), TS(9999, 12, 31), TS(1, 1, 1), TS(2300, 1, 1)]), T, {"users": {"1": list("cadb")}}),
+    Case("days_since_1970", times([19844, 19845]), T, {"users": {"1": ["a", "b"]}, "facts": {"events_in_1970": 2, "events_before_1970": 0}}),
     Case("float32_times", times([HOUR + 0.0, HOUR + 60.0, HOUR + 120.0], type=pa.float32()), T, ("e.parquet", "'t'", "rounded")),
     Case("float32_small", times([3.0, 1.5], type=pa.float32()), T, {"users": {"1": ["b", "a"]}}),
     Case("absurd_offset", {"e.csv": csv("1,a,2024-05-01T00:00:00+99:99")}, T, ("row 1", "no time", "+99:99")),

@@ -52,11 +52,19 @@ class Numbered:
         }
         if raw.timed:
             day = f"(time // {self.ticks.per_second})"
-            early, late = self.database.sql(f"""
-                SELECT count(*) FILTER (time < 0), count(*) FILTER ({day} >= {times.YEAR_2100}) FROM kept
+            early, first, late = self.database.sql(f"""
+                SELECT count(*) FILTER (time < 0), count(*) FILTER (time >= 0 AND {day} < {times.YEAR_1971}),
+                  count(*) FILTER ({day} >= {times.YEAR_2100})
+                FROM kept
             """).fetchall()[0]
+            if first == self.kept > 0 and not raw.unit:
+                logging.warning(
+                    "All times are of 1970 if they count %s since then. If they count something else, such as days, write them as dates.",
+                    self.ticks.unit,
+                )
             facts |= {"time_unit": self.ticks.unit, "ticks_per_second": self.ticks.per_second}
-            facts |= {"events_before_1970": early, "events_after_2100": late, "times_rounded": int(self.ticks.rounded)}
+            facts |= {"events_before_1970": early, "events_in_1970": first, "events_after_2100": late}
+            facts |= {"times_rounded": int(self.ticks.rounded)}
         return facts
 
 

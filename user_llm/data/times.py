@@ -30,7 +30,7 @@ ISO = re.compile(
     re.ASCII,
 )
 EPOCH = datetime.date(1970, 1, 1).toordinal()
-YEAR_2100 = 4_102_444_800  # seconds since 1970
+YEAR_1971, YEAR_2100 = 31_536_000, 4_102_444_800  # seconds since 1970
 # Years of nearly all events, by which times in several units are told, and where these years begin and end in seconds since 1970.
 RECENT, RECENT_SECONDS = (1995, 2099), (788_918_400, YEAR_2100)
 
