@@ -127,19 +127,39 @@ def test_several_callers_share_the_work(listed):
 
 def test_a_whole_folder_takes_the_place_of_an_older_one_or_leaves_it(tmp_path):
     path = tmp_path / "folder"
-    with whole_folder(path) as folder:
+    with whole_folder(path, "a") as folder:
         (folder / "a").write_text("1")
-    with pytest.raises(KeyError), whole_folder(path) as folder:
+    with pytest.raises(KeyError), whole_folder(path, "a") as folder:
         (folder / "b").write_text("half")
         raise KeyError
     assert [file.name for file in path.iterdir()] == ["a"]
 
     path.rename(tmp_path / "folder.replaced")  # a kill came while the two changed places, and another one comes
-    with pytest.raises(KeyError), whole_folder(path):
+    with pytest.raises(KeyError), whole_folder(path, "a"):
         raise KeyError
     assert [file.name for file in path.iterdir()] == ["a"]
 
-    with whole_folder(path) as folder:
+    with whole_folder(path, "a") as folder:
         (folder / "c").write_text("2")
     assert [file.name for file in path.iterdir()] == ["c"]
     assert [left.name for left in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_whole_folder_replaces_nothing_of_others(tmp_path):
+    thesis = tmp_path / "docs" / "thesis"
+    thesis.parent.mkdir()
+    thesis.write_text("years of work")
+    for path, words in ((thesis.parent, "holds files, and no mark"), (thesis, "is a file")):
+        with pytest.raises(ValueError, match=words), whole_folder(path, "mark"):
+            pass
+    assert thesis.read_text() == "years of work" and [path.name for path in tmp_path.iterdir()] == ["docs"]
+
+
+def test_a_whole_folder_is_written_where_a_link_leads(tmp_path):
+    (tmp_path / "v1").mkdir()
+    (tmp_path / "current").symlink_to("v1")
+    for number in "12":
+        with whole_folder(tmp_path / "current", "mark") as folder:
+            (folder / "mark").write_text(number)
+    assert (tmp_path / "current").is_symlink() and (tmp_path / "v1" / "mark").read_text() == "2"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["current", "v1"]

@@ -35,6 +35,17 @@ def test_many_texts_are_encoded_as_one_by_one(trained, monkeypatch):
     assert {row.dtype for row in ids} == {np.dtype(np.int32)}
 
 
+@pytest.mark.parametrize(
+    ("text", "words"), [("a\ud800", "half a surrogate pair"), (None, "None is no text"), (5, "5 is no text")]
+)
+def test_what_is_no_text_is_refused_by_one_sentence(trained, text, words):
+    tokenizer, _ = trained
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_all(["River", text])):
+        with pytest.raises(ValueError, match=words) as caught:
+            encode(text)
+        assert "\n" not in str(caught.value)
+
+
 def test_special_tokens_come_first_and_are_not_added(trained):
     tokenizer, _ = trained
     assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)

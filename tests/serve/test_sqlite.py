@@ -245,11 +245,11 @@ def test_a_file_that_is_no_store_is_refused_and_left_as_it_was(tmp_path, make, s
     path = tmp_path / "folder" / "users.db"
     path.parent.mkdir()
     make(path)
-    before = path.read_bytes() if path.is_file() else None
+    before = (path.read_bytes(), path.chmod(0o644)) if path.is_file() else None
     with pytest.raises(ValueError) as refused:
         open_store(f"sqlite:{path}")
     assert sentence in str(refused.value) and "\n" not in str(refused.value)
-    assert before is None or path.read_bytes() == before
+    assert before is None or (path.read_bytes() == before[0] and path.stat().st_mode & 0o777 == 0o644)
 
 
 def test_a_folder_that_cannot_be_written_is_refused():

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -198,6 +199,19 @@ def test_null_is_what_is_not_said(server, model):
     body = {"model": "tiny", "prompt": "Next:", "temperature": 0, **dict.fromkeys(names)}
     answer = httpx2.post(f"{server.url}/v1/completions", json=body).json()
     assert answer["choices"][0]["text"] == model.generate("Next:", max_tokens=16)
+
+
+@pytest.mark.parametrize("more", [{}, {"stream": True}, {"prompt": ["Next:", "\ud800"]}])
+def test_half_a_surrogate_pair_is_refused(server, more):
+    body = json.dumps({"model": "tiny", "prompt": "a\ud800"} | more)
+    answer = httpx2.post(f"{server.url}/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code in (400, 422) and "half a surrogate pair" in answer.text
+
+
+def test_half_a_surrogate_pair_in_a_message_is_refused(server):
+    body = json.dumps({"model": "tiny", "messages": [{"role": "user", "content": "\ud800"}]})
+    answer = httpx2.post(f"{server.url}/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code in (400, 422), answer.text
 
 
 def test_a_user_without_events_gets_an_answer(client, model):

@@ -209,6 +209,17 @@ def test_other_ids_are_refused(http, name):
     assert answer.status_code in (400, 422) and "\n" not in answer.text, answer.text
 
 
+@pytest.mark.parametrize("name", ["%ff", "%F0%9F", "a%80"])
+def test_bytes_that_are_no_utf_8_name_nobody(http, name):
+    answer = http.post(f"/v1/users/{name}/events", json=[event("10", 1)])
+    assert answer.status_code in (400, 422) and "not UTF-8" in answer.text
+
+
+def test_a_file_with_two_columns_of_a_name_is_refused(http):
+    answer = http.post("/v1/events", content=b"item,user,item\n10,c1,11\n", headers={"content-type": "text/csv"})
+    assert answer.status_code in (400, 422) and "2 columns 'item'" in answer.text
+
+
 @pytest.mark.parametrize("name", ["a/b", ".", ".."])
 def test_an_id_that_no_path_can_name_is_refused_wherever_it_comes(http, name):
     answer = http.post(

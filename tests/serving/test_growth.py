@@ -265,5 +265,12 @@ def test_no_items_and_unknown_categories(old, tmp_path, caplog):
     grown.save(tmp_path / "model")
     assert old.add_items(tmp_path / "model" / "catalogue.parquet").mark == grown.mark
     pq.write_table(pa.table({"title": ["x"]}), tmp_path / "no_ids.parquet")
-    with pytest.raises(ValueError, match="has no column 'id'; it has title"):
+    with pytest.raises(ValueError, match="has no column 'id'; it has 'title'"):
         old.add_items(tmp_path / "no_ids.parquet")
+    pq.write_table(pa.table({"id": ["x"], "genre": [["War"]]}), tmp_path / "misspelt.parquet")
+    with pytest.raises(ValueError, match="misspelt.parquet: an item has id, title, genres, and no 'genre'"):
+        old.add_items(tmp_path / "misspelt.parquet")
+
+
+def test_whole_numbers_are_ids_whatever_their_type(old):
+    assert old.add_items([{"id": 77.0}, {"id": np.float32(78)}]).mark == old.add_items([{"id": "77"}, {"id": 78}]).mark

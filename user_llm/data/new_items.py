@@ -14,12 +14,13 @@ import pyarrow as pa
 from absl import logging
 from etils import epath
 
+from user_llm.data.declared import check_names
 from user_llm.data.event_tables import open_parquet
 from user_llm.data.incoming import as_arrow
 from user_llm.data.schema import Schema
 from user_llm.data.timelines import Catalogue
 from user_llm.data.titles import LONGEST_TITLE, one_line, readable, unique_titles
-from user_llm.data.values import MISSING, shown
+from user_llm.data.values import EXACT, MISSING, shown
 
 PLACE = "The list of items"
 NUMBERED = re.compile(r" \[\d+\]$")  # what `unique_titles` adds
@@ -137,8 +138,8 @@ def _rows(items: Any, bags: Sequence[str]) -> Iterator[Row]:
             raise ValueError(
                 f"{where}: {shown(row)} is no dict; give each item as a dict of {', '.join(('id', 'title', *bags))}."
             )
-        if unknown := [key for key in row if key not in ("id", "title", "events", *bags)]:
-            raise ValueError(f"{where}: an item has {', '.join(('id', 'title', *bags))}, and no {shown(unknown[0])}.")
+        if unknown := [key for key in row if key not in _keys(bags)]:
+            raise ValueError(_unknown(where, bags, unknown))
         yield Row(
             where,
             _id(where, row.get("id")),
@@ -158,18 +159,30 @@ def _listed(items: Any, bags: Sequence[str]) -> tuple[str, Sequence[Any]]:
                 f"There is no file {path}: name a Parquet file with the columns {', '.join(('id', 'title', *bags))}."
             )
         file = open_parquet(path)
-        wanted = [name for name in ("id", "title", *bags) if name in file.schema_arrow.names]
-        if "id" not in wanted:
-            raise ValueError(f"{path} has no column 'id'; it has {', '.join(file.schema_arrow.names)}.")
+        names = file.schema_arrow.names
+        check_names(path, names, names, ["id"])
+        if unknown := [name for name in names if name not in _keys(bags)]:
+            raise ValueError(_unknown(path, bags, unknown))
         try:
-            return str(path), file.read(wanted, use_threads=False).to_pylist()
+            return str(path), file.read(use_threads=False).to_pylist()
         except (pa.ArrowException, OSError, ValueError) as error:
             raise ValueError(f"{path}: {' '.join(str(error).split())[:160]}; get the file whole.") from None
     table = as_arrow(items, "Items")
     return "The table of items", table.to_pylist() if isinstance(table, pa.Table) else table
 
 
+def _keys(bags: Sequence[str]) -> tuple[str, ...]:
+    """Return what an item may have; how many events it has is in a model's own catalogue, and is not read."""
+    return ("id", "title", "events", *bags)
+
+
+def _unknown(where: Any, bags: Sequence[str], unknown: Sequence[Any]) -> str:
+    return f"{where}: an item has {', '.join(('id', 'title', *bags))}, and no {shown(unknown[0])}."
+
+
 def _id(where: str, value: Any) -> str:
+    if isinstance(value, float | np.floating) and float(value).is_integer() and abs(float(value)) <= EXACT:
+        value = int(value)  # as pandas has whole numbers beside missing ones
     if isinstance(value, int | np.integer) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str) or value.strip() in MISSING or not _encodes(value):

@@ -21,6 +21,7 @@ from jaxtyping import Int
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from user_llm.common.records import misfit, read_file, read_json, read_text, text, whole_number
+from user_llm.data.values import shown
 
 SPECIALS = ("<pad>", "<bos>", "<eos>")
 GUARD = 0xF0000  # first of 65,533 private-use characters, which stand for what only looks like special tokens
@@ -72,14 +73,22 @@ class Tokenizer:
             raise ValueError(f"{source}: the tokenizer has {highest + 1} tokens, and the LLM's table {rows}; {remedy}.")
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`, none of them special."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        """Return the ids of `text`, none of them special.
+
+        Raises:
+          ValueError: it is no text, or holds half a surrogate pair.
+        """
+        return _ids(self.backend, text)
 
     def encode_all(self, texts: Sequence[str]) -> list[Int[np.ndarray, " T"]]:
         """Return the ids of many texts, each as `encode` does, on all cores."""
         ids = []
         for begin in range(0, len(texts), BATCH):  # the backend's own records of a text take far more memory than its ids
-            encodings = self.backend.encode_batch_fast(list(texts[begin : begin + BATCH]), add_special_tokens=False)
+            part = list(texts[begin : begin + BATCH])
+            try:
+                encodings = self.backend.encode_batch_fast(part, add_special_tokens=False)
+            except TypeError:
+                raise _no_text(part) from None
             ids += [np.array(encoding.ids, np.int32) for encoding in encodings]
         return ids
 
@@ -145,7 +154,7 @@ class Tokenizer:
             if re.fullmatch(f"[{self._guards}]", part):
                 ids += self.encode(self._specials[ord(part) - GUARD])
             elif part:
-                ids += self._parsing.encode(part, add_special_tokens=False).ids
+                ids += _ids(self._parsing, part)
         return ids
 
     def _guarded(self, value: Any) -> Any:
@@ -172,6 +181,25 @@ class Tokenizer:
     def _parsing(self) -> tokenizers.Tokenizer:
         """A backend of its own that reads special tokens as such, since threads may share the other."""
         return tokenizers.Tokenizer.from_str(self.backend.to_str())  # what `_wrap` sets is not stored
+
+
+def _ids(backend: tokenizers.Tokenizer, text: str) -> list[int]:
+    try:
+        return backend.encode(text, add_special_tokens=False).ids
+    except TypeError:
+        raise _no_text([text]) from None
+
+
+def _no_text(values: Sequence[Any]) -> ValueError:
+    """Return what is wrong with the first value that the backend does not take."""
+    for value in values:
+        if not isinstance(value, str):
+            return ValueError(f"{shown(value)} is no text.")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return ValueError(f"The text {shown(value)} holds half a surrogate pair, which stands for no character.")
+    return ValueError("The texts cannot be read.")
 
 
 def first_of_user(messages: Sequence[Mapping[str, Any]]) -> int:

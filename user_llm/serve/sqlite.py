@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,11 @@ class SQLiteStore:
         self._idle: deque[sqlite3.Connection] = deque()  # for reading
         self._closed = False
         try:
-            _make_private(self._path)
+            _create(self._path)
             with closing(self._connect()) as connection:
                 prepare(connection, self._path, WAIT)
+            if self._path.stat().st_mode & 0o077:  # a file of ours, as `prepare` found
+                self._path.chmod(0o600)
             self._writer = self._connect()
             # A process may have been killed between a deletion and this.
             if not self._empty_log(wait=1.0):
@@ -221,14 +223,13 @@ class SQLiteStore:
                 time.sleep(0.01)
 
 
-def _make_private(path: Path) -> None:
-    """Create a file that only its owner may read and write, or make the file so. SQLite gives its other files the same mode."""
-    try:
+def _create(path: Path) -> None:
+    """Create a file that only its owner may read and write, if there is none. SQLite gives its other files the same mode.
+
+    A file that is there is not opened: to close it would end the locks that SQLite may hold on it in this process.
+    """
+    with suppress(FileExistsError):
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-    except FileExistsError:
-        # The file is not opened: to close it would end the locks that SQLite may hold on it in this process.
-        if path.stat().st_mode & 0o077:
-            path.chmod(0o600)
 
 
 def _reason(error: Exception) -> str:

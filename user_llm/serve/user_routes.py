@@ -203,6 +203,9 @@ def _parquet(body: bytes, limits: Limits) -> list[dict[str, Any]]:
 def _csv(body: bytes) -> Iterator[dict[str, Any]]:
     try:
         rows = csv.DictReader(io.StringIO(body.decode("utf-8-sig"), newline=""), strict=True)
+        names = list(rows.fieldnames or ())
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"it has {names.count(twice[0])} columns {twice[0]!r}")
         for number, row in enumerate(rows, 1):
             if None in row or None in row.values():
                 raise ValueError(f"row {number} has another number of fields than the header")

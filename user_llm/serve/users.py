@@ -118,6 +118,8 @@ def check_id(text: Any, what: str) -> str:
     """
     if not isinstance(text, str) or not 0 < len(text) <= LONGEST_ID or not text.isprintable() or text != text.strip():
         raise ValueError(f"{what} is a text of 1 to {LONGEST_ID} printable characters, without spaces around it.")
+    if "\ufffd" in text:
+        raise ValueError(f"{what} holds U+FFFD, which stands for bytes that are not UTF-8.")
     if "/" in text or text in (".", ".."):
         raise ValueError(f"{what} is {text!r}, which cannot be part of a path.")
     return text

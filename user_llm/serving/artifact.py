@@ -112,7 +112,7 @@ def _write(directory: Path, model: Personalizer, made: Making, params: Params, *
       held: whether the directory holds the LLM; otherwise it names the LLM.
     """
     config, settings = model.predictor.config, _settings(model, made)
-    with whole_folder(directory) as folder:
+    with whole_folder(directory, FILE) as folder:
         formats.save_user_side(folder, params)
         if held:
             kept = made.source if (made.source / "config.json").is_file() else None

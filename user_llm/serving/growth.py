@@ -33,7 +33,7 @@ from user_llm.models.user_encoder import READ_SCALE, UserEncoderConfig
 from user_llm.models.user_llm import UserLLMConfig
 from user_llm.serving.card import card
 from user_llm.serving.predictor import Predictor
-from user_llm.serving.settings import Settings, read_settings, sizes, write_settings
+from user_llm.serving.settings import FILE, Settings, read_settings, sizes, write_settings
 
 CATALOGUE = "catalogue.parquet"
 NO_MARKS: dict[str, int] = {"": 0}
@@ -100,10 +100,11 @@ class Growth:
         return growth, dataclasses.replace(predictor, config=config, graphdef=graphdef, params=params)
 
     def save(self, out: Path, predictor: Predictor, catalogue: Catalogue) -> None:
-        """Write the model directory with all added items to `out`; a directory there is replaced.
+        """Write the model directory with all added items to `out`; a model directory there is replaced.
 
         Raises:
-          ValueError: the directory that the model was loaded from is gone, altered or another model's by now.
+          ValueError: the directory that the model was loaded from is gone, altered or another model's by now, or `out` holds something
+            else than a model.
         """
         written, settings = read_settings(self.directory, self.encoders)
         there, _ = read_catalogue(self.directory / CATALOGUE, *schema_and_names(settings.vocabulary))
@@ -113,7 +114,7 @@ class Growth:
             raise ValueError(
                 f"{self.directory} holds another model, or other items, than when the model was loaded: load it again."
             )
-        with whole_folder(out) as folder:
+        with whole_folder(out, FILE) as folder:
             for name in written["files"]:
                 shutil.copy(self.directory / name, folder / name)
             if len(catalogue.keys) > len(there.keys):
