@@ -28,9 +28,9 @@ class Quoted(io.RawIOBase):
         end = b"[" + re.escape(separator).encode() + b"\r\n]"
         other = b"[^" + end[1:]
         value = b'"[^"]*+(?:""[^"]*+)*+'
-        # What is right: text without quotation marks, whole values in them, and marks in the midst of a value without.
-        self._right = re.compile(b'(?:[^"]++|(?<!' + other + b")" + value + b'"(?=' + end + b")|(?<=" + other + b')")*+')
-        self._unfinished = re.compile(value + b'"?\\Z')
+        # What is right: text without quotation marks; whole values in them, with spaces behind; and marks in the midst of a value without.
+        self._right = re.compile(b'(?:[^"]++|(?<!' + other + b")" + value + b'"(?= *' + end + b")|(?<=" + other + b')")*+')
+        self._unfinished = re.compile(value + b'(?:" *)?\\Z')
         self._stream, self._rest, self._start, self._line, self._first = stream, b"", 0, 1, True
 
     def readable(self) -> bool:
