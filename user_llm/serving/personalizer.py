@@ -372,10 +372,11 @@ class Personalizer:
         return dataclasses.replace(self, predictor=predictor, vocabulary=vocabulary, lines=lines, growth=growth)
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Write the model, with the items that were added, to a directory that `user_llm.load` loads. A directory there is replaced.
+        """Write the model, with the items that were added, to a directory that `user_llm.load` loads. A model directory there is replaced.
 
         Raises:
-          ValueError: the model was not loaded from a directory, or that directory is gone, altered or another model's by now.
+          ValueError: the model was not loaded from a directory, that directory is gone, altered or another model's by now, or something
+            else than a model is where it would be written.
         """
         self._growth().save(Path(directory), self.predictor, self.vocabulary.catalogue)
 
