@@ -8,7 +8,7 @@ import pytest
 from etils import epath
 
 from user_llm.common.checksums import MANIFEST, check_manifest, write_manifest
-from user_llm.common.files import absolute, local_folder, make_once, whole, whole_folder, write_json
+from user_llm.common.files import absolute, check_replaceable, local_folder, make_once, whole, whole_folder, write_json
 
 
 def test_json_is_written_whole_and_by_the_first_process_alone(tmp_path, monkeypatch):
@@ -127,39 +127,49 @@ def test_several_callers_share_the_work(listed):
 
 def test_a_whole_folder_takes_the_place_of_an_older_one_or_leaves_it(tmp_path):
     path = tmp_path / "folder"
-    with whole_folder(path, "a") as folder:
+    with whole_folder(path) as folder:
         (folder / "a").write_text("1")
-    with pytest.raises(KeyError), whole_folder(path, "a") as folder:
+    with pytest.raises(KeyError), whole_folder(path) as folder:
         (folder / "b").write_text("half")
         raise KeyError
     assert [file.name for file in path.iterdir()] == ["a"]
 
     path.rename(tmp_path / "folder.replaced")  # a kill came while the two changed places, and another one comes
-    with pytest.raises(KeyError), whole_folder(path, "a"):
+    with pytest.raises(KeyError), whole_folder(path):
         raise KeyError
     assert [file.name for file in path.iterdir()] == ["a"]
 
-    with whole_folder(path, "a") as folder:
+    with whole_folder(path) as folder:
         (folder / "c").write_text("2")
     assert [file.name for file in path.iterdir()] == ["c"]
     assert [left.name for left in tmp_path.iterdir()] == ["folder"]
 
 
-def test_a_whole_folder_replaces_nothing_of_others(tmp_path):
+def test_what_is_of_others_is_not_replaced(tmp_path):
     thesis = tmp_path / "docs" / "thesis"
     thesis.parent.mkdir()
     thesis.write_text("years of work")
-    for path, words in ((thesis.parent, "holds files, and no mark"), (thesis, "is a file")):
-        with pytest.raises(ValueError, match=words), whole_folder(path, "mark"):
-            pass
-    assert thesis.read_text() == "years of work" and [path.name for path in tmp_path.iterdir()] == ["docs"]
+    with pytest.raises(ValueError, match="docs holds files, and no mark"):
+        check_replaceable(thesis.parent, "mark")
+    with pytest.raises(ValueError, match="thesis is a file"):
+        check_replaceable(thesis, "mark")
+    thesis.parent.rename(tmp_path / "model.replaced")
+    with pytest.raises(ValueError, match="model.replaced holds files"):
+        check_replaceable(tmp_path / "model", "mark")
+
+    ours, empty = tmp_path / "ours", tmp_path / "empty"
+    for folder, name in ((ours, "mark"), (empty, ".gitkeep")):
+        folder.mkdir()
+        (folder / name).touch()
+        check_replaceable(folder, "mark")
+    check_replaceable(tmp_path / "none" / "yet", "mark")
 
 
 def test_a_whole_folder_is_written_where_a_link_leads(tmp_path):
     (tmp_path / "v1").mkdir()
     (tmp_path / "current").symlink_to("v1")
     for number in "12":
-        with whole_folder(tmp_path / "current", "mark") as folder:
+        with whole_folder(tmp_path / "current") as folder:
             (folder / "mark").write_text(number)
     assert (tmp_path / "current").is_symlink() and (tmp_path / "v1" / "mark").read_text() == "2"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["current", "v1"]

@@ -58,8 +58,10 @@ def test_a_value_ends_at_its_closing_mark_however_the_bytes_come(most):
     assert [accepted(text, most) for text in texts] == wanted
 
 
-def test_the_line_is_counted_over_pieces():
+@pytest.mark.parametrize("end", ["\n", "\r", "\r\n"])
+def test_the_line_is_counted_over_pieces(end):
+    lines = ["u,i", '1,"a', 'b"', "2,b", '3,"x"y', ""]
+    stream = Quoted(Pieces(end.join(lines).encode(), 4), ",")
     with pytest.raises(Misquoted, match='line 5: .*"x'):
-        stream = Quoted(Pieces(b'u,i\r\n1,"a\nb"\n2,b\n3,"x"y\n', 4), ",")
         while stream.readinto(bytearray(4)):
             pass

@@ -272,5 +272,16 @@ def test_no_items_and_unknown_categories(old, tmp_path, caplog):
         old.add_items(tmp_path / "misspelt.parquet")
 
 
+def test_tables_of_items_may_have_an_index_and_no_rounded_ids(old, tmp_path):
+    file = tmp_path / "items.parquet"
+    pq.write_table(pa.table({"id": ["x"], "__index_level_0__": [7]}), file)
+    assert old.add_items(file).mark == old.add_items([{"id": "x"}]).mark
+    table = pa.table({"id": pa.array([123456789.0], pa.float32())})
+    pq.write_table(table, file)
+    for items in (file, table):
+        with pytest.raises(ValueError, match="ids are of type float, which rounds large numbers"):
+            old.add_items(items)
+
+
 def test_whole_numbers_are_ids_whatever_their_type(old):
-    assert old.add_items([{"id": 77.0}, {"id": np.float32(78)}]).mark == old.add_items([{"id": "77"}, {"id": 78}]).mark
+    assert old.add_items([{"id": 77.0}, {"id": np.float64(78)}]).mark == old.add_items([{"id": "77"}, {"id": 78}]).mark

@@ -74,23 +74,13 @@ def make_once(path: Path, make: Callable[[Path], Any]) -> Path:
 
 
 @contextmanager
-def whole_folder(path: Path, mark: str) -> Iterator[Path]:
+def whole_folder(path: Path) -> Iterator[Path]:
     """Yield a local folder to fill, which takes the place of `path` when it is complete; a kill never leaves a half one there.
 
     A kill while the two change places leaves the older one as `NAME.replaced`, which the next call puts back. A link stays, and what it
     leads to is replaced.
-
-    Args:
-      mark: the name of the file that every such folder holds.
-
-    Raises:
-      ValueError: a file is there, or a folder that holds something else.
     """
     path = Path(os.path.realpath(path))
-    if path.is_dir() and any(path.iterdir()) and not (path / mark).exists():
-        raise ValueError(f"{path} holds files, and no {mark}, so it is not replaced: name another folder.")
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"{path} is a file: name a folder.")
     unfinished, replaced = (path.parent / f"{path.name}.{state}" for state in ("unfinished", "replaced"))
     if replaced.exists() and not path.exists():
         replaced.rename(path)
@@ -102,6 +92,23 @@ def whole_folder(path: Path, mark: str) -> Iterator[Path]:
         path.rename(replaced)
     unfinished.rename(path)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def check_replaceable(path: Path, mark: str) -> None:
+    """Refuse to replace what a user names where it is another thing than our own.
+
+    Args:
+      mark: the name of the file that a folder of our own holds.
+
+    Raises:
+      ValueError: a file is there, or a folder that holds files, hidden ones aside, and not that one.
+    """
+    path = Path(os.path.realpath(path))
+    for folder in (path, path.parent / f"{path.name}.replaced"):  # see `whole_folder`
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file: name a folder.")
+        if folder.is_dir() and not (folder / mark).exists() and any(not one.name.startswith(".") for one in folder.iterdir()):
+            raise ValueError(f"{folder} holds files, and no {mark}, so it is not replaced: name another folder.")
 
 
 def check_regular(path: epath.PathLike) -> None:

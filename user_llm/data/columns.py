@@ -5,7 +5,8 @@ which it could make nothing of them; a column whose type can never be what it is
 from a sample of the rows.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Bool
 
-from user_llm.data.values import EXACT, MISSING, NUMBER, is_missing, names_of, text_of
+from user_llm.data.values import EXACT, MISSING, NO_TEXT, NUMBER, names_of, text_of
 
 Column = Any  # pa.Array | Sequence[Any]; Arrow has no types for mypy
 Bad = Bool[np.ndarray, "rows"]
 WHOLE = r"^-?[0-9]{1,18}$"
 MANTISSA = {pa.float16(): 2**11, pa.float32(): 2**24, pa.float64(): EXACT}  # whole numbers up to it are exact
-STANDS_FOR_NONE = pa.array(sorted(MISSING))
 
 
 class WrongType(ValueError):
@@ -48,17 +48,18 @@ def plain(column: pa.Array) -> pa.Array:
     return column
 
 
-def text(column: Column) -> tuple[pa.Array, Bad]:
+def text(column: Column, *, exact: bool = True) -> tuple[pa.Array, Bad]:
     """Return texts, null where there are none.
 
     Text keeps its spelling, bytes are UTF-8, and a number without decimals is written as a whole number (7.0 as 7). Bad are bytes
-    that are no UTF-8, JSON's lists, objects and lone surrogates, and whole numbers so large that a float has lost their last digits.
+    that are no UTF-8, JSON's lists, objects and lone surrogates, and with `exact` floats so large that they may have lost their last
+    digits.
 
     Raises:
       WrongType: a nested type, or a duration.
     """
     if not isinstance(column, pa.Array):
-        return _text_of_json(column)
+        return _text_of_json(column, exact)
     column = plain(column)
     kind, fine = column.type, np.zeros(len(column), bool)
     if pa.types.is_binary(kind):
@@ -98,7 +99,7 @@ def _each(values: Sequence[Any], read: Callable[[Any], str | None]) -> tuple[pa.
     return pa.array(texts, pa.string()), bad
 
 
-def _text_of_json(values: Sequence[Any]) -> tuple[pa.Array, Bad]:
+def _text_of_json(values: Sequence[Any], exact: bool) -> tuple[pa.Array, Bad]:
     kinds = set(map(type, values)) - {type(None)}
     try:
         if kinds <= {str}:
@@ -107,7 +108,7 @@ def _text_of_json(values: Sequence[Any]) -> tuple[pa.Array, Bad]:
             return pa.array(values, pa.int64()).cast(pa.string()), np.zeros(len(values), bool)
     except (pa.ArrowException, OverflowError, ValueError):  # beyond 64 bits, or a lone surrogate
         pass
-    return _each(values, text_of)
+    return _each(values, functools.partial(text_of, exact=exact))
 
 
 def _text_of_floats(column: pa.Array) -> tuple[pa.Array, Bad]:
@@ -121,9 +122,9 @@ def _text_of_floats(column: pa.Array) -> tuple[pa.Array, Bad]:
     return pc.if_else(pa.array(finite), found, pa.scalar(None, pa.string())), large
 
 
-def missing(texts: pa.Array) -> Bad:
-    """Say which texts stand for nothing known."""
-    blank = pc.is_in(pc.utf8_trim_whitespace(texts), value_set=STANDS_FOR_NONE)
+def missing(texts: pa.Array, words: Collection[str] = MISSING) -> Bad:
+    """Say which texts stand for nothing known: null, and those of `words`."""
+    blank = pc.is_in(pc.utf8_trim_whitespace(texts), value_set=pa.array(sorted(words)))
     return pc.or_kleene(blank, texts.is_null()).fill_null(True).to_numpy(zero_copy_only=False)
 
 
@@ -142,7 +143,7 @@ def number(column: Column) -> tuple[pa.Array, Bad]:
             return _finite(_as_float(column)), np.zeros(len(column), bool)
         if not (pa.types.is_binary(kind) or pa.types.is_null(kind)):
             raise WrongType(str(kind))
-    texts, bad = text(column)
+    texts, bad = text(column, exact=False)
     texts = pc.utf8_trim_whitespace(texts)
     none = missing(texts) | bad
     numeric = pc.match_substring_regex(texts, f"^({NUMBER.pattern})$").fill_null(False).to_numpy(zero_copy_only=False)
@@ -189,7 +190,7 @@ def names(column: Column) -> tuple[pa.Array, Bad]:
         lengths = pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
         bad = np.zeros(len(column), bool)
         bad[np.repeat(np.arange(len(column)), lengths)[bad_values]] = True
-    filled = ~missing(flat)
+    filled = ~missing(flat, NO_TEXT)
     ends = np.cumsum(np.concatenate([[0], filled]))[np.concatenate([[0], np.cumsum(lengths)])]
     return pa.ListArray.from_arrays(pa.array(ends.astype(np.int32)), flat.filter(pa.array(filled))), bad
 
@@ -198,7 +199,7 @@ def _names_of_json(values: Sequence[Any]) -> tuple[pa.Array, Bad]:
     lists, bad = [], np.zeros(len(values), bool)
     for row, value in enumerate(values):
         try:
-            found = [value] if type(value) is str and not is_missing(value) else names_of(value)
+            found = [value] if type(value) is str and value.strip() not in NO_TEXT else names_of(value)
             "".join(found).encode()
         except ValueError:
             bad[row], found = True, []

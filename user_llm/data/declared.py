@@ -15,7 +15,7 @@ from user_llm.data import columns, times
 from user_llm.data.columns import Bad, Column, WrongType
 from user_llm.data.event_tables import Piece
 from user_llm.data.raw import BadRows
-from user_llm.data.values import shown
+from user_llm.data.values import NO_TEXT, shown
 
 
 def check_names(place: Any, there: Sequence[str], wanted: Sequence[str], needed: Sequence[str]) -> None:
@@ -61,7 +61,7 @@ class Rows:
         """Return a column of texts; a missing text is the empty one."""
         found, bad = self._read(name, kind, columns.text)
         self.refuse(bad, name, kind)
-        return pc.if_else(pa.array(columns.missing(found)), "", found)
+        return pc.if_else(pa.array(columns.missing(found, NO_TEXT)), "", found)
 
     def names(self, name: str) -> pa.Array:
         """Return a column of lists of names; a missing list is the empty one."""

@@ -27,6 +27,7 @@ PACKED = frozenset(
     [".bz2", ".zip", ".xz", ".zst", ".zstd", ".lz4", ".snappy", ".lzo", ".br", ".z", ".7z", ".rar", ".tar", ".tgz"]
 )
 LOGS = {"_delta_log": "Delta Lake", ".hoodie": "Apache Hudi"}  # the folders in which such tables say which of their files count
+RULES = 2  # the version of how events are read; what an earlier one has prepared is prepared again
 LEVELS = 10  # of a number; one more stands for a missing one
 
 
@@ -99,7 +100,7 @@ def find(source: str, columns: Columns, *, name: str, bad_rows: str = "refuse") 
         ordinals=dict.fromkeys(columns.numbers, LEVELS + 1), measured=columns.numbers, texts=columns.texts,
         bags=("categories",) if columns.categories else (), timed=bool(columns.time), unit=unit,
         fields=Fields(columns.user, columns.item, columns.time or columns.order, unit=columns.time_unit or unit),
-        bad_rows=reader.bad_rows, settings=f"{columns} {bad_rows}",
+        bad_rows=reader.bad_rows, settings=f"{columns} {bad_rows} {RULES}",
     )  # fmt: skip
     return raw
 
@@ -111,8 +112,8 @@ def find_files(source: str) -> tuple[tuple[epath.Path, ...], Format]:
     called `key=value` or as a file is, `part.parquet`, but hidden ones do not.
 
     Raises:
-      ValueError: none, files of several formats, one that is packed otherwise than by gzip, or a table of which other files say which
-        of its files count.
+      ValueError: there is no such file; files are of several formats; one is packed otherwise than by gzip; or a log beside the files
+        says that some of them no longer count, as in tables of Delta Lake.
     """
     path = epath.Path(source)
     if path.is_dir():
@@ -125,7 +126,9 @@ def find_files(source: str) -> tuple[tuple[epath.Path, ...], Format]:
             one = epath.Path(name)
             found += _in_folder(one) if one.is_dir() and _is_part(one) else [one]
     found = list(dict.fromkeys(found))
-    if packed := [file for file in found if file.suffix.lower() in PACKED and not file.is_dir()]:
+    if packed := [
+        file for file in found if file.suffix.lower() in PACKED and format_of(file.with_suffix("")) and not file.is_dir()
+    ]:
         raise ValueError(f"{packed[0]} is packed in a way that is not read here: unpack it, or pack it by gzip.")
     files = tuple(file for file in found if format_of(file) and not file.is_dir())
     forms = {id(form): form for form in map(format_of, files) if form}
@@ -134,16 +137,14 @@ def find_files(source: str) -> tuple[tuple[epath.Path, ...], Format]:
         raise ValueError(f"{source} {what}: name one file, folder or glob of {', '.join(FORMATS)}, packed by gzip or not.")
     for file in files:
         check_regular(file)
+    for folder in dict.fromkeys(above for file in files for above in _of_table(file.parent)):
+        _check_log(folder)
     return files, next(iter(forms.values()))
 
 
 def _in_folder(folder: epath.Path, above: tuple[str, ...] = ()) -> list[epath.Path]:
     found: list[epath.Path] = []
     place = os.path.realpath(folder)
-    if logs := [name for name in LOGS if (folder / name).is_dir()]:
-        raise ValueError(
-            f"{folder} is a table of {LOGS[logs[0]]}, whose files hold rows that were deleted since: write the table as Parquet and name that."
-        )
     if place in above:
         raise ValueError(f"{folder} is a link to a folder that it lies in: delete it.")
     for path in sorted(folder.iterdir()):
@@ -154,6 +155,21 @@ def _in_folder(folder: epath.Path, above: tuple[str, ...] = ()) -> list[epath.Pa
         elif _is_part(path):
             found += _in_folder(path, (*above, place))
     return found
+
+
+def _of_table(folder: epath.Path) -> Iterator[epath.Path]:
+    """Yield a folder and those above it that belong to the same table."""
+    yield folder
+    if _is_part(folder) and folder != folder.parent:
+        yield from _of_table(folder.parent)
+
+
+def _check_log(folder: epath.Path) -> None:
+    """Refuse a folder whose log says that some of its files no longer count."""
+    if logs := [name for name in LOGS if (folder / name).is_dir()]:
+        raise ValueError(
+            f"{folder} is a table of {LOGS[logs[0]]}, whose files hold rows that were deleted since: write the table as Parquet and name that."
+        )
 
 
 def _is_part(folder: epath.Path) -> bool:

@@ -22,7 +22,7 @@ from user_llm.data.timelines import Catalogue
 from user_llm.data.titles import LONGEST_TITLE, one_line, readable, unique_titles
 from user_llm.data.values import EXACT, MISSING, shown
 
-PLACE = "The list of items"
+PLACE, TABLE = "The list of items", "The table of items"
 NUMBERED = re.compile(r" \[\d+\]$")  # what `unique_titles` adds
 
 
@@ -159,20 +159,29 @@ def _listed(items: Any, bags: Sequence[str]) -> tuple[str, Sequence[Any]]:
                 f"There is no file {path}: name a Parquet file with the columns {', '.join(('id', 'title', *bags))}."
             )
         file = open_parquet(path)
-        names = file.schema_arrow.names
+        names = [name for name in file.schema_arrow.names if not name.startswith("__index_level_")]  # pandas' own
         check_names(path, names, names, ["id"])
         if unknown := [name for name in names if name not in _keys(bags)]:
             raise ValueError(_unknown(path, bags, unknown))
         try:
-            return str(path), file.read(use_threads=False).to_pylist()
+            return str(path), _dicts(path, file.read(names, use_threads=False))
         except (pa.ArrowException, OSError, ValueError) as error:
             raise ValueError(f"{path}: {' '.join(str(error).split())[:160]}; get the file whole.") from None
     table = as_arrow(items, "Items")
-    return "The table of items", table.to_pylist() if isinstance(table, pa.Table) else table
+    return TABLE, _dicts(TABLE, table) if isinstance(table, pa.Table) else table
+
+
+def _dicts(place: Any, table: pa.Table) -> list[dict[str, Any]]:
+    """Return the rows of a table."""
+    if "id" in table.column_names and (kind := table.schema.field("id").type) in (pa.float16(), pa.float32()):
+        raise ValueError(
+            f"{place}: the ids are of type {kind}, which rounds large numbers; write them as text or whole numbers."
+        )
+    return table.to_pylist()
 
 
 def _keys(bags: Sequence[str]) -> tuple[str, ...]:
-    """Return what an item may have; how many events it has is in a model's own catalogue, and is not read."""
+    """Return the keys that an item may have. `events` is the count of its events in a model's catalogue.parquet, and is not read."""
     return ("id", "title", "events", *bags)
 
 
@@ -181,7 +190,7 @@ def _unknown(where: Any, bags: Sequence[str], unknown: Sequence[Any]) -> str:
 
 
 def _id(where: str, value: Any) -> str:
-    if isinstance(value, float | np.floating) and float(value).is_integer() and abs(float(value)) <= EXACT:
+    if isinstance(value, float) and value.is_integer() and abs(value) <= EXACT:  # np.float64 is a float
         value = int(value)  # as pandas has whole numbers beside missing ones
     if isinstance(value, int | np.integer) and not isinstance(value, bool):
         value = str(value)

@@ -63,8 +63,7 @@ class Numbered:
                     self.ticks.unit,
                 )
             facts |= {"time_unit": self.ticks.unit, "ticks_per_second": self.ticks.per_second}
-            facts |= {"events_before_1970": early, "events_in_1970": first, "events_after_2100": late}
-            facts |= {"times_rounded": int(self.ticks.rounded)}
+            facts |= {"events_before_1970": early, "events_after_2100": late, "times_rounded": int(self.ticks.rounded)}
         return facts
 
 

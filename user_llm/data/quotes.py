@@ -18,7 +18,7 @@ class Misquoted(ValueError):
 
 
 class Quoted(io.RawIOBase):
-    """A CSV file's bytes, which end in `Misquoted` where a value goes on after its closing quotation mark.
+    """A CSV file's bytes. Reading raises `Misquoted` where a value goes on after its closing quotation mark.
 
     Programs that write such values escape by a backslash or not at all. What their rows are, nobody can tell: the parser takes the next
     quotation mark, rows later, for the closing one.
@@ -31,7 +31,8 @@ class Quoted(io.RawIOBase):
         # What is right: text without quotation marks; whole values in them, with spaces behind; and marks in the midst of a value without.
         self._right = re.compile(b'(?:[^"]++|(?<!' + other + b")" + value + b'"(?= *' + end + b")|(?<=" + other + b')")*+')
         self._unfinished = re.compile(value + b'(?:" *)?\\Z')
-        self._stream, self._rest, self._start, self._line, self._first = stream, b"", 0, 1, True
+        self._stream, self._rest, self._start, self._first = stream, b"", 0, True
+        self._ends = [0, 0]  # of lines so far: LF, and CR
 
     def readable(self) -> bool:
         return True
@@ -49,11 +50,15 @@ class Quoted(io.RawIOBase):
         match = self._right.match(data, start) if b'"' in data else None
         place = match.end() if match else len(data)
         if place < len(data) and not self._unfinished.match(data, place):
-            line = self._line + data.count(b"\n", start, place)
+            line = 1 + max(self._count(data, start, place))
             value = data[place : place + 40].decode(errors="replace")
             raise Misquoted(f"line {line}: a value goes on after its closing quotation mark, in {shown(value)}: {REMEDY}")
         if len(data) - place > LONGEST_LINE:  # never closed: the parser says so
             place = len(data)
-        self._line += data.count(b"\n", start, place)
+        self._ends = self._count(data, start, place)
         self._start = min(place, 1)
         self._rest = data[place - self._start :]
+
+    def _count(self, data: bytes, start: int, place: int) -> list[int]:
+        """Return the ends of lines up to a place, LF and CR; a file has the one, the other, or both at each line."""
+        return [before + data.count(end, start, place) for before, end in zip(self._ends, (b"\n", b"\r"), strict=True)]

@@ -36,7 +36,7 @@ class BadRows:
       skip: leave them out.
       count: how many were left out.
       remedy: what a refusal tells to do.
-      warnings: of how many that are left out the log speaks.
+      warnings: how many of those that are left out are named in the log.
     """
 
     skip: bool = False

@@ -31,8 +31,9 @@ ISO = re.compile(
 )
 EPOCH = datetime.date(1970, 1, 1).toordinal()
 YEAR_1971, YEAR_2100 = 31_536_000, 4_102_444_800  # seconds since 1970
-# Years of nearly all events, by which times in several units are told, and where these years begin and end in seconds since 1970.
-RECENT, RECENT_SECONDS = (1995, 2099), (788_918_400, YEAR_2100)
+# Years of nearly all events, by which times in several units are told, and where these years begin and end in seconds since 1970. Fewer
+# than a share of MIXED in another unit may be single odd values, such as the largest number of 32 bits.
+RECENT, RECENT_SECONDS, MIXED = (1995, 2099), (788_918_400, YEAR_2100), 0.01
 
 
 class Times(NamedTuple):
@@ -72,13 +73,13 @@ def read(column: Column, *, order: bool = False, compact: bool = False) -> Times
             return Times(values, np.zeros(size, np.int64), np.zeros(size, bool), none)
         if not compact and pa.types.is_floating(kind):
             values = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
-            if kind != pa.float64() and (np.abs(values) > MANTISSA[kind]).any():
+            if kind != pa.float64() and (np.abs(values[np.isfinite(values)]) > MANTISSA[kind]).any():
                 raise WrongType(f"{kind}, in which numbers above {MANTISSA[kind]} are rounded")
             return _floats(values)
         if not any(check(kind) for check in (pa.types.is_binary, pa.types.is_null, pa.types.is_integer, pa.types.is_decimal,
                                              pa.types.is_floating)):  # fmt: skip
             raise WrongType(str(kind))
-    texts, bad = columns.text(column)
+    texts, bad = columns.text(column, exact=False)
     texts = pc.utf8_trim_whitespace(texts)
     return _texts(texts, bad | columns.missing(texts), dates=not order, compact=compact)
 
@@ -137,6 +138,8 @@ def _quick(texts: pa.Array) -> Times | None:
     """Return the dates of a column that is all of one usual form, or None."""
     if not pc.all(pc.match_substring_regex(texts, r"^[0-9]{4}-[0-9]{2}-[0-9]{2}($|[T ][0-9]{2}:)")).as_py():
         return None
+    if pc.any(pc.match_substring_regex(texts, r":.*[+-](1[6-9]|[2-9][0-9])")).as_py():
+        return None  # an offset of 16 hours or more, which is none
     for kind in (pa.timestamp("us"), pa.timestamp("us", "UTC")):
         try:
             return _typed(texts.cast(kind), np.zeros(len(texts), bool))
@@ -251,7 +254,7 @@ def decide(counts: dict[str, Any], unit: str, *, timed: bool) -> Ticks:
     if not unit:
         unit = next((name for name in ("s", "ms", "us") if 2 * counts[name] > counts["rows"]), "ns")
         others = {name: counts[f"like_{name}"] for name in UNITS if name != unit and counts[f"like_{name}"]}
-        if others and counts[f"like_{unit}"]:
+        if counts[f"like_{unit}"] and sum(others.values()) >= max(MIXED * counts["rows"], 2):
             found = ", ".join(f"{count} in {name}" for name, count in others.items())
             raise ValueError(
                 f"Times in several units: most of the {counts['rows']} are in {unit}, but {found} by their size, as of {RECENT[0]} to "

@@ -6,30 +6,12 @@ import math
 import re
 from typing import Any
 
-# A single value that stands for none, besides blanks, as programs write it. Spaces around it do not count. NA is none of these: it is a
-# name as well, such as that of a country.
-MISSING = frozenset(
-    [
-        "",
-        r"\N",
-        "NULL",
-        "Null",
-        "null",
-        "None",
-        "nan",
-        "NaN",
-        "NAN",
-        "-nan",
-        "<NA>",
-        "#N/A",
-        "N/A",
-        "n/a",
-        "NaT",
-        "undefined",
-        "(not set)",
-    ]
-    + ["inf", "+inf", "-inf", "Inf", "-Inf", "INF", "-INF", "Infinity", "+Infinity", "-Infinity"]
-)
+# A text that stands for none, as programs write it. Spaces around it do not count.
+NO_TEXT = frozenset(["", r"\N", "NULL", "null", "nan", "NaN", "<NA>", "#N/A", "(not set)"])
+INFINITE = {sign + word for sign in ("", "+", "-") for word in ("inf", "Inf", "INF", "Infinity")}
+# The same of a user, an item, a time or a number, where further words stand for none that may well be a title or a category. NA is not
+# among them: it is a name as well, such as that of a country.
+MISSING = NO_TEXT | {"Null", "None", "NAN", "-nan", "N/A", "n/a", "NaT", "undefined"} | INFINITE
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
 EXACT = 2**53  # whole numbers up to it are exact as float64
 LONGEST_LITERAL = 1 << 20  # bytes of a line that is read as a Python literal, which takes 100 times as much memory
@@ -78,13 +60,16 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def text_of(value: Any) -> str | None:
+def text_of(value: Any, *, exact: bool = False) -> str | None:
     """Return a single value as text, None for nothing.
 
     Text is kept as it is. A number without decimals is written as a whole number, be it 7, 7.0 or 7e0, and others as spelled.
 
+    Args:
+      exact: refuse a float so large that it may have lost its last digits.
+
     Raises:
-      ValueError: a list, an object, or a float so large that it has lost its last digits.
+      ValueError: a list, an object, or such a float.
     """
     if type(value) is str or value is None:
         return value
@@ -96,20 +81,20 @@ def text_of(value: Any) -> str | None:
         number = float(value)
         if not math.isfinite(number):
             return None if isinstance(value, float) else str(value)
-        if abs(number) > EXACT:
-            raise ValueError(f"{shown(value)} is a float so large that it has lost its last digits")
-        return str(int(number)) if number.is_integer() else str(value)
+        if exact and abs(number) > EXACT:
+            raise ValueError(f"{shown(value)} is a float so large that it may have lost its last digits")
+        return str(int(number)) if number.is_integer() and abs(number) <= EXACT else str(value)
     raise ValueError(f"{shown(value)} is {'a list' if isinstance(value, list | tuple) else 'an object'}, not text")
 
 
 def names_of(value: Any) -> list[str]:
-    """Return the names that a list, a single value or nothing stands for; missing ones are left out.
+    """Return the names that a list, a single value or nothing stands for; those that stand for none are left out.
 
     Raises:
       ValueError: an object, or lists within a list.
     """
     values = value if isinstance(value, list | tuple) else [value]
-    return [text for text in map(text_of, values) if text is not None and not is_missing(text)]
+    return [text for text in map(text_of, values) if text is not None and text.strip() not in NO_TEXT]
 
 
 def is_missing(text: str | None) -> bool:
@@ -123,7 +108,7 @@ def identifier(value: Any, name: str) -> str:
     Raises:
       ValueError: there is none, or a list or object in its place.
     """
-    text = text_of(value)
+    text = text_of(value, exact=True)
     if text is None or is_missing(text):
         raise ValueError(f"no {name}" + (f", as {shown(text)} stands for none" if text else ""))
     return text

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import JSONResponse, Response
 
+from user_llm.data.declared import check_names
 from user_llm.serve.front import problem
 from user_llm.serve.limits import Limits
 from user_llm.serve.state import State
@@ -186,7 +187,8 @@ def _parquet(body: bytes, limits: Limits) -> list[dict[str, Any]]:
     Raises:
       ValueError: there are more than `limits.events`, or they take far more memory than a body may.
     """
-    file = pq.ParquetFile(io.BytesIO(body))
+    file = pq.ParquetFile(io.BytesIO(body), coerce_int96_timestamp_unit="us")
+    check_names("The file", file.schema_arrow.names, file.schema_arrow.names, ())
     if file.metadata.num_rows > limits.events:
         raise ValueError(f"{file.metadata.num_rows} events: a request has at most {limits.events}, so divide them.")
     found: list[dict[str, Any]] = []
@@ -204,7 +206,7 @@ def _csv(body: bytes) -> Iterator[dict[str, Any]]:
     try:
         rows = csv.DictReader(io.StringIO(body.decode("utf-8-sig"), newline=""), strict=True)
         names = list(rows.fieldnames or ())
-        if twice := [name for name in names if names.count(name) > 1]:
+        if twice := [name for name in names if name and names.count(name) > 1]:
             raise ValueError(f"it has {names.count(twice[0])} columns {twice[0]!r}")
         for number, row in enumerate(rows, 1):
             if None in row or None in row.values():

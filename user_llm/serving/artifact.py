@@ -25,7 +25,7 @@ from etils import epath
 from user_llm.common import mesh as meshes
 from user_llm.common import trees
 from user_llm.common.distributed import agreed
-from user_llm.common.files import sha256, whole_folder
+from user_llm.common.files import check_replaceable, sha256, whole_folder
 from user_llm.common.trees import Params
 from user_llm.data.catalogue_file import read_catalogue, write_catalogue
 from user_llm.data.vocabulary import schema_and_names
@@ -112,7 +112,7 @@ def _write(directory: Path, model: Personalizer, made: Making, params: Params, *
       held: whether the directory holds the LLM; otherwise it names the LLM.
     """
     config, settings = model.predictor.config, _settings(model, made)
-    with whole_folder(directory, FILE) as folder:
+    with whole_folder(directory) as folder:
         formats.save_user_side(folder, params)
         if held:
             kept = made.source if (made.source / "config.json").is_file() else None
@@ -183,6 +183,7 @@ def export(
     Raises:
       ValueError: as in `load`.
     """
+    check_replaceable(out, FILE)
     model = load(directory, llm=llm, encoders=encoders, families=families)
     written, settings = read_settings(directory, encoders)
     source = directory if settings.llm is None else llm_directory(settings.llm, llm)

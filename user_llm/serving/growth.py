@@ -20,7 +20,7 @@ from jaxtyping import Int
 from safetensors.numpy import load_file, save_file
 
 from user_llm.common import trees
-from user_llm.common.files import sha256, whole_folder
+from user_llm.common.files import check_replaceable, sha256, whole_folder
 from user_llm.common.mesh import fetch
 from user_llm.data.catalogue_file import read_catalogue, write_catalogue
 from user_llm.data.new_items import rows_of
@@ -114,7 +114,8 @@ class Growth:
             raise ValueError(
                 f"{self.directory} holds another model, or other items, than when the model was loaded: load it again."
             )
-        with whole_folder(out, FILE) as folder:
+        check_replaceable(out, FILE)
+        with whole_folder(out) as folder:
             for name in written["files"]:
                 shutil.copy(self.directory / name, folder / name)
             if len(catalogue.keys) > len(there.keys):
