@@ -215,8 +215,14 @@ def test_bytes_that_are_no_utf_8_name_nobody(http, name):
     assert answer.status_code in (400, 422) and "not UTF-8" in answer.text
 
 
-def test_a_file_with_two_columns_of_a_name_is_refused(http):
-    answer = http.post("/v1/events", content=b"item,user,item\n10,c1,11\n", headers={"content-type": "text/csv"})
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_a_file_with_two_columns_of_a_name_is_refused(http, form):
+    body, kind = b"item,user,item\n10,c1,11\n", "text/csv"
+    if form == "parquet":
+        file, kind = io.BytesIO(), "application/vnd.apache.parquet"
+        pq.write_table(pa.table([["10"], ["c1"], ["11"]], names=["item", "user", "item"]), file)
+        body = file.getvalue()
+    answer = http.post("/v1/events", content=body, headers={"content-type": kind})
     assert answer.status_code in (400, 422) and "2 columns 'item'" in answer.text
 
 
