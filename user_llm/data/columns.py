@@ -52,8 +52,8 @@ def text(column: Column, *, exact: bool = True) -> tuple[pa.Array, Bad]:
     """Return texts, null where there are none.
 
     Text keeps its spelling, bytes are UTF-8, and a number without decimals is written as a whole number (7.0 as 7). Bad are bytes
-    that are no UTF-8, JSON's lists, objects and lone surrogates, and with `exact` floats so large that they may have lost their last
-    digits.
+    that are no UTF-8, JSON's lists, objects and lone surrogates, and floats so large that they may have lost their last digits.
+    Without `exact` such floats of JSON are not bad, and are kept as they are spelled.
 
     Raises:
       WrongType: a nested type, or a duration.

@@ -31,9 +31,7 @@ ALIKE = {
     type(None): pa.string(),
     list: pa.list_(pa.string()),
 }  # floats must keep their spelling
-KEYS_SEEN = (
-    1000  # lines of JSON whose keys are all taken for the columns of a file; of later lines, only those that are asked for
-)
+KEYS_SEEN = 1000  # lines of JSON whose keys all count as columns of their file; of later lines only keys that are asked for do
 
 
 @dataclasses.dataclass(frozen=True)

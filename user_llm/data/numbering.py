@@ -43,7 +43,10 @@ class Numbered:
     edges: dict[str, list[float]]
 
     def facts(self, raw: Raw) -> dict[str, int | str]:
-        """Return what the audit says of reading: counts, and of times their unit and how many are of unlikely years."""
+        """Return what the audit says of reading: counts, and of times their unit and how many are of unlikely years.
+
+        Where the unit was decided here and all times fall into 1970, a warning says so.
+        """
         facts: dict[str, int | str] = {
             "rows": self.rows,
             "duplicates_dropped": self.rows - self.kept,

@@ -106,7 +106,7 @@ def identifier(value: Any, name: str) -> str:
     """Return an id as text.
 
     Raises:
-      ValueError: there is none, or a list or object in its place.
+      ValueError: there is none, or in its place a list, an object or a float so large that it may have lost its last digits.
     """
     text = text_of(value, exact=True)
     if text is None or is_missing(text):

@@ -185,7 +185,7 @@ def _parquet(body: bytes, limits: Limits) -> list[dict[str, Any]]:
     """Return the rows of a Parquet file, times as text.
 
     Raises:
-      ValueError: there are more than `limits.events`, or they take far more memory than a body may.
+      ValueError: there are more than `limits.events`, they take far more memory than a body may, or two columns have one name.
     """
     file = pq.ParquetFile(io.BytesIO(body), coerce_int96_timestamp_unit="us")
     check_names("The file", file.schema_arrow.names, file.schema_arrow.names, ())
@@ -206,11 +206,10 @@ def _csv(body: bytes) -> Iterator[dict[str, Any]]:
     try:
         rows = csv.DictReader(io.StringIO(body.decode("utf-8-sig"), newline=""), strict=True)
         names = list(rows.fieldnames or ())
-        if twice := [name for name in names if name and names.count(name) > 1]:
-            raise ValueError(f"it has {names.count(twice[0])} columns {twice[0]!r}")
+        check_names("it", names, list(filter(None, names)), ())
         for number, row in enumerate(rows, 1):
             if None in row or None in row.values():
                 raise ValueError(f"row {number} has another number of fields than the header")
             yield row
     except (csv.Error, UnicodeDecodeError, ValueError) as error:
-        raise ValueError(f"The file is no CSV: {error}.") from None
+        raise ValueError(f"The file is no CSV: {str(error).rstrip('.')}.") from None

@@ -114,7 +114,7 @@ def check_id(text: Any, what: str) -> str:
     """Return an id.
 
     Raises:
-      ValueError: it is no text, is empty or too long, holds characters that cannot be shown, or cannot be part of a path.
+      ValueError: it is no text, is empty or too long, holds characters that cannot be shown or were no UTF-8, or cannot be part of a path.
     """
     if not isinstance(text, str) or not 0 < len(text) <= LONGEST_ID or not text.isprintable() or text != text.strip():
         raise ValueError(f"{what} is a text of 1 to {LONGEST_ID} printable characters, without spaces around it.")

@@ -181,7 +181,7 @@ def export(
       llm, encoders, families: as in `load`.
 
     Raises:
-      ValueError: as in `load`.
+      ValueError: as in `load`, or `out` holds something else than a model.
     """
     check_replaceable(out, FILE)
     model = load(directory, llm=llm, encoders=encoders, families=families)
